@@ -1,0 +1,394 @@
+r"""Train a vision-language model with PAPO, or one of its relatives, on one or many devices.
+
+    torchrun train.py --algo papo_g                                              the toy, on a laptop, minutes
+    torchrun --nproc_per_node 2 train.py --algo papo_g --model Qwen/Qwen2.5-VL-3B-Instruct
+    torchrun train.py --resume runs/papo_g-toy-s0 --steps 100                    go on where a run stopped
+
+Read `train` first: it is the loop of the paper, top to bottom. FSDP2 shards fp32 weights and computes in bf16 on CUDA;
+on a CPU everything is fp32. Each rank keeps its own prompts from sampling to update: no batch ever travels.
+
+Differences from the released trainer: no Ray, no vLLM, no second copy of the weights for sampling; fp32 master weights
+in place of bf16 with Kahan compensation; an empty round of dynamic sampling adds nothing, and after 20 rounds the step
+trains on what there is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import signal
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from tqdm import tqdm
+
+import checkpoint
+import data
+import plots
+from evaluate import distributed, fail, flag, mean_accuracy, model_folder, parse, predict, settle
+from losses import group_advantages
+from papo import PROMPT_SUFFIX, Algo, Encoder, Group, Policy, prepare, preset, reduce, update
+from reward import Grader, compute_score
+from rollout import generate
+
+MAX_ROUNDS = 20  # of dynamic sampling, a step
+
+
+@dataclass
+class Config:
+    """The defaults are the paper's; toy.OVERRIDES holds the toy's. Flags of a preset's fields follow in --help."""
+
+    algo: str = flag("papo_g", "grpo, dapo, papo_g, papo_d, grpo_no_kl_ref, papo_g_no_kl_ref")
+    model: str = flag("toy", "toy, a local Hugging Face folder, or a hub id")
+    data: str = flag("PAPOGalaxy/PAPO_ViRL39K_train", "toy, a parquet/JSON/JSONL file, a folder, or a hub id")
+    val_data: str = flag("PAPOGalaxy/PAPO_MMK12_test", "the same, for evaluation; none: no evaluation")
+    reward: str = flag("", "path/file.py:function(response, answer) instead of the released rule")
+    out: str = flag("", "folder of the run; default runs/ALGO-MODEL-sSEED")
+    resume: str = flag("", "folder of a run to go on with, from its newest checkpoint")
+    seed: int = flag(0, "of everything that is drawn")
+    steps: int = flag(0, "0: as many as the epochs give")
+    epochs: float = flag(2.0, "passes over the data, where steps is 0")
+    prompts_per_step: int = flag(384, "prompts a step, over all ranks")
+    group_size: int = flag(5, "responses a prompt")
+    mini_batch: int = flag(128, "prompts an optimiser step, over all ranks; also a round of dynamic sampling")
+    tokens_per_forward: int = flag(16_384, "a training row holds groups up to this many tokens")
+    rollout_batch: int = flag(320, "responses a rank samples at a time")
+    max_prompt_tokens: int = flag(4096, "longer prompts are left out")
+    max_new_tokens: int = flag(2048, "longest response")
+    min_pixels: int = flag(200_704, "smaller images are enlarged")
+    max_pixels: int = flag(1_003_520, "larger images are reduced")
+    temperature: float = flag(1.0, "of sampling and of all log-probs")
+    top_p: float = flag(0.99, "nucleus sampling")
+    top_k: int = flag(0, "0: off")
+    lr: float = flag(1e-6, "AdamW, constant")
+    weight_decay: float = flag(1e-2, "AdamW")
+    max_grad_norm: float = flag(1.0, "gradient clipping")
+    freeze_vision: bool = flag(False, "train the language model only")
+    prompt_suffix: str = flag(PROMPT_SUFFIX, "appended to questions that lack it")
+    eval_every: int = flag(50, "steps between evaluations (also before the first and after the last); 0: never")
+    eval_n: int = flag(1, "samples a question in evaluations")
+    eval_rows: int = flag(500, "questions of each evaluation set")
+    save_every: int = flag(50, "steps between checkpoints (also after the last); 0: never")
+    keep: int = flag(2, "checkpoints kept, the newest")
+    wandb: bool = flag(False, "log to Weights & Biases too")
+    tensorboard: bool = flag(False, "log to TensorBoard too")
+
+    def __post_init__(self):
+        for name in ("prompts_per_step", "group_size", "mini_batch", "max_new_tokens", "keep", "tokens_per_forward"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature={self.temperature}: must be above 0, log-probs are divided by it")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p}: must be above 0 and at most 1")
+
+
+# -------------------------------------------------------------------------------------------------- the training loop
+
+
+def train(run: Run) -> None:
+    """The loop: sample, score, compare within groups, update; log, save, evaluate."""
+    config, policy = run.config, run.policy
+    if run.step == 0:
+        run.evaluate()
+    for step in tqdm(range(run.step, run.steps), initial=run.step, total=run.steps, disable=run.rank > 0):
+        start = time.time()
+        algo = run.algo.annealed(step / run.steps)
+        groups, metrics = collect(run, step)
+        updates = math.ceil(metrics["groups_kept"] / config.mini_batch)
+        mark = time.time()
+        metrics |= prepare(
+            policy, run.reference, groups, algo, config.tokens_per_forward, updates, (config.seed, step), run.saliency
+        )
+        metrics |= update(
+            policy, run.optimizer, groups, algo, config.mini_batch, config.tokens_per_forward, config.max_grad_norm
+        )
+        seconds = time.time() - start
+        metrics |= {"seconds": seconds, "seconds_rollout": mark - start, "seconds_update": time.time() - mark}
+        metrics["tokens_per_second"] = metrics.pop("response_tokens") / seconds
+        run.step = step + 1
+        run.log(metrics)
+        stopping = bool(reduce([run.stopping], "max")[0])
+        last = stopping or run.step == run.steps
+        if config.save_every and (last or run.step % config.save_every == 0):
+            run.save()
+        if config.eval_every and not stopping and (last or run.step % config.eval_every == 0):
+            run.evaluate()
+        if stopping:
+            return
+
+
+def collect(run: Run, step: int) -> tuple[list[Group], dict[str, float]]:
+    """This rank's groups of a step, with responses and advantages, and what was seen while sampling them.
+
+    Without dynamic sampling one round gives the step's prompts. With it (DAPO), rounds of `mini_batch` prompts are
+    sampled, groups whose mean accuracy is not strictly inside (0.01, 0.99) are dropped, and sampling goes on until
+    there are `prompts_per_step` groups, or for MAX_ROUNDS; the surplus is cut in the order of sampling.
+    """
+    config, kept, seen = run.config, [], Counter()
+    skipped = run.stream.skipped.total()
+    for turn in itertools.count():
+        prompts = []
+        for index, prompt in next(run.stream):
+            prompt.index = turn * run.stream.prompts_per_round + index
+            prompts.append(prompt)
+        groups = generate(
+            run.policy, prompts, config.group_size, key=(config.seed, step), max_new_tokens=config.max_new_tokens,
+            top_p=config.top_p, top_k=config.top_k, rollout_batch=config.rollout_batch,
+        )  # fmt: skip
+        kept += score(run, groups, seen)
+        total = int(reduce([len(kept)])[0])
+        if not run.algo.dynamic_sampling or total >= config.prompts_per_step or turn + 1 == MAX_ROUNDS:
+            break
+    if total > config.prompts_per_step:
+        everyone = [None] * run.world
+        dist.all_gather_object(everyone, [g.prompt.index for g in kept])
+        cut = sorted(i for part in everyone for i in part)[config.prompts_per_step]
+        kept = [g for g in kept if g.prompt.index < cut]
+    seen["skipped_rows"] = run.stream.skipped.total() - skipped
+    seen = dict(zip(SEEN, reduce([seen[name] for name in SEEN]), strict=True))
+    n = max(seen["responses"], 1.0)
+    means = {name: seen[name] / n for name in ("reward", "accuracy", "format", "truncated")}
+    means["response_length"] = seen["response_tokens"] / n
+    counts = {name: seen[name] for name in (*COUNTS, "response_tokens")}
+    return kept, means | counts | {"groups_kept": min(total, config.prompts_per_step), "rounds": turn + 1}
+
+
+COUNTS = ("zero_advantage_groups", "skipped_rows", "reward_timeouts", "reward_errors", "reward_unscored")
+SEEN = ("responses", "reward", "accuracy", "format", "truncated", "response_tokens", *COUNTS)
+
+
+def score(run: Run, groups: list[Group], seen: Counter) -> list[Group]:
+    """Grade one round of groups, give them their advantages, add up what was seen; the groups to train on."""
+    answers = [g.prompt.example.answer for g in groups for _ in g.responses]
+    texts = [text for g in groups for text in g.responses]
+    scores = run.grader(texts, answers)
+    rewards = torch.tensor([s["overall"] for s in scores], dtype=torch.float64)
+    accuracy = torch.tensor([s["accuracy"] for s in scores], dtype=torch.float64)
+    seen["responses"] += len(scores)
+    seen["reward"] += rewards.sum().item()
+    seen["accuracy"] += accuracy.sum().item()
+    seen["format"] += sum(s["format"] for s in scores)
+    for name in ("timeouts", "errors", "unscored"):
+        seen[f"reward_{name}"] += getattr(run.grader, name)
+    kept, size = [], run.config.group_size
+    for group, advantages, right in zip(
+        groups, group_advantages(rewards, size).split(size), accuracy.split(size), strict=True
+    ):
+        group.advantages = advantages.float()
+        seen["truncated"] += group.truncated.sum().item()
+        seen["response_tokens"] += group.response_mask.sum().item()
+        seen["zero_advantage_groups"] += int(not advantages.any())
+        if not run.algo.dynamic_sampling or 0.01 < right.mean() < 0.99:
+            kept.append(group)
+    return kept
+
+
+# ---------------------------------------------------------------------------------------------------------- the run
+
+
+class Run:
+    """Everything a run holds: models, data, grader, files. Building it is the set-up, in order."""
+
+    def __init__(self, config: Config, algo_flags: dict, rank: int, world: int, device: torch.device):
+        self.config, self.rank, self.world, self.device = config, rank, world, device
+        self.step, self.stopping = 0, False
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.source = model_folder(config.model, config.seed)
+        encoder = Encoder(self.source, config.min_pixels, config.max_pixels, config.prompt_suffix)
+        self.algo = dataclasses.replace(preset(config.algo, encoder.size), **algo_flags)
+        self.saliency = self._saliency()
+        measure = dict(length=encoder.prompt_length, max_prompt_tokens=config.max_prompt_tokens, seed=config.seed)
+        rows = data.load(config.data, "train", **measure)
+        self.eval_sets = {}
+        if config.eval_every and config.val_data != "none":
+            self.eval_sets = data.eval_sets(config.val_data, limit=config.eval_rows, **measure)
+        per_round = config.mini_batch if self.algo.dynamic_sampling else config.prompts_per_step
+        self.steps = config.steps or max(1, int(config.epochs * len(rows)) // config.prompts_per_step)
+        self.grader = Grader(config.reward or compute_score, workers=max(1, min(4, (os.cpu_count() or 1) // world)))
+        self.policy = self._load(encoder)
+        self.reference = self._load(encoder) if self.algo.kl_ref_coef else None
+        trainable = [p for p in self.policy.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trainable, lr=config.lr, weight_decay=config.weight_decay)
+        state = self._open()
+        self.stream = data.Stream(
+            rows, encoder.encode, per_round, rank, world, config.seed, state.get("position", 0)
+        )  # fmt: skip
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._stop)
+
+    def _saliency(self):
+        if self.algo.mask_strategy != "semantic" or not self.algo.needs_masked_view:
+            return None
+        if self.config.data == "toy":
+            import toy
+
+            return toy.saliency
+        from masking import dino_saliency
+
+        return dino_saliency()
+
+    def _load(self, encoder: Encoder) -> Policy:
+        cuda = self.device.type == "cuda"
+        policy = Policy.load(self.source, encoder, torch.float32, self.device, self.config.temperature, cuda)
+        if self.config.freeze_vision:
+            policy.model.model.visual.requires_grad_(False)
+        shard(policy.model, init_device_mesh(self.device.type, (self.world,)), self.dtype)
+        return policy
+
+    def _open(self) -> dict:
+        """The run's folder, made or taken up again; returns the state of the checkpoint, {} for a new run."""
+        config, name = self.config, [""]
+        if self.rank == 0:
+            name[0] = config.resume or config.out or free_folder(config)
+        dist.broadcast_object_list(name)
+        self.folder = Path(name[0])
+        self.metrics = self.folder / "metrics.jsonl"
+        state = {}
+        if config.resume and (found := checkpoint.complete(self.folder)):
+            state = checkpoint.load(found[-1], self.policy.model, self.optimizer)
+            self.step = state["step"]
+        if self.rank == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            resolved = asdict(config) | asdict(self.algo) | {"algo": config.algo, "steps": self.steps, "resume": ""}
+            resolved.pop("name")
+            (self.folder / "config.json").write_text(json.dumps(resolved, indent=1) + "\n")
+            if self.metrics.exists():  # steps behind the checkpoint are run again: forget them
+                steps, evals = plots.read_metrics(self.metrics)
+                lines = [m for m in sorted(steps + evals, key=lambda m: m["step"]) if m["step"] <= self.step]
+                self.metrics.write_text("".join(json.dumps(m) + "\n" for m in lines if state))
+        self.loggers = [make(self) for make, on in LOGGERS.items() if getattr(config, on) and self.rank == 0]
+        return state
+
+    def _stop(self, *unused) -> None:
+        self.stopping = True  # noticed after the current step, by all ranks together
+
+    def log(self, metrics: dict) -> None:
+        """One line of metrics.jsonl, on the first rank."""
+        if self.rank == 0:
+            line = {"step": self.step} | {k: round(v, 8) if isinstance(v, float) else v for k, v in metrics.items()}
+            with open(self.metrics, "a") as file:
+                file.write(json.dumps(line) + "\n")
+            for logger in self.loggers:
+                logger(line)
+
+    def save(self) -> None:
+        state = {"step": self.step, "position": self.stream.position}
+        checkpoint.save(self.folder, self.policy.model, self.optimizer, state, self.config.keep)
+
+    def evaluate(self) -> None:
+        """avg@n of each evaluation set, as a line of its own in metrics.jsonl."""
+        config, line = self.config, {}
+        for name, rows in self.eval_sets.items():
+            records = predict(
+                self.policy, rows, self.grader, config.eval_n, self.rank, self.world, config.seed,
+                max_new_tokens=config.max_new_tokens, top_p=1.0, rollout_batch=config.rollout_batch,
+            )  # fmt: skip
+            line[f"eval/{name}"] = mean_accuracy(records)
+        if line:
+            self.log(line)
+
+    def finish(self) -> None:
+        """Export the weights, draw the curves, and say what came out."""
+        checkpoint.export(self.policy.model, self.source, self.folder / "model", self.dtype)
+        self.grader.close()
+        self.stream.close()
+        example = data.load(self.config.data, "train", seed=self.config.seed, limit=1)[0]
+        prompt = self.policy.encoder.encode(example)
+        [group] = generate(
+            self.policy, [prompt], 1, key=("sample", self.config.seed), max_new_tokens=self.config.max_new_tokens
+        )
+        if self.rank:
+            return
+        plots.curves(self.folder)
+        steps, evals = plots.read_metrics(self.metrics)
+        for name in [k for k in (evals[0] if evals else {}) if k.startswith("eval/")]:
+            print(f"{name.removeprefix('eval/'):<20} accuracy {evals[0][name]:.3f} before, {evals[-1][name]:.3f} after")
+        for i, image in enumerate(example.images):
+            image.save(self.folder / f"sample{i}.png")
+            print(f"picture: {self.folder}/sample{i}.png")
+        print(f"question: {example.question}\nresponse: {group.responses[0]}\nanswer: {example.answer}")
+        print(f"metrics: {self.metrics}\ncurves: {self.folder}/curves.png\nmodel: {self.folder}/model")
+
+
+def shard(model, mesh, dtype: torch.dtype) -> None:
+    """FSDP2 in place: each vision block and decoder layer is one unit, the rest (embeddings, head) the root."""
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for block in (*model.model.visual.blocks, *model.model.language_model.layers):
+        fully_shard(block, mesh=mesh, mp_policy=precision)
+    fully_shard(model, mesh=mesh, mp_policy=precision)
+    register_fsdp_forward_method(model, "row_log_probs")
+
+
+def free_folder(config: Config) -> str:
+    """runs/ALGO-MODEL-sSEED, or the next free suffix: nothing existing is ever overwritten."""
+    model = Path(config.model.rstrip("/")).name
+    name = f"runs/{config.algo}-{model}-s{config.seed}"
+    names = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
+    return next(name for name in names if not Path(name).exists())
+
+
+def _wandb(run: Run):
+    import wandb
+
+    wandb.init(project="papo", name=run.folder.name, config=json.loads((run.folder / "config.json").read_text()))
+    return lambda line: wandb.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
+
+
+def _tensorboard(run: Run):
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(run.folder)
+    return lambda line: [writer.add_scalar(k, v, line["step"]) for k, v in line.items() if k != "step"]
+
+
+LOGGERS = {_wandb: "wandb", _tensorboard: "tensorboard"}
+
+
+def settings(argv=None) -> tuple[Config, dict]:
+    """The command line, over what a resumed run was started with, over the defaults: Config and preset overrides."""
+    given = parse(__doc__, Config, Algo, argv=argv)
+    algo_names = {f.name for f in dataclasses.fields(Algo)} - {"name"}
+    if given.get("resume"):
+        path = Path(given["resume"]) / "config.json"
+        if not path.is_file():
+            fail(f"--resume {given['resume']}: no config.json there")
+        saved = json.loads(path.read_text())
+        free = {"resume", "steps", "wandb", "tensorboard", "keep", "save_every", "eval_every"}
+        for name in given.keys() - free:
+            if given[name] != saved[name]:
+                fail(f"--resume {given['resume']}: --{name} {given[name]} contradicts the run's {saved[name]}")
+        given = saved | given
+    elif given.get("out") and Path(given["out"]).exists():
+        fail(f"--out {given['out']} exists: choose another folder, or --resume it")
+    try:
+        config = settle(Config, given)
+    except ValueError as error:
+        fail(error)
+    return config, {k: v for k, v in given.items() if k in algo_names}
+
+
+def main(argv=None) -> None:
+    config, algo_flags = settings(argv)
+    rank, world, device = distributed()
+    try:
+        run = Run(config, algo_flags, rank, world, device)
+    except (ValueError, OSError) as error:
+        fail(error)
+    train(run)
+    if not run.stopping:
+        run.finish()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
