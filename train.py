@@ -20,8 +20,10 @@ import json
 import math
 import os
 import signal
+import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -36,7 +38,7 @@ import data
 import plots
 from evaluate import distributed, fail, flag, mean_accuracy, model_folder, parse, predict, settle
 from losses import group_advantages
-from papo import PROMPT_SUFFIX, Algo, Encoder, Group, Policy, prepare, preset, reduce, update
+from papo import PROMPT_SUFFIX, Algo, Encoder, Group, Policy, Prompt, prepare, preset, reduce, update
 from reward import Grader, compute_score
 from rollout import generate
 
@@ -202,6 +204,7 @@ class Run:
     def __init__(self, config: Config, algo_flags: dict, rank: int, world: int, device: torch.device):
         self.config, self.rank, self.world, self.device = config, rank, world, device
         self.step, self.stopping = 0, False
+        self.history, self.warned = [], False  # for the warning of a collapse
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.source = model_folder(config.model, config.seed)
         encoder = Encoder(self.source, config.min_pixels, config.max_pixels, config.prompt_suffix)
@@ -280,6 +283,10 @@ class Run:
                 file.write(json.dumps(line) + "\n")
             for logger in self.loggers:
                 logger(line)
+            self.history.append(line)
+            if "reward" in line and not self.warned and (warning := plots.collapse_warning(self.history)):
+                self.warned = True
+                tqdm.write(warning, file=sys.stderr)
 
     def save(self) -> None:
         state = {"step": self.step, "position": self.stream.position}
@@ -294,6 +301,10 @@ class Run:
                 max_new_tokens=config.max_new_tokens, top_p=1.0, rollout_batch=config.rollout_batch,
             )  # fmt: skip
             line[f"eval/{name}"] = mean_accuracy(records)
+            if self.rank == 0:
+                with open(self.folder / "samples.jsonl", "a") as file:
+                    for record in records[:4]:
+                        file.write(json.dumps({"step": self.step, "set": name} | record, ensure_ascii=False) + "\n")
         if line:
             self.log(line)
 
@@ -302,11 +313,11 @@ class Run:
         checkpoint.export(self.policy.model, self.source, self.folder / "model", self.dtype)
         self.grader.close()
         self.stream.close()
-        example = data.load(self.config.data, "train", seed=self.config.seed, limit=1)[0]
-        prompt = self.policy.encoder.encode(example)
+        prompt = first_usable([*self.eval_sets.values(), self.stream.rows][0], self.policy.encoder)
         [group] = generate(
             self.policy, [prompt], 1, key=("sample", self.config.seed), max_new_tokens=self.config.max_new_tokens
         )
+        example = prompt.example
         if self.rank:
             return
         plots.curves(self.folder)
@@ -318,6 +329,14 @@ class Run:
             print(f"picture: {self.folder}/sample{i}.png")
         print(f"question: {example.question}\nresponse: {group.responses[0]}\nanswer: {example.answer}")
         print(f"metrics: {self.metrics}\ncurves: {self.folder}/curves.png\nmodel: {self.folder}/model")
+
+
+def first_usable(rows: data.Rows, encoder: Encoder) -> Prompt:
+    """The first row whose pictures are whole; ValueError if there is none."""
+    for i in range(len(rows)):
+        with suppress(ValueError):
+            return encoder.encode(rows[i])
+    raise ValueError(f"{rows.name}: no usable row")
 
 
 def shard(model, mesh, dtype: torch.dtype) -> None:

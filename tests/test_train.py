@@ -1,0 +1,221 @@
+"""Whole runs, tiny: one rank and two give the same numbers, a resumed run is the run, the export loads, errors are short."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+import checkpoint
+import train
+from papo import PRESETS, Encoder, Policy, stack
+from rollout import generate
+
+ROOT = Path(__file__).parent.parent
+TINY = (
+    "--data toy --val_data toy --prompts_per_step 5 --mini_batch 3 --group_size 3 --max_new_tokens 6 --eval_rows 4 "
+    "--eval_every 2 --tokens_per_forward 150 --rollout_batch 6 --lr 1e-3 --save_every 2"
+).split()
+
+
+@pytest.fixture()
+def run(folder, tmp_path):
+    """run(name, *flags) trains in this process, on one rank, and returns the run's folder."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def go(name, *flags):
+        out = tmp_path / name
+        train.main([*TINY, "--model", folder, "--out", str(out), *flags])
+        return out
+
+    yield go
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def steady(line):
+    """A line of metrics without what a clock decides."""
+    return {k: v for k, v in line.items() if not k.startswith(("seconds", "tokens_per"))}
+
+
+def reader(folder, out, *flags):
+    """The command of a run as a user starts it, on this Python."""
+    return [sys.executable, "-m", "torch.distributed.run", *flags, str(ROOT / "train.py"), *TINY,
+            "--model", folder, "--out", str(out)]  # fmt: skip
+
+
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "PAPO_THREADS": "1"}
+
+
+def test_a_run_leaves_what_it_promises(run, folder, capsys):
+    out = run("a", "--algo", "papo_g", "--steps", "4", "--keep", "1")
+    said = capsys.readouterr().out
+    assert all(name in said for name in ("before", "after", "picture:", "metrics.jsonl", "curves.png", "model"))
+    config = json.loads((out / "config.json").read_text())
+    assert (config["algo"], config["steps"], config["kl_prcp_coef"], config["group_size"]) == ("papo_g", 4, 0.02, 3)
+    steps = [m for m in lines(out) if "reward" in m]
+    evals = [m for m in lines(out) if "eval/general" in m]
+    assert [m["step"] for m in steps] == [1, 2, 3, 4] and [m["step"] for m in evals] == [0, 2, 4]
+    assert all(m["groups_kept"] == 5 and 0 < m["mask_ratio"] < 1 and m["skipped_updates"] == 0 for m in steps)
+    assert (out / "curves.png").stat().st_size > 1000 and (out / "sample0.png").exists()
+    assert [p.name for p in checkpoint.complete(out)] == ["step_000004"]
+
+    # model/ is a plain folder: it loads with transformers alone, and as --model, and says what the trainer's copy says
+    model = AutoModelForImageTextToText.from_pretrained(out / "model")
+    encoder = Encoder(str(out / "model"), 3136, 200_704)
+    original = AutoModelForImageTextToText.from_pretrained(folder)
+    assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), original.parameters(), strict=True))
+    for name in ("generation_config.json", "preprocessor_config.json", "tokenizer.json", "chat_template.jinja"):
+        assert (out / "model" / name).read_bytes() == (Path(folder) / name).read_bytes()
+    import data
+
+    prompt = encoder.encode(data.load("toy", "general")[0])
+    [group] = generate(Policy(model, encoder), [prompt], 1, max_new_tokens=4)
+    assert stack([group], "tokens").shape[1] >= 1
+
+
+def test_resuming_is_the_run(run, folder, capsys):
+    """2 + 2 steps from a checkpoint equal 4 steps exactly, in metrics and weights, for AdamW's moments too."""
+    whole = run("whole", "--steps", "4")
+    half = run("half", "--steps", "2")
+    train.main(["--resume", str(half), "--steps", "4"])
+    assert [steady(m) for m in lines(whole)] == [steady(m) for m in lines(half)]
+    a, b = (AutoModelForImageTextToText.from_pretrained(p / "model").state_dict() for p in (whole, half))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    with pytest.raises(SystemExit):
+        train.main(["--resume", str(half), "--steps", "6", "--lr", "0.5"])
+    assert re.search(r"--lr 0.5 contradicts the run's 0.001", capsys.readouterr().err)
+
+
+def test_two_ranks_give_the_numbers_of_one(run, folder, tmp_path):
+    """Loss terms, metrics and evaluations of the first steps, with 5 prompts over 2 ranks and mini-batches of 3."""
+    one = run("one", "--steps", "2", "--algo", "papo_d", "--top_p", "1.0")
+    two = tmp_path / "two"
+    command = reader(folder, two, "--nproc_per_node", "2") + "--steps 2 --algo papo_d --top_p 1.0".split()
+    done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for a, b in zip(lines(one), lines(two), strict=True):
+        a, b = steady(a), steady(b)
+        assert a.keys() == b.keys()
+        for key in a:
+            assert a[key] == pytest.approx(b[key], rel=1e-4, abs=2e-6), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algo", PRESETS)
+def test_every_preset_on_one_two_and_four_ranks(run, folder, tmp_path, algo):
+    """Text-only rows on one rank, an oblong picture, groups that do not divide."""
+    results = [run("1", "--algo", algo, "--steps", "2")]
+    for world in (2, 4):
+        out = tmp_path / str(world)
+        command = reader(folder, out, "--nproc_per_node", str(world)) + f"--steps 2 --algo {algo}".split()
+        done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr[-3000:]
+        results.append(out)
+    for other in results[1:]:
+        for a, b in zip(lines(results[0]), lines(other), strict=True):
+            for key, value in steady(a).items():
+                assert value == pytest.approx(b[key], rel=1e-3, abs=1e-5), key
+
+
+def test_sigterm_leaves_a_checkpoint_and_exits_cleanly(folder, tmp_path):
+    out = tmp_path / "killed"
+    command = [sys.executable, str(ROOT / "train.py"), *reader(folder, out)[4:], "--steps", "500", "--eval_every", "0"]
+    process = subprocess.Popen(command, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    for _ in range(1200):
+        if (out / "metrics.jsonl").exists() or process.poll() is not None:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors[-3000:]
+    newest = checkpoint.complete(out)[-1]
+    steps = [m["step"] for m in lines(out)]
+    assert steps == list(range(1, len(steps) + 1)) and newest.name == f"step_{steps[-1]:06d}" and steps[-1] < 500
+
+
+def test_dynamic_sampling_drops_and_goes_on(run, monkeypatch):
+    """Groups that are all right or all wrong are dropped, rounds go on to their limit, and the step trains on what it has."""
+    monkeypatch.setattr(train, "MAX_ROUNDS", 3)
+    rewards = iter(range(10**6))
+
+    def lottery(self, responses, answers):  # every second group of three is all wrong
+        self.timeouts = self.errors = self.unscored = 0
+        scores = []
+        for _ in responses:
+            i = next(rewards)
+            right = float(i // 3 % 2 == 0 and i % 3 == 0)
+            scores.append({"overall": right, "accuracy": right, "format": 0.0})
+        return scores
+
+    monkeypatch.setattr(train.Grader, "__call__", lottery)
+    steps = [m for m in lines(run("dapo", "--algo", "papo_d", "--steps", "1", "--eval_every", "0")) if "reward" in m]
+    assert steps[0]["rounds"] == 3 and steps[0]["groups_kept"] == 5 and steps[0]["zero_advantage_groups"] == 4
+    monkeypatch.setattr(
+        train.Grader, "__call__", lambda self, r, a: [dict.fromkeys(("overall", "accuracy", "format"), 0.0) for _ in r]
+    )
+    steps = [m for m in lines(run("none", "--algo", "papo_d", "--steps", "1", "--eval_every", "0")) if "reward" in m]
+    assert steps[0]["groups_kept"] == 0 and steps[0]["rounds"] == 3 and "pg_loss" not in steps[0]
+
+
+def test_a_users_reward(run, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "def longer(response, answer):\n"
+        "    return {'overall': len(response) / 100, 'format': 1.0, 'accuracy': 0.0}\n"
+    )
+    steps = [m for m in lines(run("mine", "--steps", "1", "--reward", f"{path}:longer")) if "reward" in m]
+    assert steps[0]["reward"] > 0 and steps[0]["accuracy"] == 0 and steps[0]["format"] == 1
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--algo", "ppo"], "'ppo': choose one of grpo, dapo, papo_g"),
+        (["--mask_ratio", "1.5"], "mask_ratio=1.5"),
+        (["--mask_strategy", "blur"], "random, semantic, noise"),
+        (["--grup_size", "4"], "unknown flag --grup_size: did you mean --group_size"),
+        (["--lr", "fast"], "--lr: invalid float value: 'fast'"),
+        (["--temperature", "0"], "temperature=0.0: must be above 0"),
+        (["--mini_batch", "0"], "mini_batch=0: must be at least 1"),
+        (["--model", "/no/such/folder"], "/no/such/folder"),
+        (["--data", "/no/such/file.parquet"], "/no/such/file.parquet"),
+        (["--reward", "nothing"], "reward 'nothing'"),
+        (["--resume", "/no/such/run"], "no config.json there"),
+    ],
+)
+def test_errors_are_one_line(run, folder, capsys, flags, words):
+    with pytest.raises(SystemExit) as stop:
+        train.main([*TINY, *(["--model", folder] if "--model" not in flags else []), "--steps", "1", *flags])
+    error = capsys.readouterr().err
+    said = [line for line in error.splitlines() if "error:" in line]
+    assert stop.value.code == 2 and len(said) == 1 and words in said[0], error
+
+
+def test_an_existing_folder_is_not_overwritten(run, tmp_path, capsys):
+    (tmp_path / "there").mkdir()
+    with pytest.raises(SystemExit):
+        run("there")
+    assert "exists: choose another folder, or --resume it" in capsys.readouterr().err
+
+
+def test_metrics_and_glossary_agree(run):
+    """Every key a run logs has its line in the README's glossary, and every line its key, over all presets."""
+    glossary = (ROOT / "README.md").read_text().split("## Metrics")[1].split("\n## ")[0]
+    listed = set(re.findall(r"^\| `([^`]+)`", glossary, re.MULTILINE))
+    out = run("keys", "--steps", "1", "--algo", "papo_g", "--kl_ref_coef", "0.01")
+    logged = {key for line in lines(out) for key in line}
+    assert {re.sub("eval/.*", "eval/SPLIT", key) for key in logged} == listed
