@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass, field, replace
+from types import MethodType
 
 import torch
 import torch.distributed as dist
@@ -274,9 +275,6 @@ class Encoder:
         position_ids, _ = self.rope.get_rope_index(input_ids[None], image_mask[None].int(), image_grid_thw=grid)
         return Prompt(example, input_ids, position_ids[:, 0], image_mask, pixels, grid, augmented, index)
 
-    def decode(self, tokens: Tensor) -> str:
-        return self.tokenizer.decode(tokens, skip_special_tokens=True)
-
 
 # ----------------------------------------------------------------------------------------------------------- policy
 
@@ -286,7 +284,7 @@ class Policy:
 
     def __init__(self, model, encoder: Encoder, temperature: float = 1.0):
         self.model, self.encoder, self.temperature = model.eval(), encoder, temperature
-        type(model).row_log_probs = row_log_probs
+        model.row_log_probs = MethodType(row_log_probs, model)  # a method, so that FSDP can gather weights around it
         flash = model.device.type == "cuda" and is_flash_attn_2_available()
         vision = "flash_attention_2" if flash else "sdpa"
         model.set_attn_implementation({"text_config": "shared_prompt", "vision_config": vision})
@@ -439,9 +437,7 @@ def update(
         counts = Counts(*reduce([sum(c[i] for c in own) for i in range(3)]))
         rows = pack(batch, budget)
         sums: dict[str, float] = {}
-        for i, row in enumerate(rows):
-            if world > 1:
-                policy.model.set_requires_gradient_sync(i == len(rows) - 1)
+        for row in rows:  # gradients are reduced row by row: unreduced ones would be a whole model on every rank
             loss, metrics = row_loss(policy, row, algo, counts)
             (loss * world).backward()
             sums = {name: sums.get(name, 0.0) + float(value) for name, value in metrics.items()}

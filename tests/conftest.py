@@ -44,7 +44,7 @@ def examples():
         Example("<image>How many red dots are there?", "1", [picture(84, 84)]),
         Example("<image>and <image>: how many green dots?", "2", [picture(56, 84, 1), picture(112, 56, 2)]),
         Example("How many dots?", "3", []),
-        Example("A note says 3. <image>How many blue dots are there, all in all, in this picture?", "0", [picture(140, 56)]),
+        Example("A note says 3. <image>How many blue dots are there, all in all?", "0", [picture(140, 56)]),
     ]
 
 

@@ -1,4 +1,4 @@
-"""Whole runs, tiny: one rank and two give the same numbers, a resumed run is the run, the export loads, errors are short."""
+"""Whole runs, tiny: two ranks give the numbers of one, a resumed run is the run, the export loads, errors are short."""
 
 import json
 import os
@@ -148,7 +148,7 @@ def test_sigterm_leaves_a_checkpoint_and_exits_cleanly(folder, tmp_path):
 
 
 def test_dynamic_sampling_drops_and_goes_on(run, monkeypatch):
-    """Groups that are all right or all wrong are dropped, rounds go on to their limit, and the step trains on what it has."""
+    """Groups all right or all wrong are dropped, rounds go on to their limit, the step trains on what it has."""
     monkeypatch.setattr(train, "MAX_ROUNDS", 3)
     rewards = iter(range(10**6))
 
