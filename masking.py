@@ -124,9 +124,9 @@ def dino_saliency(model: str = "facebook/dinov2-base"):
 
     `model`: a hub id or a local folder. The transformers class does the work; loaded on first use, on the CPU.
     """
-    from transformers import AutoImageProcessor, AutoModel
+    from transformers import AutoModel, BitImageProcessorPil
 
-    processor = AutoImageProcessor.from_pretrained(model, backend="pil")
+    processor = BitImageProcessorPil.from_pretrained(model)
     whole = {"size": {"height": 224, "width": 224}, "do_center_crop": False}  # a crop would leave the edges unscored
     dino = AutoModel.from_pretrained(model, attn_implementation="eager").eval()  # only eager returns attentions
 

@@ -15,8 +15,10 @@ Where this differs from the released code (see also losses.py and masking.py):
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import MethodType
 
 import torch
@@ -26,12 +28,12 @@ from PIL import Image
 from torch import Tensor
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModelForImageTextToText,
     AutoTokenizer,
     GenerationConfig,
+    Qwen2VLImageProcessorPil,
 )
-from transformers.utils import is_flash_attn_2_available
+from transformers.utils import cached_file, is_flash_attn_2_available
 
 import masking
 from losses import Counts, count, papo_loss
@@ -203,8 +205,8 @@ def seeded(*key) -> torch.Generator:
 class Encoder:
     """Example -> Prompt: chat template, tokenizer and image processor. Needs no weights, so it can run in threads.
 
-    AutoProcessor would need torchvision; this does its work for images: one placeholder token an image in the chat
-    template's text, repeated here once for every merged patch.
+    AutoProcessor would need torchvision (and so would AutoImageProcessor, in 5.17); this does its work for images: one
+    placeholder token an image in the chat template's text, repeated here once for every merged patch.
     """
 
     def __init__(self, name: str, min_pixels: int, max_pixels: int, suffix: str = PROMPT_SUFFIX):
@@ -212,7 +214,10 @@ class Encoder:
         if self.config.model_type not in MODEL_TYPES:
             raise ValueError(f"model {name!r} is a {self.config.model_type}: choose one of {', '.join(MODEL_TYPES)}")
         self.tokenizer = AutoTokenizer.from_pretrained(name)
-        self.images = AutoImageProcessor.from_pretrained(name, backend="pil")
+        template = cached_file(name, "chat_template.json", _raise_exceptions_for_missing_entries=False)
+        if template and self.tokenizer.chat_template is None:  # older folders keep it there, for processors alone
+            self.tokenizer.chat_template = json.loads(Path(template).read_text())["chat_template"]
+        self.images = Qwen2VLImageProcessorPil.from_pretrained(name)
         self.images.size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
         self.suffix = suffix
         self.image_id = self.config.image_token_id

@@ -1,8 +1,9 @@
-"""Pictures of a run: its curves, several runs side by side, and what a response owes to the image.
+"""Pictures of a run (its curves, several runs side by side, what a response owes to the image) and tables of results.
 
 The end of the pipeline: train.py draws curves.png and asks for the collapse warning; evaluate.py draws --compare and
---explain. No module of ours is imported, and not pyplot, so a notebook keeps its backend. Ours, not the paper's: t
-intervals over seeds, the rule in collapse_warning (it names the signs), KL_prcp token by token (the perception gain).
+--explain, and prints its table. No module of ours is imported, and not pyplot, so a notebook keeps its backend. Ours,
+not the paper's: t intervals over seeds, bootstrap intervals over questions, the rule in collapse_warning (it names the
+signs), KL_prcp token by token (the perception gain).
 
     python -c "import sys, plots; print(plots.curves(sys.argv[1]))" runs/papo_g-toy-s0
 """
@@ -20,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib import cm, colormaps, colors, font_manager, patches, ticker
 from matplotlib.figure import Figure
+from PIL import Image
 
 PANELS = {  # title -> {metric: label}; a panel none of whose metrics was logged is left out
     "reward on training prompts": {"reward": "reward", "accuracy": "accuracy", "format": "format"},
@@ -37,6 +39,7 @@ NOT_SETTINGS = set("seed out resume steps epochs keep save_every eval_every eval
 # Sign of collapse -> least factor and least rise from the reference window's median to the last window's.
 SIGNS = {"kl_prcp": (2.0, 0.05), "clip_frac": (1.5, 0.005), "entropy": (1.25, 0.02), "masked_entropy": (1.25, 0.02)}
 T_TABLE = [12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622]  # Student's t, 97.5%, df 1 to 9
+RESAMPLES = 1000  # of the bootstrap
 WIDTH = 86  # characters a line of the perception-gain PNG
 GAIN_COLOURS = colors.ListedColormap(colormaps["RdBu"](np.linspace(0.2, 0.8, 255)))  # pale ends: black text reads
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>What a response owes to the image</title>
@@ -199,6 +202,79 @@ def _ends(runs: list[dict[int, float]], pick) -> list[str]:
     at, (mean, half) = sorted(map(pick, runs)), mean_interval(run[pick(run)] for run in runs)
     return [f"{mean:.3f}" + (f" +- {half:.3f}" if math.isfinite(half) else ""),
             f"{at[0]}-{at[-1]}" if at[0] < at[-1] else f"{at[0]}"]
+
+
+def in_questions(name: str, records: list[dict], n: int) -> list[list[dict]]:
+    """Evaluation records by question, n each, grouped by id, prompt and label as PAPO-Eval groups them.
+
+    A question that is asked k times has k * n records, loop after loop, so every k-th belongs together. ValueError,
+    naming the question, where a count is no multiple of n.
+    """
+    groups: dict[tuple, list[dict]] = {}
+    for record in records:
+        groups.setdefault((record["id"], record["prompt"], record["label"]), []).append(record)
+    for (number, prompt, label), group in groups.items():
+        if len(group) % n:
+            question = " ".join(prompt.split("user\n")[-1].split())[:80]
+            told = f"{name}: {len(group)} responses to question {number!r} ({question!r}, answer {label!r})"
+            raise ValueError(f"{told} are no multiple of n={n}")
+    return [group[i :: len(group) // n] for group in groups.values() for i in range(len(group) // n)]
+
+
+def _measure(name: str, records: list[dict], n: int) -> dict:
+    """A row of `summarise`, with bootstrap draws [RESAMPLES] of the accuracy: questions drawn anew, fixed seed."""
+    accuracies = [[r["accuracy"] for r in question] for question in in_questions(name, records, n)]
+    means, rng = np.array(accuracies).reshape(-1, n).mean(1), np.random.default_rng([0, *name.encode()])
+    columns = {"accuracy": means, "pass": [max(a) > 0 for a in accuracies]}
+    for key in ("unboxed", "truncated"):  # PAPO-Eval's files do not say whether a response was cut
+        columns[key] = [r[key] for r in records if key in r]
+    row = {key: 100 * float(np.mean(values)) if len(values) else math.nan for key, values in columns.items()}
+    draws = [100 * rng.choice(means, len(means)).mean() for _ in range(RESAMPLES)] if len(means) else [math.nan]
+    return {"name": name, "questions": len(means), "delta": math.nan, **row, "draws": np.array(draws)}
+
+
+def summarise(results: dict[str, list[dict]], n: int, groups: dict[str, tuple], baseline=None) -> list[dict]:
+    """The rows of an evaluation's table, in %: each set, then the averages of `groups`, plain means over their sets.
+
+    results, baseline: name -> graded records. accuracy: avg@n; low, high: its bootstrap 95% interval over questions;
+    pass: questions with a right answer among n; delta: Delta_rel, a set's gain relative to its baseline, and the mean
+    of these over an average's sets (the paper's definition). An average over the same sets as another is left out.
+    """
+    rows, averages = [_measure(name, records, n) for name, records in results.items()], {}
+    for row in rows if baseline else []:
+        before = _measure(row["name"], baseline[row["name"]], n)["accuracy"]
+        row["delta"] = 100 * (row["accuracy"] / before - 1) if before else math.nan
+    for label, names in groups.items():
+        part = [row for row in rows if row["name"] in names]
+        if len(part) > 1:
+            missing = f" ({len(part)} of {len(names)})" if len(part) < len(names) else ""
+            mean = {key: sum(row[key] for row in part) / len(part) for key in part[0] if key != "name"}
+            mean |= {"name": f"{label} average{missing}", "questions": sum(row["questions"] for row in part)}
+            averages.setdefault(tuple(row["name"] for row in part), mean)
+    rows += averages.values()
+    for row in rows:
+        row["low"], row["high"] = map(float, np.quantile(row.pop("draws"), [0.025, 0.975]))
+    return rows
+
+
+def table(rows: list[dict], n: int) -> str:
+    """The rows of `summarise` as plain text; a dash where there is nothing to say."""
+    heads = ["", "questions", f"avg@{n} %", "95% interval", f"pass@{n} %", "unboxed %", "truncated %", "Delta_rel %"]
+    lines = [heads[: 7 + any(math.isfinite(row["delta"]) for row in rows)]]
+    for row in rows:
+        numbers = [f"{row[key]:.2f}" for key in ("accuracy", "pass", "unboxed", "truncated", "delta")]
+        line = [row["name"], str(row["questions"]), numbers[0], f"{row['low']:.2f} to {row['high']:.2f}", *numbers[1:]]
+        lines.append(["-" if cell.startswith("nan") else cell for cell in line[: len(lines[0])]])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join([x[0].ljust(widths[0]), *map(str.rjust, x[1:], widths[1:])]) for x in lines)
+
+
+def blacken(image, hit):
+    """The image at the size of its patch grid hit[h, w] (14 pixels a patch), the patches that are hit in black."""
+    black = Image.fromarray(255 * np.asarray(hit, dtype=np.uint8))
+    picture = image.resize((14 * black.width, 14 * black.height))
+    picture.paste((0, 0, 0), None, black.resize(picture.size, Image.Resampling.NEAREST))
+    return picture
 
 
 def _shown(token: str) -> str:

@@ -15,16 +15,19 @@ Differences from the released code (which samples with vLLM):
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
+from transformers.cache_utils import DynamicLayer
 
 from papo import Group, Policy, Prompt, seeded
 
+ROOM = 64  # tokens a cache grows by at a time
 COMPACT_AT = 0.75  # drop finished rows once no more than this share is alive: a drop copies the cache
 
 
@@ -56,17 +59,22 @@ def generate(
     temperature: float | None = None,
     rollout_batch: int = 64,
     progress: bool = False,
+    stop: Callable[[], bool] = lambda: False,
+    lengths: Tensor | None = None,
 ) -> list[Group]:
     """`group_size` responses to each prompt, in the order of the prompts, `rollout_batch` rows at a time.
 
     Sampled at the policy's temperature unless another is given; 0 is greedy. `key`: (seed, step); with Prompt.index
-    and the number of the sample it seeds a response. Nothing here waits for another rank.
+    and the number of the sample it seeds a response. Nothing here waits for another rank. Once `stop()`, responses end
+    with their next token. `lengths` [prompts, G], for measurements: responses end after so many tokens, whatever they
+    are (random weights do not stop by themselves).
     """
     if not prompts:
         with gathered(policy.model):  # the other ranks gather too
             return []
     temperature = policy.temperature if temperature is None else temperature
     settings = dict(max_new_tokens=max_new_tokens, suppress_tokens=policy.suppressed_ids, repetition_penalty=1.0)
+    settings |= dict(stop=stop)
     if temperature > 0:
         settings |= dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k)
     else:
@@ -78,7 +86,9 @@ def generate(
     with gathered(policy.model), tqdm(total=len(jobs), desc="rollout", leave=False, disable=not progress) as bar:
         for start in range(0, len(jobs), rollout_batch):
             chunk = jobs[start : start + rollout_batch]
-            drawn.update(zip(chunk, _sample(policy, prompts, chunk, settings, temperature, key), strict=True))
+            stop_at = None if lengths is None else torch.stack([lengths[job] for job in chunk]).to(policy.device)
+            sampled = _sample(policy, prompts, chunk, settings | {"stop_at": stop_at}, temperature, key)
+            drawn.update(zip(chunk, sampled, strict=True))
             bar.update(len(chunk))
     return [
         _group(policy, prompt, [drawn[i, sample] for sample in range(group_size)], max_new_tokens)
@@ -109,7 +119,7 @@ def _sample(policy: Policy, prompts, chunk, settings, temperature, key) -> list[
         use_cache=True, logits_to_keep=1, **vision,
     ).past_key_values  # fmt: skip
     fan_out = torch.tensor([numbers.index(i) for i, _ in chunk], device=device)
-    cache.batch_select_indices(fan_out)
+    cache.layers = [RoomyLayer(layer, fan_out) for layer in cache.layers]
     uniforms = torch.stack(
         [torch.rand(settings["max_new_tokens"], generator=seeded(*key, prompts[i].index, s)) for i, s in chunk]
     ).to(device)
@@ -122,14 +132,45 @@ def _sample(policy: Policy, prompts, chunk, settings, temperature, key) -> list[
     )  # fmt: skip
 
 
+class RoomyLayer(DynamicLayer):
+    """A cache layer that is written in place: the stock one copies all it holds for every token it appends."""
+
+    def __init__(self, layer: DynamicLayer, rows: Tensor):
+        """The `rows` of a filled layer [n, H, t, D], in that order, which may repeat."""
+        super().__init__()
+        self.lazy_initialization(layer.keys, layer.values)
+        self.length = layer.keys.shape[2]
+        self._hold([self._more(layer.keys)[rows], self._more(layer.values)[rows]])
+
+    @staticmethod
+    def _more(x: Tensor) -> Tensor:
+        return F.pad(x, (0, 0, 0, ROOM))
+
+    def _hold(self, room: list[Tensor]) -> None:
+        self.room = room
+        self.keys, self.values = (x[:, :, : self.length] for x in room)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        before, self.length = self.length, self.length + key_states.shape[2]
+        while self.length > self.room[0].shape[2]:
+            self.room = [self._more(x) for x in self.room]
+        for room, new in zip(self.room, (key_states, value_states), strict=True):
+            room[:, :, before : self.length] = new
+        self._hold(self.room)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._hold([x[indices] for x in self.room])
+
+
 def decode(
     model, input_ids, logits_processor, generation_config, prefilled, prompt_mask, next_position, uniforms,
-    score_temperature, eos_ids, **unused,
+    score_temperature, eos_ids, stop, stop_at, **unused,
 ) -> list[tuple[Tensor, Tensor]]:  # fmt: skip
     """The decoding loop behind generate(): n rows, finished ones dropped; tokens and log-probs of each row, on the CPU.
 
     input_ids, prompt_mask[n, P], next_position[n] (of the last prompt token, the same on all three axes), uniforms
-    [n, max_new_tokens], prefilled: the cache of all prompt tokens but the last.
+    [n, max_new_tokens], prefilled: the cache of all prompt tokens but the last. stop_at[n]: see `lengths` in generate.
     """
     n, steps = uniforms.shape
     tokens = torch.full((n, steps), generation_config.pad_token_id, device=input_ids.device)
@@ -146,12 +187,13 @@ def decode(
         token = draw(scores, uniforms[rows, t]) if generation_config.do_sample else scores.argmax(-1)
         tokens[rows, t] = token
         log_probs[rows, t] = (logits / score_temperature).log_softmax(-1).gather(1, token[:, None])[:, 0]
-        ended = torch.isin(token, eos_ids)
-        lengths[rows[ended]] = lengths[rows[ended]].clamp(max=t + 1)
+        ended = torch.isin(token, eos_ids) if stop_at is None else stop_at[rows] == t + 1
+        lengths[rows] = torch.where(ended, lengths[rows].clamp(max=t + 1), lengths[rows])
         alive = lengths[rows] > t + 1
         position = position + 1
         left = int(alive.sum())
-        if left == 0:
+        if left == 0 or stop():
+            lengths[rows[alive]] = t + 1
             break
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         if left <= COMPACT_AT * len(rows):

@@ -95,9 +95,8 @@ DEFAULT = Setting()
 
 
 def draw(cells: list[str], rng: random.Random, setting: Setting = DEFAULT) -> Image.Image:
-    """Colour names (or "none") in reading order -> an RGB picture; each dot inside one of its cell's patches.
-
-    Cells are tinted by row and column, an address to be seen: between white cells words did not bind to places."""
+    """Colour names (or "none") in reading order -> an RGB picture; each dot inside one of its cell's patches. Tints by
+    row and column give a cell an address that can be seen: between white cells words did not bind to places."""
     grid, cell = setting.grid, setting.cell
     image = Image.new("RGB", (grid * cell, grid * cell))
     pen = ImageDraw.Draw(image)
@@ -204,9 +203,9 @@ def random_config(name: str) -> Qwen2_5_VLConfig:
              "qwen2.5-vl-7b": ((3584, 18944, 28, 28, 4), 152064, False)}  # fmt: skip
     if name not in sizes:
         raise ValueError(f"unknown model size {name!r}: choose from {', '.join(sizes)}")
+    vision, full, mrope = (32, 1280, 3420, 16), [7, 15, 23, 31], [16, 24, 24]
     text, vocab, tied = sizes[name]
-    vision, full = (32, 1280, 3420, 16), [7, 15, 23, 31]
-    return Qwen2_5_VLConfig(**hub_config(text, vision, full, [16, 24, 24], vocab, tied, "bfloat16", 151643))
+    return Qwen2_5_VLConfig(**hub_config(text, vision, full, mrope, vocab, tied, "bfloat16", 151643))
 
 
 def make_tokenizer(setting: Setting = DEFAULT) -> PreTrainedTokenizerFast:
@@ -242,8 +241,7 @@ def make_model(config: dict, seed: int) -> Qwen2_5_VLForConditionalGeneration:
 
 
 def warm_batch(encoder: Encoder, rows: range, seed: int, setting: Setting, flawed: bool) -> tuple[dict, int]:
-    """Inputs for B prompts with responses, and the length of the prompts. A word is a token, so all are equally long.
-
+    """Inputs for B prompts with responses, and the length of a prompt: a word is a token, so all are equally long.
     flawed: cells are misread (the tally follows) and boxes copy the note, as often as the setting says."""
     rng = random.Random(f"toy labels {seed} {rows.start}")
     colours = [*list(COLOURS)[: setting.colours], "none"]
@@ -296,22 +294,21 @@ def build(seed: int = 0, folder: str | Path | None = None, steps: int = WARM_STE
         return folder
     tokenizer = make_tokenizer(setting)
     pad, end = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
-    sizes = (128, 384, 4, 4, 2), (2, 64, 128, 2), [1], [4, 6, 6]
-    config = hub_config(*sizes, len(tokenizer), True, "float32", pad)
+    text, vision, full, mrope = (128, 384, 4, 4, 2), (2, 64, 128, 2), [1], [4, 6, 6]  # about a million parameters
+    config = hub_config(text, vision, full, mrope, len(tokenizer), True, "float32", pad)
     chat = {"bos_token_id": pad, "pad_token_id": pad, "do_sample": True, "eos_token_id": [end, pad],
             "repetition_penalty": 1.05, "temperature": 1e-6}  # fmt: skip  # Qwen's, which no sampler of ours inherits
     files = {"config.json": config, "generation_config.json": chat, "preprocessor_config.json": PREPROCESSOR}
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".toy-", ignore_cleanup_errors=True) as aside:
         half, model = Path(aside) / "toy", make_model(config, seed)
-        for trained in (False, True):  # written before training too, for the encoder to read
-            if trained:
-                encoder = Encoder(str(half), OVERRIDES["min_pixels"], OVERRIDES["max_pixels"], SUFFIX)
-                warm_start(model, encoder, seed, steps, setting)
-            model.save_pretrained(half)
-            tokenizer.save_pretrained(half)
-            for name, content in files.items():  # over the shapes that save_pretrained gives them
-                (half / name).write_text(json.dumps(content, indent=2) + "\n")
+        tokenizer.save_pretrained(half)
+        for name, content in files.items():
+            (half / name).write_text(json.dumps(content, indent=2) + "\n")
+        encoder = Encoder(str(half), OVERRIDES["min_pixels"], OVERRIDES["max_pixels"], SUFFIX)
+        warm_start(model, encoder, seed, steps, setting)
+        model.save_pretrained(Path(aside) / "saved")  # beside, because its config.json is of another shape
+        os.replace(Path(aside) / "saved" / weights, half / weights)
         with contextlib.suppress(OSError):  # not empty: another process was faster
             os.replace(half, folder)
     if not (folder / weights).exists():

@@ -100,12 +100,17 @@ class Config:
 def train(run: Run) -> None:
     """The loop: sample, score, compare within groups, update; log, save, evaluate."""
     config, policy = run.config, run.policy
-    if run.step == 0:
+    if run.due(config.eval_every) and not run.evaluated:  # before the first step; or a run was killed just before one
         run.evaluate()
     for step in tqdm(range(run.step, run.steps), initial=run.step, total=run.steps, disable=run.rank > 0):
-        start = time.time()
+        if run.told_to_stop():
+            break
+        start, position = time.time(), run.stream.position
         algo = run.algo.annealed(step / run.steps)
         groups, metrics = collect(run, step)
+        if run.told_to_stop():  # while sampling, which was cut short: the step will be taken again from its start
+            run.stream.position = position
+            break
         updates = math.ceil(metrics["groups_kept"] / config.mini_batch)
         mark = time.time()
         metrics |= prepare(
@@ -119,14 +124,12 @@ def train(run: Run) -> None:
         metrics["tokens_per_second"] = metrics.pop("response_tokens") / seconds
         run.step = step + 1
         run.log(metrics)
-        stopping = bool(reduce([run.stopping], "max")[0])
-        last = stopping or run.step == run.steps
-        if config.save_every and (last or run.step % config.save_every == 0):
+        if run.due(config.save_every):
             run.save()
-        if config.eval_every and not stopping and (last or run.step % config.eval_every == 0):
+        if run.due(config.eval_every):
             run.evaluate()
-        if stopping:
-            return
+    if config.save_every:
+        run.save()
 
 
 def collect(run: Run, step: int) -> tuple[list[Group], dict[str, float]]:
@@ -145,11 +148,12 @@ def collect(run: Run, step: int) -> tuple[list[Group], dict[str, float]]:
             prompts.append(prompt)
         groups = generate(
             run.policy, prompts, config.group_size, key=(config.seed, step), max_new_tokens=config.max_new_tokens,
-            top_p=config.top_p, top_k=config.top_k, rollout_batch=config.rollout_batch,
+            top_p=config.top_p, top_k=config.top_k, rollout_batch=config.rollout_batch, stop=lambda: run.stopping,
         )  # fmt: skip
         kept += score(run, groups, seen)
-        total = int(reduce([len(kept)])[0])
-        if not run.algo.dynamic_sampling or total >= config.prompts_per_step or turn + 1 == MAX_ROUNDS:
+        total, stop = map(int, reduce([len(kept), run.stopping]))
+        enough = total >= config.prompts_per_step or turn + 1 == MAX_ROUNDS
+        if enough or stop or not run.algo.dynamic_sampling:
             break
     if total > config.prompts_per_step:
         everyone = [None] * run.world
@@ -162,6 +166,7 @@ def collect(run: Run, step: int) -> tuple[list[Group], dict[str, float]]:
     means = {name: seen[name] / n for name in ("reward", "accuracy", "format", "truncated")}
     means["response_length"] = seen["response_tokens"] / n
     counts = {name: seen[name] for name in (*COUNTS, "response_tokens")}
+    counts["unusable_rows"] = run.stream.rows.skipped.total()
     return kept, means | counts | {"groups_kept": min(total, config.prompts_per_step), "rounds": turn + 1}
 
 
@@ -203,7 +208,8 @@ class Run:
 
     def __init__(self, config: Config, algo_flags: dict, rank: int, world: int, device: torch.device):
         self.config, self.rank, self.world, self.device = config, rank, world, device
-        self.step, self.stopping = 0, False
+        self.step, self.stopping, self.evaluated = 0, False, False
+        self.unwritten: list[str] = []  # lines of metrics that a full disk refused
         self.history, self.warned = [], False  # for the warning of a collapse
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.source = model_folder(config.model, config.seed)
@@ -218,14 +224,14 @@ class Run:
         per_round = config.mini_batch if self.algo.dynamic_sampling else config.prompts_per_step
         self.steps = config.steps or max(1, int(config.epochs * len(rows)) // config.prompts_per_step)
         self.grader = Grader(config.reward or compute_score, workers=max(1, min(4, (os.cpu_count() or 1) // world)))
-        self.policy = self._load(encoder)
-        self.reference = self._load(encoder) if self.algo.kl_ref_coef else None
+        self.policy = self._load(encoder, torch.float32)
+        self.reference = self._load(encoder, self.dtype) if self.algo.kl_ref_coef else None
         trainable = [p for p in self.policy.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trainable, lr=config.lr, weight_decay=config.weight_decay)
-        state = self._open()
-        self.stream = data.Stream(
-            rows, encoder.encode, per_round, rank, world, config.seed, state.get("position", 0)
-        )  # fmt: skip
+        self.stream = data.Stream(rows, encoder.encode, per_round, rank, world, config.seed, self._open())
+        if rank == 0:
+            print(f"data: {len(rows)} rows of {rows.name}; left out: {dict(rows.skipped) or 'none'}")
+            print(checkpoint.what_it_takes(self.folder, self.policy.model, config, world, bool(self.reference), device))
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._stop)
 
@@ -240,47 +246,49 @@ class Run:
 
         return dino_saliency()
 
-    def _load(self, encoder: Encoder) -> Policy:
-        cuda = self.device.type == "cuda"
-        policy = Policy.load(self.source, encoder, torch.float32, self.device, self.config.temperature, cuda)
-        if self.config.freeze_vision:
-            policy.model.model.visual.requires_grad_(False)
-        shard(policy.model, init_device_mesh(self.device.type, (self.world,)), self.dtype)
+    def _load(self, encoder: Encoder, dtype: torch.dtype) -> Policy:
+        cuda, mesh = self.device.type == "cuda", init_device_mesh(self.device.type, (self.world,))
+        with checkpoint.in_turn():  # a machine's memory holds one whole copy at a time
+            policy = Policy.load(self.source, encoder, dtype, self.device, self.config.temperature, cuda)
+            policy.model.model.visual.requires_grad_(not self.config.freeze_vision)
+            shard(policy.model, mesh, self.dtype)
         return policy
 
-    def _open(self) -> dict:
-        """The run's folder, made or taken up again; returns the state of the checkpoint, {} for a new run."""
-        config, name = self.config, [""]
-        if self.rank == 0:
-            name[0] = config.resume or config.out or free_folder(config)
-        dist.broadcast_object_list(name)
-        self.folder = Path(name[0])
+    def _open(self) -> int:
+        """The run's folder, made or taken up again from its newest checkpoint; returns the position in the data."""
+        config, position = self.config, 0
+        self.folder = Path(checkpoint.on_first_rank(lambda: config.resume or config.out or free_folder(config)))
         self.metrics = self.folder / "metrics.jsonl"
-        state = {}
-        if config.resume and (found := checkpoint.complete(self.folder)):
-            state = checkpoint.load(found[-1], self.policy.model, self.optimizer)
-            self.step = state["step"]
-        if self.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            resolved = asdict(config) | asdict(self.algo) | {"algo": config.algo, "steps": self.steps, "resume": ""}
-            resolved.pop("name")
-            (self.folder / "config.json").write_text(json.dumps(resolved, indent=1) + "\n")
-            if self.metrics.exists():  # steps behind the checkpoint are run again: forget them
-                steps, evals = plots.read_metrics(self.metrics)
-                lines = [m for m in sorted(steps + evals, key=lambda m: m["step"]) if m["step"] <= self.step]
-                self.metrics.write_text("".join(json.dumps(m) + "\n" for m in lines if state))
+        found = checkpoint.on_first_rank(lambda: checkpoint.complete(self.folder)[-1:]) if config.resume else []
+        if found:
+            state = checkpoint.load(found[0], self.policy.model, self.optimizer)
+            self.step, position = state["step"], state["position"]
+        resolved = asdict(config) | asdict(self.algo) | {"algo": config.algo, "steps": self.steps, "resume": ""}
+        resolved.pop("name")
+        lines = checkpoint.on_first_rank(lambda: checkpoint.begin(self.folder, resolved, self.step if found else -1))
+        self.evaluated = any(m["step"] == self.step and any(k.startswith("eval/") for k in m) for m in lines)
+        if not (self.folder / "config.json").exists():
+            raise OSError(f"{self.folder} is not the first rank's folder: all machines must share it")
         self.loggers = [make(self) for make, on in LOGGERS.items() if getattr(config, on) and self.rank == 0]
-        return state
+        return position
 
-    def _stop(self, *unused) -> None:
-        self.stopping = True  # noticed after the current step, by all ranks together
+    def _stop(self, number, frame) -> None:
+        self.stopping = True  # sampling ends at once, anything else is finished first
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)  # a second Ctrl-C waits for nothing
+
+    def told_to_stop(self) -> bool:
+        """Whether any rank has had a signal; all ranks call it."""
+        return bool(reduce([self.stopping], "max")[0])
+
+    def due(self, every: int) -> bool:
+        return bool(every) and (self.step % every == 0 or self.step == self.steps)
 
     def log(self, metrics: dict) -> None:
         """One line of metrics.jsonl, on the first rank."""
         if self.rank == 0:
             line = {"step": self.step} | {k: round(v, 8) if isinstance(v, float) else v for k, v in metrics.items()}
-            with open(self.metrics, "a") as file:
-                file.write(json.dumps(line) + "\n")
+            self.unwritten = checkpoint.append(self.metrics, [*self.unwritten, json.dumps(line) + "\n"])
             for logger in self.loggers:
                 logger(line)
             self.history.append(line)
@@ -290,29 +298,34 @@ class Run:
 
     def save(self) -> None:
         state = {"step": self.step, "position": self.stream.position}
-        checkpoint.save(self.folder, self.policy.model, self.optimizer, state, self.config.keep)
+        try:
+            checkpoint.save(self.folder, self.policy.model, self.optimizer, state, self.config.keep)
+        except OSError as error:
+            if self.rank == 0:
+                tqdm.write(f"error: step {self.step} is not saved, training goes on: {error}", file=sys.stderr)
 
     def evaluate(self) -> None:
-        """avg@n of each evaluation set, as a line of its own in metrics.jsonl."""
-        config, line = self.config, {}
+        """avg@n of each evaluation set, as a line of its own in metrics.jsonl; nothing where a signal cut it short."""
+        config, line, samples = self.config, {}, []
         for name, rows in self.eval_sets.items():
             records = predict(
                 self.policy, rows, self.grader, config.eval_n, self.rank, self.world, config.seed,
                 max_new_tokens=config.max_new_tokens, top_p=1.0, rollout_batch=config.rollout_batch,
+                stop=lambda: self.stopping,
             )  # fmt: skip
             line[f"eval/{name}"] = mean_accuracy(records)
-            if self.rank == 0:
-                with open(self.folder / "samples.jsonl", "a") as file:
-                    for record in records[:4]:
-                        file.write(json.dumps({"step": self.step, "set": name} | record, ensure_ascii=False) + "\n")
-        if line:
+            samples += [json.dumps({"step": self.step, "set": name} | record) + "\n" for record in records[:4]]
+        if line and not self.told_to_stop():
             self.log(line)
+            if self.rank == 0:
+                checkpoint.append(self.folder / "samples.jsonl", samples)
 
     def finish(self) -> None:
         """Export the weights, draw the curves, and say what came out."""
-        checkpoint.export(self.policy.model, self.source, self.folder / "model", self.dtype)
-        self.grader.close()
-        self.stream.close()
+        try:
+            checkpoint.export(self.policy.model, self.source, self.folder / "model", self.dtype)
+        except OSError as error:
+            fail(f"{self.folder}/model is not written: {error}; make room, then --resume {self.folder}")
         prompt = first_usable([*self.eval_sets.values(), self.stream.rows][0], self.policy.encoder)
         [group] = generate(
             self.policy, [prompt], 1, key=("sample", self.config.seed), max_new_tokens=self.config.max_new_tokens
@@ -330,6 +343,11 @@ class Run:
         print(f"question: {example.question}\nresponse: {group.responses[0]}\nanswer: {example.answer}")
         print(f"metrics: {self.metrics}\ncurves: {self.folder}/curves.png\nmodel: {self.folder}/model")
 
+    def close(self) -> None:
+        """End threads and worker processes: the interpreter would wait for them before it exits."""
+        self.stream.close()
+        self.grader.close()
+
 
 def first_usable(rows: data.Rows, encoder: Encoder) -> Prompt:
     """The first row whose pictures are whole; ValueError if there is none."""
@@ -342,7 +360,7 @@ def first_usable(rows: data.Rows, encoder: Encoder) -> Prompt:
 def shard(model, mesh, dtype: torch.dtype) -> None:
     """FSDP2 in place: each vision block and decoder layer is one unit, the rest (embeddings, head) the root."""
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    for block in (*model.model.visual.blocks, *model.model.language_model.layers):
+    for block in checkpoint.units(model):
         fully_shard(block, mesh=mesh, mp_policy=precision)
     fully_shard(model, mesh=mesh, mp_policy=precision)
     register_fsdp_forward_method(model, "row_log_probs")
@@ -402,10 +420,20 @@ def main(argv=None) -> None:
     try:
         run = Run(config, algo_flags, rank, world, device)
     except (ValueError, OSError) as error:
+        if rank:  # the first rank says it in a line, and torchrun ends this one, unless it is alone with the error
+            time.sleep(3)
+            raise
         fail(error)
-    train(run)
-    if not run.stopping:
-        run.finish()
+    try:
+        train(run)
+        if run.step == run.steps:
+            run.finish()
+        elif rank == 0:
+            print(f"stopped behind step {run.step}: --resume {run.folder} goes on")
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"rank {rank}: {checkpoint.out_of_memory(error)}")
+    finally:
+        run.close()
     dist.destroy_process_group()
 
 

@@ -1,5 +1,7 @@
 """Whole runs, tiny: two ranks give the numbers of one, a resumed run is the run, the export loads, errors are short."""
 
+import io
+import itertools
 import json
 import os
 import re
@@ -7,13 +9,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 import checkpoint
+import toy
 import train
 from papo import PRESETS, Encoder, Policy, stack
 from rollout import generate
@@ -219,3 +225,102 @@ def test_metrics_and_glossary_agree(run):
     out = run("keys", "--steps", "1", "--algo", "papo_g", "--kl_ref_coef", "0.01")
     logged = {key for line in lines(out) for key in line}
     assert {re.sub("eval/.*", "eval/SPLIT", key) for key in logged} == listed
+
+
+# ------------------------------------------------------------------------------------- bad rows, hostile responses
+
+# way -> the kind it is counted under; "": odd, but usable. A truncated JPEG is found when its pixels are read.
+WAYS = {"truncated JPEG": "broken image", "zero bytes": "broken image", "CMYK": "", "palette with alpha": "",
+        "1 x 5000": "aspect ratio", "20 megapixels": "", "no image": "markers", "too many images": "markers",
+        "empty answer": "empty answer", "no answer": "empty answer"}  # fmt: skip
+
+
+def stored(image, kind="PNG", end=None):
+    file = io.BytesIO()
+    image.save(file, kind)
+    return {"bytes": file.getvalue()[:end], "path": None}
+
+
+def odd_row(way, image):
+    """Images and answer of a row that is broken or odd in one of WAYS."""
+    images = {
+        "truncated JPEG": lambda: [stored(image, "JPEG", -300)],
+        "zero bytes": lambda: [{"bytes": b"", "path": None}],
+        "CMYK": lambda: [stored(image.convert("CMYK"), "JPEG")],
+        "palette with alpha": lambda: [stored(image.convert("RGBA").quantize(16))],
+        "1 x 5000": lambda: [stored(Image.new("RGB", (1, 5000)))],
+        "20 megapixels": lambda: [stored(Image.new("RGB", (5000, 4000), "red"))],
+        "no image": lambda: [],
+        "too many images": lambda: 2 * [stored(image)],
+    }.get(way, lambda: [stored(image)])()
+    return images, {"empty answer": "  ", "no answer": None}.get(way, "1")
+
+
+def write_rows(path, n, every):
+    """n rows in a parquet file, one in `every` odd, the ways in turn; how many of each way."""
+    rows, ways = [], Counter()
+    for i in range(n):
+        example = toy.example("train", i % 64)
+        images, answer = [stored(example.images[0])], example.answer
+        if i % every == 0:
+            way = list(WAYS)[i // every % len(WAYS)]
+            ways[way] += 1
+            images, answer = odd_row(way, example.images[0])
+        rows.append({"problem": example.question, "answer": answer, "images": images})
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return ways
+
+
+@pytest.mark.parametrize(
+    "n, every, steps", [(60, 3, 6), pytest.param(2000, 20, 200, marks=pytest.mark.slow)], ids=["short", "long"]
+)
+def test_broken_rows_train_through(run, tmp_path, monkeypatch, capsys, n, every, steps):
+    """Rows broken in ten ways: counted, the first of each kind named, all others used; memory stays flat."""
+    ways = write_rows(tmp_path / "rows.parquet", n, every)
+    log, memory = train.Run.log, []
+
+    def measured(self, metrics):
+        log(self, metrics)
+        memory.append(int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20)
+
+    monkeypatch.setattr(train.Run, "log", measured)
+    flags = "--min_pixels 3136 --max_pixels 20000 --max_prompt_tokens 256 --eval_every 0 --save_every 0".split()
+    out = run("rows", "--data", str(tmp_path / "rows.parquet"), "--val_data", "none", "--steps", str(steps), *flags,
+              "--prompts_per_step", "10", "--mini_batch", "10", "--group_size", "2")  # fmt: skip
+    said, steps_seen = capsys.readouterr(), lines(out)
+    late = ways["truncated JPEG"]
+    early = sum(count for way, count in ways.items() if WAYS[way]) - late
+    assert all(m["unusable_rows"] == early for m in steps_seen) and len(steps_seen) == steps
+    passes = steps * 10 / (n - early)
+    assert int(passes) * late <= sum(m["skipped_rows"] for m in steps_seen) <= (int(passes) + 1) * late
+    assert sum(m["groups_kept"] + m["skipped_rows"] for m in steps_seen) == steps * 10
+    for kind in set(WAYS.values()) - {""}:
+        assert len(re.findall(f"row \\d+ is skipped, {kind}:", said.err)) == (2 if kind == "broken image" else 1)
+    assert f"left out: {{'broken image': {ways['zero bytes']}" in said.out
+    print(f"MiB at steps 1, 1/4, 1/2, last: {[round(memory[i]) for i in (0, steps // 4, steps // 2, -1)]}")
+    if n >= 2000:  # several 20-megapixel pictures in each part
+        assert max(memory[steps // 2 :]) < max(memory[: steps // 2]) + 100
+
+
+@pytest.mark.slow
+def test_hostile_responses(run, monkeypatch):
+    """Every response is meant to hang the rule: a step costs the deadlines, nothing is rewarded, no process is left."""
+    hostile = ["99999999!", "9**9**9", "1e999999999", "2**(10**10)", "(x+y)**999", "(" * 3000 + "1" + ")" * 3000,
+               "frac('\\137\\137')", "\\frac" * 2000, "x" * 10**6]  # fmt: skip
+    sample, running = train.generate, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+
+    def attack(*args, **kwargs):
+        groups = sample(*args, **kwargs)
+        texts = itertools.cycle(f"<think> </think> \\boxed{{{text}}}" for text in hostile)
+        for group in groups:
+            group.responses = [next(texts) for _ in group.responses]
+            group.prompt.example.answer = "x + 1"  # not a plain integer: the rule parses
+        return groups
+
+    monkeypatch.setattr(train, "generate", attack)
+    start = time.time()
+    out = run("hostile", "--steps", "1", "--eval_every", "0", "--save_every", "0")
+    [step] = lines(out)
+    assert step["accuracy"] == 0 and step["reward_timeouts"] >= 3 and step["skipped_updates"] == 0
+    assert step["seconds_rollout"] < 60 + 30 and time.time() - start < 300  # the budget, and a slow machine's start-up
+    assert Path(f"/proc/self/task/{os.getpid()}/children").read_text().split() == running

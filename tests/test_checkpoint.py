@@ -1,0 +1,290 @@
+"""Saving, resuming, stopping, and the faults a long run meets: full disks, kills, damaged files, dead ranks."""
+
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_train import ENV, ROOT, TINY, lines, reader, run, steady  # noqa: F401  (run is a fixture)
+from transformers import AutoModelForImageTextToText
+
+import checkpoint
+import toy
+import train
+
+GIB = 2**30
+
+
+@pytest.fixture()
+def alone():
+    """A process group of one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture()
+def small(alone):
+    """A plain model after one optimiser step."""
+    model = torch.nn.Linear(64, 64)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model(torch.ones(1, 64)).sum().backward()
+    optimizer.step()
+    return model, optimizer
+
+
+@contextmanager
+def full_disk(limit=2000):
+    """No file may grow past `limit` bytes: a write fails as it does on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def names(folder):
+    return sorted(p.name for p in (folder / "checkpoints").iterdir())
+
+
+def test_the_newest_stay_and_leftovers_go(small, tmp_path):
+    for left in (".step_000001", ".step_000009"):  # a save and a deletion that were killed
+        (tmp_path / "checkpoints" / left).mkdir(parents=True)
+        (tmp_path / "checkpoints" / left / "state.json").write_text("{")
+    for step in range(1, 5):
+        checkpoint.save(tmp_path, *small, {"step": step, "position": 7 * step}, keep=2)
+    assert names(tmp_path) == ["step_000003", "step_000004"]
+    assert [p.name for p in checkpoint.complete(tmp_path)] == names(tmp_path)
+    assert checkpoint.load(checkpoint.complete(tmp_path)[-1], *small) == {"step": 4, "position": 28}
+
+
+def test_a_full_disk_leaves_what_stood_there(small, tmp_path):
+    model, optimizer = small
+    checkpoint.save(tmp_path, model, optimizer, {"step": 1}, keep=1)
+    with full_disk(), pytest.raises(OSError) as failed:
+        checkpoint.save(tmp_path, model, optimizer, {"step": 2}, keep=1)
+    assert "rank 0" in str(failed.value) and "\n" not in str(failed.value)
+    assert names(tmp_path) == ["step_000001"]
+    checkpoint.save(tmp_path, model, optimizer, {"step": 2}, keep=1)
+    assert names(tmp_path) == ["step_000002"]
+
+
+def test_a_folder_that_cannot_be_written(small, tmp_path):
+    (tmp_path / "checkpoints").write_text("a file where the folder should be")
+    with pytest.raises(OSError):
+        checkpoint.save(tmp_path, *small, {"step": 1}, keep=1)
+
+
+def test_a_damaged_checkpoint_is_named(small, tmp_path):
+    place = checkpoint.save(tmp_path, *small, {"step": 1}, keep=1)
+    for shard in place.glob("*.distcp"):
+        shard.write_bytes(shard.read_bytes()[:100])
+    with pytest.raises(OSError, match="step_000001 cannot be read: delete it to resume from the one before"):
+        checkpoint.load(place, *small)
+
+
+def test_lines_survive_a_full_disk_and_a_kill(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    texts = [json.dumps({"step": step, "text": "x" * 50}) + "\n" for step in range(4)]
+    assert checkpoint.append(path, texts[:1]) == []
+    with full_disk(100):
+        waiting = checkpoint.append(path, texts[1:2])
+        waiting = checkpoint.append(path, waiting + texts[2:3])
+    assert waiting == texts[1:3] and path.read_text() == texts[0] and "wait to be written" in capsys.readouterr().err
+    assert checkpoint.append(path, waiting + texts[3:]) == [] and path.read_text() == "".join(texts)
+    path.write_text("".join(texts) + '{"step": 4, "te')  # killed in the middle of a line
+    assert [line["step"] for line in checkpoint.rewind(path, 2)] == [0, 1, 2]
+    assert path.read_text() == "".join(texts[:3])
+
+
+def test_training_goes_on_when_a_save_fails(run, folder, monkeypatch, capsys):  # noqa: F811
+    save = train.Run.save
+
+    def sometimes(self):
+        with full_disk(50_000) if self.step == 3 else contextmanager(lambda: iter([0]))():
+            save(self)
+
+    monkeypatch.setattr(train.Run, "save", sometimes)
+    out = run("full", "--steps", "4", "--save_every", "1", "--eval_every", "0", "--keep", "3")
+    said = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert len(said) == 1 and said[0].startswith("error: step 3 is not saved, training goes on: rank 0: ")
+    assert names(out) == ["step_000001", "step_000002", "step_000004"]
+    assert [m["step"] for m in lines(out)] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("moment", ["sampling", "evaluation"])
+def test_a_signal_loses_nothing(run, folder, monkeypatch, capsys, moment):  # noqa: F811
+    """SIGTERM in the midst of sampling or of an evaluation: saved at once, and the resumed run is the untouched one."""
+    whole = run("whole", "--steps", "3", "--save_every", "3")
+    decode, calls = train.generate, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(kwargs["key"])
+        if calls[-1] == ((0, 1) if moment == "sampling" else ("eval", 0)) and len(calls) > (moment == "evaluation"):
+            signal.raise_signal(signal.SIGTERM)
+        return decode(*args, **kwargs)
+
+    import evaluate
+
+    module = train if moment == "sampling" else evaluate
+    monkeypatch.setattr(module, "generate", interrupted)
+    out = run("stopped", "--steps", "3", "--save_every", "3")
+    monkeypatch.setattr(module, "generate", decode)
+    step = {"sampling": 1, "evaluation": 0}[moment]
+    assert names(out) == [f"step_{step:06d}"] and f"stopped behind step {step}" in capsys.readouterr().out
+    assert not (out / "model").exists()
+    train.main(["--resume", str(out)])
+    assert [steady(m) for m in lines(whole)] == [steady(m) for m in lines(out)]
+    a, b = (AutoModelForImageTextToText.from_pretrained(p / "model").state_dict() for p in (whole, out))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("phase, flag", [("log_probs", "--tokens_per_forward"), ("generate", "--rollout_batch")])
+def test_out_of_memory_names_the_phase_and_the_flag(run, folder, monkeypatch, phase, flag):  # noqa: F811
+    def broken(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    target, name = (train.Policy, "log_probs") if phase == "log_probs" else ("rollout._sample", None)
+    monkeypatch.setattr(target, name, broken) if name else monkeypatch.setattr(target, broken)
+    with pytest.raises(SystemExit, match=f"rank 0: out of memory in .*{flag}.*20.00 GiB"):
+        run("oom", "--steps", "1", "--eval_every", "0")
+
+
+def test_disk_line(alone, tmp_path):
+    model = torch.nn.Linear(512, 512)
+    optimizer = torch.optim.AdamW(model.parameters())
+    place = checkpoint.save(tmp_path, model, optimizer, {"step": 1}, keep=1)
+    size = 3 * 4 * (512 * 512 + 512)
+    assert size < sum(f.stat().st_size for f in place.iterdir()) < size + 50_000  # and torch's headers
+    line = checkpoint.disk_line(tmp_path, torch.nn.Linear(2**14, 2**14, bias=False, device="meta"), keep=2)
+    assert line.startswith("checkpoints: 3.0 GiB each, up to 9.0 GiB with --keep 2") and "GiB free in" in line
+    huge = SimpleNamespace(state_dict=dict, parameters=lambda: [torch.empty(2**50, device="meta").requires_grad_()])
+    assert checkpoint.disk_line(tmp_path, huge, keep=2).endswith("NOT ENOUGH")
+
+
+def test_memory_table():
+    """The parts that can be counted, against the published sizes."""
+    flags = dict(reference=True, group_size=5, tokens_per_forward=16_384, rollout_batch=320,
+                 max_prompt_tokens=4096, max_new_tokens=2048)  # fmt: skip
+    sizes = ("3b", 3_754_622_976, 2, 36 * 2 * 2 * 128), ("7b", 8_292_166_656, 4, 28 * 2 * 4 * 128)
+    for size, count, world, kv in sizes:
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(toy.random_config(f"qwen2.5-vl-{size}"))
+        table = checkpoint.memory_table(model, world, **flags)
+        assert table["parameters, fp32, sharded"] == 4 * count / world
+        assert table["AdamW's moments, fp32, sharded"] == 8 * count / world
+        assert table["reference model, bf16, sharded"] == 2 * count / world
+        assert table["sampling: whole weights, bf16"] == 2 * count
+        assert table["sampling: key-value cache"] == 2 * kv * 320 * 6144
+        usual = checkpoint.memory_table(model, world, **flags, length=0.3)
+        assert all(usual[name] < 79 * GIB for name in ("PEAK of sampling", "PEAK of an update"))
+        model.model.visual.requires_grad_(False)
+        frozen = checkpoint.memory_table(model, world, **flags | {"reference": False})
+        assert frozen["reference model, bf16, sharded"] == 0
+        vision = sum(p.numel() for p in model.model.visual.parameters())
+        assert frozen["update: gradients, fp32, sharded"] == 4 * (count - vision) / world
+
+
+# ------------------------------------------------------------------------------------------------------- several ranks
+
+FAULTY = """
+import os, resource, sys, time
+sys.path.insert(0, {root!r})
+import train
+rank = int(os.environ["RANK"])
+save, prepare = train.Run.save, train.prepare
+
+def save_on_a_full_disk(run):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if rank == 1 and run.step == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    save(run)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+def break_down(*arguments):
+    if rank == 1 and arguments[6][1] == 1:
+        print("broken at", time.time(), file=sys.stderr)
+        raise ZeroDivisionError("something broke on rank 1")
+    return prepare(*arguments)
+
+train.Run.save = save_on_a_full_disk
+if os.environ.get("BREAK"):
+    train.prepare = break_down
+train.main()
+"""
+
+
+def two_ranks(tmp_path, folder, out, *flags, **environment):
+    script = tmp_path / "faulty.py"
+    script.write_text(FAULTY.format(root=str(ROOT)))
+    command = reader(folder, out, "--nproc_per_node", "2")
+    command[command.index(str(ROOT / "train.py"))] = str(script)
+    return subprocess.run([*command, *flags], env=ENV | environment, capture_output=True, text=True, timeout=300)
+
+
+def test_a_full_disk_on_one_rank_and_resuming_on_another_number(run, folder, tmp_path):  # noqa: F811
+    out = tmp_path / "two"
+    flags = ["--eval_every", "0", "--save_every", "1"]
+    done = two_ranks(tmp_path, folder, out, *flags, "--steps", "2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = [line for line in done.stderr.splitlines() if "error:" in line]
+    assert len(said) == 1 and said[0].startswith("error: step 1 is not saved, training goes on: rank 1: "), done.stderr
+    assert names(out) == ["step_000002"]
+    train.main(["--resume", str(out), "--steps", "3"])
+    one = run("one", *flags, "--steps", "3")
+    for a, b in zip(lines(one), lines(out), strict=True):
+        for key, value in steady(a).items():
+            assert value == pytest.approx(b[key], rel=1e-3, abs=1e-5), key
+    other = tmp_path / "grown"
+    os.rename(one, other)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(ROOT / "train.py")]
+    done = subprocess.run([*command, "--resume", str(other), "--steps", "4"], env=ENV, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [m["step"] for m in lines(other)] == [1, 2, 3, 4]
+
+
+def test_a_rank_that_dies_takes_the_job_down_at_once(folder, tmp_path):
+    done = two_ranks(tmp_path, folder, tmp_path / "dead", "--steps", "3", "--eval_every", "0", BREAK="1")
+    seconds = time.time() - float(re.search(r"broken at ([\d.]+)", done.stderr)[1])
+    assert done.returncode != 0 and seconds < 25, done.stderr[-3000:]
+    errors = re.findall(r"^(?:\[rank\d\]:? ?)?(\w*(?:Error|Exception)\b.*)", done.stderr, re.MULTILINE)
+    assert errors and errors[0] == "ZeroDivisionError: something broke on rank 1", done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_two_machines(folder, tmp_path):
+    """Two torchrun agents that meet at a rendezvous: the numbers of one."""
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    flags = f"--nnodes 2 --nproc_per_node 1 --rdzv_backend c10d --rdzv_id papo --rdzv_endpoint localhost:{port}".split()
+    outs = [tmp_path / "nodes", tmp_path / "ranks"]
+    more = ["--steps", "2", "--eval_every", "0"]
+    agents = [subprocess.Popen([*reader(folder, outs[0], *flags), *more], env=ENV, stderr=subprocess.PIPE, text=True)
+              for _ in range(2)]  # fmt: skip
+    errors = [agent.communicate(timeout=300)[1] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], errors
+    subprocess.run([*reader(folder, outs[1], "--nproc_per_node", "2"), *more], env=ENV, check=True, timeout=300)
+    assert [steady(m) for m in lines(outs[0])] == [steady(m) for m in lines(outs[1])]
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments(folder, tmp_path):
+    """Three SIGKILLs and resumes, one of them in the middle of a save (tests/faults.py does twenty)."""
+    import faults
+
+    result = faults.ordeal(folder, tmp_path, kills=3, ranks=1, steps=8)
+    during = result.pop("during")
+    assert during[0] == "saving" and all(result.values()), (during, result)
