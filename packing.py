@@ -213,7 +213,7 @@ def row_log_probs(self, row: Row, temperature: float) -> Tensor:
     embeds = embeds.masked_scatter(row.image_mask[..., None].expand_as(embeds), features)
     extra = {}
     if hasattr(image, "deepstack_features"):  # Qwen3-VL: more image features, added to the first layers
-        levels = [torch.cat(list(level)) for level in image.deepstack_features]
+        levels = [x if isinstance(x, Tensor) else torch.cat(x) for x in image.deepstack_features]  # a tensor up to 5.17
         extra = dict(visual_pos_masks=row.image_mask, deepstack_visual_embeds=levels)
     hidden = self.model.language_model(
         inputs_embeds=embeds, position_ids=row.position_ids, use_cache=False, layout=row.layout, **extra

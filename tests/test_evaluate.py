@@ -6,7 +6,8 @@ import re
 import subprocess
 import sys
 import zipfile
-from io import BytesIO
+from contextlib import redirect_stderr, redirect_stdout
+from io import BytesIO, StringIO
 from pathlib import Path
 
 import mathruler.grader
@@ -315,23 +316,31 @@ def test_baseline(tmp_path, capsys):
 # -------------------------------------------------------------------------------------- evaluation, and its survival
 
 
-@pytest.fixture()
-def bench(tmp_path):
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
     """Two splits; in one a picture is cut short, which only decoding finds, and a row is mismatched."""
+    place = tmp_path_factory.mktemp("bench")
     rows = split_rows("We_Math") + [row("<image>?", "1", "We_Math_images/cut.png"), row("<image>?", "1")]
-    write_split(tmp_path / "bench", "We_Math", rows)
-    write_split(tmp_path / "bench", "lscpku_LogicVista")
-    return ["--data", str(tmp_path / "bench"), "--prompt_suffix", "Box it.", *SMALL]
+    write_split(place, "We_Math", rows)
+    write_split(place, "lscpku_LogicVista")
+    return ["--data", str(place), "--prompt_suffix", "Box it.", *SMALL]
+
+
+@pytest.fixture(scope="module")
+def whole(folder, bench, tmp_path_factory):
+    """An evaluation in one go, on one rank: (its folder, what it printed, what it complained of)."""
+    out, said, told = tmp_path_factory.mktemp("whole") / "out", StringIO(), StringIO()
+    with redirect_stdout(said), redirect_stderr(told):
+        evaluate.main(["--model", folder, *bench, "--out", str(out)])
+    return out, said.getvalue(), told.getvalue()
 
 
 def read(out):
     return {file.name: file.read_text() for file in sorted(out.iterdir()) if file.is_file()}
 
 
-def test_evaluation(folder, bench, tmp_path, capsys):
-    out = tmp_path / "out"
-    evaluate.main(["--model", folder, *bench, "--out", str(out)])
-    text, told = capsys.readouterr()
+def test_evaluation(whole, capsys):
+    out, text, told = whole
     records = [json.loads(line) for line in (out / "We_Math.jsonl").read_text().splitlines()]
     assert list(records[0])[:5] == ["idx", "id", "prompt", "predict", "label"]
     assert [r["idx"] for r in records] == list(range(12))
@@ -351,9 +360,8 @@ def test_evaluation(folder, bench, tmp_path, capsys):
         assert its_rule(rows, 3) == pytest.approx(100 * np.mean([r["accuracy"] for r in rows]))
 
 
-def test_it_goes_on(folder, bench, tmp_path, monkeypatch, capsys):
+def test_it_goes_on(folder, bench, whole, tmp_path, monkeypatch, capsys):
     """Interrupted in the third batch, its last line torn: nothing is asked twice, and the files are the same."""
-    evaluate.main(["--model", folder, *bench, "--out", str(tmp_path / "whole")])
     sample, batches = evaluate.generate, []
 
     def counted(policy, prompts, *args, **kwargs):
@@ -376,28 +384,23 @@ def test_it_goes_on(folder, bench, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "generate", listed)
     evaluate.main(command)
     assert batches[0] == [3] and sum(batches[1:], []) == [0, 1, 2, 3]
-    whole = read(tmp_path / "whole")
-    assert read(out) == whole
+    assert read(out) == read(whole[0])
     assert list((out / "partial").rglob("*.jsonl")) == []
     batches[:] = []
     evaluate.main(command)
-    assert sum(batches, []) == [] and read(out) == whole
+    assert sum(batches, []) == [] and read(out) == read(whole[0])
     with pytest.raises(SystemExit, match="2"):
         evaluate.main([*command, "--seed", "1"])
     assert f"--out {out} holds an evaluation with seed 0: choose another folder" in capsys.readouterr().err
 
 
-def test_two_ranks_are_one(folder, bench, tmp_path):
-    tables = []
-    for ranks in (1, 2):
-        out = tmp_path / f"ranks{ranks}"
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--standalone"]
-        command += ["--", str(ROOT / "evaluate.py"), "--model", folder, *bench, "--out", str(out)]
-        done = subprocess.run(command, env=ENV, cwd=tmp_path, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert done.stdout.strip() == (out / "table.txt").read_text().strip()
-        tables.append(read(out))
-    assert tables[0] == tables[1]
+def test_two_ranks_are_one(folder, bench, whole, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "--"]
+    command += [str(ROOT / "evaluate.py"), "--model", folder, *bench, "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, env=ENV, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == whole[1].strip()
+    assert read(tmp_path / "out") == read(whole[0])
 
 
 def test_toy_defaults(folder, capsys):
