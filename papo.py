@@ -33,11 +33,11 @@ from transformers import (
     GenerationConfig,
     Qwen2VLImageProcessorPil,
 )
-from transformers.utils import cached_file, is_flash_attn_2_available
+from transformers.utils import cached_file
 
 import masking
 from losses import Counts, count, papo_loss
-from packing import build_row, row_log_probs
+from packing import ATTENTION, build_row, row_log_probs
 
 MODEL_TYPES = ("qwen2_5_vl", "qwen3_vl")
 PROMPT_SUFFIX = (
@@ -290,9 +290,7 @@ class Policy:
     def __init__(self, model, encoder: Encoder, temperature: float = 1.0):
         self.model, self.encoder, self.temperature = model.eval(), encoder, temperature
         model.row_log_probs = MethodType(row_log_probs, model)  # a method, so that FSDP can gather weights around it
-        flash = model.device.type == "cuda" and is_flash_attn_2_available()
-        vision = "flash_attention_2" if flash else "sdpa"
-        model.set_attn_implementation({"text_config": "shared_prompt", "vision_config": vision})
+        model.set_attn_implementation(ATTENTION)
         ends = model.generation_config.eos_token_id
         ends = {*(ends if isinstance(ends, list) else [ends]), encoder.tokenizer.eos_token_id} - {None}
         self.eos_ids, self.pad_id = sorted(ends), encoder.tokenizer.pad_token_id
