@@ -1,4 +1,4 @@
-"""Save, resume, export; and what a run takes of disk and memory.
+"""Shard, save, resume, export; and what a run takes of disk and memory.
 
 A checkpoint is runs/NAME/checkpoints/step_NNNNNN/: weights and optimiser state in shards (torch.distributed.checkpoint,
 so another number of ranks can load it) and state.json (step, data position). It is written to a folder whose name
@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_state_dict,
     set_state_dict,
 )
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from transformers.utils import cached_file
 
 # What a processor is loaded from: copied as it is, so that the export loads with AutoProcessor.
@@ -232,13 +233,22 @@ def units(model) -> list:
     return [*model.model.visual.blocks, *model.model.language_model.layers]
 
 
+def shard(model, mesh, dtype: torch.dtype) -> None:
+    """FSDP2 in place: each vision block and decoder layer is one unit, the rest (embeddings, head) the root."""
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for block in units(model):
+        fully_shard(block, mesh=mesh, mp_policy=precision)
+    fully_shard(model, mesh=mesh, mp_policy=precision)
+    register_fsdp_forward_method(model, "row_log_probs")
+
+
 def disk_line(folder: Path, model, keep: int) -> str:
     """One line: the size of a checkpoint (fp32 weights, two moments of what is trained) and the room there is."""
     size = sum(4 * w.numel() for w in model.state_dict().values())
     size += sum(8 * w.numel() for w in model.parameters() if w.requires_grad)
     need, free = (keep + 1) * size, shutil.disk_usage(folder).free
-    line = f"checkpoints: {size / GIB:.1f} GiB each, up to {need / GIB:.1f} GiB with --keep {keep} while one is saved"
-    return f"{line}; {free / GIB:.1f} GiB free in {folder}" + (": NOT ENOUGH" if free < need else "")
+    line = f"checkpoints: {size / GIB:.3g} GiB each, up to {need / GIB:.3g} GiB with --keep {keep} while one is saved"
+    return f"{line}; {free / GIB:.3g} GiB free in {folder}" + (": NOT ENOUGH" if free < need else "")
 
 
 def memory_table(

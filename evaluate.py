@@ -140,8 +140,6 @@ def distributed() -> tuple[int, int, torch.device]:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    elif not os.environ.get("PAPO_THREADS"):  # torchrun sets OMP_NUM_THREADS=1, which leaves cores idle
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)  # plain python
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
     return dist.get_rank(), dist.get_world_size(), device

@@ -30,7 +30,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from tqdm import tqdm
 
 import checkpoint
@@ -251,7 +250,7 @@ class Run:
         with checkpoint.in_turn():  # a machine's memory holds one whole copy at a time
             policy = Policy.load(self.source, encoder, dtype, self.device, self.config.temperature, cuda)
             policy.model.model.visual.requires_grad_(not self.config.freeze_vision)
-            shard(policy.model, mesh, self.dtype)
+            checkpoint.shard(policy.model, mesh, self.dtype)
         return policy
 
     def _open(self) -> int:
@@ -355,15 +354,6 @@ def first_usable(rows: data.Rows, encoder: Encoder) -> Prompt:
         with suppress(ValueError):
             return encoder.encode(rows[i])
     raise ValueError(f"{rows.name}: no usable row")
-
-
-def shard(model, mesh, dtype: torch.dtype) -> None:
-    """FSDP2 in place: each vision block and decoder layer is one unit, the rest (embeddings, head) the root."""
-    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    for block in checkpoint.units(model):
-        fully_shard(block, mesh=mesh, mp_policy=precision)
-    fully_shard(model, mesh=mesh, mp_policy=precision)
-    register_fsdp_forward_method(model, "row_log_probs")
 
 
 def free_folder(config: Config) -> str:

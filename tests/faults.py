@@ -28,7 +28,7 @@ TINY = (
     "--data toy --val_data toy --prompts_per_step 5 --mini_batch 3 --group_size 3 --max_new_tokens 6 --eval_rows 4 "
     "--eval_every 3 --tokens_per_forward 150 --rollout_batch 6 --lr 1e-3 --save_every 1"
 ).split()
-ENV = os.environ | {"OMP_NUM_THREADS": "1", "PAPO_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def launch(ranks: int, *flags: str) -> subprocess.Popen:

@@ -167,7 +167,7 @@ def test_disk_line(alone, tmp_path):
     size = 3 * 4 * (512 * 512 + 512)
     assert size < sum(f.stat().st_size for f in place.iterdir()) < size + 50_000  # and torch's headers
     line = checkpoint.disk_line(tmp_path, torch.nn.Linear(2**14, 2**14, bias=False, device="meta"), keep=2)
-    assert line.startswith("checkpoints: 3.0 GiB each, up to 9.0 GiB with --keep 2") and "GiB free in" in line
+    assert line.startswith("checkpoints: 3 GiB each, up to 9 GiB with --keep 2") and "GiB free in" in line
     huge = SimpleNamespace(state_dict=dict, parameters=lambda: [torch.empty(2**50, device="meta").requires_grad_()])
     assert checkpoint.disk_line(tmp_path, huge, keep=2).endswith("NOT ENOUGH")
 

@@ -25,7 +25,7 @@ from papo import Algo, Encoder, Policy, seeded
 from rollout import generate
 
 ROOT = Path(__file__).parent.parent
-ENV = os.environ | {"OMP_NUM_THREADS": "1", "PAPO_THREADS": "1"}
+ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 SMALL = "--min_pixels 3136 --max_pixels 200704 --max_new_tokens 6 --n 3 --rollout_batch 6".split()
 
 

@@ -63,7 +63,7 @@ def reader(folder, out, *flags):
             "--model", folder, "--out", str(out)]  # fmt: skip
 
 
-ENV = os.environ | {"OMP_NUM_THREADS": "1", "PAPO_THREADS": "1"}
+ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def test_a_run_leaves_what_it_promises(run, folder, capsys):
