@@ -31,7 +31,7 @@ import shutil
 import sys
 from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -45,7 +45,7 @@ import checkpoint
 import data
 import masking
 import plots
-from papo import PROMPT_SUFFIX, Algo, Encoder, Example, Policy, Prompt, reduce, seeded
+from papo import PROMPT_SUFFIX, Algo, Encoder, Example, Policy, Prompt, flag, reduce, seeded
 from reward import Grader, compute_score, rewrite
 from rollout import generate
 
@@ -56,11 +56,6 @@ PROTOCOLS = {
     "training": {},  # EvalConfig's own defaults: the sizes of training
 }  # fmt: skip
 HEAT = "drop of the response's log-prob when a patch alone is black"
-
-
-def flag(default, doc: str):
-    """A dataclass field that is a command-line flag with one line of help."""
-    return field(default=default, metadata={"doc": doc})
 
 
 @dataclass
@@ -122,14 +117,15 @@ def fail(message) -> None:
 
 def parse(doc: str, *classes, argv=None) -> dict:
     """The flags that were given, by name; each field of the dataclasses is one flag."""
-    parser = Parser(description=doc.strip().splitlines()[0], allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    about = dict(description=doc.strip().splitlines()[0], usage="%(prog)s [--flag value ...]")
+    parser = Parser(**about, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for cls in classes:
         for f in (f for f in dataclasses.fields(cls) if f.name != "name"):
             kind = type(f.default)
             how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind, "metavar": ""}
             how = {"nargs": "+", "metavar": ""} if kind is tuple else how
-            text = str(f.metadata.get("doc", "preset field"))
-            shown = "" if f.default in ("", (), PROMPT_SUFFIX) or "preset" in text else f" [{f.default}]"
+            text = f.metadata["doc"]
+            shown = "" if f.default in ("", (), PROMPT_SUFFIX) else f" [{'preset' if cls is Algo else f.default}]"
             parser.add_argument(f"--{f.name}", help=(text + shown).replace("%", "%%"), **how)
     return vars(parser.parse_args(argv))
 

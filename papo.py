@@ -49,27 +49,32 @@ PROMPT_SUFFIX = (
 # ---------------------------------------------------------------------------------------------------------- presets
 
 
+def flag(default, doc: str):
+    """A dataclass field that is a command-line flag with one line of help."""
+    return field(default=default, metadata={"doc": doc})
+
+
 @dataclass(frozen=True)
 class Algo:
     """The objective of losses.py and what it is fed. A fork makes its own with `dataclasses.replace`."""
 
     name: str = "papo_g"
-    kl_ref_coef: float = 0.01  # beta: pull towards the reference model; 0: no reference model is loaded
-    kl_prcp_coef: float = 0.02  # gamma: KL_prcp, maximised
-    entropy_coef: float = 0.0  # eta1: entropy under the image, pushed down
-    masked_entropy_coef: float = 0.0  # eta2: entropy under the masked image, pushed down
-    clip_low: float = 0.2
-    clip_high: float = 0.3
-    clip_dual: float = 3.0
-    average: str = "token"  # token: over all tokens (released configs); seq: per response first (paper, Eq. 2)
-    dynamic_sampling: bool = False  # drop groups that are all right or all wrong, and sample on (DAPO)
-    mask_ratio: float = 0.6
-    mask_strategy: str = "random"  # random, semantic, noise
-    mask_sigma: float = 1.0  # noise: standard deviation in normalised pixel units
-    kl_prcp_estimator: str = "k3"  # k3: the released code's form; paper: the paper's literal one
-    kl_prcp_clip: float = 0.0  # clip KL_prcp at each token to [0, this]; 0: off (the release offers 0.2)
-    kl_prcp_coef_end: float = -1.0  # anneal gamma (the entropies along) linearly to this over the run; < 0: off
-    masked_grad: bool = False  # recompute the masked log-probs with gradient in every update
+    kl_ref_coef: float = flag(0.01, "beta: pull towards the reference model; 0: no reference model is loaded")
+    kl_prcp_coef: float = flag(0.02, "gamma: KL_prcp, maximised")
+    entropy_coef: float = flag(0.0, "eta1: entropy under the image, pushed down")
+    masked_entropy_coef: float = flag(0.0, "eta2: entropy under the masked image, pushed down")
+    clip_low: float = flag(0.2, "PPO clip below 1")
+    clip_high: float = flag(0.3, "PPO clip above 1")
+    clip_dual: float = flag(3.0, "dual clip: bound of the ratio where the advantage is negative")
+    average: str = flag("token", "token: over all tokens (released); seq: per response first (paper, Eq. 2)")
+    dynamic_sampling: bool = flag(False, "drop groups all right or all wrong, and sample on (DAPO)")
+    mask_ratio: float = flag(0.6, "share of patches the masked view changes")
+    mask_strategy: str = flag("random", "random, semantic, noise")
+    mask_sigma: float = flag(1.0, "noise: standard deviation in normalised pixel units")
+    kl_prcp_estimator: str = flag("k3", "k3: the released code's form; paper: the paper's literal one")
+    kl_prcp_clip: float = flag(0.0, "clip KL_prcp at each token to [0, this]; 0: off (the release offers 0.2)")
+    kl_prcp_coef_end: float = flag(-1.0, "anneal gamma, entropies along, linearly to this; < 0: off")
+    masked_grad: bool = flag(False, "recompute the masked log-probs with gradient in every update")
 
     def __post_init__(self):
         for name, choices in {
