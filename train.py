@@ -187,8 +187,8 @@ def score(run: Run, groups: list[Group], seen: Counter) -> list[Group]:
     for name in ("timeouts", "errors", "unscored"):
         seen[f"reward_{name}"] += getattr(run.grader, name)
     kept, size = [], run.config.group_size
-    for group, advantages, right in zip(
-        groups, group_advantages(rewards, size).split(size), accuracy.split(size), strict=True
+    for group, advantages, right in zip(  # view, not split: without prompts split gives one empty group
+        groups, group_advantages(rewards, size).view(-1, size), accuracy.view(-1, size), strict=True
     ):
         group.advantages = advantages.float()
         seen["truncated"] += group.truncated.sum().item()

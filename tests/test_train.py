@@ -123,11 +123,20 @@ def test_two_ranks_give_the_numbers_of_one(run, folder, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("algo", PRESETS)
 def test_every_preset_on_one_two_and_four_ranks(run, folder, tmp_path, algo):
-    """Text-only rows on one rank, an oblong picture, groups that do not divide."""
-    results = [run("1", "--algo", algo, "--steps", "2")]
+    """Prompts and rounds that do not divide, a rank without prompts (mini-batches of 3 on 4 ranks), dropped groups.
+
+    The reward varies, because AdamW turns a gradient that is nothing but rounding into full steps.
+    """
+    reward = tmp_path / "lengths.py"
+    reward.write_text(
+        "def score(response, answer):\n"
+        "    return {'overall': len(response) % 7 / 7, 'format': 1.0, 'accuracy': float(len(response) % 2)}\n"
+    )
+    flags = f"--algo {algo} --steps 2 --reward {reward}:score".split()
+    results = [run("1", *flags)]
     for world in (2, 4):
         out = tmp_path / str(world)
-        command = reader(folder, out, "--nproc_per_node", str(world)) + f"--steps 2 --algo {algo}".split()
+        command = reader(folder, out, "--nproc_per_node", str(world)) + flags
         done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr[-3000:]
         results.append(out)
