@@ -148,6 +148,7 @@ def collect(run: Run, step: int) -> tuple[list[Group], dict[str, float]]:
         groups = generate(
             run.policy, prompts, config.group_size, key=(config.seed, step), max_new_tokens=config.max_new_tokens,
             top_p=config.top_p, top_k=config.top_k, rollout_batch=config.rollout_batch, stop=lambda: run.stopping,
+            progress=run.rank == 0,
         )  # fmt: skip
         kept += score(run, groups, seen)
         total, stop = map(int, reduce([len(kept), run.stopping]))
@@ -309,6 +310,7 @@ class Run:
         for name, rows in self.eval_sets.items():
             records = predict(
                 self.policy, rows, self.grader, config.eval_n, self.rank, self.world, config.seed,
+                f"evaluate {name}" if self.rank == 0 else "",
                 max_new_tokens=config.max_new_tokens, top_p=1.0, rollout_batch=config.rollout_batch,
                 stop=lambda: self.stopping,
             )  # fmt: skip
