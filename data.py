@@ -43,6 +43,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image, ImageOps
 
+import toy
 from papo import Example
 
 SUFFIXES = (".parquet", ".json", ".jsonl")
@@ -277,17 +278,15 @@ def find(spec: str, splits: tuple, apart: bool = False) -> dict:
 def load(spec, split="train", *, seed=0, limit=None, length=None, max_prompt_tokens=None) -> Rows:
     """The usable rows of a data set. DataError, in one line, if there is none, or no such file, split or hub id.
 
-    `spec`: "toy" (drawn from `seed`), a file (one split, whatever `split` says), a folder of files, or a hub id.
-    `limit`: the first so many usable rows (0, None: all). `length(question, [(width, height), ...])` -> tokens: rows
+    `spec`: "toy" or "toy:grid=4,..." (toy.setting_of; drawn from `seed`), a file (one split, whatever `split` says), a
+    folder of files, or a hub id. `limit`: the first so many usable rows (0, None: all; of the toy, 4,096 or 256). `length(question, [(width, height), ...])` -> tokens: rows
     with more than `max_prompt_tokens` are left out; the toy's prompts are short, and not measured.
     """
-    if spec == "toy":
-        import toy
-
+    if setting := toy.setting_of(spec):
         if split not in toy.SPLITS:
             raise DataError(f"the toy has no split {split!r}: choose one of {', '.join(toy.SPLITS)}")
-        numbers = range(4096 if split == "train" else 256)[: limit or None]
-        return Rows(f"toy/{split}", lambda i: toy.example(split, i, seed), numbers)
+        numbers = range(limit or (4096 if split == "train" else 256))
+        return Rows(f"toy/{split}", lambda i: toy.example(split, i, seed, setting), numbers)
     [(table, folder)] = find(spec, (split,)).values()
     return select(spec, table, folder, limit, length, max_prompt_tokens)
 
@@ -298,8 +297,8 @@ def eval_sets(
     """Name -> Rows: the toy's two sets; benchmarks (see `benchmark_names`) of the hub id or folder `place`; the `split`
     of a hub id or folder, else the first of SPLITS it has; a file, or each file of a folder where none is named after a
     split. The rest as in `load`."""
-    if spec == "toy":
-        return {name: load("toy", name, seed=seed, limit=limit) for name in ("general", "vision_dependent")}
+    if toy.setting_of(spec):
+        return {name: load(spec, name, seed=seed, limit=limit) for name in ("general", "vision_dependent")}
     if names := benchmark_names(spec):
         place = spec if spec not in BENCHMARKS and Path(spec).expanduser().is_dir() else place
         return benchmarks(names, place, limit, length, max_prompt_tokens)

@@ -45,6 +45,7 @@ import checkpoint
 import data
 import masking
 import plots
+import toy
 from papo import PROMPT_SUFFIX, Algo, Encoder, Example, Policy, Prompt, flag, reduce, seeded
 from reward import Grader, compute_score, rewrite
 from rollout import generate
@@ -142,13 +143,11 @@ def distributed() -> tuple[int, int, torch.device]:
 
 
 def model_folder(name: str, seed: int = 0) -> str:
-    """Where a model's name leads: "toy" is made (once, by the first rank) and becomes a folder like any other."""
-    if name != "toy":
+    """Where a model's name leads: a toy is made (once, by the first rank) and becomes a folder like any other."""
+    if not (setting := toy.setting_of(name)):
         return name
-    import toy
-
-    checkpoint.on_first_rank(lambda: toy.build(seed))
-    return str(toy.build(seed))
+    checkpoint.on_first_rank(lambda: toy.build(seed, setting=setting))
+    return str(toy.build(seed, setting=setting))
 
 
 def predict(
@@ -352,11 +351,10 @@ def explain(policy: Policy, prompt: Prompt, config: EvalConfig) -> None:
 
 def settle(cls, given: dict):
     """The config of a command: given flags over the toy's own defaults (where the data is the toy) over cls's."""
-    defaults = {}
-    if given.get("data", "toy" if given.get("model", "toy") == "toy" else "") == "toy":
-        import toy
-
-        defaults = toy.OVERRIDES | {"data": "toy", "val_data": "toy"}
+    defaults, model = {}, given.get("model", "toy")
+    spec = given.get("data", model if toy.setting_of(model) else "")
+    if setting := toy.setting_of(spec):
+        defaults = toy.overrides(setting) | {"data": spec, "val_data": spec}
     names = {f.name for f in dataclasses.fields(cls)}
     return cls(**{k: v for k, v in (defaults | given).items() if k in names})
 
@@ -366,7 +364,7 @@ def configure(given: dict) -> EvalConfig:
     model = given.get("model", "toy")
     # A vocabulary this small is the toy's, wherever its folder lies.
     small = Path(model).is_dir() and AutoConfig.from_pretrained(model).get_text_config().vocab_size < 1000
-    spec = given.get("data") or ("toy" if small or model == "toy" else "all")
+    spec = given.get("data") or (model if toy.setting_of(model) else "toy" if small else "all")
     protocol = given.get("protocol") or ("paper" if data.benchmark_names(spec) else "training")
     if protocol not in PROTOCOLS:
         raise ValueError(f"--protocol {protocol}: choose one of {', '.join(PROTOCOLS)}")

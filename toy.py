@@ -28,7 +28,7 @@ import math
 import os
 import random
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -46,8 +46,6 @@ COLOURS = {"red": (215, 25, 30), "green": (20, 145, 40), "blue": (30, 60, 220), 
            "purple": (130, 30, 170), "cyan": (0, 175, 190)}  # fmt: skip
 QUESTION = "A note says {note}. How many {asked} dots are there?"
 SUFFIX = "Think in <think> </think>, then answer in \\boxed{}."
-WARM_STEPS = 250  # of the warm start
-
 # Which of train.py's defaults (the paper's, for 3B and 7B models) the toy overrides, and why.
 OVERRIDES = {
     "steps": 50,  # enough to learn the task
@@ -56,7 +54,7 @@ OVERRIDES = {
     "mini_batch": 16,  # one optimiser step a batch
     "lr": 2e-4,  # a million parameters bear, and need, far more than 1e-6
     "max_prompt_tokens": 128,  # a prompt has 55 tokens
-    "max_new_tokens": 40,  # a response has 31
+    "max_new_tokens": 40,  # a response has 31 (see `overrides` for another grid)
     "prompt_suffix": SUFFIX,  # the released one in a third of the tokens
     "min_pixels": 56 * 56,  # or the 84 x 84 pictures would be enlarged
     "max_pixels": 336 * 336,
@@ -79,9 +77,11 @@ class Setting:
     note_right: float = 0.5  # in train and general; at 0.6 copying was a trap that RL did not leave
     misread: float = 0.12  # warm-start labels: chance that a cell's colour is wrong
     copy_note: float = 0.4  # warm-start labels: chance that the box copies the note
+    warm_steps: int = 250  # of the warm start; a larger grid needs more before it begins to see
 
     def __post_init__(self):
         limits = {"grid": (1, 9), "colours": (2, len(COLOURS)), "most": (1, self.grid**2), "radius": (1, 6)}
+        limits |= dict.fromkeys(("filled", "note_right", "misread", "copy_note"), (0, 1))
         for name, (low, high) in limits.items():
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"toy setting {name}={getattr(self, name)}: must be in {low}..{high}")
@@ -90,6 +90,28 @@ class Setting:
 
 
 DEFAULT = Setting()
+
+
+def setting_of(spec: str) -> Setting | None:
+    """What train.py calls the model and the data: "toy", or "toy:grid=4,colours=4" with fields of a Setting; None for
+    any other name. ValueError where a field is unknown or its value no number."""
+    if spec != "toy" and not spec.startswith("toy:"):
+        return None
+    kinds, values = {f.name: type(f.default) for f in fields(Setting)}, {}
+    for part in filter(None, spec.removeprefix("toy").removeprefix(":").split(",")):
+        name, _, value = part.partition("=")
+        if name not in kinds:
+            raise ValueError(f"{spec}: no toy setting {name!r}: choose from {', '.join(kinds)}")
+        try:
+            values[name] = kinds[name](value)
+        except ValueError:
+            raise ValueError(f"{spec}: {name}={value!r} is not {kinds[name].__name__}") from None
+    return Setting(**values)
+
+
+def overrides(setting: Setting = DEFAULT) -> dict:
+    """OVERRIDES for a setting: a response has three tokens a cell and four more."""
+    return OVERRIDES | {"max_new_tokens": 3 * setting.grid**2 + 13, "max_prompt_tokens": 119 + setting.grid**2}
 
 # ----------------------------------------------------------------------------------------------------------- the task
 
@@ -282,10 +304,11 @@ def warm_start(model, encoder: Encoder, seed: int, steps: int, setting: Setting,
         optimizer.step()
 
 
-def build(seed: int = 0, folder: str | Path | None = None, steps: int = WARM_STEPS, setting: Setting = DEFAULT) -> Path:
+def build(seed: int = 0, folder: str | Path | None = None, steps: int = 0, setting: Setting = DEFAULT) -> Path:
     """The toy model as a Hugging Face folder, made once: `folder`, or in the cache ($PAPO_CACHE, ~/.cache/papo) under a
     hash of this file and the arguments. It is written aside and renamed when whole, so a killed build leaves no half
     folder, and of two processes that build at once the slower takes the other's."""
+    steps = steps or setting.warm_steps
     if folder is None:
         key = hashlib.sha256(f"{Path(__file__).read_text()} {seed} {steps} {setting}".encode()).hexdigest()[:12]
         folder = Path(os.environ.get("PAPO_CACHE") or "~/.cache/papo").expanduser() / f"toy-{key}"

@@ -35,6 +35,7 @@ from tqdm import tqdm
 import checkpoint
 import data
 import plots
+import toy
 from evaluate import distributed, fail, flag, mean_accuracy, model_folder, parse, predict, settle
 from losses import group_advantages
 from papo import PROMPT_SUFFIX, Algo, Encoder, Group, Policy, Prompt, prepare, preset, reduce, update
@@ -49,8 +50,8 @@ class Config:
     """The defaults are the paper's; toy.OVERRIDES holds the toy's. Flags of a preset's fields follow in --help."""
 
     algo: str = flag("papo_g", "grpo, dapo, papo_g, papo_d, grpo_no_kl_ref, papo_g_no_kl_ref")
-    model: str = flag("toy", "toy, a local Hugging Face folder, or a hub id")
-    data: str = flag("PAPOGalaxy/PAPO_ViRL39K_train", "toy, a parquet/JSON/JSONL file, a folder, or a hub id")
+    model: str = flag("toy", "toy, toy:grid=4,... (toy.Setting), a local Hugging Face folder, or a hub id")
+    data: str = flag("PAPOGalaxy/PAPO_ViRL39K_train", "toy (or toy:...), a parquet/JSON/JSONL file, a folder, or a hub id")
     val_data: str = flag("PAPOGalaxy/PAPO_MMK12_test", "the same, for evaluation; none: no evaluation")
     reward: str = flag("", "path/file.py:function(response, answer) instead of the released rule")
     out: str = flag("", "folder of the run; default runs/ALGO-MODEL-sSEED")
@@ -238,9 +239,7 @@ class Run:
     def _saliency(self):
         if self.algo.mask_strategy != "semantic" or not self.algo.needs_masked_view:
             return None
-        if self.config.data == "toy":
-            import toy
-
+        if toy.setting_of(self.config.data):
             return toy.saliency
         from masking import dino_saliency
 
@@ -360,7 +359,7 @@ def first_usable(rows: data.Rows, encoder: Encoder) -> Prompt:
 
 def free_folder(config: Config) -> str:
     """runs/ALGO-MODEL-sSEED, or the next free suffix: nothing existing is ever overwritten."""
-    model = Path(config.model.rstrip("/")).name
+    model = Path(config.model.rstrip("/")).name.replace(":", "-")
     name = f"runs/{config.algo}-{model}-s{config.seed}"
     names = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
     return next(name for name in names if not Path(name).exists())

@@ -115,6 +115,29 @@ def test_the_setting_moves_the_notes_and_refuses_what_cannot_be_drawn():
             toy.Setting(**bad)
 
 
+def test_a_name_says_the_setting():
+    assert toy.setting_of("toy") == toy.DEFAULT and toy.setting_of("toys") is toy.setting_of("Qwen/toy:3B") is None
+    harder = toy.setting_of("toy:grid=4,colours=4,misread=0.2,warm_steps=400")
+    assert harder == toy.Setting(grid=4, colours=4, misread=0.2, warm_steps=400)
+    for spec, words in {
+        "toy:size=4": "no toy setting 'size': choose from grid", "toy:grid=four": "grid='four' is not int",
+        "toy:grid=4.5": "grid='4.5' is not int", "toy:grid=10": "grid=10: must be in 1..9",
+        "toy:misread=2": "misread=2.0: must be in 0..1", "toy:grid": "grid='' is not int",
+    }.items():  # fmt: skip
+        with pytest.raises(ValueError, match=re.escape(words)):
+            toy.setting_of(spec)
+
+
+@pytest.mark.parametrize("grid", [1, 3, 4, 7])
+def test_the_defaults_leave_room_for_prompts_and_responses(tmp_path, grid):
+    setting = toy.Setting(grid=grid, most=1)
+    encoder = Encoder(str(toy.build(0, tmp_path / "model", steps=1, setting=setting)), 3136, 336 * 336, toy.SUFFIX)
+    room, item = toy.overrides(setting), toy.example("train", 0, setting=setting)
+    assert len(encoder.encode(item)) <= room["max_prompt_tokens"]
+    response = toy.reading(["red"] * grid**2, "red", setting=setting) + "<|im_end|>"
+    assert len(encoder.tokenizer(response)["input_ids"]) <= room["max_new_tokens"]
+
+
 def test_an_unknown_split_is_named_with_the_choices():
     with pytest.raises(ValueError, match="'test'.*train, general, vision_dependent"):
         toy.example("test", 0)
