@@ -430,13 +430,13 @@ PARTS = {"rollouts": rollouts, "forwards": forwards, "memory": memory, "papo": e
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(
-        description="Measure speed.", formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--only", nargs="+", default=list(PARTS), help=f"parts of the table: {', '.join(PARTS)}")
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parts = [*PARTS, "memory-tied", "memory-untied"]  # the last two: what `memory` starts, a process each
+    parser.add_argument("--only", nargs="+", default=list(PARTS), choices=parts, help="parts of the table")
     parser.add_argument("--repeats", type=int, default=3, help="of each comparison; at 1,200 tokens at most 2")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--model", default="", help="random:qwen2.5-vl-3b, random:qwen2.5-vl-7b, random:tiny: one step")
+    sizes = ("random:qwen2.5-vl-3b", "random:qwen2.5-vl-7b", "random:tiny")
+    parser.add_argument("--model", default="", choices=sizes, help="measure one step of such a model")
     parser.add_argument("--numerics", action="store_true", help="with --model: log-probs in bf16, packed, plain, fp32")
     parser.add_argument("--profile", default="", help="with --model: write a table of the device's time to this file")
     parser.add_argument("--algo", default="papo_g", help="of the step, compared with grpo")
@@ -447,14 +447,9 @@ def main(argv=None) -> None:
         parser.add_argument(f"--{name}", type=int, default=value, help="of the step with --model")
     args = parser.parse_args(argv)
     if args.only in (["memory-tied"], ["memory-untied"]):
-        print(round(measure_memory(args.only == ["memory-tied"])))
-        return
-    if unknown := set(args.only) - set(PARTS):
-        parser.error(f"--only {' '.join(sorted(unknown))}: choose from {', '.join(PARTS)}")
-    if args.model and args.model not in ("random:tiny", "random:qwen2.5-vl-3b", "random:qwen2.5-vl-7b"):
-        parser.error(f"--model {args.model}: choose random:tiny, random:qwen2.5-vl-3b or random:qwen2.5-vl-7b")
+        return print(round(measure_memory(args.only == ["memory-tied"])))
     if args.device == "cuda" and not args.model:
-        parser.error("--device cuda: needs --model random:qwen2.5-vl-3b or another size")
+        parser.error(f"--device cuda: needs --model, one of {', '.join(sizes)}")
     if torch.cuda.is_available() != (args.device == "cuda") and args.model:
         parser.error(f"--device {args.device}: torch sees {'a' if args.device == 'cpu' else 'no'} CUDA device here")
     with tempfile.TemporaryDirectory() as folder:

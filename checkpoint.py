@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from transformers.utils import cached_file
 
 # What a processor is loaded from: copied as it is, so that the export loads with AutoProcessor.
@@ -242,6 +243,25 @@ def shard(model, mesh, dtype: torch.dtype) -> None:
     register_fsdp_forward_method(model, "row_log_probs")
 
 
+@contextmanager
+def parked(optimizer, on: bool = True) -> Iterator[None]:
+    """The optimiser's moments wait in host memory while the block samples; their device memory is given back.
+
+    The tensors stay where they are and lose their storage for a while, as FSDP does with gathered weights.
+    """
+    tensors = [t for state in optimizer.state.values() for t in state.values() if on and isinstance(t, torch.Tensor)]
+    storages = [(t.to_local() if isinstance(t, DTensor) else t).untyped_storage() for t in tensors]
+    copies = [storage.clone() if storage.device.type == "cpu" else storage.cpu() for storage in storages]
+    for storage in storages:
+        storage.resize_(0)
+    try:
+        yield
+    finally:
+        for storage, copy in zip(storages, copies, strict=True):
+            storage.resize_(copy.nbytes())
+            storage.copy_(copy)
+
+
 def disk_line(folder: Path, model, keep: int) -> str:
     """One line: the size of a checkpoint (fp32 weights, two moments of what is trained) and the room there is."""
     size = sum(4 * w.numel() for w in model.state_dict().values())
@@ -253,14 +273,15 @@ def disk_line(folder: Path, model, keep: int) -> str:
 
 def memory_table(
     model, world: int, reference: bool, group_size: int, tokens_per_forward: int, rollout_batch: int,
-    max_prompt_tokens: int, max_new_tokens: int, length: float = 1.0,
+    max_prompt_tokens: int, max_new_tokens: int, offload_optimizer: bool = False, length: float = 1.0,
 ) -> dict[str, float]:  # fmt: skip
     """Bytes on each of `world` CUDA devices: what stays, what sampling adds, what an update adds, and the two peaks.
 
     model: with its requires_grad flags set; sharded or not, or on the meta device. reference: whether there is one.
-    length: the share of the longest prompts and responses to reckon with. Parameters are counted, the shapes of caches
-    and stored layer inputs follow from the config; what one layer holds while it runs, and the logits, are estimates
-    (marked ~). The allocator's fragments and CUDA's own gigabyte come on top.
+    offload_optimizer: the moments are away while sampling. length: the share of the longest prompts and responses to
+    reckon with. Parameters are counted, the shapes of caches and stored layer inputs follow from the config; what one
+    layer holds while it runs, and the logits, are estimates (marked ~). The allocator's fragments and CUDA's own
+    gigabyte come on top.
     """
     text, vision = model.config.get_text_config(), model.config.vision_config
     sizes = [sum(p.numel() for p in block.parameters()) for block in units(model)]
@@ -290,7 +311,8 @@ def memory_table(
     kinds = {kind: [v for k, v in table.items() if k.startswith(kind)] for kind in ("sampling", "update")}
     stays = sum(table.values()) - sum(map(sum, kinds.values()))
     whole, cache, logits, encoding = kinds["sampling"]  # the cache is fanned out once the prompts are encoded
-    table["PEAK of sampling"] = stays + whole + max(cache + logits, encoding + cache / group_size)
+    away = offload_optimizer * table["AdamW's moments, fp32, sharded"]
+    table["PEAK of sampling"] = stays - away + whole + max(cache + logits, encoding + cache / group_size)
     table["PEAK of an update"] = stays + sum(kinds["update"])
     return table
 
@@ -299,7 +321,8 @@ def what_it_takes(folder: Path, model, config, world: int, reference: bool, devi
     """disk_line and, on CUDA, the memory table for usual and for greatest lengths. config: train.Config."""
     lines = [disk_line(folder, model, config.keep)]
     if device.type == "cuda":
-        names = ("group_size", "tokens_per_forward", "rollout_batch", "max_prompt_tokens", "max_new_tokens")
+        names = ("group_size", "tokens_per_forward", "rollout_batch", "max_prompt_tokens", "max_new_tokens",
+                 "offload_optimizer")  # fmt: skip
         flags = {name: getattr(config, name) for name in names}
         usual, most = (memory_table(model, world, reference, **flags, length=share) for share in (0.3, 1.0))
         capacity = torch.cuda.get_device_properties(device).total_memory / GIB
@@ -311,7 +334,7 @@ def what_it_takes(folder: Path, model, config, world: int, reference: bool, devi
 # Which of our functions an error came through -> what was going on, and what to turn. The innermost decides.
 PHASES = {
     "_load": "loading: more ranks, or a smaller model",
-    "generate": "sampling: lower --rollout_batch (or --max_new_tokens, --max_prompt_tokens, --max_pixels)",
+    "generate": "sampling: lower --rollout_batch (or --max_new_tokens, --max_pixels), or --offload_optimizer",
     "prepare": "log-probs before the update: lower --tokens_per_forward (or --max_pixels)",
     "update": "the update: lower --tokens_per_forward (or --max_pixels); more ranks; --freeze_vision",
     "save": "saving a checkpoint: lower --tokens_per_forward",

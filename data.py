@@ -279,8 +279,9 @@ def load(spec, split="train", *, seed=0, limit=None, length=None, max_prompt_tok
     """The usable rows of a data set. DataError, in one line, if there is none, or no such file, split or hub id.
 
     `spec`: "toy" or "toy:grid=4,..." (toy.setting_of; drawn from `seed`), a file (one split, whatever `split` says), a
-    folder of files, or a hub id. `limit`: the first so many usable rows (0, None: all; of the toy, 4,096 or 256). `length(question, [(width, height), ...])` -> tokens: rows
-    with more than `max_prompt_tokens` are left out; the toy's prompts are short, and not measured.
+    folder of files, or a hub id. `limit`: the first so many usable rows (0, None: all; of the toy, 4,096 or 256).
+    `length(question, [(width, height), ...])` -> tokens: rows with more than `max_prompt_tokens` are left out; the
+    toy's prompts are short, and not measured.
     """
     if setting := toy.setting_of(spec):
         if split not in toy.SPLITS:

@@ -437,7 +437,9 @@ def update(
     that is not finite skips that optimiser step (as released) and is counted in `skipped_updates`.
     """
     world = dist.get_world_size() if dist.is_initialized() else 1
-    parameters = [p for p in policy.model.parameters() if p.requires_grad]
+    # The optimiser's, not the model's: after a forward without gradient FSDP leaves the root's weights whole, and the
+    # model would name those, whose gradients nobody fills.
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     history: list[dict[str, float]] = []
     policy.model.train()
     for batch in mini_batches(groups, mini_batch):

@@ -1,4 +1,5 @@
-"""Pictures of a run (its curves, several runs side by side, what a response owes to the image) and tables of results.
+"""Pictures of a run (its curves, several runs side by side, what a response owes to the image), tables of results, and
+loggers elsewhere.
 
 The end of the pipeline: train.py draws curves.png and asks for the collapse warning; evaluate.py draws --compare and
 --explain, and prints its table. No module of ours is imported, and not pyplot, so a notebook keeps its backend. Ours,
@@ -35,10 +36,11 @@ PANELS = {  # title -> {metric: label}; a panel none of whose metrics was logged
     "gradient norm": {"grad_norm": "before clipping"},
 }
 NOT_SETTINGS = set("seed out resume steps epochs keep save_every eval_every eval_n eval_rows wandb tensorboard "
-                   "tokens_per_forward rollout_batch".split())  # repetitions of a run may differ in these
+                   "tokens_per_forward rollout_batch offload_optimizer".split())  # repetitions may differ in these
 # Sign of collapse -> least factor and least rise from the reference window's median to the last window's.
 SIGNS = {"kl_prcp": (2.0, 0.05), "clip_frac": (1.5, 0.005), "entropy": (1.25, 0.02), "masked_entropy": (1.25, 0.02)}
 T_TABLE = [12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622]  # Student's t, 97.5%, df 1 to 9
+SAMPLE = ["set", "row", "prompt", "predict", "label", "accuracy", "format"]  # of a decoded sample, for the loggers
 RESAMPLES = 1000  # of the bootstrap
 WIDTH = 86  # characters a line of the perception-gain PNG
 GAIN_COLOURS = colors.ListedColormap(colormaps["RdBu"](np.linspace(0.2, 0.8, 255)))  # pale ends: black text reads
@@ -72,6 +74,41 @@ def read_metrics(path) -> tuple[list[dict], list[dict]]:
         else:
             steps[line["step"]] = line
     return [steps[s] for s in sorted(steps)], [evals[s] for s in sorted(evals)]
+
+
+def wandb_logger(folder: Path):
+    """log(line of metrics, decoded samples) to Weights & Biases; `folder`: the run's."""
+    import wandb
+
+    wandb.init(project="papo", name=folder.name, config=json.loads((folder / "config.json").read_text()))
+
+    def log(line: dict, samples: list[dict]) -> None:
+        values = {key: value for key, value in line.items() if key != "step"}
+        if samples:
+            values["samples"] = wandb.Table(columns=SAMPLE, data=[[s[key] for key in SAMPLE] for s in samples])
+        wandb.log(values, step=line["step"])
+
+    return log
+
+
+def tensorboard_logger(folder: Path):
+    """The same for TensorBoard, whose files go into the run's folder."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(folder)
+
+    def log(line: dict, samples: list[dict]) -> None:
+        for key in line.keys() - {"step"}:
+            writer.add_scalar(key, line[key], line["step"])
+        for sample in samples:
+            lines = (f"**{key}** {sample[key]}" for key in SAMPLE)
+            writer.add_text(f"{sample['set']}/{sample['row']}", "\n\n".join(lines), line["step"])
+        writer.flush()
+
+    return log
+
+
+LOGGERS = {"wandb": wandb_logger, "tensorboard": tensorboard_logger}  # the flag -> what makes its logger
 
 
 def _series(lines: list[dict], key: str) -> dict[int, float]:

@@ -51,7 +51,7 @@ class Config:
 
     algo: str = flag("papo_g", "grpo, dapo, papo_g, papo_d, grpo_no_kl_ref, papo_g_no_kl_ref")
     model: str = flag("toy", "toy, toy:grid=4,... (toy.Setting), a local Hugging Face folder, or a hub id")
-    data: str = flag("PAPOGalaxy/PAPO_ViRL39K_train", "toy (or toy:...), a parquet/JSON/JSONL file, a folder, or a hub id")
+    data: str = flag("PAPOGalaxy/PAPO_ViRL39K_train", "toy or toy:..., a parquet/JSON/JSONL file, a folder, a hub id")
     val_data: str = flag("PAPOGalaxy/PAPO_MMK12_test", "the same, for evaluation; none: no evaluation")
     reward: str = flag("", "path/file.py:function(response, answer) instead of the released rule")
     out: str = flag("", "folder of the run; default runs/ALGO-MODEL-sSEED")
@@ -74,6 +74,7 @@ class Config:
     lr: float = flag(1e-6, "AdamW, constant")
     weight_decay: float = flag(1e-2, "AdamW")
     max_grad_norm: float = flag(1.0, "gradient clipping")
+    offload_optimizer: bool = flag(False, "AdamW's moments wait in host memory while the model samples")
     freeze_vision: bool = flag(False, "train the language model only")
     prompt_suffix: str = flag(PROMPT_SUFFIX, "appended to questions that lack it")
     eval_every: int = flag(50, "steps between evaluations (also before the first and after the last); 0: never")
@@ -107,7 +108,8 @@ def train(run: Run) -> None:
             break
         start, position = time.time(), run.stream.position
         algo = run.algo.annealed(step / run.steps)
-        groups, metrics = collect(run, step)
+        with checkpoint.parked(run.optimizer, config.offload_optimizer):
+            groups, metrics = collect(run, step)
         if run.told_to_stop():  # while sampling, which was cut short: the step will be taken again from its start
             run.stream.position = position
             break
@@ -268,7 +270,8 @@ class Run:
         self.evaluated = any(m["step"] == self.step and any(k.startswith("eval/") for k in m) for m in lines)
         if not (self.folder / "config.json").exists():
             raise OSError(f"{self.folder} is not the first rank's folder: all machines must share it")
-        self.loggers = [make(self) for make, on in LOGGERS.items() if getattr(config, on) and self.rank == 0]
+        wanted = [make for name, make in plots.LOGGERS.items() if getattr(config, name) and self.rank == 0]
+        self.loggers = [make(self.folder) for make in wanted]
         return position
 
     def _stop(self, number, frame) -> None:
@@ -283,13 +286,15 @@ class Run:
     def due(self, every: int) -> bool:
         return bool(every) and (self.step % every == 0 or self.step == self.steps)
 
-    def log(self, metrics: dict) -> None:
-        """One line of metrics.jsonl, on the first rank."""
+    def log(self, metrics: dict, samples: list[dict] = ()) -> None:
+        """One line of metrics.jsonl, and decoded samples of an evaluation, on the first rank."""
         if self.rank == 0:
             line = {"step": self.step} | {k: round(v, 8) if isinstance(v, float) else v for k, v in metrics.items()}
             self.unwritten = checkpoint.append(self.metrics, [*self.unwritten, json.dumps(line) + "\n"])
             for logger in self.loggers:
-                logger(line)
+                logger(line, samples)
+            if samples:
+                checkpoint.append(self.folder / "samples.jsonl", [json.dumps(sample) + "\n" for sample in samples])
             self.history.append(line)
             if "reward" in line and not self.warned and (warning := plots.collapse_warning(self.history)):
                 self.warned = True
@@ -307,18 +312,17 @@ class Run:
         """avg@n of each evaluation set, as a line of its own in metrics.jsonl; nothing where a signal cut it short."""
         config, line, samples = self.config, {}, []
         for name, rows in self.eval_sets.items():
-            records = predict(
-                self.policy, rows, self.grader, config.eval_n, self.rank, self.world, config.seed,
-                f"evaluate {name}" if self.rank == 0 else "",
-                max_new_tokens=config.max_new_tokens, top_p=1.0, rollout_batch=config.rollout_batch,
-                stop=lambda: self.stopping,
-            )  # fmt: skip
+            with checkpoint.parked(self.optimizer, config.offload_optimizer):
+                records = predict(
+                    self.policy, rows, self.grader, config.eval_n, self.rank, self.world, config.seed,
+                    f"evaluate {name}" if self.rank == 0 else "",
+                    max_new_tokens=config.max_new_tokens, top_p=1.0, rollout_batch=config.rollout_batch,
+                    stop=lambda: self.stopping,
+                )  # fmt: skip
             line[f"eval/{name}"] = mean_accuracy(records)
-            samples += [json.dumps({"step": self.step, "set": name} | record) + "\n" for record in records[:4]]
+            samples += [{"step": self.step, "set": name} | record for record in records[:4]]
         if line and not self.told_to_stop():
-            self.log(line)
-            if self.rank == 0:
-                checkpoint.append(self.folder / "samples.jsonl", samples)
+            self.log(line, samples)
 
     def finish(self) -> None:
         """Export the weights, draw the curves, and say what came out."""
@@ -365,23 +369,6 @@ def free_folder(config: Config) -> str:
     return next(name for name in names if not Path(name).exists())
 
 
-def _wandb(run: Run):
-    import wandb
-
-    wandb.init(project="papo", name=run.folder.name, config=json.loads((run.folder / "config.json").read_text()))
-    return lambda line: wandb.log({k: v for k, v in line.items() if k != "step"}, step=line["step"])
-
-
-def _tensorboard(run: Run):
-    from torch.utils.tensorboard import SummaryWriter
-
-    writer = SummaryWriter(run.folder)
-    return lambda line: [writer.add_scalar(k, v, line["step"]) for k, v in line.items() if k != "step"]
-
-
-LOGGERS = {_wandb: "wandb", _tensorboard: "tensorboard"}
-
-
 def settings(argv=None) -> tuple[Config, dict]:
     """The command line, over what a resumed run was started with, over the defaults: Config and preset overrides."""
     given = parse(__doc__, Config, Algo, argv=argv)
@@ -391,7 +378,7 @@ def settings(argv=None) -> tuple[Config, dict]:
         if not path.is_file():
             fail(f"--resume {given['resume']}: no config.json there")
         saved = json.loads(path.read_text())
-        free = {"resume", "steps", "wandb", "tensorboard", "keep", "save_every", "eval_every"}
+        free = {"resume", "steps", "wandb", "tensorboard", "keep", "save_every", "eval_every", "offload_optimizer"}
         for name in given.keys() - free:
             if given[name] != saved[name]:
                 fail(f"--resume {given['resume']}: --{name} {given[name]} contradicts the run's {saved[name]}")

@@ -348,3 +348,41 @@ def test_heat_map(tmp_path, figures, size):
     assert positive.get_extent() == [-0.5, size[0] - 0.5, size[1] - 0.5, -0.5]  # the grid covers the whole picture
     with pytest.raises(ValueError, match=r"\(24,\)"):
         plots.heat_map(picture(), heat.ravel(), tmp_path / "c.png")
+
+
+# ------------------------------------------------------------------------------------------------ loggers elsewhere
+
+LINE = {"step": 10, "eval/general": 0.5}
+SAMPLES = [{"step": 10, "set": "general", "row": i, "prompt": "How many?", "predict": f"\\boxed{{{i}}}", "label": "1",
+            "accuracy": float(i == 1), "format": 0.0} for i in range(2)]  # fmt: skip
+
+
+def test_tensorboard_gets_numbers_and_samples(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = plots.LOGGERS["tensorboard"](tmp_path)
+    log({"step": 9, "reward": 0.25}, [])
+    log(LINE, SAMPLES)
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    [reward] = events.Scalars("reward")
+    [accuracy] = events.Scalars("eval/general")
+    assert (reward.step, reward.value, accuracy.step, accuracy.value) == (9, 0.25, 10, 0.5)
+    [text] = events.Tensors("general/1/text_summary")
+    assert text.step == 10 and b"\\boxed{1}" in text.tensor_proto.string_val[0]
+
+
+def test_wandb_gets_numbers_and_samples(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    (tmp_path / "config.json").write_text('{"algo": "papo_g"}')
+    log = plots.LOGGERS["wandb"](tmp_path)
+    log({"step": 9, "reward": 0.25}, [])
+    log(LINE, SAMPLES)
+    log({"step": 11}, [])  # a step is whole for W&B once the next one comes
+    summary = wandb.run.summary
+    assert (summary["reward"], summary["eval/general"], wandb.run.config["algo"]) == (0.25, 0.5, "papo_g")
+    assert summary["samples"]["nrows"] == 2
+    wandb.finish()
