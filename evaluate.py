@@ -29,6 +29,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -109,10 +110,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def fail(message) -> None:
-    """End the program with one line on standard error (one rank's) and exit status 2."""
-    if os.environ.get("RANK", "0") == "0":
-        text = str(message).strip() or repr(message)
-        print(f"{Path(sys.argv[0]).name}: error: {text.splitlines()[0]}", file=sys.stderr, flush=True)
+    """End the program with one line on standard error and exit status 2."""
+    if os.environ.get("RANK", "0") != "0":  # the first rank says it and torchrun ends this one, unless it is alone
+        time.sleep(3)
+    text = str(message).strip() or repr(message)
+    print(f"{Path(sys.argv[0]).name}: error: {text.splitlines()[0]}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
@@ -235,6 +237,8 @@ def claim(out: Path, config: EvalConfig) -> None:
         settings[f"files of {name}"] = [[f.name, f.stat().st_size, f.stat().st_mtime] for f in files]
     out.mkdir(parents=True, exist_ok=True)
     file = out / "evaluation.json"
+    if not file.exists() and (others := sorted(p.name for p in out.glob("*.json*"))):
+        raise ValueError(f"--out {out} holds {others[0]} and no evaluation: choose another folder")
     saved = json.loads(file.read_text()) if file.exists() else settings
     if changed := [f"{name} {str(saved.get(name))[:60]}" for name in settings if settings[name] != saved.get(name)]:
         raise ValueError(f"--out {out} holds an evaluation with {', '.join(changed)}: choose another folder")
@@ -399,8 +403,7 @@ def without_model(config: EvalConfig) -> None:
     """--compare and --grade."""
     Path(config.out).mkdir(parents=True, exist_ok=True)
     if config.compare:
-        picture, text = plots.compare(config.compare, Path(config.out) / "compare.png")
-        return print(f"{text}\n{picture}")
+        return print(*reversed(plots.compare(config.compare, Path(config.out) / "compare.png")), sep="\n")
     results = grade_files(config.grade, config)
     report(config, results, config.baseline and grade_files([config.baseline], config, results), [])
 

@@ -163,7 +163,7 @@ def mean_interval(values) -> tuple[float, float]:
     return float(values.mean()), float(t * values.std(ddof=1) / math.sqrt(df + 1))
 
 
-def _draw(panels: dict, heading: str, out, shared_legend: bool = False) -> Path:
+def draw(panels: dict, heading: str, out, shared_legend: bool = False) -> Path:
     """Mean and 95% interval of {panel: {label: one {step: value} a run}}, three panels a row; empty ones left out."""
     panels = {title: lines for title, lines in panels.items() if any(lines.values())}
     if not panels:
@@ -200,7 +200,7 @@ def curves(run_folder, out=None) -> Path:
     panels["evaluation accuracy"] = {key[5:]: [run] for key in _splits(evals) if (run := _series(evals, key))}
     name, config = _config(Path(run_folder))
     words = [name, Path(str(config.get("model") or "")).name, f"seed {config['seed']}" if "seed" in config else ""]
-    return _draw(panels, ", ".join(filter(None, words)), out or Path(run_folder) / "curves.png")
+    return draw(panels, ", ".join(filter(None, words)), out or Path(run_folder) / "curves.png")
 
 
 def _groups(folders: list[Path]) -> dict[str, list[Path]]:
@@ -231,7 +231,7 @@ def compare(run_folders, out) -> tuple[Path, str]:
             rows.append([label, key, str(len(runs)), *_ends(runs, min), *_ends(runs, max)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     table = "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-    return _draw(panels, "mean over seeds; band: 95% interval", out, shared_legend=True), table
+    return draw(panels, "mean over seeds; band: 95% interval", out, shared_legend=True), table
 
 
 def _ends(runs: list[dict[int, float]], pick) -> list[str]:

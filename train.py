@@ -130,7 +130,7 @@ def train(run: Run) -> None:
             run.save()
         if run.due(config.eval_every):
             run.evaluate()
-    if config.save_every:
+    if config.save_every and not run.due(config.save_every):  # stopped between two checkpoints
         run.save()
 
 
@@ -398,9 +398,6 @@ def main(argv=None) -> None:
     try:
         run = Run(config, algo_flags, rank, world, device)
     except (ValueError, OSError) as error:
-        if rank:  # the first rank says it in a line, and torchrun ends this one, unless it is alone with the error
-            time.sleep(3)
-            raise
         fail(error)
     try:
         train(run)

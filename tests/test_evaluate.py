@@ -495,6 +495,18 @@ def test_explain_a_question_of_ones_own(folder, tmp_path, images, capsys):
     assert (tmp_path / "out" / "heat_map1.png").exists() and "response: " in capsys.readouterr().out
 
 
+def test_predictions_never_overwrite_data(folder, tmp_path, capsys):
+    """--out is the folder of the data: NAME.jsonl would be written over the rows it was made from."""
+    toy.example("train", 0).images[0].save(tmp_path / "a.png")
+    row = json.dumps({"problem": "<image>How many?", "answer": "1", "images": ["a.png"]}) + "\n"
+    (tmp_path / "mine.jsonl").write_text(row)
+    flags = ["--data", str(tmp_path / "mine.jsonl"), "--n", "1", "--max_new_tokens", "2", "--min_pixels", "3136"]
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.main(["--model", folder, *flags, "--out", str(tmp_path)])
+    assert f"--out {tmp_path} holds mine.jsonl and no evaluation: choose another folder" in capsys.readouterr().err
+    assert (tmp_path / "mine.jsonl").read_text() == row
+
+
 @pytest.mark.slow
 def test_reading_tokens_light_up():
     """On a toy that sees: colour words owe more to the image than the words of the template."""

@@ -77,10 +77,10 @@ def results(folder, tmp_path_factory):
     place, found = tmp_path_factory.mktemp("ranks"), {}
     (place / "script.py").write_text(SCRIPT.format(root=str(ROOT)))
     for world in (1, 2, 4):
-        words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(world), str(place / "script.py")]
+        words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(world)]
         done = subprocess.run(
-            [*words, folder, str(place / f"{world}.pt")], env=os.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True, text=True, timeout=300,
+            [*words, str(place / "script.py"), folder, str(place / f"{world}.pt")],
+            env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
         found[world] = torch.load(place / f"{world}.pt")
