@@ -94,8 +94,8 @@ def test_a_run_leaves_what_it_promises(run, folder, capsys):
 
 
 def test_resuming_is_the_run(run, folder, capsys):
-    """2 + 2 steps from a checkpoint equal 4 steps exactly, in metrics and weights, for AdamW's moments too, which change
-    their place in the second half."""
+    """2 + 2 steps from a checkpoint equal 4 exactly, in metrics and weights, AdamW's moments parked in the second half
+    included."""
     whole = run("whole", "--steps", "4")
     half = run("half", "--steps", "2")
     train.main(["--resume", str(half), "--steps", "4", "--offload_optimizer"])
