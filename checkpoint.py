@@ -43,6 +43,7 @@ PROCESSOR_FILES = (
 
 
 GIB = 2**30
+PREFILL_TOKENS = 32_768  # rollout's, which imports more than this file may
 
 # ------------------------------------------------------------------------------------------------------- all or none
 
@@ -300,7 +301,7 @@ def memory_table(
         "sampling: key-value cache": 4 * rollout_batch * (prompt + response) * text.num_hidden_layers
         * text.num_key_value_heads * head_dim,
         "sampling: ~logits": 40 * rollout_batch * text.vocab_size,
-        "sampling: ~encoding prompts": rollout_batch / group_size * prompt * inside,
+        "sampling: ~encoding prompts": min(rollout_batch / group_size * prompt, PREFILL_TOKENS) * inside,
         "update: gradients, fp32, sharded": 4 * trained / world,
         "update: embeddings and head, bf16, whole, and their gradients": 8 * root,
         "update: two layers, bf16, whole, and their gradients": 2 * 8 * max(sizes),

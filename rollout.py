@@ -27,6 +27,7 @@ from transformers.cache_utils import DynamicLayer
 
 from papo import Group, Policy, Prompt, seeded
 
+PREFILL_TOKENS = 32_768  # encoded at a time: what one layer holds while it runs grows with it
 ROOM = 64  # tokens a cache grows by at a time
 COMPACT_AT = 0.75  # drop finished rows once no more than this share is alive: a drop copies the cache
 
@@ -76,9 +77,9 @@ def generate(
     settings = dict(max_new_tokens=max_new_tokens, suppress_tokens=policy.suppressed_ids, repetition_penalty=1.0)
     settings |= dict(stop=stop)
     if temperature > 0:
-        settings |= dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=top_k)
+        settings |= dict(do_sample=True, temperature=temperature, top_k=top_k, nucleus=top_p)
     else:
-        settings |= dict(do_sample=False)
+        settings |= dict(do_sample=False, nucleus=1.0)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # neighbours of like length: little padding
     jobs = [(i, sample) for i in order for sample in range(group_size)]
     drawn: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
@@ -109,17 +110,10 @@ def _sample(policy: Policy, prompts, chunk, settings, temperature, key) -> list[
         ids[row, -len(prompt) :], mask[row, -len(prompt) :] = prompt.input_ids, 1
         positions[:, row, -len(prompt) :] = prompt.position_ids
     ids, mask, positions = ids.to(device), mask.to(device), positions.to(device)
-    vision = {}
-    if seen := [p for p in batch if p.pixel_values is not None]:
-        vision["pixel_values"] = torch.cat([p.pixel_values for p in seen]).to(device)
-        vision["image_grid_thw"] = torch.cat([p.image_grid_thw for p in seen]).to(device)
-    # All but the last token: the first decoding step feeds that one, for every response, and predicts its first token.
-    cache = model(
-        input_ids=ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions[..., :-1],
-        use_cache=True, logits_to_keep=1, **vision,
-    ).past_key_values  # fmt: skip
     fan_out = torch.tensor([numbers.index(i) for i, _ in chunk], device=device)
-    cache.layers = [RoomyLayer(layer, fan_out) for layer in cache.layers]
+    cache = prefill(model, batch, ids, mask, positions)
+    for number, layer in enumerate(cache.layers):  # in place, so that each is freed once it is fanned out
+        cache.layers[number] = RoomyLayer(layer, fan_out)
     uniforms = torch.stack(
         [torch.rand(settings["max_new_tokens"], generator=seeded(*key, prompts[i].index, s)) for i, s in chunk]
     ).to(device)
@@ -130,6 +124,31 @@ def _sample(policy: Policy, prompts, chunk, settings, temperature, key) -> list[
         score_temperature=temperature or 1.0, eos_ids=torch.tensor(policy.eos_ids, device=device),
         pad_token_id=policy.pad_id, eos_token_id=policy.eos_ids, **settings,
     )  # fmt: skip
+
+
+def prefill(model, batch: list[Prompt], ids: Tensor, mask: Tensor, positions: Tensor):
+    """The cache of all tokens but the last of n left-padded prompts: the first decoding step feeds that one, for every
+    response. ids, mask[n, P], positions[3, n, P]. As many prompts at a time as PREFILL_TOKENS allow, pictures included.
+    """
+    device, size = ids.device, max(1, PREFILL_TOKENS // ids.shape[1])
+    caches = []
+    for part in (slice(start, start + size) for start in range(0, len(batch), size)):
+        vision = {}
+        if seen := [p for p in batch[part] if p.pixel_values is not None]:
+            vision["pixel_values"] = torch.cat([p.pixel_values for p in seen]).to(device)
+            vision["image_grid_thw"] = torch.cat([p.image_grid_thw for p in seen]).to(device)
+        out = model(
+            input_ids=ids[part, :-1], attention_mask=mask[part, :-1], position_ids=positions[:, part, :-1],
+            use_cache=True, logits_to_keep=1, **vision,
+        )  # fmt: skip
+        caches.append(out.past_key_values)
+    whole, *others = caches
+    for number, layer in enumerate(whole.layers if others else ()):
+        layers = [layer, *(cache.layers[number] for cache in others)]
+        layer.keys, layer.values = torch.cat([x.keys for x in layers]), torch.cat([x.values for x in layers])
+        for cache in others:
+            cache.layers[number] = None  # a layer at a time is there twice, not the cache
+    return whole
 
 
 class RoomyLayer(DynamicLayer):
@@ -165,12 +184,13 @@ class RoomyLayer(DynamicLayer):
 
 def decode(
     model, input_ids, logits_processor, generation_config, prefilled, prompt_mask, next_position, uniforms,
-    score_temperature, eos_ids, stop, stop_at, **unused,
+    score_temperature, nucleus, eos_ids, stop, stop_at, **unused,
 ) -> list[tuple[Tensor, Tensor]]:  # fmt: skip
     """The decoding loop behind generate(): n rows, finished ones dropped; tokens and log-probs of each row, on the CPU.
 
     input_ids, prompt_mask[n, P], next_position[n] (of the last prompt token, the same on all three axes), uniforms
-    [n, max_new_tokens], prefilled: the cache of all prompt tokens but the last. stop_at[n]: see `lengths` in generate.
+    [n, max_new_tokens], prefilled: the cache of all prompt tokens but the last. nucleus: top_p. stop_at[n]: `lengths`
+    in generate.
     """
     n, steps = uniforms.shape
     tokens = torch.full((n, steps), generation_config.pad_token_id, device=input_ids.device)
@@ -183,7 +203,7 @@ def decode(
             input_ids=token[:, None], attention_mask=mask, position_ids=position.expand(3, -1)[..., None],
             past_key_values=prefilled, use_cache=True,
         ).logits[:, -1].float()  # fmt: skip
-        scores = logits_processor(tokens[rows, :t], logits)
+        scores = keep_nucleus(logits_processor(tokens[rows, :t], logits), nucleus)
         token = draw(scores, uniforms[rows, t]) if generation_config.do_sample else scores.argmax(-1)
         tokens[rows, t] = token
         log_probs[rows, t] = (logits / score_temperature).log_softmax(-1).gather(1, token[:, None])[:, 0]
@@ -202,6 +222,22 @@ def decode(
             rows, token, position, mask = rows[keep], token[keep], position[keep], mask[keep]
     tokens, log_probs = tokens.cpu(), log_probs.cpu()
     return [(tokens[i, :length], log_probs[i, :length]) for i, length in enumerate(lengths.tolist())]
+
+
+def keep_nucleus(scores: Tensor, top_p: float, candidates: int = 1024) -> Tensor:
+    """Top-p: scores[n, V] with -inf outside the fewest likeliest tokens whose probabilities reach top_p.
+
+    As transformers' TopPLogitsWarper, which sorts the whole vocabulary for every token; here only the likeliest
+    `candidates` are ordered, and all of them in the rare case that these do not reach top_p in some row.
+    """
+    if top_p >= 1:
+        return scores
+    top, index = scores.topk(min(candidates, scores.shape[-1]))  # [n, candidates], descending
+    probs = (top - scores.logsumexp(-1, keepdim=True)).exp()
+    before = probs.cumsum(-1) - probs  # of the likelier tokens
+    if len(top[0]) < scores.shape[-1] and bool((before[:, -1] < top_p).any()):
+        return keep_nucleus(scores, top_p, scores.shape[-1])
+    return torch.full_like(scores, -torch.inf).scatter(1, index, top.masked_fill(before >= top_p, -torch.inf))
 
 
 def draw(scores: Tensor, uniforms: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from test_train import ENV, ROOT, TINY, lines, reader, run, steady  # noqa: F401
 from transformers import AutoModelForImageTextToText
 
 import checkpoint
+import rollout
 import toy
 import train
 
@@ -200,6 +201,7 @@ def test_memory_table():
         assert table["AdamW's moments, fp32, sharded"] == 8 * count / world
         assert table["reference model, bf16, sharded"] == 2 * count / world
         assert table["sampling: whole weights, bf16"] == 2 * count
+        assert checkpoint.PREFILL_TOKENS == rollout.PREFILL_TOKENS
         assert table["sampling: key-value cache"] == 2 * kv * 320 * 6144
         usual = checkpoint.memory_table(model, world, **flags, length=0.3)
         assert all(usual[name] < 79 * GIB for name in ("PEAK of sampling", "PEAK of an update"))

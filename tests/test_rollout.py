@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, TopPLogitsWarper
 
 import rollout
 from papo import Policy, stack
-from rollout import draw, generate
+from rollout import draw, generate, keep_nucleus
 
 
 def stock_greedy(policy, prompt, max_new_tokens):
@@ -58,10 +58,24 @@ def test_batches_order_and_compaction_change_nothing(policy, prompts, monkeypatc
     turned = generate(policy, prompts[::-1], 4, rollout_batch=6, **kwargs)[::-1]
     monkeypatch.setattr(rollout, "COMPACT_AT", 0.0)
     uncompacted = generate(policy, prompts, 4, rollout_batch=64, **kwargs)
-    for other in (small, turned, uncompacted):
+    monkeypatch.setattr(rollout, "PREFILL_TOKENS", 2 * max(map(len, prompts)))
+    in_parts = generate(policy, prompts, 4, rollout_batch=64, **kwargs)
+    for other in (small, turned, uncompacted, in_parts):
         for a, b in zip(whole, other, strict=True):
             assert torch.equal(a.tokens, b.tokens) and torch.equal(a.response_mask, b.response_mask)
             torch.testing.assert_close(a.sample_log_probs, b.sample_log_probs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 4.0], ids=["flat", "usual", "peaked"])
+@pytest.mark.parametrize("top_p", [0.05, 0.9, 0.99, 1.0])
+def test_the_nucleus_is_transformers_without_the_sort(scale, top_p):
+    """The same tokens stay, with the same scores, where the candidates reach top_p and where they do not."""
+    torch.manual_seed(0)
+    scores = scale * torch.randn(8, 3000, dtype=torch.float64)
+    scores[:, :50] = -torch.inf  # suppressed ones
+    plain = TopPLogitsWarper(top_p)(None, scores)
+    for candidates in (64, 1024, 3000):
+        assert torch.equal(keep_nucleus(scores, top_p, candidates), plain), candidates
 
 
 def test_another_key_is_another_draw(policy, prompts):
