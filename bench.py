@@ -354,8 +354,7 @@ def count_linears(model) -> dict[str, int]:
 
 def one_step(args, folder: str) -> None:
     """One papo_g (and one grpo) step as train.py does it, phase by phase: seconds, peak memory, tokens/s, MFU."""
-    from checkpoint import shard
-    from evaluate import distributed
+    from checkpoint import distributed, shard
 
     _, world, device = distributed()
     half = torch.bfloat16 if args.device == "cuda" else torch.float32

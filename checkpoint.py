@@ -1,4 +1,4 @@
-"""Shard, save, resume, export; and what a run takes of disk and memory.
+"""Join the ranks, shard, save, resume, export; and what a run takes of disk and memory.
 
 A checkpoint is runs/NAME/checkpoints/step_NNNNNN/: weights and optimiser state in shards (torch.distributed.checkpoint,
 so another number of ranks can load it) and state.json (step, data position). It is written to a folder whose name
@@ -19,6 +19,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -45,7 +46,19 @@ PROCESSOR_FILES = (
 GIB = 2**30
 PREFILL_TOKENS = 32_768  # rollout's, which imports more than this file may
 
-# ------------------------------------------------------------------------------------------------------- all or none
+# ------------------------------------------------------------------------------------------------------ all the ranks
+
+
+def distributed() -> tuple[int, int, torch.device]:
+    """(rank, world size, device) of this process; joins the process group torchrun describes, or one of its own."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)  # plain python
+    # A dead rank is torchrun's to notice; a slow one, with the longest responses of an evaluation, is waited for.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=4), **alone)
+    return dist.get_rank(), dist.get_world_size(), device
 
 
 def on_first_rank(task: Callable):

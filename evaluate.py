@@ -16,8 +16,8 @@ Against PAPO-Eval: it samples with vLLM and cuts prompts at 9,216 tokens (we lea
 picture ends it (we leave the row out); it calls an unboxed response right where the answer is the word None. Ours
 alone: pass@n, the bootstrap interval, the shares of unboxed and truncated responses.
 
-Also here, because train.py uses them too: flags from a dataclass (`parse`), the process group (`distributed`), and
-where a model's name leads (`model_folder`).
+Also here, because train.py uses them too: flags from a dataclass (`parse`, `settle`), and where a
+model's name leads (`model_folder`).
 """
 
 from __future__ import annotations
@@ -131,17 +131,6 @@ def parse(doc: str, *classes, argv=None) -> dict:
             shown = "" if f.default in ("", (), PROMPT_SUFFIX) else f" [{'preset' if cls is Algo else f.default}]"
             parser.add_argument(f"--{f.name}", help=(text + shown).replace("%", "%%"), **how)
     return vars(parser.parse_args(argv))
-
-
-def distributed() -> tuple[int, int, torch.device]:
-    """(rank, world size, device) of this process; joins the process group torchrun describes, or one of its own."""
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)  # plain python
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
-    return dist.get_rank(), dist.get_world_size(), device
 
 
 def model_folder(name: str, seed: int = 0) -> str:
@@ -353,10 +342,18 @@ def explain(policy: Policy, prompt: Prompt, config: EvalConfig) -> None:
 # ------------------------------------------------------------------------------------------- the command
 
 
+def data_of(given: dict) -> str:
+    """The data that the flags mean: where they name none, a toy's for a model of that name or with so few words."""
+    model = given.get("model", "toy")
+    if given.get("data") or toy.setting_of(model):
+        return given.get("data") or model
+    few = Path(model).is_dir() and AutoConfig.from_pretrained(model).get_text_config().vocab_size < 1000
+    return "toy" if few else ""
+
+
 def settle(cls, given: dict):
     """The config of a command: given flags over the toy's own defaults (where the data is the toy) over cls's."""
-    defaults, model = {}, given.get("model", "toy")
-    spec = given.get("data", model if toy.setting_of(model) else "")
+    defaults, spec = {}, data_of(given)
     if setting := toy.setting_of(spec):
         defaults = toy.overrides(setting) | {"data": spec, "val_data": spec}
     names = {f.name for f in dataclasses.fields(cls)}
@@ -365,10 +362,7 @@ def settle(cls, given: dict):
 
 def configure(given: dict) -> EvalConfig:
     """The config of a command: given flags over the protocol's over the toy's (for its data) over EvalConfig's own."""
-    model = given.get("model", "toy")
-    # A vocabulary this small is the toy's, wherever its folder lies.
-    small = Path(model).is_dir() and AutoConfig.from_pretrained(model).get_text_config().vocab_size < 1000
-    spec = given.get("data") or (model if toy.setting_of(model) else "toy" if small else "all")
+    spec = data_of(given) or "all"
     protocol = given.get("protocol") or ("paper" if data.benchmark_names(spec) else "training")
     if protocol not in PROTOCOLS:
         raise ValueError(f"--protocol {protocol}: choose one of {', '.join(PROTOCOLS)}")
@@ -465,7 +459,7 @@ def main(argv=None) -> None:
             return without_model(config)
     except (ValueError, OSError) as error:
         fail(error)
-    rank, world, device = distributed()
+    rank, world, device = checkpoint.distributed()
     try:
         run(config, rank, world, device)
     except KeyboardInterrupt:

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-KL_CLAMP = 10.0  # k3 stays inside [-10, 10], as released: one wild token cannot own the gradient
+KL_CLAMP = 10.0  # k3, which is never below 0, stays below 10, as released: one wild token cannot own the gradient
 LOG_RATIO_CLAMP = 20.0  # exp() of a log-ratio stays finite in fp32
 
 
@@ -172,7 +172,7 @@ def papo_loss(
 
 
 def _kl_prcp(log_probs: Tensor, masked_log_probs: Tensor, algo) -> Tensor:
-    """Implicit Perception Loss at each token, [B, T]: k3 with the masked view as the other distribution."""
+    """KL_prcp at each token, [B, T]: k3 with the masked view as the other distribution."""
     if algo.kl_prcp_estimator == "k3":
         kl = kl_k3(log_probs, masked_log_probs)
     elif algo.kl_prcp_estimator == "paper":  # r - log r - 1, r = pi / pi_mask: the roles change places

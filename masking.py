@@ -122,7 +122,7 @@ def to_patch_order(saliency: Tensor, grid_h: int, grid_w: int, merge: int = 2) -
 def dino_saliency(model: str = "facebook/dinov2-base"):
     """A saliency function image -> [h, w]: how much a DINOv2's class token attends to each patch, mean over heads.
 
-    `model`: a hub id or a local folder. The transformers class does the work; loaded on first use, on the CPU.
+    `model`: a hub id or a local folder. The transformers class does the work, on the CPU.
     """
     from transformers import AutoModel, BitImageProcessorPil
 

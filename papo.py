@@ -62,7 +62,7 @@ class Algo:
     kl_ref_coef: float = flag(0.01, "beta: pull towards the reference model; 0: no reference model is loaded")
     kl_prcp_coef: float = flag(0.02, "gamma: KL_prcp, maximised")
     entropy_coef: float = flag(0.0, "eta1: entropy under the image, pushed down")
-    masked_entropy_coef: float = flag(0.0, "eta2: entropy under the masked image, pushed down")
+    masked_entropy_coef: float = flag(0.0, "eta2: the same under the masked image; a constant without --masked_grad")
     clip_low: float = flag(0.2, "PPO clip below 1")
     clip_high: float = flag(0.3, "PPO clip above 1")
     clip_dual: float = flag(3.0, "dual clip: bound of the ratio where the advantage is negative")
@@ -73,7 +73,7 @@ class Algo:
     mask_sigma: float = flag(1.0, "noise: standard deviation in normalised pixel units")
     kl_prcp_estimator: str = flag("k3", "k3: the released code's form; paper: the paper's literal one")
     kl_prcp_clip: float = flag(0.0, "clip KL_prcp at each token to [0, this]; 0: off (the release offers 0.2)")
-    kl_prcp_coef_end: float = flag(-1.0, "anneal gamma, entropies along, linearly to this; < 0: off")
+    kl_prcp_coef_end: float = flag(-1.0, "anneal gamma, entropies along, linearly to this at the last step; < 0: off")
     masked_grad: bool = flag(False, "recompute the masked log-probs with gradient in every update")
 
     def __post_init__(self):
@@ -162,12 +162,12 @@ class Group:
     tokens: Tensor  # [G, T], right-padded
     response_mask: Tensor  # [G, T] bool, the first end token included
     truncated: Tensor  # [G] bool, ran into max_new_tokens
-    sample_log_probs: Tensor  # [G, T], as the sampler saw them, before top-p and suppression
+    sample_log_probs: Tensor  # [G, T], the sampler's, of the full softmax; for checks, training recomputes them
     responses: list[str] = field(default_factory=list)  # G decoded texts
     advantages: Tensor | None = None  # [G]
     masked_pixel_values: Tensor | None = None  # [N_patch, D_patch], one mask for the whole group
     hit: Tensor | None = None  # [N_patch] bool, the patches the mask changed
-    old_log_probs: Tensor | None = None  # [G, T], and so the next two
+    old_log_probs: Tensor | None = None  # [G, T], as the next two; None: one update is all, so its own are the old ones
     ref_log_probs: Tensor | None = None
     masked_log_probs: Tensor | None = None
 
@@ -290,7 +290,7 @@ class Encoder:
 
 
 class Policy:
-    """A Qwen-VL model with its encoder. `model` is the transformers class, plain or sharded by train.py."""
+    """A Qwen-VL model with its encoder. `model` is the transformers class, plain or sharded (checkpoint.shard)."""
 
     def __init__(self, model, encoder: Encoder, temperature: float = 1.0):
         self.model, self.encoder, self.temperature = model.eval(), encoder, temperature

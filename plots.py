@@ -16,6 +16,7 @@ import html
 import io
 import json
 import math
+import secrets
 import textwrap
 from pathlib import Path
 
@@ -80,7 +81,10 @@ def wandb_logger(folder: Path):
     """log(line of metrics, decoded samples) to Weights & Biases; `folder`: the run's."""
     import wandb
 
-    wandb.init(project="papo", name=folder.name, config=json.loads((folder / "config.json").read_text()))
+    file, config = folder / "wandb_id", json.loads((folder / "config.json").read_text())
+    if not file.exists():  # a resumed run goes on with its own
+        file.write_text(secrets.token_hex(6))
+    wandb.init(project="papo", name=folder.name, config=config, id=file.read_text(), resume="allow")
 
     def log(line: dict, samples: list[dict]) -> None:
         values = {key: value for key, value in line.items() if key != "step"}

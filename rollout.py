@@ -34,7 +34,7 @@ COMPACT_AT = 0.75  # drop finished rows once no more than this share is alive: a
 
 @contextmanager
 def gathered(model) -> Iterator[None]:
-    """Whole weights on every rank, so that ranks can generate on their own: no collective until the block ends."""
+    """Whole weights on every rank, so that ranks can generate on their own: one gather here, no collective inside."""
     modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
     for module in modules:
         module.unshard()

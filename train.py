@@ -7,9 +7,9 @@ r"""Train a vision-language model with PAPO, or one of its relatives, on one or 
 Read `train` first: it is the loop of the paper, top to bottom. FSDP2 shards fp32 weights and computes in bf16 on CUDA;
 on a CPU everything is fp32. Each rank keeps its own prompts from sampling to update: no batch ever travels.
 
-Differences from the released trainer: no Ray, no vLLM, no second copy of the weights for sampling; fp32 master weights
-in place of bf16 with Kahan compensation; an empty round of dynamic sampling adds nothing, and after 20 rounds the step
-trains on what there is.
+Differences from the released trainer: no Ray, no vLLM: the weights that train are gathered in bf16 while the model
+samples; fp32 master weights in place of bf16 with Kahan compensation; an empty round of dynamic sampling adds nothing,
+and after 20 rounds the step trains on what there is.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ import checkpoint
 import data
 import plots
 import toy
-from evaluate import distributed, fail, flag, mean_accuracy, model_folder, parse, predict, settle
+from evaluate import fail, flag, mean_accuracy, model_folder, parse, predict, settle
 from losses import group_advantages
 from papo import PROMPT_SUFFIX, Algo, Encoder, Group, Policy, Prompt, prepare, preset, reduce, update
 from reward import Grader, compute_score
@@ -47,7 +47,7 @@ MAX_ROUNDS = 20  # of dynamic sampling, a step
 
 @dataclass
 class Config:
-    """The defaults are the paper's; toy.OVERRIDES holds the toy's. Flags of a preset's fields follow in --help."""
+    """The defaults are the paper's; where the data is a toy, toy.OVERRIDES goes over them. A preset's flags follow."""
 
     algo: str = flag("papo_g", "grpo, dapo, papo_g, papo_d, grpo_no_kl_ref, papo_g_no_kl_ref")
     model: str = flag("toy", "toy, toy:grid=4,... (toy.Setting), a local Hugging Face folder, or a hub id")
@@ -107,7 +107,7 @@ def train(run: Run) -> None:
         if run.told_to_stop():
             break
         start, position = time.time(), run.stream.position
-        algo = run.algo.annealed(step / run.steps)
+        algo = run.algo.annealed(step / max(run.steps - 1, 1))
         with checkpoint.parked(run.optimizer, config.offload_optimizer):
             groups, metrics = collect(run, step)
         if run.told_to_stop():  # while sampling, which was cut short: the step will be taken again from its start
@@ -226,7 +226,8 @@ class Run:
             self.eval_sets = data.eval_sets(config.val_data, limit=config.eval_rows, **measure)
         per_round = config.mini_batch if self.algo.dynamic_sampling else config.prompts_per_step
         self.steps = config.steps or max(1, int(config.epochs * len(rows)) // config.prompts_per_step)
-        self.grader = Grader(config.reward or compute_score, workers=max(1, min(4, (os.cpu_count() or 1) // world)))
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of this machine, who share its cores
+        self.grader = Grader(config.reward or compute_score, workers=max(1, min(4, (os.cpu_count() or 1) // ranks)))
         self.policy = self._load(encoder, torch.float32)
         self.reference = self._load(encoder, self.dtype) if self.algo.kl_ref_coef else None
         trainable = [p for p in self.policy.model.parameters() if p.requires_grad]
@@ -387,18 +388,20 @@ def settings(argv=None) -> tuple[Config, dict]:
         fail(f"--out {given['out']} exists: choose another folder, or --resume it")
     try:
         config = settle(Config, given)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         fail(error)
     return config, {k: v for k, v in given.items() if k in algo_names}
 
 
 def main(argv=None) -> None:
     config, algo_flags = settings(argv)
-    rank, world, device = distributed()
+    rank, world, device = checkpoint.distributed()
     try:
         run = Run(config, algo_flags, rank, world, device)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         fail(error)
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"rank {rank}: {checkpoint.out_of_memory(error)}")
     try:
         train(run)
         if run.step == run.steps:

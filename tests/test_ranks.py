@@ -19,7 +19,7 @@ import torch.distributed as dist
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 import checkpoint
 import toy
-from evaluate import distributed
+from checkpoint import distributed
 from papo import PRESETS, Encoder, Example, Group, Policy, prepare, preset, seeded, update
 
 folder, out = sys.argv[1:]
