@@ -172,7 +172,8 @@ def draw(panels: dict, heading: str, out, shared_legend: bool = False) -> Path:
     panels = {title: lines for title, lines in panels.items() if any(lines.values())}
     if not panels:
         raise ValueError(f"nothing to draw in {out}: no finite metric was logged")
-    rows = math.ceil(len(panels) / 3)
+    rows, handles = math.ceil(len(panels) / 3), {}
+    labels = [*dict.fromkeys(label for lines in panels.values() for label in lines)]  # a colour each, in all panels
     figure = Figure(figsize=(13.8, 2.9 * rows + 0.6), layout="constrained")
     figure.suptitle(heading, fontsize=12, parse_math=False)  # a "$" in a name starts no formula
     for i, (title, lines) in enumerate(panels.items()):
@@ -186,12 +187,16 @@ def draw(panels: dict, heading: str, out, shared_legend: bool = False) -> Path:
             stats = [mean_interval(run[step] for run in runs if step in run) for step in at]
             mean, half = np.array(stats).reshape(-1, 2).T
             half[[any(step not in run for run in runs) for step in at]] = math.nan
-            line, = ax.plot(at, mean, marker="." if len(at) <= 60 else "", linewidth=1.2, label=label)
+            look = {"color": f"C{labels.index(label) % 10}"} if shared_legend else {}
+            look["marker"] = "." if len(at) <= 60 else ""
+            line, = ax.plot(at, mean, linewidth=1.2, label=label, **look)
+            handles[label] = line
             ax.fill_between(at, mean - half, mean + half, color=line.get_color(), alpha=0.18, linewidth=0)
         if not shared_legend:
             ax.legend(fontsize=7.5, framealpha=0.6)
     if shared_legend:
-        figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9)
+        shown = {label: handles[label] for label in labels if label in handles}
+        figure.legend(shown.values(), shown, loc="outside lower center", ncols=min(4, len(shown)), fontsize=9)
     figure.savefig(out, dpi=110)
     return Path(out)
 

@@ -168,6 +168,19 @@ def test_compare_table_equals_the_hand_calculation(tmp_path, figures):
     assert band[:, 1].max() == pytest.approx(0.6 + 0.2484, abs=1e-4)
 
 
+def test_a_run_keeps_its_colour_where_another_has_no_such_metric(tmp_path, figures):
+    series = [{1: 0.1, 2: 0.2}]
+    panels = {"reward": {"grpo": series, "papo_g": series}, "kl_prcp": {"papo_g": series}}
+    plots.draw(panels, "two runs", tmp_path / "two.png", shared_legend=True)
+    colours = {(ax.get_title(), line.get_label()): line.get_color() for ax in figures[0].axes for line in ax.lines}
+    assert colours["kl_prcp", "papo_g"] == colours["reward", "papo_g"] != colours["reward", "grpo"]
+    [legend] = figures[0].legends
+    shown = zip(legend.get_texts(), legend.get_lines(), strict=True)
+    assert {text.get_text(): line.get_color() for text, line in shown} == {
+        name: colours["reward", name] for name in ("grpo", "papo_g")
+    }
+
+
 def test_compare_groups_by_algorithm_and_keeps_settings_apart(tmp_path, figures):
     algos = ["grpo", "grpo", *({"name": "papo_g", "kl_prcp_coef": x} for x in (0.02, 0.04)), {"name": "papo_d"}]
     folders = [write_run(tmp_path / f"{i}", seed=i % 2, algo=algo, steps=10 + i, out=f"runs/{i}")
