@@ -13,6 +13,7 @@ papo.Group; this file imports no module of ours.
 from __future__ import annotations
 
 import inspect
+import warnings
 from functools import lru_cache, partial
 from typing import NamedTuple
 
@@ -128,20 +129,29 @@ def varlen_kernel(device: str, dtype: torch.dtype):
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         return varlen_attn(q, k, v, *lengths, scale=scale, window_size=(-1, 0 if causal else -1), **extra)
 
-    return kernel if aligned(kernel, device, dtype) else None
+    try:
+        good = aligned(kernel, device, dtype)
+    except RuntimeError:  # a card or a build without it
+        good = False
+    if not good:
+        warnings.warn("torch's varlen attention is missing or differs from SDPA, which is used: slower", stacklevel=2)
+    return kernel if good else None
 
 
-@torch.no_grad()
+@torch.enable_grad()
 def aligned(kernel, device: str, dtype: torch.dtype) -> bool:
-    """Whether a varlen kernel agrees with SDPA where there are fewer queries than keys: 3 of 7, 4 heads on 2."""
-    random = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(n, h, 64, generator=random).to(device, dtype) for n, h in ((3, 4), (7, 2), (7, 2)))
+    """Whether a varlen kernel and its gradient agree with SDPA on fewer queries than keys: 3 of 7, 4 heads on 2."""
+    random, shapes = torch.Generator().manual_seed(0), ((3, 4), (7, 2), (7, 2), (3, 4))
+    q, k, v, weight = (torch.randn(n, h, 64, generator=random).to(device, dtype).requires_grad_() for n, h in shapes)
     q_ends, k_ends = (torch.tensor([0, n], dtype=torch.int32, device=device) for n in (3, 7))
-    ours = kernel(q, k, v, q_ends, k_ends, 3, 7, scale=0.125, causal=True)
-    k, v = (x.repeat_interleave(2, 1).transpose(0, 1) for x in (k, v))
     mask = torch.ones(3, 7, dtype=torch.bool, device=device).tril(4)
-    plain = F.scaled_dot_product_attention(q.transpose(0, 1), k, v, attn_mask=mask, scale=0.125).transpose(0, 1)
-    return bool((ours - plain).abs().max() < 0.05)  # half-precision rounding is 0.01, another alignment 1
+    heads_first = (x.repeat_interleave(4 // x.shape[1], 1).transpose(0, 1) for x in (q, k, v))
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):  # not those of a checkpoint around this
+        ours = kernel(q, k, v, q_ends, k_ends, 3, 7, scale=0.125, causal=True)
+        plain = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=0.125).transpose(0, 1)
+        both = [[out, *torch.autograd.grad((out * weight).sum(), (q, k, v))] for out in (ours, plain)]
+    # rounding of halves is 0.01, another alignment 1
+    return all(bool((a - b).abs().max() < 0.05) for a, b in zip(*both, strict=True))
 
 
 def shared_prompt_attention(module, query, key, value, attention_mask, scaling=None, layout=None, **kwargs):

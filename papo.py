@@ -26,6 +26,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -361,10 +362,13 @@ def pack(groups: list[Group], budget: int) -> list[list[Group]]:
 @torch.no_grad()
 def fill(policy: Policy, groups: list[Group], name: str, budget: int, masked: bool = False) -> None:
     """Put the policy's log-probs of every response into the groups' field `name`, [G, T] on the CPU."""
-    for row in pack(groups, budget):
+    rows = pack(groups, budget)
+    for row in rows:
         per_row = policy.log_probs(row, masked).cpu().split([len(g.tokens) for g in row])
         for group, values in zip(row, per_row, strict=True):
             setattr(group, name, values[:, : group.tokens.shape[1]])
+    if rows and isinstance(policy.model, FSDPModule):  # a backward would, and the reference model never sees one
+        policy.model.reshard()
 
 
 def prepare(
@@ -437,8 +441,8 @@ def update(
     that is not finite skips that optimiser step (as released) and is counted in `skipped_updates`.
     """
     world = dist.get_world_size() if dist.is_initialized() else 1
-    # The optimiser's, not the model's: after a forward without gradient FSDP leaves the root's weights whole, and the
-    # model would name those, whose gradients nobody fills.
+    # The optimiser's, not the model's: after a forward without a backward FSDP leaves the root's weights whole, and the
+    # model names those, whose gradients nobody fills.
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     history: list[dict[str, float]] = []
     policy.model.train()

@@ -239,11 +239,11 @@ class Grader(AbstractContextManager):
     budget: seconds a call: n hostile responses cost about n * (deadline + 1) / workers, and never more than this.
 
     A response that runs out of time, makes the function raise or kills its worker gets accuracy 0 (and what the format
-    earns; under a user's function, 0). When the budget is spent, the rest get 0. `timeouts`, `errors` and `unscored`
-    count them for the latest call; errors are warned of with the first one's text, and RuntimeError is raised when a
-    user's function fails on every response, which is a bug in it. ValueError: a function that cannot be loaded, or
-    arguments of a wrong kind. One call at a time. The memory cap, and that no worker outlives a trainer killed
-    outright, are Linux only.
+    earns; under a user's function, 0). When the budget is spent, the rest get 0 and a key "unscored". `timeouts`,
+    `errors` and `unscored` count them for the latest call; errors are warned of with the first one's text, and
+    RuntimeError is raised when a user's function fails on every response, which is a bug in it. ValueError: a function
+    that cannot be loaded, or arguments of a wrong kind. One call at a time. The memory cap, and that no worker outlives
+    a trainer killed outright, are Linux only.
     """
 
     def __init__(self, function=compute_score, workers=None, deadline=2.0, budget=60.0, memory=1 << 30):
@@ -293,6 +293,7 @@ class Grader(AbstractContextManager):
         for response, (kind, score) in zip(responses, outcomes, strict=True):
             if kind != "score":
                 score = _combine(format_reward(response) if self._own_rule and kind != "unscored" else 0.0, 0.0)
+                score |= {"unscored": 1.0} if kind == "unscored" else {}
             scores.append(score)
         return scores
 

@@ -45,6 +45,8 @@ def gathered(model) -> Iterator[None]:
         for module in modules:
             module.set_reshard_after_forward(module is not model, recurse=False)
             module.reshard()
+        if torch.cuda.is_available():  # the cache's large blocks, or updates would not find room in one piece
+            torch.cuda.empty_cache()
 
 
 @torch.no_grad()

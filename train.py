@@ -191,14 +191,16 @@ def score(run: Run, groups: list[Group], seen: Counter) -> list[Group]:
     for name in ("timeouts", "errors", "unscored"):
         seen[f"reward_{name}"] += getattr(run.grader, name)
     kept, size = [], run.config.group_size
-    for group, advantages, right in zip(  # view, not split: without prompts split gives one empty group
-        groups, group_advantages(rewards, size).view(-1, size), accuracy.view(-1, size), strict=True
+    advantages = group_advantages(rewards, size)
+    whole = torch.tensor(["unscored" not in s for s in scores], dtype=torch.float64)
+    for group, own, right, graded in zip(  # view, not split: without prompts split gives one empty group
+        groups, *(x.view(-1, size) for x in (advantages, accuracy, whole)), strict=True
     ):
-        group.advantages = advantages.float()
+        group.advantages = own.float() * bool(graded.all())  # next to a 0 that nobody graded, no comparison holds
         seen["truncated"] += group.truncated.sum().item()
         seen["response_tokens"] += group.response_mask.sum().item()
-        seen["zero_advantage_groups"] += int(not advantages.any())
-        if not run.algo.dynamic_sampling or 0.01 < right.mean() < 0.99:
+        seen["zero_advantage_groups"] += int(group.advantages.abs().max() < 1e-6)  # equal rewards leave 1e-10
+        if not run.algo.dynamic_sampling or (graded.all() and 0.01 < right.mean() < 0.99):
             kept.append(group)
     return kept
 
@@ -213,7 +215,7 @@ class Run:
         self.config, self.rank, self.world, self.device = config, rank, world, device
         self.step, self.stopping, self.evaluated = 0, False, False
         self.unwritten: list[str] = []  # lines of metrics that a full disk refused
-        self.history, self.warned = [], False  # for the warning of a collapse
+        self.warned = False  # of a collapse
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.source = model_folder(config.model, config.seed)
         encoder = Encoder(self.source, config.min_pixels, config.max_pixels, config.prompt_suffix)
@@ -224,6 +226,7 @@ class Run:
         self.eval_sets = {}
         if config.eval_every and config.val_data != "none":
             self.eval_sets = data.eval_sets(config.val_data, limit=config.eval_rows, **measure)
+        same_everywhere(rows, *self.eval_sets.values())
         per_round = config.mini_batch if self.algo.dynamic_sampling else config.prompts_per_step
         self.steps = config.steps or max(1, int(config.epochs * len(rows)) // config.prompts_per_step)
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of this machine, who share its cores
@@ -268,6 +271,7 @@ class Run:
         resolved = asdict(config) | asdict(self.algo) | {"algo": config.algo, "steps": self.steps, "resume": ""}
         resolved.pop("name")
         lines = checkpoint.on_first_rank(lambda: checkpoint.begin(self.folder, resolved, self.step if found else -1))
+        self.history = lines
         self.evaluated = any(m["step"] == self.step and any(k.startswith("eval/") for k in m) for m in lines)
         if not (self.folder / "config.json").exists():
             raise OSError(f"{self.folder} is not the first rank's folder: all machines must share it")
@@ -352,6 +356,15 @@ class Run:
         """End threads and worker processes: the interpreter would wait for them before it exits."""
         self.stream.close()
         self.grader.close()
+
+
+def same_everywhere(*sets: data.Rows) -> None:
+    """ValueError where the ranks read different rows: their shuffles would differ, and prompts be missed, unseen."""
+    read = [None] * dist.get_world_size()
+    dist.all_gather_object(read, [(len(rows), hash(tuple(rows.numbers))) for rows in sets])
+    if any(other != read[0] for other in read):
+        counts = ", ".join(str([n for n, _ in other]) for other in read)
+        raise ValueError(f"the ranks read different rows of {sets[0].name}: usable are {counts} of the sets")
 
 
 def first_usable(rows: data.Rows, encoder: Encoder) -> Prompt:

@@ -49,6 +49,21 @@ def test_varlen_sequences_equal_sdpa(policy, groups, monkeypatch):
 def test_a_misaligned_kernel_is_refused():
     assert packing.aligned(plain_varlen, "cpu", torch.float32)
     assert not packing.aligned(top_left, "cpu", torch.float32)
+
+    def backwards(*x, **how):  # right but for its gradient
+        out = plain_varlen(*x, **how)
+        return 2 * out.detach() - out
+
+    assert not packing.aligned(backwards, "cpu", torch.float32)
+    leaf = torch.ones(1, requires_grad=True)
+
+    def layer(x):  # asked for the first time inside a checkpointed forward
+        assert packing.aligned(plain_varlen, "cpu", torch.float32)
+        return x * 2
+
+    torch.utils.checkpoint.checkpoint(layer, leaf, use_reentrant=False).backward()
+    with torch.no_grad():
+        assert packing.aligned(plain_varlen, "cpu", torch.float32) and leaf.grad == 2
     assert packing.varlen_kernel("cpu", torch.float32) is None and packing.varlen_kernel("cuda", torch.float32) is None
 
 

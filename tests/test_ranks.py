@@ -16,6 +16,7 @@ SCRIPT = """
 import sys
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 import checkpoint
 import toy
@@ -64,6 +65,8 @@ for name in [*PRESETS, "papo_g live"]:
     metrics = prepare(policy, reference, groups, algo, 200, 2, (0, 0))
     metrics |= update(policy, optimizer, groups, algo, 4, 200, max_grad_norm=1.0)
     results[name] = metrics, kept
+    for each in (policy, reference):  # a forward without a backward must not leave the root's weights whole
+        assert all(isinstance(p, DTensor) for p in each.model.parameters()), name
 if rank == 0:
     torch.save(results, out)
 dist.barrier()

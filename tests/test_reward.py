@@ -257,6 +257,7 @@ def test_budget(tmp_path):
         assert time.monotonic() - start < 10.0  # one by one they would take 600 s without a deadline
         assert [score["accuracy"] for score in scores] == [1.0] * 5 + [0.0] * 21
         assert grader.timeouts >= 1 and grader.unscored >= 10 and grader.timeouts + grader.unscored == 21
+        assert sum("unscored" in score for score in scores) == grader.unscored
         grader.budget = 60.0
         assert grader(["0"], ["a"])[0]["accuracy"] == 1.0 and grader.timeouts == grader.unscored == 0
 

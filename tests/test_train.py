@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet
 import pytest
@@ -21,7 +22,7 @@ from transformers import AutoModelForImageTextToText
 import checkpoint
 import toy
 import train
-from papo import PRESETS, Encoder, Policy, stack
+from papo import PRESETS, Encoder, Group, Policy, stack
 from rollout import generate
 
 ROOT = Path(__file__).parent.parent
@@ -185,6 +186,46 @@ def test_dynamic_sampling_drops_and_goes_on(run, monkeypatch):
     )
     steps = [m for m in lines(run("none", "--algo", "papo_d", "--steps", "1", "--eval_every", "0")) if "reward" in m]
     assert steps[0]["groups_kept"] == 0 and steps[0]["rounds"] == 3 and "pg_loss" not in steps[0]
+
+
+def scored(policy, prompt, scores, size=3, dynamic=False):
+    """train.score of groups with these scores: (kept, all groups, what was counted)."""
+    tokens, mask = torch.ones(size, 2, dtype=torch.long), torch.ones(size, 2, dtype=torch.bool)
+    new = lambda: Group(prompt, tokens, mask, mask[:, 0] & False, torch.zeros(size, 2), ["x"] * size)  # noqa: E731
+    groups, seen = [new() for _ in range(len(scores) // size)], Counter()
+    grader = SimpleNamespace(timeouts=0, errors=0, unscored=0)
+    run = SimpleNamespace(grader=lambda texts, answers: scores, config=SimpleNamespace(group_size=size),
+                          algo=SimpleNamespace(dynamic_sampling=dynamic))  # fmt: skip
+    run.grader.__dict__.update(vars(grader))
+    return train.score(run, groups, seen), groups, seen
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_groups_that_cannot_be_compared_teach_nothing(policy, prompts, dynamic):
+    """Equal rewards (float64 leaves a residue of 0.1s), and a 0 next to it that is only the grader's lack of time."""
+    good, bad = ({"overall": x, "format": 0.0, "accuracy": x} for x in (1.0, 0.0))
+    tenth, late = {"overall": 0.1, "format": 1.0, "accuracy": 0.0}, bad | {"unscored": 1.0}
+    kept, groups, seen = scored(policy, prompts[0], [tenth] * 3 + [good, bad, late] + [good, bad, bad], dynamic=dynamic)
+    assert seen["zero_advantage_groups"] == 2 and seen["responses"] == 9
+    assert groups[1].advantages.eq(0).all() and groups[0].advantages.abs().max() < 1e-6
+    assert groups[2].advantages.tolist() == pytest.approx([1.1547, -0.5774, -0.5774], abs=1e-3)
+    assert [any(g is k for k in kept) for g in groups] == ([False, False, True] if dynamic else [True] * 3)
+
+
+def test_ranks_that_read_different_rows_stop(monkeypatch):
+    import data
+
+    rows = data.Rows("mine", lambda i: None, [0, 1, 5])
+
+    def gathered(read, own):
+        read[:] = [own, [(3, hash((0, 1, 4)))]]
+
+    monkeypatch.setattr(train.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(train.dist, "all_gather_object", gathered)
+    with pytest.raises(ValueError, match="the ranks read different rows of mine"):
+        train.same_everywhere(rows)
+    monkeypatch.setattr(train.dist, "all_gather_object", lambda read, own: read.__setitem__(slice(None), [own, own]))
+    train.same_everywhere(rows)
 
 
 def test_a_users_reward(run, tmp_path):
