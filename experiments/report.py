@@ -11,6 +11,7 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -143,24 +144,56 @@ def cost(found: Results) -> str:
     return markdown(rows)
 
 
-def lines(found: Results, variants: dict[str, str], key: str) -> dict[str, list[dict[int, float]]]:
-    """Label -> one {step: value} a run: of a metric, or of an evaluation's split."""
-    drawn = {}
-    for variant, label in variants.items():
-        for run in found.get(variant, {}).values():
-            series = {int(step): line[key] for step, line in run["curve"].items()} if key in SPLITS else {}
-            series = series or {i + 1: value for i, value in enumerate(run["metrics"].get(key, []))}
-            if series:
-                drawn.setdefault(label, []).append(series)
-    return drawn
+def series(run: dict, key: str) -> dict[int, float]:
+    """{step: value} of one run: of an evaluation's split, or of a metric."""
+    if key in SPLITS:
+        return {int(step): line[key] for step, line in run["curve"].items()}
+    return {i + 1: value for i, value in enumerate(run["metrics"].get(key, []))}
 
 
-def figure(found: Results, variants: dict[str, str], keys: dict[str, str], name: str, heading: str) -> str:
-    if not any(variant in found for variant in variants):
+def dots(found: Results, labels: dict[str, str], name: str) -> str:
+    """Each seed's accuracy at the end, variant beside variant, a seed's dots joined; the bar is the mean."""
+    labels = {variant: label for variant, label in labels.items() if variant in found}
+    if len(labels) < 2:
         return ""
-    panels = {title: lines(found, variants, key) for key, title in keys.items()}
-    plots.draw(panels, heading, HERE / "figures" / f"{name}.png", shared_legend=True)
-    return f"![{heading}](figures/{name}.png)"
+    seeds = sorted(set.intersection(*(set(found[variant]) for variant in labels)))
+    drawn = Figure(figsize=(13.8, 3.6), layout="constrained")
+    for ax, what in zip(drawn.subplots(1, 3), (*SPLITS, "overall"), strict=True):
+        ax.set_title(f"{what}: accuracy at the end, %", fontsize=9.5)
+        values = np.array([[score(found[variant][seed], what) for variant in labels] for seed in seeds])
+        for row, seed in zip(values, seeds, strict=True):
+            ax.plot(range(len(labels)), row, marker="o", linewidth=0.7, alpha=0.7, label=f"seed {seed}")
+        ax.hlines(values.mean(0), np.arange(len(labels)) - 0.3, np.arange(len(labels)) + 0.3, "black", linewidth=2)
+        ax.set_xticks(range(len(labels)), labels.values(), rotation=25, ha="right", fontsize=8)
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=7)
+    drawn.savefig(HERE / "figures" / f"{name}.png", dpi=110)
+    return f"![{name}](figures/{name}.png)"
+
+
+def seed_lines(found: Results, labels: dict[str, str], keys: dict[str, str], name: str) -> str:
+    """Metrics over the steps, a line for each seed, a colour for each variant."""
+    if not any(variant in found for variant in labels):
+        return ""
+    drawn = Figure(figsize=(13.8, 3.1 * -(-len(keys) // 3) + 0.5), layout="constrained")
+    for i, (key, title) in enumerate(keys.items()):
+        ax = drawn.add_subplot(-(-len(keys) // 3), 3, i + 1)
+        ax.set_title(title, fontsize=9.5)
+        ax.grid(alpha=0.3)
+        for colour, (variant, label) in enumerate(labels.items()):
+            for number, run in enumerate(found.get(variant, {}).values()):
+                values = series(run, key)
+                ax.plot(values.keys(), values.values(), f"C{colour}", linewidth=1, label="" if number else label)
+    drawn.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
+    drawn.savefig(HERE / "figures" / f"{name}.png", dpi=110)
+    return f"![{name}](figures/{name}.png)"
+
+
+def table1_figure(found: Results, keys: dict[str, str]) -> str:
+    panels = {title: {algo: [s for run in found.get(algo, {}).values() if (s := series(run, key))]
+                      for algo in ("grpo", "papo_g", "dapo", "papo_d")} for key, title in keys.items()}  # fmt: skip
+    plots.draw(panels, "mean over eight seeds; band: 95% interval", HERE / "figures" / "table1.png", shared_legend=True)
+    return "![Table 1 in the small](figures/table1.png)"
 
 
 def main() -> None:
@@ -170,24 +203,16 @@ def main() -> None:
     accuracy = {"general": "accuracy, general", "vision_dependent": "accuracy, vision_dependent"}
     signs = {"kl_prcp": "KL_prcp", "clip_frac": "share of tokens clipped", "entropy": "entropy",
              "masked_entropy": "entropy, masked image"}  # fmt: skip
-    algos = {name: name for name in ("grpo", "papo_g", "dapo", "papo_d")}
     parts = [
         "# What came out", f"Redrawn by `report.py` from {counts} results. Mean +- 95% interval over seeds; accuracies "
         "in %. The protocol and the reading are in README.md.",
-        "## table1", table1(found),
-        figure(found, algos, accuracy | {"kl_prcp": "KL_prcp"}, "table1", "Table 1 in the small: mean over seeds"),
+        "## table1", table1(found), table1_figure(found, accuracy | {"kl_prcp": "KL_prcp"}),
         "## perception (from table1)", perception(found), "## cost (from table1)", cost(found),
     ]  # fmt: skip
-    looks = {
-        "gamma": accuracy | {"kl_prcp": "KL_prcp", "entropy": "entropy", "masked_entropy": "entropy, masked image"},
-        "regularisation": accuracy | signs,
-        "masking": accuracy | {"kl_prcp": "KL_prcp"},
-        "estimator": accuracy | {"kl_prcp": "KL_prcp (each by its own estimator)"},
-    }
     for name, (variants, base, shown) in TABLES.items():
         labels = {variant: shown.get(variant, variant) for variant in variants}
-        parts += [f"## {name}", table(found, variants, base, shown)]
-        parts += [figure(found, labels, looks[name], name, f"{name}: mean over seeds")] if name in looks else []
+        parts += [f"## {name}", table(found, variants, base, shown), dots(found, labels, name)]
+    parts += ["## signs of collapse (from regularisation)", seed_lines(found, LARGE, accuracy | signs, "collapse")]
     (HERE / "report.md").write_text("\n\n".join(filter(None, parts)) + "\n")
     print(HERE / "report.md")
 
