@@ -251,8 +251,7 @@ def test_small_or_doubtful_growth_is_silent():
 
 
 def test_the_runs_of_the_experiments():
-    """Real runs: the warning comes, steps before the end, where the PPO clip was alive and the run collapsed, and in no
-    run that ended better than it began."""
+    """Real runs: the warning comes in the midst of a collapse, and in no run that did not fall far from its best."""
     fired = {}
     for file in (Path(__file__).parent.parent / "experiments" / "results").glob("*.json"):
         result = json.loads(file.read_text())
@@ -261,7 +260,8 @@ def test_the_runs_of_the_experiments():
         lines = [{"step": i, **dict(zip(metrics, values, strict=True))} for i, values in rows]
         steps = [i for i in range(len(lines) + 1) if plots.collapse_warning(lines[:i])]
         ended = np.mean([split["accuracy"] for split in result["final"].values()])
-        assert not steps or ended < 0.39, file.name  # 0.39: the mean of the start models
+        best = max((np.mean([*line.values()]) for line in result.get("curve", {}).values()), default=0)
+        assert not steps or ended < best - 0.2, file.name
         fired[file.stem] = steps
     assert fired["large-s10"][0] == 37 and len(fired) > 40
 
