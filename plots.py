@@ -138,8 +138,8 @@ def collapse_warning(steps: list[dict], window: int = 7) -> str | None:
     window lies above ALL of the reference window and the median has grown by SIGNS' factor and rise. Every measured
     sign must show at once: KL_prcp, the PPO clip fraction, both entropies. So KL_prcp rising alone, which PAPO wants,
     never warns; nor a healthy run, whose entropies fall; nor noise. (The numbers are from the experiments' runs, where
-    it comes in the midst of the plainest collapse and in no healthy run.) A slower collapse needs a larger window. Not measured:
-    masked_entropy where not logged, the clip fraction where 0 throughout (one update a step: nothing to clip).
+    it comes in the midst of the plainest collapse and in no healthy run.) A slower collapse needs a larger window. Not
+    measured: masked_entropy where not logged, the clip fraction where 0 throughout (one update a step).
     KL_prcp, the entropy and one sign more must be; lines without these two are skipped, and fewer than two windows of
     the rest give None.
     """
