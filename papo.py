@@ -441,9 +441,6 @@ def update(
     that is not finite skips that optimiser step (as released) and is counted in `skipped_updates`.
     """
     world = dist.get_world_size() if dist.is_initialized() else 1
-    # The optimiser's, not the model's: after a forward without a backward FSDP leaves the root's weights whole, and the
-    # model names those, whose gradients nobody fills.
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     history: list[dict[str, float]] = []
     policy.model.train()
     for batch in mini_batches(groups, mini_batch):
@@ -455,6 +452,9 @@ def update(
             loss, metrics = row_loss(policy, row, algo, counts)
             (loss * world).backward()
             sums = {name: sums.get(name, 0.0) + float(value) for name, value in metrics.items()}
+        # The optimiser's weights, not the model's: after a forward without a backward FSDP leaves the root's whole, and
+        # the model names those, whose gradients nobody fills.
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         if finite := math.isfinite(norm):

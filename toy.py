@@ -95,6 +95,7 @@ DEFAULT = Setting()
 def setting_of(spec: str) -> Setting | None:
     """What train.py calls the model and the data: "toy", or "toy:grid=4,colours=4" with fields of a Setting; None for
     any other name. ValueError where a field is unknown or its value no number."""
+    spec = str(spec)  # a path is no toy's name
     if spec != "toy" and not spec.startswith("toy:"):
         return None
     kinds, values = {f.name: type(f.default) for f in fields(Setting)}, {}

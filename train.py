@@ -130,7 +130,7 @@ def train(run: Run) -> None:
             run.save()
         if run.due(config.eval_every):
             run.evaluate()
-    if config.save_every and not run.due(config.save_every):  # stopped between two checkpoints
+    if config.save_every and (not run.step or not run.due(config.save_every)):  # stopped where none was due
         run.save()
 
 
