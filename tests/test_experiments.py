@@ -87,3 +87,17 @@ def test_the_report_is_drawn_from_results_alone(tmp_path, monkeypatch):
     assert drawn == {"table1.png", "gamma.png", "masking.png", "no_kl_ref.png"}  # of what has two variants
     found = report.load()
     assert report.delta_rel(found["papo_g"][10], found["grpo"][10]) == pytest.approx(100 * (0.61 / 0.51 - 1))
+
+
+def test_the_readme_quotes_the_results():
+    """Its Table 1 is report.py's, from the committed results; PAPO is ahead at every seed, as it says."""
+    found, readme = report.load(), (ROOT / "README.md").read_text()
+    for variant in ("grpo", "papo_g", "dapo", "papo_d"):
+        assert sorted(found[variant]) == list(run.MANY)
+        runs = found[variant].values()
+        cells = [report.pm([report.score(each, split) for each in runs]) for split in report.SPLITS]
+        assert f"| `{variant}` | {cells[0]} | {cells[1]} |" in readme
+    for variant, base in (("papo_g", "grpo"), ("papo_d", "dapo")):
+        gains = report.paired(found, variant, base, lambda a, b: report.score(a) - report.score(b))
+        assert min(gains) > 0 and report.sign_flip(gains) == 2 / 256
+        assert report.pm(report.paired(found, variant, base, report.delta_rel), sign=True) + " %" in readme

@@ -132,6 +132,7 @@ def test_a_name_says_the_setting():
 def test_the_defaults_leave_room_for_prompts_and_responses(tmp_path, grid):
     setting = toy.Setting(grid=grid, most=1)
     encoder = Encoder(str(toy.build(0, tmp_path / "model", steps=1, setting=setting)), 3136, 336 * 336, toy.SUFFIX)
+    assert toy.overrides() == toy.OVERRIDES
     room, item = toy.overrides(setting), toy.example("train", 0, setting=setting)
     assert len(encoder.encode(item)) <= room["max_prompt_tokens"]
     response = toy.reading(["red"] * grid**2, "red", setting=setting) + "<|im_end|>"
