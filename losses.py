@@ -43,7 +43,9 @@ def count(mask: Tensor, has_image: Tensor | None = None) -> Counts:
     return Counts(float(per_row.sum()), float(len(mask)), float(image.sum()))
 
 
-def masked_mean(values: Tensor, mask: Tensor, denominator: float | None = None, average: str = "token") -> Tensor:
+def masked_mean(
+    values: Tensor, mask: Tensor, denominator: float | None = None, average: str = "token"
+) -> Tensor:
     """Mean of values[B, T] over mask[B, T], as a scalar; 0 where nothing is left to average, never NaN.
 
     "token": sum over all tokens / number of tokens (the released configs). "seq": the mean inside each sequence, then
@@ -67,7 +69,9 @@ def group_advantages(rewards: Tensor, group_size: int, eps: float = 1e-6) -> Ten
     equal rewards of 0.9 leave a rounding residue in fp32 that eps = 1e-6 would blow up to advantages of 0.05.
     """
     if rewards.dim() != 1 or group_size < 1 or len(rewards) % group_size:
-        raise ValueError(f"rewards of shape {tuple(rewards.shape)} do not divide into groups of {group_size}")
+        raise ValueError(
+            f"rewards of shape {tuple(rewards.shape)} do not divide into groups of {group_size}"
+        )
     if group_size == 1:
         return torch.zeros_like(rewards)
     groups = rewards.double().view(-1, group_size)  # [P, G]
@@ -146,7 +150,9 @@ def papo_loss(
         log_probs, old_log_probs, advantages, mask,
         algo.clip_low, algo.clip_high, algo.clip_dual, algo.average, counts,
     )  # fmt: skip
-    log_probs, ref_log_probs, masked_log_probs = _hide_padding(mask, log_probs, ref_log_probs, masked_log_probs)
+    log_probs, ref_log_probs, masked_log_probs = _hide_padding(
+        mask, log_probs, ref_log_probs, masked_log_probs
+    )
     over = _denominator(counts, algo.average)
 
     if ref_log_probs is not None:
@@ -159,8 +165,12 @@ def papo_loss(
         seen = mask.new_ones(len(mask), dtype=torch.bool) if has_image is None else has_image.bool()
         masked_log_probs = torch.where(seen[:, None], masked_log_probs, log_probs.detach())
         kl_prcp = masked_mean(_kl_prcp(log_probs, masked_log_probs, algo), mask, over, algo.average)
-        loss, metrics["kl_prcp"] = _add(loss, -algo.kl_prcp_coef, kl_prcp)  # maximised: the sign is minus
-        masked_entropy = masked_mean(-masked_log_probs, mask.bool() & seen[:, None], counts.image_tokens)
+        loss, metrics["kl_prcp"] = _add(
+            loss, -algo.kl_prcp_coef, kl_prcp
+        )  # maximised: the sign is minus
+        masked_entropy = masked_mean(
+            -masked_log_probs, mask.bool() & seen[:, None], counts.image_tokens
+        )
         loss, metrics["masked_entropy"] = _add(loss, algo.masked_entropy_coef, masked_entropy)
     elif algo.kl_prcp_coef or algo.masked_entropy_coef:
         needs = f"kl_prcp_coef={algo.kl_prcp_coef}, masked_entropy_coef={algo.masked_entropy_coef}"
@@ -175,7 +185,9 @@ def _kl_prcp(log_probs: Tensor, masked_log_probs: Tensor, algo) -> Tensor:
     """KL_prcp at each token, [B, T]: k3 with the masked view as the other distribution."""
     if algo.kl_prcp_estimator == "k3":
         kl = kl_k3(log_probs, masked_log_probs)
-    elif algo.kl_prcp_estimator == "paper":  # r - log r - 1, r = pi / pi_mask: the roles change places
+    elif (
+        algo.kl_prcp_estimator == "paper"
+    ):  # r - log r - 1, r = pi / pi_mask: the roles change places
         kl = kl_k3(masked_log_probs, log_probs)
     else:
         raise ValueError(f"kl_prcp_estimator={algo.kl_prcp_estimator!r}: choose 'k3' or 'paper'")
@@ -192,7 +204,9 @@ def _hide_padding(mask: Tensor, *log_probs: Tensor | None) -> list[Tensor | None
     return [None if x is None else x.masked_fill(~mask.bool(), 0.0) for x in log_probs]
 
 
-def resolve_counts(denominator: float | Counts | None, mask: Tensor, has_image: Tensor | None, average: str) -> Counts:
+def resolve_counts(
+    denominator: float | Counts | None, mask: Tensor, has_image: Tensor | None, average: str
+) -> Counts:
     """The Counts that `denominator` stands for: see papo_loss."""
     if isinstance(denominator, Counts):
         return denominator

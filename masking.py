@@ -13,10 +13,7 @@ A new corruption is one function (pixel_values, ratio, ...) -> (masked, hit) and
 
 from __future__ import annotations
 
-import math
-
 import torch
-from PIL import Image
 from torch import Tensor
 
 STRATEGIES = ("random", "semantic", "noise")
@@ -29,15 +26,9 @@ def _check_ratio(ratio: float) -> None:
 
 def _check_patches(pixel_values: Tensor) -> None:
     if pixel_values.dim() != 2:
-        raise ValueError(f"pixel_values of shape {tuple(pixel_values.shape)}: expected flattened [N_patch, D_patch]")
-
-
-def black_patch(image_mean: list[float], image_std: list[float], d_patch: int) -> Tensor:
-    """What a black patch is after normalisation, [D_patch]: (0 - mean) / std in each channel; 0 would be mean grey."""
-    if d_patch % len(image_mean):
-        raise ValueError(f"D_patch={d_patch} does not divide into {len(image_mean)} channels")
-    black = -torch.tensor(image_mean) / torch.tensor(image_std)
-    return black.repeat_interleave(d_patch // len(image_mean))  # the channel is the slowest axis of a patch
+        raise ValueError(
+            f"pixel_values of shape {tuple(pixel_values.shape)}: expected flattened [N_patch, D_patch]"
+        )
 
 
 def mask_patches(
@@ -53,12 +44,16 @@ def mask_patches(
     return _blacken(pixel_values, hit, black), hit
 
 
-def mask_salient(pixel_values: Tensor, ratio: float, black: Tensor, saliency: Tensor) -> tuple[Tensor, Tensor]:
+def mask_salient(
+    pixel_values: Tensor, ratio: float, black: Tensor, saliency: Tensor
+) -> tuple[Tensor, Tensor]:
     """Semantic masking: the round(ratio * N) most salient patches turn black; saliency[N_patch] in patch order."""
     _check_ratio(ratio)
     _check_patches(pixel_values)
     if saliency.shape != (len(pixel_values),):
-        raise ValueError(f"saliency of shape {tuple(saliency.shape)} for {len(pixel_values)} patches")
+        raise ValueError(
+            f"saliency of shape {tuple(saliency.shape)} for {len(pixel_values)} patches"
+        )
     order = saliency.float().argsort(descending=True, stable=True)
     hit = torch.zeros(len(pixel_values), dtype=torch.bool)
     hit[order[: round(ratio * len(pixel_values))]] = True
@@ -66,7 +61,11 @@ def mask_salient(pixel_values: Tensor, ratio: float, black: Tensor, saliency: Te
 
 
 def noise_patches(
-    pixel_values: Tensor, ratio: float, sigma: float, generator: torch.Generator | None = None, channels: int = 3
+    pixel_values: Tensor,
+    ratio: float,
+    sigma: float,
+    generator: torch.Generator | None = None,
+    channels: int = 3,
 ) -> tuple[Tensor, Tensor]:
     """Noise: a share `ratio` of the patches gets Gaussian noise of `sigma`, in units of normalised pixels.
 
@@ -78,10 +77,14 @@ def noise_patches(
     hit = torch.rand(n, generator=generator) < ratio
     noise = torch.randn(n, channels, 1, d // channels // 2, generator=generator) * sigma
     noise = noise.expand(-1, -1, 2, -1).reshape(n, d).to(pixel_values)
-    return torch.where(hit[:, None].to(pixel_values.device), pixel_values + noise, pixel_values), hit
+    return torch.where(
+        hit[:, None].to(pixel_values.device), pixel_values + noise, pixel_values
+    ), hit
 
 
-def mask_prompt(prompt, algo, encoder, generator: torch.Generator, saliency=None) -> tuple[Tensor, Tensor]:
+def mask_prompt(
+    prompt, algo, encoder, generator: torch.Generator, saliency=None
+) -> tuple[Tensor, Tensor]:
     """The masked view of a papo.Prompt, image after image: (masked[N_patch, D_patch], hit[N_patch] bool).
 
     The strategy is algo.mask_strategy; `saliency` is a function image -> [h, w], for "semantic". A prompt that brings
@@ -96,16 +99,20 @@ def mask_prompt(prompt, algo, encoder, generator: torch.Generator, saliency=None
         prompt.example.images, pixels.split(sizes), prompt.image_grid_thw.tolist(), strict=True
     ):
         if algo.mask_strategy == "random":
-            views.append(mask_patches(patches, algo.mask_ratio, encoder.black, generator))
+            views.append(mask_patches(patches, algo.mask_ratio, encoder.black_patch, generator))
         elif algo.mask_strategy == "noise":
             views.append(noise_patches(patches, algo.mask_ratio, algo.mask_sigma, generator))
         elif algo.mask_strategy == "semantic":
             if saliency is None:
-                raise ValueError("mask_strategy=semantic needs a saliency function, image -> [h, w]")
+                raise ValueError(
+                    "mask_strategy=semantic needs a saliency function, image -> [h, w]"
+                )
             order = to_patch_order(saliency(image), h, w, encoder.images.merge_size)
-            views.append(mask_salient(patches, algo.mask_ratio, encoder.black, order))
+            views.append(mask_salient(patches, algo.mask_ratio, encoder.black_patch, order))
         else:
-            raise ValueError(f"mask_strategy={algo.mask_strategy!r}: choose one of {', '.join(STRATEGIES)}")
+            raise ValueError(
+                f"mask_strategy={algo.mask_strategy!r}: choose one of {', '.join(STRATEGIES)}"
+            )
     return torch.cat([masked for masked, _ in views]), torch.cat([hit for _, hit in views])
 
 
@@ -114,45 +121,11 @@ def to_patch_order(saliency: Tensor, grid_h: int, grid_w: int, merge: int = 2) -
 
     The processor walks the grid in blocks of merge x merge patches, because the merger joins each block to one token.
     """
-    grid = torch.nn.functional.interpolate(saliency.float()[None, None], (grid_h, grid_w), mode="area")[0, 0]
+    grid = torch.nn.functional.interpolate(
+        saliency.float()[None, None], (grid_h, grid_w), mode="area"
+    )[0, 0]
     blocks = grid.view(grid_h // merge, merge, grid_w // merge, merge)
     return blocks.permute(0, 2, 1, 3).reshape(-1)
-
-
-def dino_saliency(model: str = "facebook/dinov2-base"):
-    """A saliency function image -> [h, w]: how much a DINOv2's class token attends to each patch, mean over heads.
-
-    `model`: a hub id or a local folder. The transformers class does the work, on the CPU.
-    """
-    from transformers import AutoModel, BitImageProcessorPil
-
-    processor = BitImageProcessorPil.from_pretrained(model)
-    whole = {"size": {"height": 224, "width": 224}, "do_center_crop": False}  # a crop would leave the edges unscored
-    dino = AutoModel.from_pretrained(model, attn_implementation="eager").eval()  # only eager returns attentions
-
-    @torch.no_grad()
-    def saliency(image: Image.Image) -> Tensor:
-        pixels = processor(image.convert("RGB"), return_tensors="pt", **whole)["pixel_values"]  # [1, 3, H, W]
-        attention = dino(pixels, output_attentions=True).attentions[-1]  # [1, heads, 1 + n, 1 + n]
-        h, w = (side // dino.config.patch_size for side in pixels.shape[-2:])
-        return attention[0, :, 0, -h * w :].mean(0).view(h, w)  # the class token's row, patches only
-
-    return saliency
-
-
-def mask_image(
-    image: Image.Image, ratio: float = 0.6, patch_size: int = 14, generator: torch.Generator | None = None
-) -> Image.Image:
-    """The random mask on a picture, for people to look at; the same grid as the model's if it has the model's size."""
-    _check_ratio(ratio)
-    masked = image.convert("RGB")
-    masked = masked.copy() if masked is image else masked
-    rows, columns = math.ceil(image.height / patch_size), math.ceil(image.width / patch_size)
-    hit = torch.rand(rows, columns, generator=generator) < ratio
-    for y, x in hit.nonzero().tolist():
-        corner = (x * patch_size, y * patch_size)
-        masked.paste((0, 0, 0), (*corner, corner[0] + patch_size, corner[1] + patch_size))
-    return masked
 
 
 def _blacken(pixel_values: Tensor, hit: Tensor, black: Tensor) -> Tensor:

@@ -1,25 +1,31 @@
 r"""Tables and figures of the experiments, redrawn from results/*.json into report.md and figures/; runs nothing.
 
-    python experiments/report.py
+python -m experiments.report
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+from support import metrics, plots
 
-import plots  # noqa: E402  (the repository's own modules lie one folder up)
+HERE = Path(__file__).resolve().parent
+
 
 SPLITS = ("general", "vision_dependent")
-GAMMAS = {"grpo": 0.0, "papo_g": 0.02, "gamma_0.1": 0.1, "gamma_0.2": 0.2, "gamma_0.5": 0.5, "gamma_1.0": 1.0}
+GAMMAS = {
+    "grpo": 0.0,
+    "papo_g": 0.02,
+    "gamma_0.1": 0.1,
+    "gamma_0.2": 0.2,
+    "gamma_0.5": 0.5,
+    "gamma_1.0": 1.0,
+}
 LARGE = {
     "large_no_kl_ref": "no KL_ref", "large": "KL_ref 0.01", "large_kl_ref_0.1": "KL_ref 0.1",
     "large_single": "single entropy", "large_double": "double entropy", "large_double_grad": "double entropy, gradient",
@@ -49,7 +55,9 @@ def load() -> Results:
 def score(result: dict, what: str = "overall") -> float:
     """In %: a split's accuracy at the end, their mean (overall), or the mean of the evaluations on the way (way)."""
     if what == "way":
-        return 100 * float(np.mean([list(line.values()) for step, line in result["curve"].items() if int(step)]))
+        return 100 * float(
+            np.mean([list(line.values()) for step, line in result["curve"].items() if int(step)])
+        )
     splits = SPLITS if what == "overall" else (what,)
     return 100 * float(np.mean([result["final"][name]["accuracy"] for name in splits]))
 
@@ -72,7 +80,7 @@ def sign_flip(differences: list[float]) -> float:
 
 
 def pm(values: list[float], digits: int = 1, sign: bool = False) -> str:
-    mean, half = plots.mean_interval(values) if values else (float("nan"), float("nan"))
+    mean, half = metrics.mean_interval(values) if values else (float("nan"), float("nan"))
     shown = f"{mean:{'+' if sign else ''}.{digits}f}"
     return "-" if not values else shown + (f" +- {half:.{digits}f}" if half == half else "")
 
@@ -95,12 +103,16 @@ def table(found: Results, variants: list[str], base: str, names: dict[str, str])
     if base not in variants:
         return "(not run yet)"
     seeds = sorted(set.intersection(*(set(found[v]) for v in variants)))
-    rows = [["", "seeds", *SPLITS, "overall", "on the way", f"overall, minus {names.get(base, base)}"]]
+    rows = [
+        ["", "seeds", *SPLITS, "overall", "on the way", f"overall, minus {names.get(base, base)}"]
+    ]
     for variant in variants:
         part = {v: {s: found[v][s] for s in seeds} for v in (variant, base)}
         gains = paired(part, variant, base, lambda a, b: score(a) - score(b))
         shown = names.get(variant, variant)
-        rows.append([shown, str(len(seeds)), *accuracies(found, variant, seeds), pm(gains, sign=True)])
+        rows.append(
+            [shown, str(len(seeds)), *accuracies(found, variant, seeds), pm(gains, sign=True)]
+        )
     return markdown(rows)
 
 
@@ -114,17 +126,34 @@ def table1(found: Results) -> str:
             gains = paired(found, variant, base, lambda a, b: score(a) - score(b))
             cells = [pm(paired(found, variant, base, delta_rel), sign=True), pm(gains, sign=True)]
             cells.append(f"{sign_flip(gains):.3f}")
-        rows.append([variant, str(len(found[variant])), *accuracies(found, variant, sorted(found[variant])), *cells])
+        rows.append(
+            [
+                variant,
+                str(len(found[variant])),
+                *accuracies(found, variant, sorted(found[variant])),
+                *cells,
+            ]
+        )
     return markdown(rows)
 
 
 def perception(found: Results) -> str:
     """How many answers are wrong, in how many the reading is, and PAPO's change of the latter against its baseline."""
-    rows = [["", "wrong %", "of them misread %", "cells read right %", "misread answers, relative to baseline %"]]
+    rows = [
+        [
+            "",
+            "wrong %",
+            "of them misread %",
+            "cells read right %",
+            "misread answers, relative to baseline %",
+        ]
+    ]
     total = lambda run, key: sum(run["final"][name][key] for name in SPLITS)  # noqa: E731
     for variant in [v for v in ("start", "grpo", "papo_g", "dapo", "papo_d") if v in found]:
         runs, base = found[variant].values(), {"papo_g": "grpo", "papo_d": "dapo"}.get(variant, "")
-        change = paired(found, variant, base, lambda a, b: 100 * (total(a, "misread") / total(b, "misread") - 1))
+        change = paired(
+            found, variant, base, lambda a, b: 100 * (total(a, "misread") / total(b, "misread") - 1)
+        )
         rows.append([
             variant, pm([100 * total(run, "wrong") / total(run, "responses") for run in runs]),
             pm([100 * total(run, "misread") / max(total(run, "wrong"), 1) for run in runs]),
@@ -140,7 +169,13 @@ def cost(found: Results) -> str:
     for variant, base in (("grpo", ""), ("papo_g", "grpo"), ("dapo", ""), ("papo_d", "dapo")):
         if variant in found:
             over = paired(found, variant, base, lambda a, b: 100 * (median(a) / median(b) - 1))
-            rows.append([variant, pm([median(run) for run in found[variant].values()], 2), pm(over, sign=True)])
+            rows.append(
+                [
+                    variant,
+                    pm([median(run) for run in found[variant].values()], 2),
+                    pm(over, sign=True),
+                ]
+            )
     return markdown(rows)
 
 
@@ -160,10 +195,20 @@ def dots(found: Results, labels: dict[str, str], name: str) -> str:
     drawn = Figure(figsize=(13.8, 3.6), layout="constrained")
     for ax, what in zip(drawn.subplots(1, 3), (*SPLITS, "overall"), strict=True):
         ax.set_title(f"{what}: accuracy at the end, %", fontsize=9.5)
-        values = np.array([[score(found[variant][seed], what) for variant in labels] for seed in seeds])
+        values = np.array(
+            [[score(found[variant][seed], what) for variant in labels] for seed in seeds]
+        )
         for row, seed in zip(values, seeds, strict=True):
-            ax.plot(range(len(labels)), row, marker="o", linewidth=0.7, alpha=0.7, label=f"seed {seed}")
-        ax.hlines(values.mean(0), np.arange(len(labels)) - 0.3, np.arange(len(labels)) + 0.3, "black", linewidth=2)
+            ax.plot(
+                range(len(labels)), row, marker="o", linewidth=0.7, alpha=0.7, label=f"seed {seed}"
+            )
+        ax.hlines(
+            values.mean(0),
+            np.arange(len(labels)) - 0.3,
+            np.arange(len(labels)) + 0.3,
+            "black",
+            linewidth=2,
+        )
         ax.set_xticks(range(len(labels)), labels.values(), rotation=25, ha="right", fontsize=8)
         ax.grid(alpha=0.3)
         ax.legend(fontsize=7)
@@ -183,7 +228,13 @@ def seed_lines(found: Results, labels: dict[str, str], keys: dict[str, str], nam
         for colour, (variant, label) in enumerate(labels.items()):
             for number, run in enumerate(found.get(variant, {}).values()):
                 values = series(run, key)
-                ax.plot(values.keys(), values.values(), f"C{colour}", linewidth=1, label="" if number else label)
+                ax.plot(
+                    values.keys(),
+                    values.values(),
+                    f"C{colour}",
+                    linewidth=1,
+                    label="" if number else label,
+                )
     drawn.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
     drawn.savefig(HERE / "figures" / f"{name}.png", dpi=110)
     return f"![{name}](figures/{name}.png)"
@@ -192,7 +243,12 @@ def seed_lines(found: Results, labels: dict[str, str], keys: dict[str, str], nam
 def table1_figure(found: Results, keys: dict[str, str]) -> str:
     panels = {title: {algo: [s for run in found.get(algo, {}).values() if (s := series(run, key))]
                       for algo in ("grpo", "papo_g", "dapo", "papo_d")} for key, title in keys.items()}  # fmt: skip
-    plots.draw(panels, "mean over eight seeds; band: 95% interval", HERE / "figures" / "table1.png", shared_legend=True)
+    plots.draw(
+        panels,
+        "mean over eight seeds; band: 95% interval",
+        HERE / "figures" / "table1.png",
+        shared_legend=True,
+    )
     return "![Table 1 in the small](figures/table1.png)"
 
 
@@ -212,7 +268,10 @@ def main() -> None:
     for name, (variants, base, shown) in TABLES.items():
         labels = {variant: shown.get(variant, variant) for variant in variants}
         parts += [f"## {name}", table(found, variants, base, shown), dots(found, labels, name)]
-    parts += ["## signs of collapse (from regularisation)", seed_lines(found, LARGE, accuracy | signs, "collapse")]
+    parts += [
+        "## signs of collapse (from regularisation)",
+        seed_lines(found, LARGE, accuracy | signs, "collapse"),
+    ]
     (HERE / "report.md").write_text("\n\n".join(filter(None, parts)) + "\n")
     print(HERE / "report.md")
 

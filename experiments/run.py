@@ -1,8 +1,8 @@
 r"""The paper's experiments in the small: train, evaluate, and keep one JSON a run, on a CPU, an interruptible while.
 
-    python experiments/run.py table1            one experiment: table1, gamma, masking, regularisation, no_kl_ref, ...
-    python experiments/run.py all --jobs 2      every run that is still missing, two at a time, a core each
-    python experiments/run.py table1 --list     what would be run
+    python -m experiments.run table1            one experiment: table1, gamma, masking, regularisation, no_kl_ref, ...
+    python -m experiments.run all --jobs 2      every run that is still missing, two at a time, a core each
+    python -m experiments.run table1 --list     what would be run
 
 A run is one variant (flags of train.py) at one seed: `train.py`, then `evaluate.py` on the exported model, both as
 anyone would call them. What counts is written to experiments/results/VARIANT-sSEED.json and never run again; a run cut
@@ -22,29 +22,46 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+from support import toy
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 RESULTS = HERE / "results"
-sys.path.insert(0, str(ROOT))
 
-import toy  # noqa: E402  (the repository's own modules lie one folder up)
 
 SPEC = "toy:grid=4,colours=4,most=6,warm_steps=400"
-TRAINING = {"steps": 30, "lr": 1e-4, "eval_every": 10, "eval_rows": 128, "save_every": 10, "keep": 1}
+TRAINING = {
+    "steps": 30,
+    "lr": 1e-4,
+    "eval_every": 10,
+    "eval_rows": 128,
+    "save_every": 10,
+    "keep": 1,
+}
 EVALUATION = {"n": 2, "eval_rows": 512, "protocol": "training", "rollout_batch": 256}
-KEPT = ("reward accuracy kl_prcp kl_ref entropy masked_entropy clip_frac grad_norm response_length rounds "
-        "truncated seconds").split()  # metrics of each step that a result holds
+KEPT = (
+    "reward accuracy kl_prcp kl_ref entropy masked_entropy clip_frac grad_norm response_length rounds "
+    "truncated seconds"
+).split()  # metrics of each step that a result holds
 
 ALGOS = ["grpo", "papo_g", "dapo", "papo_d", "grpo_no_kl_ref", "papo_g_no_kl_ref"]
-VARIANTS: dict[str, dict] = {name: {"algo": name} for name in ["start", *ALGOS]}  # name -> flags of train.py
+VARIANTS: dict[str, dict] = {
+    name: {"algo": name} for name in ["start", *ALGOS]
+}  # name -> flags of train.py
 # "start" is the model before any step. All that follow are papo_g with one thing changed.
 VARIANTS |= {f"gamma_{gamma}": {"kl_prcp_coef": gamma} for gamma in (0.1, 0.2, 0.5, 1.0)}
 VARIANTS |= {f"mask_{ratio}": {"mask_ratio": ratio} for ratio in (0.4, 0.8, 1.0)}
 VARIANTS |= {f"mask_{strategy}": {"mask_strategy": strategy} for strategy in ("semantic", "noise")}
-VARIANTS |= {"estimator_paper": {"kl_prcp_estimator": "paper"}, "masked_grad": {"masked_grad": True}}
+VARIANTS |= {
+    "estimator_paper": {"kl_prcp_estimator": "paper"},
+    "masked_grad": {"masked_grad": True},
+}
 # Regularisation, where gamma, step size and steps invite a collapse: two updates a step, so that the PPO clip is alive.
 LARGE = {"kl_prcp_coef": 0.5, "mini_batch": 8, "lr": 2e-4, "steps": 40}
-DOUBLE = {"entropy_coef": 1.25, "masked_entropy_coef": 1.25}  # 2.5 gamma, the ratio of the paper's papo_g 7B
+DOUBLE = {
+    "entropy_coef": 1.25,
+    "masked_entropy_coef": 1.25,
+}  # 2.5 gamma, the ratio of the paper's papo_g 7B
 VARIANTS |= {
     "large": LARGE, "large_no_kl_ref": LARGE | {"kl_ref_coef": 0.0}, "large_kl_ref_0.1": LARGE | {"kl_ref_coef": 0.1},
     "large_single": LARGE | {"entropy_coef": 1.25}, "large_double": LARGE | DOUBLE,
@@ -63,7 +80,12 @@ EXPERIMENTS: dict[str, tuple[list[str], range]] = {  # name -> variants, seeds
 
 def jobs_of(names: list[str], seeds: list[int] | None) -> list[tuple[str, int]]:
     """(variant, seed) of the experiments, each once: starts first, because they make the models, then seed by seed."""
-    jobs = [(variant, seed) for name in names for seed in EXPERIMENTS[name][1] for variant in EXPERIMENTS[name][0]]
+    jobs = [
+        (variant, seed)
+        for name in names
+        for seed in EXPERIMENTS[name][1]
+        for variant in EXPERIMENTS[name][0]
+    ]
     jobs = [job for job in dict.fromkeys(jobs) if seeds is None or job[1] in seeds]
     return sorted(jobs, key=lambda job: job[0] != "start")
 
@@ -90,22 +112,36 @@ def run(variant: str, seed: int, work: Path) -> Path:
     folder, log = work / f"{variant}-s{seed}", work / f"{variant}-s{seed}.log"
     model = folder / "model"
     if variant == "start":
-        make = f"import toy; toy.build({seed}, setting=toy.setting_of({SPEC!r}))"
-        call(["-c", make], {}, log)  # on one thread: their number decides the last digits of the weights
+        make = f"from support import toy; toy.build({seed}, setting=toy.setting_of({SPEC!r}))"
+        call(
+            ["-c", make], {}, log
+        )  # on one thread: their number decides the last digits of the weights
         model = toy.build(seed, setting=toy.setting_of(SPEC))
     if variant != "start" and not (model / "model.safetensors").exists():
         whole = folder / "config.json"
-        flags = {"resume": folder} if whole.exists() else {"model": SPEC, "seed": seed, "out": folder}
+        flags = (
+            {"resume": folder} if whole.exists() else {"model": SPEC, "seed": seed, "out": folder}
+        )
         flags |= {} if whole.exists() else TRAINING | VARIANTS[variant]
         call(["train.py"], flags, log)
     if not (model / "model.safetensors").exists():
         raise RuntimeError(f"stopped before its end: the same command goes on ({log})")
     out = work / f"{variant}-s{seed}-eval"
-    call(["evaluate.py"], {"model": model, "data": SPEC, "seed": seed, "out": out} | EVALUATION, log)
-    result = {"variant": variant, "seed": seed, "commit": commit(), "spec": SPEC, "evaluation": EVALUATION}
+    call(
+        ["evaluate.py"], {"model": model, "data": SPEC, "seed": seed, "out": out} | EVALUATION, log
+    )
+    result = {
+        "variant": variant,
+        "seed": seed,
+        "commit": commit(),
+        "spec": SPEC,
+        "evaluation": EVALUATION,
+    }
     if variant != "start":
         result |= history(folder)
-    result["final"] = {name: measure(out / f"{name}.jsonl") for name in ("general", "vision_dependent")}
+    result["final"] = {
+        name: measure(out / f"{name}.jsonl") for name in ("general", "vision_dependent")
+    }
     half = result_file(variant, seed).with_suffix(".half")
     half.write_text(json.dumps(result) + "\n")
     os.replace(half, result_file(variant, seed))
@@ -121,9 +157,17 @@ def history(folder: Path) -> dict:
     """Config, kept metrics of every step, and the evaluations on the way."""
     lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "reward" in line]
-    evals = {line["step"]: {k[5:]: v for k, v in line.items() if k != "step"} for line in lines if "reward" not in line}
+    evals = {
+        line["step"]: {k[5:]: v for k, v in line.items() if k != "step"}
+        for line in lines
+        if "reward" not in line
+    }
     metrics = {name: [round(line[name], 5) for line in steps] for name in KEPT if name in steps[0]}
-    return {"config": json.loads((folder / "config.json").read_text()), "metrics": metrics, "curve": evals}
+    return {
+        "config": json.loads((folder / "config.json").read_text()),
+        "metrics": metrics,
+        "curve": evals,
+    }
 
 
 def measure(predictions: Path) -> dict:
@@ -155,7 +199,9 @@ def misread(response: str, split: str, row: int, setting: toy.Setting) -> bool:
 
 def cells_right(response: str, split: str, row: int, setting: toy.Setting) -> float:
     cells, *_ = toy.layout(split, row, setting=setting)
-    return sum(a == b for a, b in zip(read_cells(response, setting), cells, strict=True)) / len(cells)
+    return sum(a == b for a, b in zip(read_cells(response, setting), cells, strict=True)) / len(
+        cells
+    )
 
 
 def main() -> None:
@@ -163,7 +209,9 @@ def main() -> None:
     parser.add_argument("names", nargs="+", help=f"{', '.join(EXPERIMENTS)}, all")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
     parser.add_argument("--seeds", type=int, nargs="+", help="only these of an experiment's seeds")
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "experiments", help="folder of unfinished runs")
+    parser.add_argument(
+        "--work", type=Path, default=ROOT / "runs" / "experiments", help="folder of unfinished runs"
+    )
     parser.add_argument("--list", action="store_true", help="say what is missing, and stop")
     args = parser.parse_args()
     names = list(EXPERIMENTS) if args.names == ["all"] else args.names
@@ -184,7 +232,10 @@ def main() -> None:
                 error = done.exception()
                 failed += error is not None
                 told = f"{todo[done]}: {error}" if error else done.result().name
-                print(f"{number}/{len(missing)} after {(time.time() - start) / 60:.0f} min: {told}", flush=True)
+                print(
+                    f"{number}/{len(missing)} after {(time.time() - start) / 60:.0f} min: {told}",
+                    flush=True,
+                )
         except KeyboardInterrupt:  # the runs at work have had it too: they save and end
             pool.shutdown(cancel_futures=True)
             sys.exit("stopped: the same command goes on")

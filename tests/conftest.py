@@ -2,16 +2,17 @@
 
 import os
 
+from rollout import generate
+from support import toy
+from support.batch import Example
+from support.qwen_vl import Encoder, Policy
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may touch a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
 from PIL import Image
-
-import toy
-from papo import Encoder, Example, Policy
-from rollout import generate
 
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 
@@ -42,9 +43,17 @@ def examples():
     """Unequal on purpose: one image, two images, none, an oblong one."""
     return [
         Example("<image>How many red dots are there?", "1", [picture(84, 84)]),
-        Example("<image>and <image>: how many green dots?", "2", [picture(56, 84, 1), picture(112, 56, 2)]),
+        Example(
+            "<image>and <image>: how many green dots?",
+            "2",
+            [picture(56, 84, 1), picture(112, 56, 2)],
+        ),
         Example("How many dots?", "3", []),
-        Example("A note says 3. <image>How many blue dots are there, all in all?", "0", [picture(140, 56)]),
+        Example(
+            "A note says 3. <image>How many blue dots are there, all in all?",
+            "0",
+            [picture(140, 56)],
+        ),
     ]
 
 

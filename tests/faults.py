@@ -35,7 +35,9 @@ def launch(ranks: int, *flags: str) -> subprocess.Popen:
     """A run as its user starts it: plain Python for one rank, torchrun for more."""
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks)] if ranks > 1 else []
     command = [sys.executable, *torchrun, str(ROOT / "train.py"), *flags]
-    return subprocess.Popen(command, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
 
 
 def family(pid: int) -> list[int]:
@@ -48,7 +50,11 @@ def family(pid: int) -> list[int]:
 def kill(process: subprocess.Popen, whole: bool) -> None:
     """SIGKILL to the process and everything it started, or to one worker of torchrun's, which then ends the rest."""
     pids = family(process.pid)
-    workers = [p for p in pids if p != process.pid and b"train.py" in Path(f"/proc/{p}/cmdline").read_bytes()]
+    workers = [
+        p
+        for p in pids
+        if p != process.pid and b"train.py" in Path(f"/proc/{p}/cmdline").read_bytes()
+    ]
     for pid in pids if whole or not workers else workers[-1:]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -60,7 +66,9 @@ def lines(folder: Path) -> list[dict]:
     path = folder / "metrics.jsonl"
     texts = path.read_text().split("\n")[:-1] if path.exists() else []
     clock = ("seconds", "tokens_per")
-    return [{k: v for k, v in json.loads(text).items() if not k.startswith(clock)} for text in texts]
+    return [
+        {k: v for k, v in json.loads(text).items() if not k.startswith(clock)} for text in texts
+    ]
 
 
 def half_written(out: Path) -> set:
@@ -75,7 +83,10 @@ def half_written(out: Path) -> set:
 def wait(process: subprocess.Popen, out: Path, mid_save: bool, rng: random.Random) -> str:
     """Until the moment of the kill; says what the run was doing."""
     start, before, left = time.time(), len(lines(out)), half_written(out)
-    more, early = rng.randrange(3), rng.choice([1e9, 1e9, 15 * rng.random()])  # a third: perhaps before the first step
+    more, early = (
+        rng.randrange(3),
+        rng.choice([1e9, 1e9, 15 * rng.random()]),
+    )  # a third: perhaps before the first step
     while process.poll() is None:
         if mid_save and len(lines(out)) >= before + more and half_written(out) - left:
             time.sleep(rng.random() * 0.02)
@@ -87,7 +98,9 @@ def wait(process: subprocess.Popen, out: Path, mid_save: bool, rng: random.Rando
             break
         time.sleep(0.002)
     assert process.poll() is None, f"the run ended by itself: {process.stderr.read()[-2000:]}"
-    return "saving" if half_written(out) - left else "at work" if lines(out)[before:] else "starting"
+    return (
+        "saving" if half_written(out) - left else "at work" if lines(out)[before:] else "starting"
+    )
 
 
 def weights(folder: Path) -> dict:
@@ -98,21 +111,31 @@ def weights(folder: Path) -> dict:
 
 def ordeal(model: str, scratch: Path, kills: int, ranks: int, steps: int, seed: int = 0) -> dict:
     """The untouched run and the killed one, compared; the table is printed on the way."""
-    import checkpoint
+    from support import checkpoint
 
     rng, flags = random.Random(seed), [*TINY, "--model", model, "--steps", str(steps)]
     whole, killed = scratch / "whole", scratch / "killed"
     reference = launch(ranks, *flags, "--out", str(whole))
-    print(f"{'kill':>4} {'after s':>8}  {'while':<9} {'whole checkpoints':<26} {'lines':>5}  half-written", flush=True)
+    print(
+        f"{'kill':>4} {'after s':>8}  {'while':<9} {'whole checkpoints':<26} {'lines':>5}  half-written",
+        flush=True,
+    )
     during = []
     for number in range(kills):
         start = time.time()
-        again = ["--resume", str(killed)] if (killed / "config.json").exists() else [*flags, "--out", str(killed)]
+        again = (
+            ["--resume", str(killed)]
+            if (killed / "config.json").exists()
+            else [*flags, "--out", str(killed)]
+        )
         process = launch(ranks, *again)
         during.append(wait(process, killed, number % 2 == 0, rng))
         kill(process, whole=ranks == 1 or number % 4 < 2)
         found = [p.name for p in checkpoint.complete(killed)]
-        seconds, left = time.time() - start, " ".join(sorted(name for name, _ in half_written(killed)))
+        seconds, left = (
+            time.time() - start,
+            " ".join(sorted(name for name, _ in half_written(killed))),
+        )
         text = f"{number + 1:>4} {seconds:>8.1f}  {during[-1]:<9} {' '.join(found):<26} {len(lines(killed)):>5}  {left}"
         print(text, flush=True)
     process = launch(ranks, "--resume", str(killed))
@@ -122,7 +145,8 @@ def ordeal(model: str, scratch: Path, kills: int, ranks: int, steps: int, seed: 
     one, other = weights(whole), weights(killed)
     return {
         "during": during,
-        "every step once": [m["step"] for m in lines(killed) if "reward" in m] == list(range(1, steps + 1)),
+        "every step once": [m["step"] for m in lines(killed) if "reward" in m]
+        == list(range(1, steps + 1)),
         "metrics equal": lines(whole) == lines(killed),
         "weights equal": all(one[name].equal(other[name]) for name in one),
         "nothing half-written is left": not half_written(killed),
@@ -139,7 +163,9 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as scratch:
         model = toy.build(seed=0, folder=Path(scratch) / "model", steps=2)
-        result = ordeal(str(model), Path(scratch), given.kills, given.ranks, 2 * given.kills + 4, given.seed)
+        result = ordeal(
+            str(model), Path(scratch), given.kills, given.ranks, 2 * given.kills + 4, given.seed
+        )
     during = result.pop("during")
     print(", ".join(f"{during.count(what)} while {what}" for what in dict.fromkeys(during)))
     for what, holds in result.items():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import bench
+from experiments import bench
 from rollout import generate
 
 
@@ -27,7 +27,9 @@ def test_both_ways_give_the_forced_lengths(pair):
 def test_both_ways_give_the_same_log_probs(pair):
     ours, plain = pair
     group = bench.random_group(ours, bench.prompt_of(ours.encoder, 60, 0), torch.tensor([5, 1, 9]))
-    torch.testing.assert_close(ours.log_probs([group]), bench.plain_log_probs(plain, group), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        ours.log_probs([group]), bench.plain_log_probs(plain, group), atol=1e-5, rtol=0
+    )
 
 
 def test_the_draw_is_recorded():
@@ -42,7 +44,8 @@ def test_flops_count_every_weight_once(pair):
     config, linears = ours.model.config, bench.count_linears(ours.model)
     prompt = bench.prompt_of(ours.encoder, 60, 0)
     one, two = (
-        bench.forward_flops(config, [bench.random_group(ours, prompt, torch.tensor([n]))], linears) for n in (1, 2)
+        bench.forward_flops(config, [bench.random_group(ours, prompt, torch.tensor([n]))], linears)
+        for n in (1, 2)
     )
     attention = 4 * 128 * 4 * (len(prompt) + 1.5)
     assert two - one == pytest.approx(2 * (linears["text"] + linears["head"]) + attention)
@@ -50,7 +53,10 @@ def test_flops_count_every_weight_once(pair):
 
 
 def test_unknown_parts_name_the_choices(capsys):
-    for argv, words in ((["--only", "speed"], "rollouts"), (["--model", "gpt"], "random:qwen2.5-vl-3b")):
+    for argv, words in (
+        (["--only", "speed"], "rollouts"),
+        (["--model", "gpt"], "random:qwen2.5-vl-3b"),
+    ):
         with pytest.raises(SystemExit):
             bench.main(argv)
         assert words in capsys.readouterr().err

@@ -17,10 +17,9 @@ import torch.distributed as dist
 from test_train import ENV, ROOT, TINY, lines, reader, run, steady  # noqa: F401  (run is a fixture)
 from transformers import AutoModelForImageTextToText
 
-import checkpoint
-import rollout
-import toy
 import train
+from support import checkpoint, decoding, distributed, memory, toy
+from support import run as run_files
 
 GIB = 2**30
 
@@ -74,13 +73,13 @@ def test_parked_moments_come_back(small):
     model, optimizer = small
     tensors = [t for state in optimizer.state.values() for t in state.values()]
     before = [t.clone() for t in tensors]
-    with pytest.raises(ZeroDivisionError), checkpoint.parked(optimizer):
+    with pytest.raises(ZeroDivisionError), distributed.optimizer_offloaded(optimizer):
         assert all(t.untyped_storage().nbytes() == 0 for t in tensors)
         1 / 0  # noqa: B018
     after = [t for state in optimizer.state.values() for t in state.values()]
     assert len(before) >= 4 and all(a is t for a, t in zip(after, tensors, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
-    with checkpoint.parked(optimizer, on=False):
+    with distributed.optimizer_offloaded(optimizer, on=False):
         assert all(torch.equal(t, b) for t, b in zip(tensors, before, strict=True))
 
 
@@ -105,21 +104,27 @@ def test_a_damaged_checkpoint_is_named(small, tmp_path):
     place = checkpoint.save(tmp_path, *small, {"step": 1}, keep=1)
     for shard in place.glob("*.distcp"):
         shard.write_bytes(shard.read_bytes()[:100])
-    with pytest.raises(OSError, match="step_000001 cannot be read: delete it to resume from the one before"):
+    with pytest.raises(
+        OSError, match="step_000001 cannot be read: delete it to resume from the one before"
+    ):
         checkpoint.load(place, *small)
 
 
 def test_lines_survive_a_full_disk_and_a_kill(tmp_path, capsys):
     path = tmp_path / "metrics.jsonl"
     texts = [json.dumps({"step": step, "text": "x" * 50}) + "\n" for step in range(4)]
-    assert checkpoint.append(path, texts[:1]) == []
+    assert run_files.append(path, texts[:1]) == []
     with full_disk(100):
-        waiting = checkpoint.append(path, texts[1:2])
-        waiting = checkpoint.append(path, waiting + texts[2:3])
-    assert waiting == texts[1:3] and path.read_text() == texts[0] and "wait to be written" in capsys.readouterr().err
-    assert checkpoint.append(path, waiting + texts[3:]) == [] and path.read_text() == "".join(texts)
+        waiting = run_files.append(path, texts[1:2])
+        waiting = run_files.append(path, waiting + texts[2:3])
+    assert (
+        waiting == texts[1:3]
+        and path.read_text() == texts[0]
+        and "wait to be written" in capsys.readouterr().err
+    )
+    assert run_files.append(path, waiting + texts[3:]) == [] and path.read_text() == "".join(texts)
     path.write_text("".join(texts) + '{"step": 4, "te')  # killed in the middle of a line
-    assert [line["step"] for line in checkpoint.rewind(path, 2)] == [0, 1, 2]
+    assert [line["step"] for line in run_files.rewind(path, 2)] == [0, 1, 2]
     assert path.read_text() == "".join(texts[:3])
 
 
@@ -133,7 +138,9 @@ def test_training_goes_on_when_a_save_fails(run, folder, monkeypatch, capsys):  
     monkeypatch.setattr(train.Run, "save", sometimes)
     out = run("full", "--steps", "4", "--save_every", "1", "--eval_every", "0", "--keep", "3")
     said = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
-    assert len(said) == 1 and said[0].startswith("error: step 3 is not saved, training goes on: rank 0: ")
+    assert len(said) == 1 and said[0].startswith(
+        "error: step 3 is not saved, training goes on: rank 0: "
+    )
     assert names(out) == ["step_000001", "step_000002", "step_000004"]
     assert [m["step"] for m in lines(out)] == [1, 2, 3, 4]
 
@@ -146,7 +153,9 @@ def test_a_signal_loses_nothing(run, folder, monkeypatch, capsys, moment):  # no
 
     def interrupted(*args, **kwargs):
         calls.append(kwargs["key"])
-        if calls[-1] == ((0, 1) if moment == "sampling" else ("eval", 0)) and len(calls) > (moment == "evaluation"):
+        if calls[-1] == ((0, 1) if moment == "sampling" else ("eval", 0)) and len(calls) > (
+            moment == "evaluation"
+        ):
             signal.raise_signal(signal.SIGTERM)
         return decode(*args, **kwargs)
 
@@ -157,20 +166,29 @@ def test_a_signal_loses_nothing(run, folder, monkeypatch, capsys, moment):  # no
     out = run("stopped", "--steps", "3", "--save_every", "3")
     monkeypatch.setattr(module, "generate", decode)
     step = {"sampling": 1, "evaluation": 0}[moment]
-    assert names(out) == [f"step_{step:06d}"] and f"stopped behind step {step}" in capsys.readouterr().out
+    assert (
+        names(out) == [f"step_{step:06d}"]
+        and f"stopped behind step {step}" in capsys.readouterr().out
+    )
     assert not (out / "model").exists()
     train.main(["--resume", str(out)])
     assert [steady(m) for m in lines(whole)] == [steady(m) for m in lines(out)]
-    a, b = (AutoModelForImageTextToText.from_pretrained(p / "model").state_dict() for p in (whole, out))
+    a, b = (
+        AutoModelForImageTextToText.from_pretrained(p / "model").state_dict() for p in (whole, out)
+    )
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("phase, flag", [("log_probs", "--tokens_per_forward"), ("generate", "--rollout_batch")])
+@pytest.mark.parametrize(
+    "phase, flag", [("log_probs", "--tokens_per_forward"), ("generate", "--rollout_batch")]
+)
 def test_out_of_memory_names_the_phase_and_the_flag(run, folder, monkeypatch, phase, flag):  # noqa: F811
     def broken(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
-    target, name = (train.Policy, "log_probs") if phase == "log_probs" else ("rollout._sample", None)
+    target, name = (
+        (train.Policy, "log_probs") if phase == "log_probs" else ("rollout._sample", None)
+    )
     monkeypatch.setattr(target, name, broken) if name else monkeypatch.setattr(target, broken)
     with pytest.raises(SystemExit, match=f"rank 0: out of memory in .*{flag}.*20.00 GiB"):
         run("oom", "--steps", "1", "--eval_every", "0")
@@ -181,11 +199,20 @@ def test_disk_line(alone, tmp_path):
     optimizer = torch.optim.AdamW(model.parameters())
     place = checkpoint.save(tmp_path, model, optimizer, {"step": 1}, keep=1)
     size = 3 * 4 * (512 * 512 + 512)
-    assert size < sum(f.stat().st_size for f in place.iterdir()) < size + 50_000  # and torch's headers
-    line = checkpoint.disk_line(tmp_path, torch.nn.Linear(2**14, 2**14, bias=False, device="meta"), keep=2)
-    assert line.startswith("checkpoints: 3 GiB each, up to 9 GiB with --keep 2") and "GiB free in" in line
-    huge = SimpleNamespace(state_dict=dict, parameters=lambda: [torch.empty(2**50, device="meta").requires_grad_()])
-    assert checkpoint.disk_line(tmp_path, huge, keep=2).endswith("NOT ENOUGH")
+    assert (
+        size < sum(f.stat().st_size for f in place.iterdir()) < size + 50_000
+    )  # and torch's headers
+    line = memory.disk_line(
+        tmp_path, torch.nn.Linear(2**14, 2**14, bias=False, device="meta"), keep=2
+    )
+    assert (
+        line.startswith("checkpoints: 3 GiB each, up to 9 GiB with --keep 2")
+        and "GiB free in" in line
+    )
+    huge = SimpleNamespace(
+        state_dict=dict, parameters=lambda: [torch.empty(2**50, device="meta").requires_grad_()]
+    )
+    assert memory.disk_line(tmp_path, huge, keep=2).endswith("NOT ENOUGH")
 
 
 def test_memory_table():
@@ -196,20 +223,20 @@ def test_memory_table():
     for size, count, world, kv in sizes:
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(toy.random_config(f"qwen2.5-vl-{size}"))
-        table = checkpoint.memory_table(model, world, **flags)
+        table = memory.memory_table(model, world, **flags)
         assert table["parameters, fp32, sharded"] == 4 * count / world
         assert table["AdamW's moments, fp32, sharded"] == 8 * count / world
         assert table["reference model, bf16, sharded"] == 2 * count / world
         assert table["sampling: whole weights, bf16"] == 2 * count
-        assert checkpoint.PREFILL_TOKENS == rollout.PREFILL_TOKENS
+        assert checkpoint.PREFILL_TOKENS == decoding.PREFILL_TOKENS
         assert table["sampling: key-value cache"] == 2 * kv * 320 * 6144
-        usual = checkpoint.memory_table(model, world, **flags, length=0.3)
+        usual = memory.memory_table(model, world, **flags, length=0.3)
         assert all(usual[name] < 79 * GIB for name in ("PEAK of sampling", "PEAK of an update"))
-        away = checkpoint.memory_table(model, world, **flags, length=0.3, offload_optimizer=True)
+        away = memory.memory_table(model, world, **flags, length=0.3, offload_optimizer=True)
         assert usual["PEAK of sampling"] - away["PEAK of sampling"] == 8 * count / world
         assert usual["PEAK of an update"] == away["PEAK of an update"]
         model.model.visual.requires_grad_(False)
-        frozen = checkpoint.memory_table(model, world, **flags | {"reference": False})
+        frozen = memory.memory_table(model, world, **flags | {"reference": False})
         assert frozen["reference model, bf16, sharded"] == 0
         vision = sum(p.numel() for p in model.model.visual.parameters())
         assert frozen["update: gradients, fp32, sharded"] == 4 * (count - vision) / world
@@ -249,7 +276,9 @@ def two_ranks(tmp_path, folder, out, *flags, **environment):
     script.write_text(FAULTY.format(root=str(ROOT)))
     command = reader(folder, out, "--nproc_per_node", "2")
     command[command.index(str(ROOT / "train.py"))] = str(script)
-    return subprocess.run([*command, *flags], env=ENV | environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [*command, *flags], env=ENV | environment, capture_output=True, text=True, timeout=300
+    )
 
 
 def test_a_full_disk_on_one_rank_and_resuming_on_another_number(run, folder, tmp_path):  # noqa: F811
@@ -258,7 +287,9 @@ def test_a_full_disk_on_one_rank_and_resuming_on_another_number(run, folder, tmp
     done = two_ranks(tmp_path, folder, out, *flags, "--steps", "2")
     assert done.returncode == 0, done.stderr[-3000:]
     said = [line for line in done.stderr.splitlines() if "error:" in line]
-    assert len(said) == 1 and said[0].startswith("error: step 1 is not saved, training goes on: rank 1: "), done.stderr
+    assert len(said) == 1 and said[0].startswith(
+        "error: step 1 is not saved, training goes on: rank 1: "
+    ), done.stderr
     assert names(out) == ["step_000002"]
     train.main(["--resume", str(out), "--steps", "3"])
     one = run("one", *flags, "--steps", "3")
@@ -267,8 +298,17 @@ def test_a_full_disk_on_one_rank_and_resuming_on_another_number(run, folder, tmp
             assert value == pytest.approx(b[key], rel=1e-3, abs=1e-5), key
     whole, other = run("whole", *flags, "--steps", "4"), tmp_path / "grown"
     os.rename(one, other)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(ROOT / "train.py")]
-    done = subprocess.run([*command, "--resume", str(other), "--steps", "4"], env=ENV, capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        str(ROOT / "train.py"),
+    ]
+    done = subprocess.run(
+        [*command, "--resume", str(other), "--steps", "4"], env=ENV, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     for a, b in zip(lines(whole), lines(other), strict=True):
         for key, value in steady(a).items():
@@ -276,11 +316,17 @@ def test_a_full_disk_on_one_rank_and_resuming_on_another_number(run, folder, tmp
 
 
 def test_a_rank_that_dies_takes_the_job_down_at_once(folder, tmp_path):
-    done = two_ranks(tmp_path, folder, tmp_path / "dead", "--steps", "3", "--eval_every", "0", BREAK="1")
+    done = two_ranks(
+        tmp_path, folder, tmp_path / "dead", "--steps", "3", "--eval_every", "0", BREAK="1"
+    )
     seconds = time.time() - float(re.search(r"broken at ([\d.]+)", done.stderr)[1])
     assert done.returncode != 0 and seconds < 25, done.stderr[-3000:]
-    errors = re.findall(r"^(?:\[rank\d\]:? ?)?(\w*(?:Error|Exception)\b.*)", done.stderr, re.MULTILINE)
-    assert errors and errors[0] == "ZeroDivisionError: something broke on rank 1", done.stderr[-3000:]
+    errors = re.findall(
+        r"^(?:\[rank\d\]:? ?)?(\w*(?:Error|Exception)\b.*)", done.stderr, re.MULTILINE
+    )
+    assert errors and errors[0] == "ZeroDivisionError: something broke on rank 1", done.stderr[
+        -3000:
+    ]
 
 
 @pytest.mark.slow
@@ -298,7 +344,9 @@ def test_two_machines(folder, tmp_path):
               for _ in range(2)]  # fmt: skip
     errors = [agent.communicate(timeout=300)[1] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], errors
-    subprocess.run([*reader(folder, outs[1], "--nproc_per_node", "2"), *more], env=ENV, check=True, timeout=300)
+    subprocess.run(
+        [*reader(folder, outs[1], "--nproc_per_node", "2"), *more], env=ENV, check=True, timeout=300
+    )
     assert [steady(m) for m in lines(outs[0])] == [steady(m) for m in lines(outs[1])]
 
 

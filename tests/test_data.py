@@ -17,8 +17,8 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-import data
-from papo import Example
+from support import benchmarks, data
+from support.batch import Example
 
 ROOT = Path(__file__).resolve().parent.parent
 RED = (250, 0, 0)
@@ -44,7 +44,11 @@ def noise(size=(200, 200), form="PNG") -> bytes:
 
 
 def row(image=None, **changes) -> dict:
-    return {"problem": "<image>How many?", "answer": "3", "images": [encoded() if image is None else image]} | changes
+    return {
+        "problem": "<image>How many?",
+        "answer": "3",
+        "images": [encoded() if image is None else image],
+    } | changes
 
 
 def text(i) -> dict:
@@ -70,7 +74,8 @@ def write_jsonl(path: Path, rows) -> Path:
 
 
 @pytest.mark.parametrize(
-    "form", ["bytes", "dict", "dict with a path", "path", "absolute", "pil", "one string", "one dict"]
+    "form",
+    ["bytes", "dict", "dict with a path", "path", "absolute", "pil", "one string", "one dict"],
 )
 def test_image_forms(tmp_path, form):
     (tmp_path / "pictures").mkdir()
@@ -175,12 +180,23 @@ def test_several_images_text_only_rows_and_pre_masked_images():
     )
     assert len(rows) == 5 and not rows.skipped
     first = rows[0]
-    assert [is_red(x) for x in first.images] == [True, False] and [is_red(x) for x in first.images_aug] == [False, True]
+    assert [is_red(x) for x in first.images] == [True, False] and [
+        is_red(x) for x in first.images_aug
+    ] == [False, True]
     assert all(rows[i].images == [] and rows[i].images_aug is None for i in range(1, 5))
 
 
 def test_answers_become_strings_and_ids_are_kept():
-    answers = [("x", "x"), (3, "3"), (3.0, "3"), (2.5, "2.5"), (True, "True"), (0, "0"), (-1, "-1"), (False, "False")]
+    answers = [
+        ("x", "x"),
+        (3, "3"),
+        (3.0, "3"),
+        (2.5, "2.5"),
+        (True, "True"),
+        (0, "0"),
+        (-1, "-1"),
+        (False, "False"),
+    ]
     rows = rows_of([{"problem": "?", "answer": answer} for answer, _ in answers])
     assert [r.answer for r in rows] == [expected for _, expected in answers]
     assert [r.id for r in rows] == [str(i) for i in range(len(answers))]
@@ -191,13 +207,24 @@ def test_question_column_and_sharegpt_rows(tmp_path):
     (tmp_path / "S_images").mkdir()
     (tmp_path / "S_images" / "1.png").write_bytes(encoded())
     turns = [{"role": "user", "content": "<image>How many?"}, {"role": "assistant", "content": "3"}]
-    file = write_jsonl(tmp_path / "S.json", [{"messages": turns, "images": ["S_images/1.png"], "id": "s1"}])
-    [example] = data.load(str(file))
-    assert (example.question, example.answer, example.id) == ("<image>How many?", "3", "s1") and is_red(
-        example.images[0]
+    file = write_jsonl(
+        tmp_path / "S.json", [{"messages": turns, "images": ["S_images/1.png"], "id": "s1"}]
     )
+    [example] = data.load(str(file))
+    assert (example.question, example.answer, example.id) == (
+        "<image>How many?",
+        "3",
+        "s1",
+    ) and is_red(example.images[0])
     assert rows_of([{"question": "Why?", "answer": "so"}])[0].question == "Why?"
-    for wrong in (turns[:1], turns * 2, turns[::-1], [{"role": "system", "content": "x"}, *turns], [], "text"):
+    for wrong in (
+        turns[:1],
+        turns * 2,
+        turns[::-1],
+        [{"role": "system", "content": "x"}, *turns],
+        [],
+        "text",
+    ):
         with pytest.raises(data.DataError, match="messages 1"):
             rows_of([{"messages": wrong, "images": []}])
 
@@ -223,7 +250,11 @@ BROKEN = {
 @pytest.mark.parametrize("kind", BROKEN)
 def test_broken_rows_are_skipped_named_once_and_counted(kind, capsys):
     rows = rows_of([text(0), BROKEN[kind], text(2), BROKEN[kind], text(4)])
-    assert rows.skipped == {kind: 2} and [r.answer for r in rows] == ["0", "2", "4"] and rows.numbers == [0, 2, 4]
+    assert (
+        rows.skipped == {kind: 2}
+        and [r.answer for r in rows] == ["0", "2", "4"]
+        and rows.numbers == [0, 2, 4]
+    )
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith(f"mine: row 1 is skipped, {kind}: ") and len(line) < 320
 
@@ -267,7 +298,10 @@ def test_first_of_each_kind_in_a_mixed_set_and_only_on_rank_0(capsys, monkeypatc
 def test_no_usable_row_is_one_line_with_the_counts():
     with pytest.raises(data.DataError) as caught:
         rows_of([BROKEN["markers"], BROKEN["empty answer"], BROKEN["markers"]])
-    assert str(caught.value) == "data 'mine': none of its 3 rows can be used (markers 2, empty answer 1)"
+    assert (
+        str(caught.value)
+        == "data 'mine': none of its 3 rows can be used (markers 2, empty answer 1)"
+    )
     with pytest.raises(data.DataError, match="none of its 0 rows"):
         rows_of([])
 
@@ -304,9 +338,17 @@ def test_overlong_prompts_are_filtered_from_headers_alone(capsys):
     half = whole[: len(whole) // 2]  # its pixels cannot be decoded
     big = row(half, problem="<image>big?", images_aug=[half])
     small = row(encoded((28, 28)), problem="<image>small?")
-    rows = rows_of([big, small, text(0), {**text(1), "problem": "spells"}], length=length, max_prompt_tokens=100)
+    rows = rows_of(
+        [big, small, text(0), {**text(1), "problem": "spells"}],
+        length=length,
+        max_prompt_tokens=100,
+    )
     assert rows.skipped == {"overlong": 1, "refused": 1} and rows.numbers == [1, 2]
-    assert seen[:3] == [("<image>big?", [(600, 400)]), ("<image>small?", [(28, 28)]), ("What is 0 + 0?", [])]
+    assert seen[:3] == [
+        ("<image>big?", [(600, 400)]),
+        ("<image>small?", [(28, 28)]),
+        ("What is 0 + 0?", []),
+    ]
     assert "row 0 is skipped, overlong: 317 prompt tokens, more than 100" in capsys.readouterr().err
     assert len(rows_of([big, small], length=length)) == 2
 
@@ -331,13 +373,19 @@ def write_hub_parquet(path: Path, numbers, feature_type=None) -> None:
     """As push_to_hub writes it; `feature_type` renames List in the metadata to something this version does not know."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [
-        {"problem": f"<image>n{i}", "answer": str(i), "images": [{"bytes": encoded((30 + i, 30)), "path": "x.png"}]}
+        {
+            "problem": f"<image>n{i}",
+            "answer": str(i),
+            "images": [{"bytes": encoded((30 + i, 30)), "path": "x.png"}],
+        }
         for i in numbers
     ]
     datasets.Dataset.from_list(rows, features=datasets.Features(HUB_FEATURES)).to_parquet(path)
     if feature_type:
         table = pyarrow.parquet.read_table(path)
-        metadata = {k: v.replace(b'"List"', feature_type.encode()) for k, v in table.schema.metadata.items()}
+        metadata = {
+            k: v.replace(b'"List"', feature_type.encode()) for k, v in table.schema.metadata.items()
+        }
         assert metadata != table.schema.metadata
         pyarrow.parquet.write_table(table.replace_schema_metadata(metadata), path)
 
@@ -347,7 +395,9 @@ def test_a_folder_in_the_hubs_layout(tmp_path, feature_type):
     folder = tmp_path / "set[1]"  # no pattern
     for part in range(2):
         write_hub_parquet(
-            folder / f"data/train-0000{part}-of-00002.parquet", range(3 * part, 3 * part + 3), feature_type
+            folder / f"data/train-0000{part}-of-00002.parquet",
+            range(3 * part, 3 * part + 3),
+            feature_type,
         )
     write_hub_parquet(folder / "data/test-00000-of-00001.parquet", [7], feature_type)
     (folder / "README.md").write_text("x")
@@ -358,7 +408,7 @@ def test_a_folder_in_the_hubs_layout(tmp_path, feature_type):
         is_red(r.images[0]) for r in rows
     )
     assert [r.answer for r in data.load(folder / "data", "test")] == ["7"]
-    [(name, test)] = data.eval_sets(str(folder)).items()
+    [(name, test)] = benchmarks.eval_sets(str(folder)).items()
     assert name == "set[1]" and [r.answer for r in test] == ["7"]
     with pytest.raises(data.DataError, match="no split 'validation': choose one of test, train"):
         data.load(str(folder), "validation")
@@ -373,7 +423,9 @@ def test_parquet_image_columns_and_a_rewritten_file(tmp_path):
         "path": ["a.png"],
     }
     for name, images in columns.items():
-        table = pyarrow.table({"problem": ["<image>?"], "answer": [3.0], "images": images, "other": [[1]]})
+        table = pyarrow.table(
+            {"problem": ["<image>?"], "answer": [3.0], "images": images, "other": [[1]]}
+        )
         pyarrow.parquet.write_table(table, tmp_path / f"{name}.parquet")
         [example] = data.load(str(tmp_path / f"{name}.parquet"))
         assert is_red(example.images[0]) and example.answer == "3"
@@ -386,23 +438,37 @@ def test_parquet_image_columns_and_a_rewritten_file(tmp_path):
 
 def test_parquet_rows_stay_on_disk(tmp_path):
     pixels = os.urandom(1_000_000)
-    table = pyarrow.table({"problem": ["<image>?"] * 30, "answer": ["1"] * 30, "images": [[pixels]] * 30})
+    table = pyarrow.table(
+        {"problem": ["<image>?"] * 30, "answer": ["1"] * 30, "images": [[pixels]] * 30}
+    )
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=5)
     del table
     before = pyarrow.total_allocated_bytes()
     [(table, _)] = data.find(str(tmp_path / "a.parquet"), ("train",)).values()
-    assert len(table) == 30 and pyarrow.total_allocated_bytes() - before < 5e6  # mapped from the cache, not read
+    assert (
+        len(table) == 30 and pyarrow.total_allocated_bytes() - before < 5e6
+    )  # mapped from the cache, not read
 
 
 def test_json_and_jsonl_files(tmp_path):
-    rows = [{"problem": "a\u2028b", "answer": 1}, {"problem": "c", "answer": "two"}, {"problem": "d", "answer": 2.5}]
-    (tmp_path / "list.json").write_text(json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8")
+    rows = [
+        {"problem": "a\u2028b", "answer": 1},
+        {"problem": "c", "answer": "two"},
+        {"problem": "d", "answer": 2.5},
+    ]
+    (tmp_path / "list.json").write_text(
+        json.dumps(rows, ensure_ascii=False, indent=1), encoding="utf-8"
+    )
     lines = "\r\n".join(json.dumps(r, ensure_ascii=False) for r in rows)
     (tmp_path / "lines.json").write_text("\ufeff" + lines + "\n\n", encoding="utf-8")
     (tmp_path / "lines.jsonl").write_text(lines + '\n{"problem": "cut', encoding="utf-8")
     for name in ("list.json", "lines.json", "lines.jsonl"):
         loaded = data.load(str(tmp_path / name))
-        assert [(r.question, r.answer) for r in loaded] == [("a\u2028b", "1"), ("c", "two"), ("d", "2.5")]
+        assert [(r.question, r.answer) for r in loaded] == [
+            ("a\u2028b", "1"),
+            ("c", "two"),
+            ("d", "2.5"),
+        ]
         assert loaded.skipped == ({"not JSON": 1} if name == "lines.jsonl" else {})
 
 
@@ -410,11 +476,14 @@ def test_folders_of_json_files(tmp_path):
     write_jsonl(tmp_path / "b.jsonl", [text(1), text(2)])
     write_jsonl(tmp_path / "a.json", [text(0)])
     assert [r.answer for r in data.load(str(tmp_path))] == ["0", "1", "2"]
-    sets = data.eval_sets(str(tmp_path), limit=1)
-    assert {name: [r.answer for r in rows] for name, rows in sets.items()} == {"a": ["0"], "b": ["1"]}
+    sets = benchmarks.eval_sets(str(tmp_path), limit=1)
+    assert {name: [r.answer for r in rows] for name, rows in sets.items()} == {
+        "a": ["0"],
+        "b": ["1"],
+    }
     write_jsonl(tmp_path / "test.json", [text(7)])
-    assert [r.answer for r in data.eval_sets(str(tmp_path))[tmp_path.name]] == ["7"]
-    assert list(data.eval_sets(str(tmp_path / "b.jsonl"))) == ["b"]
+    assert [r.answer for r in benchmarks.eval_sets(str(tmp_path))[tmp_path.name]] == ["7"]
+    assert list(benchmarks.eval_sets(str(tmp_path / "b.jsonl"))) == ["b"]
     with pytest.raises(data.DataError, match="no split 'train': choose one of test"):
         data.load(str(tmp_path))
     with pytest.raises(data.DataError, match="no split 'train': choose one of test"):
@@ -426,7 +495,13 @@ def test_folders_of_json_files(tmp_path):
     [
         (
             "nowhere.jsonl",
-            ["nowhere.jsonl", "no such file or folder", ".parquet, .json, .jsonl", "owner/name", "'toy'"],
+            [
+                "nowhere.jsonl",
+                "no such file or folder",
+                ".parquet, .json, .jsonl",
+                "owner/name",
+                "'toy'",
+            ],
         ),
         ("data/train.parquet", ["data/train.parquet", "no such file"]),
         ("./a/b/c", ["./a/b/c", "no such file"]),
@@ -439,7 +514,7 @@ def test_folders_of_json_files(tmp_path):
         ("other.jsonl", ["other", "none of its 2 rows", "missing column 2"]),
     ],
 )
-@pytest.mark.parametrize("function", [data.load, data.eval_sets])
+@pytest.mark.parametrize("function", [data.load, benchmarks.eval_sets])
 def test_unusable_files_are_one_line(tmp_path, monkeypatch, name, words, function):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "table.csv").write_text("problem,answer\n")
@@ -458,12 +533,23 @@ def test_the_toy():
     rows = data.load("toy", limit=3, seed=1)
     assert len(rows) == 3 and rows.name == "toy/train" and len(data.load("toy")) == 4096
     example = rows[2]
-    assert isinstance(example, Example) and example.question.count("<image>") == len(example.images) == 1
-    assert rows[2].question == example.question and rows[2].images[0].tobytes() == example.images[0].tobytes()
+    assert (
+        isinstance(example, Example)
+        and example.question.count("<image>") == len(example.images) == 1
+    )
+    assert (
+        rows[2].question == example.question
+        and rows[2].images[0].tobytes() == example.images[0].tobytes()
+    )
     assert data.load("toy", seed=2)[2].images[0].tobytes() != example.images[0].tobytes()
-    assert {name: len(r) for name, r in data.eval_sets("toy").items()} == {"general": 256, "vision_dependent": 256}
-    assert len(data.eval_sets("toy", limit=5)["general"]) == 5
-    with pytest.raises(data.DataError, match="'test': choose one of train, general, vision_dependent"):
+    assert {name: len(r) for name, r in benchmarks.eval_sets("toy").items()} == {
+        "general": 256,
+        "vision_dependent": 256,
+    }
+    assert len(benchmarks.eval_sets("toy", limit=5)["general"]) == 5
+    with pytest.raises(
+        data.DataError, match="'test': choose one of train, general, vision_dependent"
+    ):
         data.load("toy", "test")
 
 
@@ -518,7 +604,8 @@ server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
 threading.Thread(target=server.serve_forever, daemon=True).start()
 os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
 
-import data
+from support import benchmarks, data
+
 
 def report(function, *args):
     try:
@@ -529,7 +616,7 @@ def report(function, *args):
         print(json.dumps(str(error)))
 
 report(data.load, "o/plain")
-report(data.eval_sets, "o/plain")
+report(benchmarks.eval_sets, "o/plain")
 report(data.load, "o/unheard")
 report(data.load, "o/plain", "test")
 report(data.load, "o/unheard", "test")
@@ -547,7 +634,9 @@ def run_python(code: str, *args: str, **environment: str) -> subprocess.Complete
         if not k.startswith("HF_") and k.lower() not in ("http_proxy", "https_proxy")
     }
     command = [sys.executable, "-c", textwrap.dedent(code), *args]
-    return subprocess.run(command, cwd=ROOT, env=clean | environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        command, cwd=ROOT, env=clean | environment, capture_output=True, text=True, timeout=120
+    )
 
 
 def test_a_hub_id(tmp_path):
@@ -558,14 +647,25 @@ def test_a_hub_id(tmp_path):
         write_hub_parquet(tmp_path / "hub/o/unheard" / name, [2 * part, 2 * part + 1], '"Unheard"')
     done = run_python(HUB, str(tmp_path / "hub"), HF_HOME=str(tmp_path / "home"))
     assert done.returncode == 0, done.stderr
-    loaded, evaluated, direct, no_split, no_split_direct, no_id, no_hub = map(json.loads, done.stdout.splitlines())
+    loaded, evaluated, direct, no_split, no_split_direct, no_id, no_hub = map(
+        json.loads, done.stdout.splitlines()
+    )
     expected = [[str(i), [30 + i, 30]] for i in range(4)]
     assert loaded == direct == {"": expected} and evaluated == {"plain": expected}
-    assert "'o/unheard': its parquet files are read directly (Feature type 'Unheard' not found" in done.stderr
+    assert (
+        "'o/unheard': its parquet files are read directly (Feature type 'Unheard' not found"
+        in done.stderr
+    )
     assert "'o/plain': its parquet files" not in done.stderr
-    assert "no split 'test': choose one of train" in no_split and "no split 'test'" in no_split_direct
+    assert (
+        "no split 'test': choose one of train" in no_split and "no split 'test'" in no_split_direct
+    )
     assert "'o/nothing' is no file or folder here" in no_id and "404" in no_id
-    assert "'o/plain' is no file or folder here" in no_hub and "ConnectError" in no_hub or "Connection" in no_hub
+    assert (
+        "'o/plain' is no file or folder here" in no_hub
+        and "ConnectError" in no_hub
+        or "Connection" in no_hub
+    )
     assert not any("\n" in line for line in (no_split, no_id, no_hub))
 
 
@@ -657,7 +757,9 @@ def test_bad_rows_are_left_out_and_counted(stream, capsys):
     assert one.skipped == {"broken image": 4, "refused": 2} and one.position == 16
     lines = sorted(capsys.readouterr().err.splitlines())
     assert len(lines) == 2 and "mine: row 8 is skipped, absolute aspect ratio" in lines[1]
-    assert lines[0].startswith(("mine: row 3 is skipped, broken image", "mine: row 6 is skipped, broken image"))
+    assert lines[0].startswith(
+        ("mine: row 3 is skipped, broken image", "mine: row 6 is skipped, broken image")
+    )
     order = [data.shuffled(8, 0, 0).index(i) for i in (0, 1, 3, 4, 6)]
     assert sorted(i for i, _ in first) == sorted(order)  # the others keep their places
 
@@ -678,7 +780,12 @@ def test_a_bug_in_encode_is_raised_and_endless_failure_ends(stream):
     assert failing.skipped == {"refused": 64}
 
     flags = iter(range(400))
-    flaky = stream(texts(4), lambda example: example if next(flags) % 20 == 0 else refuse(example), 4, workers=1)
+    flaky = stream(
+        texts(4),
+        lambda example: example if next(flags) % 20 == 0 else refuse(example),
+        4,
+        workers=1,
+    )
     assert sum(len(next(flaky)) for _ in range(80)) == 16  # 19 in a row are bad luck
 
 
@@ -724,7 +831,7 @@ def test_close_drops_what_is_queued():
 def test_offline_is_one_line_and_a_program_that_forgets_to_close_ends(tmp_path):
     code = """
     import time
-    import data
+    from support import data
 
     def slow(example):
         time.sleep(0.5)

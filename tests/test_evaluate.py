@@ -17,12 +17,13 @@ import torch
 from huggingface_hub import constants
 from PIL import Image
 
-import data
 import evaluate
-import plots
-import toy
-from papo import Algo, Encoder, Policy, seeded
+from papo import Algo
 from rollout import generate
+from support import benchmarks, data, metrics, plots, toy
+from support.batch import seeded
+from support.predictions import boxed
+from support.qwen_vl import Encoder, Policy
 
 ROOT = Path(__file__).parent.parent
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -48,7 +49,9 @@ def split_rows(name):
     top = f"{name}_images"
     return [
         row("<image>How many?", "1", f"{top}/a/1.png"),
-        row("<image>Und <image>, wie groß ist ∠ABC?", "90°", f"{top}/b/1.png", f"{top}/größe/图.png"),
+        row(
+            "<image>Und <image>, wie groß ist ∠ABC?", "90°", f"{top}/b/1.png", f"{top}/größe/图.png"
+        ),
         row("What is 2 + 2?", "4"),
         row("<image>Which?", "B", f"{top}/2.png", id="own"),
     ]
@@ -58,7 +61,9 @@ def write_split(folder, name, rows=None, stem=None, top=None):
     """NAME.json and NAME_images.zip, as on the hub; `stem`: what both are called; `top`: the zip's first folder."""
     stem, top = stem or name, f"{name}_images" if top is None else top
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{stem}.json").write_text(json.dumps(rows or split_rows(name), ensure_ascii=False), encoding="utf-8")
+    (folder / f"{stem}.json").write_text(
+        json.dumps(rows or split_rows(name), ensure_ascii=False), encoding="utf-8"
+    )
     with zipfile.ZipFile(folder / f"{stem}_images.zip", "w") as archive:
         archive.mkdir(top) if hasattr(archive, "mkdir") else None
         for i, path in enumerate(("a/1.png", "b/1.png", "größe/图.png", "2.png")):
@@ -78,43 +83,60 @@ EXPECTED = [[colour(0)], [colour(1), colour(2)], [], [colour(3)]]
 
 
 def test_splits_by_name(tmp_path):
-    stems = {name: alias for alias, name in data.ALIASES.items()}
-    for name in data.BENCHMARKS["all"]:
+    stems = {name: alias for alias, name in benchmarks.ALIASES.items()}
+    for name in benchmarks.BENCHMARKS["all"]:
         write_split(tmp_path, name, stem=stems.get(name))
     for spec in ("all", "general", "vision_dependent", "We_Math", "We-Math_We-Math"):
-        sets = data.eval_sets(spec, place=str(tmp_path))
-        names = {"We-Math_We-Math": ("We_Math",), "We_Math": ("We_Math",)}.get(spec) or data.BENCHMARKS[spec]
+        sets = benchmarks.eval_sets(spec, place=str(tmp_path))
+        names = {"We-Math_We-Math": ("We_Math",), "We_Math": ("We_Math",)}.get(
+            spec
+        ) or benchmarks.BENCHMARKS[spec]
         assert tuple(sets) == names
         assert all(pictures(rows) == EXPECTED for rows in sets.values())
     rows = sets["We_Math"]
     assert [rows[i].id for i in range(4)] == ["0", "1", "2", "own"]
     assert rows[1].question == "<image>Und <image>, wie groß ist ∠ABC?" and rows[1].answer == "90°"
-    assert tuple(data.eval_sets(str(tmp_path))) == data.BENCHMARKS["all"]  # a folder that holds some
-    assert {len(data.BENCHMARKS[spec]) for spec in ("general", "vision_dependent")} == {5, 4}
+    assert (
+        tuple(benchmarks.eval_sets(str(tmp_path))) == benchmarks.BENCHMARKS["all"]
+    )  # a folder that holds some
+    assert {len(benchmarks.BENCHMARKS[spec]) for spec in ("general", "vision_dependent")} == {5, 4}
 
 
 @pytest.mark.parametrize("layout", ["papo-eval", "beside", "other top folder", "no top folder"])
 def test_where_pictures_lie(tmp_path, layout):
     name = "We_Math"
     rows = split_rows(name)
-    if layout == "papo-eval":  # papo/NAME.json, images/NAME_images/..., as its preparation leaves them
+    if (
+        layout == "papo-eval"
+    ):  # papo/NAME.json, images/NAME_images/..., as its preparation leaves them
         write_split(tmp_path, name, rows)
         zipfile.ZipFile(tmp_path / f"{name}_images.zip").extractall(tmp_path / "images")
         (tmp_path / f"{name}_images.zip").unlink()
         (tmp_path / "papo").mkdir()
         (tmp_path / f"{name}.json").rename(tmp_path / "papo" / f"{name}.json")
     elif layout == "beside":
-        write_split(tmp_path, name, [r | {"images": [f"images/{p}" for p in r["images"]]} for r in rows])
+        write_split(
+            tmp_path, name, [r | {"images": [f"images/{p}" for p in r["images"]]} for r in rows]
+        )
     else:
-        write_split(tmp_path, name, rows, top="We-Math_We-Math_images" if layout == "other top folder" else "./")
-    assert pictures(data.eval_sets(name, place=str(tmp_path))[name]) == EXPECTED
+        write_split(
+            tmp_path,
+            name,
+            rows,
+            top="We-Math_We-Math_images" if layout == "other top folder" else "./",
+        )
+    assert pictures(benchmarks.eval_sets(name, place=str(tmp_path))[name]) == EXPECTED
 
 
 def test_a_picture_is_never_guessed(tmp_path):
     """Two pictures of one name in two folders: a path that is in neither is broken, not one of them."""
-    rows = [row("<image>?", "1", "We_Math_images/c/1.png"), row("<image>?", "1", "1.png"), row("2 + 2?", "4")]
+    rows = [
+        row("<image>?", "1", "We_Math_images/c/1.png"),
+        row("<image>?", "1", "1.png"),
+        row("2 + 2?", "4"),
+    ]
     write_split(tmp_path, "We_Math", rows)
-    found = data.eval_sets("We_Math", place=str(tmp_path))["We_Math"]
+    found = benchmarks.eval_sets("We_Math", place=str(tmp_path))["We_Math"]
     assert list(found.numbers) == [2] and found.skipped == {"broken image": 2}
 
 
@@ -125,7 +147,7 @@ def test_a_zip_is_read_in_place(tmp_path):
         archive.writestr("../outside.png", png(5))
         archive.writestr("/outside.png", png(5))
     before = sorted(tmp_path.rglob("*"))
-    assert len(data.eval_sets("We_Math", place=str(folder))["We_Math"]) >= 1
+    assert len(benchmarks.eval_sets("We_Math", place=str(folder))["We_Math"]) >= 1
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -137,19 +159,28 @@ def test_from_the_hub_cache(tmp_path, monkeypatch):
     (repo / "refs" / "main").write_text("abc")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert pictures(data.eval_sets("We_Math")["We_Math"]) == EXPECTED
-    with pytest.raises(data.DataError, match="no benchmark hiyouga_geometry3k in PAPO-Galaxy/PAPO_eval"):
-        data.eval_sets("general")
-    with pytest.raises(data.DataError, match="^benchmarks 'no/such' is no folder here, and cannot be had from the hub"):
-        data.eval_sets("We_Math", place="no/such")
+    assert pictures(benchmarks.eval_sets("We_Math")["We_Math"]) == EXPECTED
+    with pytest.raises(
+        data.DataError, match="no benchmark hiyouga_geometry3k in PAPO-Galaxy/PAPO_eval"
+    ):
+        benchmarks.eval_sets("general")
+    with pytest.raises(
+        data.DataError,
+        match="^benchmarks 'no/such' is no folder here, and cannot be had from the hub",
+    ):
+        benchmarks.eval_sets("We_Math", place="no/such")
 
 
 @pytest.mark.parametrize("broken", ["table", "zip"])
 def test_broken_benchmark_files(tmp_path, broken):
     folder = write_split(tmp_path, "We_Math")
-    (folder / {"table": "We_Math.json", "zip": "We_Math_images.zip"}[broken]).write_bytes(b"[PK\x03\x04 nothing")
-    with pytest.raises(data.DataError, match=f"^benchmark We_Math in {tmp_path} cannot be read: ") as error:
-        data.eval_sets("We_Math", place=str(folder))
+    (folder / {"table": "We_Math.json", "zip": "We_Math_images.zip"}[broken]).write_bytes(
+        b"[PK\x03\x04 nothing"
+    )
+    with pytest.raises(
+        data.DataError, match=f"^benchmark We_Math in {tmp_path} cannot be read: "
+    ) as error:
+        benchmarks.eval_sets("We_Math", place=str(folder))
     assert "\n" not in str(error.value)
 
 
@@ -166,30 +197,42 @@ TABLE_1 = {  # five general benchmarks, their average, four vision-dependent one
     "PAPO_D-7B": "44.11 67.53 68.30 80.61 68.58 65.83  46.70 91.38 36.34 64.87 59.82  63.16  15.61 19.09 17.54",
 }
 # Printed Delta_rel that its own row does not give (both overall ones do agree): (printed, recomputed).
-EXCEPTIONS = {("PAPO_D-7B", "vision-dependent"): (19.09, 19.96), ("PAPO_D-3B", "vision-dependent"): (5.97, 6.22)}
+EXCEPTIONS = {
+    ("PAPO_D-7B", "vision-dependent"): (19.09, 19.96),
+    ("PAPO_D-3B", "vision-dependent"): (5.97, 6.22),
+}
 
 
 def predictions(percent):
     """1,250 questions x 8 responses, so many % of which are right, exactly."""
     right = round(percent * 100)
-    return [{"id": str(i % 1250), "prompt": "", "label": "1", "accuracy": float(i < right)} for i in range(10_000)]
+    return [
+        {"id": str(i % 1250), "prompt": "", "label": "1", "accuracy": float(i < right)}
+        for i in range(10_000)
+    ]
 
 
 def table_1(name):
     numbers = [float(x) for x in TABLE_1[name].split()]
-    scores = dict(zip(data.BENCHMARKS["all"], numbers[:5] + numbers[6:10], strict=True))
+    scores = dict(zip(benchmarks.BENCHMARKS["all"], numbers[:5] + numbers[6:10], strict=True))
     return numbers, {split: predictions(score) for split, score in scores.items()}
 
 
 @pytest.mark.parametrize("baseline", ["GRPO-3B", "GRPO-7B", "DAPO-3B", "DAPO-7B"])
 def test_table_1(baseline, monkeypatch, capsys):
-    monkeypatch.setattr(plots, "RESAMPLES", 3)
+    monkeypatch.setattr(metrics, "RESAMPLES", 3)
     ours = f"PAPO_{baseline[0]}{baseline[4:]}"
     _, before = table_1(baseline)
     numbers, after = table_1(ours)
-    groups = {"general": data.GENERAL, "vision-dependent": data.VISION, "overall": data.BENCHMARKS["all"]}
-    rows = {row["name"]: row for row in plots.summarise(after, 8, groups, before)}
-    for label, printed, delta in zip(groups, (numbers[5], numbers[10], numbers[11]), numbers[12:], strict=True):
+    groups = {
+        "general": benchmarks.GENERAL,
+        "vision-dependent": benchmarks.VISION,
+        "overall": benchmarks.BENCHMARKS["all"],
+    }
+    rows = {row["name"]: row for row in metrics.summarise(after, 8, groups, before)}
+    for label, printed, delta in zip(
+        groups, (numbers[5], numbers[10], numbers[11]), numbers[12:], strict=True
+    ):
         row = rows[f"{label} average"]
         assert row["accuracy"] == pytest.approx(printed, abs=0.02)
         printed, recomputed = EXCEPTIONS.get((ours, label), (delta, delta))
@@ -198,23 +241,31 @@ def test_table_1(baseline, monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     cells = [line.split() for line in lines if "average" in line]
     assert [c[0] for c in cells] == ["general", "vision-dependent", "overall"]
-    assert all(abs(float(c[3]) - numbers[i]) < 0.02 for c, i in zip(cells, (5, 10, 11), strict=True))
+    assert all(
+        abs(float(c[3]) - numbers[i]) < 0.02 for c, i in zip(cells, (5, 10, 11), strict=True)
+    )
     assert any("free-form" in line for line in lines)
 
 
 def test_baselines_averages_too(monkeypatch):
-    monkeypatch.setattr(plots, "RESAMPLES", 3)
+    monkeypatch.setattr(metrics, "RESAMPLES", 3)
     for name in ("GRPO-3B", "GRPO-7B", "DAPO-3B", "DAPO-7B"):
         numbers, results = table_1(name)
-        groups = {"general": data.GENERAL, "vision-dependent": data.VISION, "overall": data.BENCHMARKS["all"]}
-        rows = plots.summarise(results, 8, groups)[-3:]
-        assert [row["accuracy"] for row in rows] == pytest.approx([numbers[5], numbers[10], numbers[11]], abs=0.02)
+        groups = {
+            "general": benchmarks.GENERAL,
+            "vision-dependent": benchmarks.VISION,
+            "overall": benchmarks.BENCHMARKS["all"],
+        }
+        rows = metrics.summarise(results, 8, groups)[-3:]
+        assert [row["accuracy"] for row in rows] == pytest.approx(
+            [numbers[5], numbers[10], numbers[11]], abs=0.02
+        )
 
 
 def test_part_of_a_group_is_said():
-    groups = {"general": data.GENERAL, "overall": data.BENCHMARKS["all"][:5]}
-    rows = plots.summarise({name: predictions(50) for name in data.GENERAL[:2]}, 8, groups)
-    assert [row["name"] for row in rows] == [*data.GENERAL[:2], "general average (2 of 5)"]
+    groups = {"general": benchmarks.GENERAL, "overall": benchmarks.BENCHMARKS["all"][:5]}
+    rows = metrics.summarise({name: predictions(50) for name in benchmarks.GENERAL[:2]}, 8, groups)
+    assert [row["name"] for row in rows] == [*benchmarks.GENERAL[:2], "general average (2 of 5)"]
 
 
 def test_measures():
@@ -224,17 +275,19 @@ def test_measures():
         {"id": q, "prompt": "p", "label": "l", "accuracy": float(right[q][i]), "unboxed": q == 1, "truncated": i == 0}
         for i in range(4) for q in range(2)
     ]  # fmt: skip
-    [line] = plots.summarise({"x": records}, 4, {})
+    [line] = metrics.summarise({"x": records}, 4, {})
     assert line == {
         "name": "x", "questions": 2, "accuracy": 12.5, "pass": 50.0, "unboxed": 50.0, "truncated": 25.0,
         "delta": pytest.approx(float("nan"), nan_ok=True), "low": 0.0, "high": 25.0,
     }  # fmt: skip
-    wide = [{"id": i, "prompt": "", "label": "", "accuracy": float(i % 5 == 0)} for i in range(1000)]
-    [line] = plots.summarise({"y": wide}, 1, {})
+    wide = [
+        {"id": i, "prompt": "", "label": "", "accuracy": float(i % 5 == 0)} for i in range(1000)
+    ]
+    [line] = metrics.summarise({"y": wide}, 1, {})
     half = 196 * (0.2 * 0.8 / 1000) ** 0.5
     assert (line["low"], line["high"]) == pytest.approx((20 - half, 20 + half), abs=0.5)
-    assert plots.summarise({"y": wide}, 1, {})[0]["low"] == line["low"]  # a fixed seed
-    text = plots.table([line], 1)
+    assert metrics.summarise({"y": wide}, 1, {})[0]["low"] == line["low"]  # a fixed seed
+    text = metrics.table([line], 1)
     assert text.splitlines()[1].split() == [
         "y", "1000", "20.00", f"{line['low']:.2f}", "to", f"{line['high']:.2f}", "20.00", "-", "-"]  # fmt: skip
 
@@ -258,21 +311,32 @@ def its_rule(records, n):
 def papo_eval_file(path, n=8, repeated=True):
     """Loop after loop over the whole split; two rows are the same question."""
     labels = ["4", "\\frac{1}{2}", "B\n", "90", "90" if repeated else "91"]
-    rows = [(f"test_{min(i, 3)}", f"system\nYou are.\nuser\nFrage ß {min(i, 3)}?\nassistant\n") for i in range(5)]
+    rows = [
+        (f"test_{min(i, 3)}", f"system\nYou are.\nuser\nFrage ß {min(i, 3)}?\nassistant\n")
+        for i in range(5)
+    ]
     said = ["\\boxed{4}", "<think> 1 < 2 </think> \\boxed{0.5}", "it is B", "\\boxed{ 1 / 2 }"]
     said += ["\\boxed{90", "\\boxed{B}"]
     records = []
     for loop in range(n):
         for i, ((name, prompt), label) in enumerate(zip(rows, labels, strict=True)):
-            text = {"predict": said[(loop * 3 + i) % 6] + (" \\boxed{90}" if i > 2 and loop % 2 else "")}
-            records.append({"idx": len(records), "id": name, "prompt": prompt, **text, "label": label})
-    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+            text = {
+                "predict": said[(loop * 3 + i) % 6] + (" \\boxed{90}" if i > 2 and loop % 2 else "")
+            }
+            records.append(
+                {"idx": len(records), "id": name, "prompt": prompt, **text, "label": label}
+            )
+    path.write_text(
+        "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8"
+    )
     return records
 
 
 def test_grade_is_its_rule(tmp_path, capsys):
     records = papo_eval_file(tmp_path / "We-Math_We-Math.jsonl")
-    evaluate.main(["--grade", str(tmp_path / "We-Math_We-Math.jsonl"), "--out", str(tmp_path / "out")])
+    evaluate.main(
+        ["--grade", str(tmp_path / "We-Math_We-Math.jsonl"), "--out", str(tmp_path / "out")]
+    )
     [found] = json.loads((tmp_path / "out" / "table.json").read_text())
     assert found["name"] == "We_Math" and found["questions"] == 5
     assert found["accuracy"] == pytest.approx(its_rule(records, 8)) and 20 < found["accuracy"] < 80
@@ -282,8 +346,13 @@ def test_grade_is_its_rule(tmp_path, capsys):
 
 def test_repeated_questions_are_told_apart():
     """Loop after loop, a question that is there twice: the first of each pair is right, the second wrong."""
-    records = [{"id": "", "prompt": "p", "label": "1", "accuracy": float(i % 2 == 0)} for i in range(8)]
-    assert [[r["accuracy"] for r in q] for q in plots.in_questions("x", records, 4)] == [[1.0] * 4, [0.0] * 4]
+    records = [
+        {"id": "", "prompt": "p", "label": "1", "accuracy": float(i % 2 == 0)} for i in range(8)
+    ]
+    assert [[r["accuracy"] for r in q] for q in metrics.in_questions("x", records, 4)] == [
+        [1.0] * 4,
+        [0.0] * 4,
+    ]
 
 
 def test_a_count_that_does_not_divide_names_the_question(tmp_path, capsys):
@@ -292,7 +361,10 @@ def test_a_count_that_does_not_divide_names_the_question(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         evaluate.main(["--grade", str(tmp_path / "a.jsonl")])
     [line] = capsys.readouterr().err.splitlines()
-    assert "a: 7 responses to question 'test_3' ('Frage ß 3? assistant', answer '90') are no multiple of n=8" in line
+    assert (
+        "a: 7 responses to question 'test_3' ('Frage ß 3? assistant', answer '90') are no multiple of n=8"
+        in line
+    )
 
 
 def test_baseline(tmp_path, capsys):
@@ -302,10 +374,20 @@ def test_baseline(tmp_path, capsys):
     file = tmp_path / "theirs" / "PAPO_MMK12.jsonl"
     worse = [r | ({"predict": "?"} if r["idx"] % 2 else {}) for r in papo_eval_file(file)]
     file.write_text("".join(json.dumps(r) + "\n" for r in worse))
-    args = ["--grade", str(tmp_path / "ours"), "--out", str(tmp_path / "out"), "--baseline", str(tmp_path / "theirs")]
+    args = [
+        "--grade",
+        str(tmp_path / "ours"),
+        "--out",
+        str(tmp_path / "out"),
+        "--baseline",
+        str(tmp_path / "theirs"),
+    ]
     evaluate.main(args)
     [found] = json.loads((tmp_path / "out" / "table.json").read_text())
-    assert found["delta"] == pytest.approx(100 * (found["accuracy"] / its_rule(worse, 8) - 1)) and found["delta"] > 10
+    assert (
+        found["delta"] == pytest.approx(100 * (found["accuracy"] / its_rule(worse, 8) - 1))
+        and found["delta"] > 10
+    )
     assert "Delta_rel %" in capsys.readouterr().out
     file.rename(tmp_path / "theirs" / "We_Math.jsonl")
     with pytest.raises(SystemExit, match="2"):
@@ -320,7 +402,10 @@ def test_baseline(tmp_path, capsys):
 def bench(tmp_path_factory):
     """Two splits; in one a picture is cut short, which only decoding finds, and a row is mismatched."""
     place = tmp_path_factory.mktemp("bench")
-    rows = split_rows("We_Math") + [row("<image>?", "1", "We_Math_images/cut.png"), row("<image>?", "1")]
+    rows = split_rows("We_Math") + [
+        row("<image>?", "1", "We_Math_images/cut.png"),
+        row("<image>?", "1"),
+    ]
     write_split(place, "We_Math", rows)
     write_split(place, "lscpku_LogicVista")
     return ["--data", str(place), "--prompt_suffix", "Box it.", *SMALL]
@@ -349,11 +434,29 @@ def test_evaluation(whole, capsys):
         "system\nYou are a helpful assistant.\nuser\nUnd , wie groß ist ∠ABC?\n\nBox it.\nassistant\n"
     )
     assert "We_Math: 2 rows left out (broken image 1, markers 1)" in text
-    assert "We_Math: row 4 is left out: broken image" in told and "We_Math: row 5 is skipped, markers" in told
-    assert "protocol paper: n 3 (CHANGED), temperature 1.0, top_p 1.0, top_k 50, max_new_tokens 6 (CHANGED)" in text
-    assert [line.split()[0] for line in text.splitlines()[1:4]] == ["We_Math", "lscpku_LogicVista", "overall"]
-    assert {"We_Math.jsonl", "evaluation.json", "lscpku_LogicVista.jsonl", "table.json", "table.txt"} == set(read(out))
-    evaluate.main(["--grade", str(out), "--n", "3"])  # what we write is what --grade and PAPO-Eval read
+    assert (
+        "We_Math: row 4 is left out: broken image" in told
+        and "We_Math: row 5 is skipped, markers" in told
+    )
+    assert (
+        "protocol paper: n 3 (CHANGED), temperature 1.0, top_p 1.0, top_k 50, max_new_tokens 6 (CHANGED)"
+        in text
+    )
+    assert [line.split()[0] for line in text.splitlines()[1:4]] == [
+        "We_Math",
+        "lscpku_LogicVista",
+        "overall",
+    ]
+    assert {
+        "We_Math.jsonl",
+        "evaluation.json",
+        "lscpku_LogicVista.jsonl",
+        "table.json",
+        "table.txt",
+    } == set(read(out))
+    evaluate.main(
+        ["--grade", str(out), "--n", "3"]
+    )  # what we write is what --grade and PAPO-Eval read
     assert text.splitlines()[:4] == capsys.readouterr().out.splitlines()[:4]
     for name in ("We_Math", "lscpku_LogicVista"):
         rows = [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
@@ -378,7 +481,9 @@ def test_it_goes_on(folder, bench, whole, tmp_path, monkeypatch, capsys):
     assert f"interrupted: the same command goes on in {out}" in capsys.readouterr().err
     assert batches == [[0, 1], [2, 3]] and not (out / "table.txt").exists()
     part = out / "partial" / "We_Math" / "0.jsonl"
-    part.write_text(part.read_text()[:-30])  # as a killed process leaves it: question 3 lacks a response
+    part.write_text(
+        part.read_text()[:-30]
+    )  # as a killed process leaves it: question 3 lacks a response
     batches[:] = []
     listed = lambda *a, **k: (batches.append([p.index for p in a[1]]), sample(*a, **k))[1]  # noqa: E731
     monkeypatch.setattr(evaluate, "generate", listed)
@@ -391,13 +496,33 @@ def test_it_goes_on(folder, bench, whole, tmp_path, monkeypatch, capsys):
     assert sum(batches, []) == [] and read(out) == read(whole[0])
     with pytest.raises(SystemExit, match="2"):
         evaluate.main([*command, "--seed", "1"])
-    assert f"--out {out} holds an evaluation with seed 0: choose another folder" in capsys.readouterr().err
+    assert (
+        f"--out {out} holds an evaluation with seed 0: choose another folder"
+        in capsys.readouterr().err
+    )
 
 
 def test_two_ranks_are_one(folder, bench, whole, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "--"]
-    command += [str(ROOT / "evaluate.py"), "--model", folder, *bench, "--out", str(tmp_path / "out")]
-    done = subprocess.run(command, env=ENV, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--standalone",
+        "--",
+    ]
+    command += [
+        str(ROOT / "evaluate.py"),
+        "--model",
+        folder,
+        *bench,
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    done = subprocess.run(
+        command, env=ENV, cwd=tmp_path, capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip() == whole[1].strip()
     assert read(tmp_path / "out") == read(whole[0])
@@ -407,15 +532,27 @@ def test_toy_defaults(folder, capsys):
     """A folder made by a toy run needs no flags: the toy's data, its sizes, its suffix."""
     evaluate.main(["--model", folder, "--eval_rows", "2", "--n", "2", "--max_new_tokens", "5"])
     text = capsys.readouterr().out
-    assert [line.split()[0] for line in text.splitlines()[1:4]] == ["general", "vision_dependent", "overall"]
+    assert [line.split()[0] for line in text.splitlines()[1:4]] == [
+        "general",
+        "vision_dependent",
+        "overall",
+    ]
     assert "protocol training: n 2, temperature 1.0, top_p 1.0, top_k 0, max_new_tokens 5" in text
     config = evaluate.configure({"model": folder, "ask": "?"})
     assert config.prompt_suffix == toy.SUFFIX and config.temperature == 0 and config.eval_rows == 0
     assert evaluate.configure({"model": "some/hub-id"}).data == "all"
     paper = evaluate.configure({"model": "some/hub-id", "data": "We_Math"})
-    assert (paper.protocol, paper.n, paper.temperature, paper.top_p, paper.top_k) == ("paper", 8, 1.0, 1.0, 50)
+    assert (paper.protocol, paper.n, paper.temperature, paper.top_p, paper.top_k) == (
+        "paper",
+        8,
+        1.0,
+        1.0,
+        50,
+    )
     assert (paper.min_pixels, paper.max_pixels, paper.max_new_tokens) == (1024, 589_824, 2048)
-    assert evaluate.configure({"model": "a/b", "data": "We_Math", "protocol": "training"}).top_k == 0
+    assert (
+        evaluate.configure({"model": "a/b", "data": "We_Math", "protocol": "training"}).top_k == 0
+    )
 
 
 # --------------------------------------------------------------------------------------------- one example, looked at
@@ -430,36 +567,48 @@ def images(tmp_path):
     return paths
 
 
-@pytest.mark.parametrize("question, count", [("How many red dots?", 1), ("And <image> or <image>?", 2), ("Why?", 0)])
+@pytest.mark.parametrize(
+    "question, count", [("How many red dots?", 1), ("And <image> or <image>?", 2), ("Why?", 0)]
+)
 def test_ask(folder, images, capsys, question, count):
     flags = ["--image", *images[:count]] if count else []
     evaluate.main(["--model", folder, "--ask", question, *flags, "--max_new_tokens", "12"])
     text = capsys.readouterr().out
     encoder = Encoder(folder, toy.OVERRIDES["min_pixels"], toy.OVERRIDES["max_pixels"], toy.SUFFIX)
     full = question if "<image>" in question else "<image>" * count + question
-    prompt = encoder.encode(evaluate.Example(full, "", [Image.open(p).convert("RGB") for p in images[:count]]))
-    [group] = generate(Policy.load(folder, encoder), [prompt], 1, temperature=0.0, max_new_tokens=12)
+    prompt = encoder.encode(
+        evaluate.Example(full, "", [Image.open(p).convert("RGB") for p in images[:count]])
+    )
+    [group] = generate(
+        Policy.load(folder, encoder), [prompt], 1, temperature=0.0, max_new_tokens=12
+    )
     assert text.startswith(group.responses[0])  # transformers' own loop and ours say the same
-    found = evaluate.boxed(group.responses[0]) or "nothing, the response holds no \\boxed{...}"
+    found = boxed(group.responses[0]) or "nothing, the response holds no \\boxed{...}"
     assert text.splitlines()[-1] == f"boxed: {found}"
 
 
 def test_boxed():
-    assert evaluate.boxed("<think> 1 </think> \\boxed{a \\frac{1} / {2}} x") == "a \\frac{1}/{2}"
-    assert evaluate.boxed("\\boxed{1") is None and evaluate.boxed("1") is None
+    assert boxed("<think> 1 </think> \\boxed{a \\frac{1} / {2}} x") == "a \\frac{1}/{2}"
+    assert boxed("\\boxed{1") is None and boxed("1") is None
 
 
 def test_explain(folder, tmp_path, monkeypatch, capsys):
     """The numbers drawn are the policy's: gains from a mean over masks, heat from one merged patch blackened."""
     drawn = {}
     gain, heat_map = plots.perception_gain, plots.heat_map
-    monkeypatch.setattr(plots, "perception_gain", lambda *a, **k: (drawn.update(gain=a), gain(*a, **k))[1])
+    monkeypatch.setattr(
+        plots, "perception_gain", lambda *a, **k: (drawn.update(gain=a), gain(*a, **k))[1]
+    )
     monkeypatch.setattr(plots, "heat_map", lambda *a: (drawn.update(heat=a), heat_map(*a))[1])
     out = tmp_path / "out"
     sizes = ["--max_new_tokens", "7", "--masks", "3"]
-    evaluate.main(["--model", folder, "--explain", "--row", "vision_dependent:1", "--out", str(out), *sizes])
+    evaluate.main(
+        ["--model", folder, "--explain", "--row", "vision_dependent:1", "--out", str(out), *sizes]
+    )
     text = capsys.readouterr().out
-    files = [out / name for name in ("perception_gain.png", "perception_gain.html", "heat_map0.png")]
+    files = [
+        out / name for name in ("perception_gain.png", "perception_gain.html", "heat_map0.png")
+    ]
     assert all(str(file) in text and file.stat().st_size > 1000 for file in files)
     example = toy.example("vision_dependent", 1)
     assert f"question: {example.question.removeprefix('<image>')}\n" in text
@@ -473,10 +622,14 @@ def test_explain(folder, tmp_path, monkeypatch, capsys):
         torch.testing.assert_close(clean, policy.log_probs([group])[0])
         for number in range(3):
             generator = seeded("explain", 0, number)
-            group.masked_pixel_values, hit = evaluate.masking.mask_prompt(prompt, Algo(), encoder, generator)
+            group.masked_pixel_values, hit = evaluate.masking.mask_prompt(
+                prompt, Algo(), encoder, generator
+            )
             means += policy.log_probs([group], masked=True)[0] / 3
         group.masked_pixel_values = prompt.pixel_values.clone()
-        group.masked_pixel_values[4 * 5 : 4 * 6] = encoder.black  # the merged patch in row 1, column 2 of 3 x 3
+        group.masked_pixel_values[4 * 5 : 4 * 6] = (
+            encoder.black_patch
+        )  # the merged patch in row 1, column 2 of 3 x 3
         drop = (clean - policy.log_probs([group], masked=True)[0]).sum()
     torch.testing.assert_close(masked, means)
     assert drawn["heat"][1].shape == (3, 3)
@@ -491,7 +644,9 @@ def test_explain(folder, tmp_path, monkeypatch, capsys):
 
 def test_explain_a_question_of_ones_own(folder, tmp_path, images, capsys):
     flags = ["--max_new_tokens", "4", "--masks", "1", "--out", str(tmp_path / "out")]
-    evaluate.main(["--model", folder, "--explain", "--ask", "How many?", "--image", *images, *flags])
+    evaluate.main(
+        ["--model", folder, "--explain", "--ask", "How many?", "--image", *images, *flags]
+    )
     assert (tmp_path / "out" / "heat_map1.png").exists() and "response: " in capsys.readouterr().out
 
 
@@ -500,10 +655,22 @@ def test_predictions_never_overwrite_data(folder, tmp_path, capsys):
     toy.example("train", 0).images[0].save(tmp_path / "a.png")
     row = json.dumps({"problem": "<image>How many?", "answer": "1", "images": ["a.png"]}) + "\n"
     (tmp_path / "mine.jsonl").write_text(row)
-    flags = ["--data", str(tmp_path / "mine.jsonl"), "--n", "1", "--max_new_tokens", "2", "--min_pixels", "3136"]
+    flags = [
+        "--data",
+        str(tmp_path / "mine.jsonl"),
+        "--n",
+        "1",
+        "--max_new_tokens",
+        "2",
+        "--min_pixels",
+        "3136",
+    ]
     with pytest.raises(SystemExit, match="2"):
         evaluate.main(["--model", folder, *flags, "--out", str(tmp_path)])
-    assert f"--out {tmp_path} holds mine.jsonl and no evaluation: choose another folder" in capsys.readouterr().err
+    assert (
+        f"--out {tmp_path} holds mine.jsonl and no evaluation: choose another folder"
+        in capsys.readouterr().err
+    )
     assert (tmp_path / "mine.jsonl").read_text() == row
 
 
@@ -516,7 +683,9 @@ def test_reading_tokens_light_up():
     for i in range(8):
         prompt = encoder.encode(toy.example("vision_dependent", i), i)
         [group] = generate(policy, [prompt], 1, temperature=0.0, max_new_tokens=40)
-        group.masked_pixel_values, _ = evaluate.masking.mask_prompt(prompt, Algo(), encoder, seeded(i))
+        group.masked_pixel_values, _ = evaluate.masking.mask_prompt(
+            prompt, Algo(), encoder, seeded(i)
+        )
         with torch.no_grad():
             gains = (policy.log_probs([group]) - policy.log_probs([group], masked=True))[0]
         for token, value in zip(group.tokens[0].tolist(), gains.tolist(), strict=True):
@@ -529,9 +698,13 @@ def test_compare(tmp_path, capsys):
     for name, base in (("a", 0.2), ("b", 0.4)):
         (tmp_path / name).mkdir()
         lines = [{"step": s, "eval/general": base + s / 10, "kl_prcp": 0.1} for s in (0, 1, 2)]
-        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (tmp_path / name / "metrics.jsonl").write_text(
+            "".join(json.dumps(line) + "\n" for line in lines)
+        )
         (tmp_path / name / "config.json").write_text(json.dumps({"algo": "papo_g", "seed": base}))
-    evaluate.main(["--compare", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "out")])
+    evaluate.main(
+        ["--compare", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path / "out")]
+    )
     text = capsys.readouterr().out
     assert re.search(r"papo_g +eval/general +2 +0\.300 \+- 1\.271 +0 +0\.500 \+- 1\.271 +2", text)
     picture = tmp_path / "out" / "compare.png"
@@ -544,17 +717,26 @@ def test_compare(tmp_path, capsys):
         (["--protocol", "papers"], "--protocol papers: choose one of paper, training"),
         (["--grad", "x"], "unknown flag --grad: did you mean --grade?"),
         (["--n", "0"], "n=0 temperature=1.0 top_p=1.0: counts are at least 1"),
-        (["--data", "We_Math", "--benchmarks", "."], "no benchmark We_Math in .: its We_Math.json is expected there"),
+        (
+            ["--data", "We_Math", "--benchmarks", "."],
+            "no benchmark We_Math in .: its We_Math.json is expected there",
+        ),
         (["--data", "nowhere.json"], "data 'nowhere.json': no such file or folder: choose 'toy'"),
         (["--ask", "?", "--image", "nowhere.png"], "broken image: nowhere.png: "),
         (["--ask", "<image>?"], "1 <image> markers for 0 images"),
         (["--explain", "--ask", "Why?"], "--explain: the example has no image"),
-        (["--explain", "--row", "general:999"], "choose one of general:0 to general:255, vision_dependent:0 to"),
+        (
+            ["--explain", "--row", "general:999"],
+            "choose one of general:0 to general:255, vision_dependent:0 to",
+        ),
         (["--explain", "--row", "x:1"], "--row x:1: choose one of general:0"),
         (["--grade", "nowhere.jsonl"], "No such file or directory: 'nowhere.jsonl'"),
         (["--grade", "README.md"], "README.md: line 1 is no prediction (JSONDecodeError"),
         (["--grade", "tests"], "tests: one NAME.jsonl for a set expected, found none"),
-        (["--baseline", "tests"], "tests: one NAME.jsonl for general, vision_dependent expected, found none"),
+        (
+            ["--baseline", "tests"],
+            "tests: one NAME.jsonl for general, vision_dependent expected, found none",
+        ),
         (["--compare", "nowhere"], "no metrics file at nowhere"),
         (["--model", "tests"], ""),
     ],

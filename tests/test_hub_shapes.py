@@ -14,15 +14,22 @@ from test_rollout import stock_greedy
 from test_train import lines, run  # noqa: F401  (a fixture)
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-import checkpoint
-import toy
 import train
 from masking import mask_prompt
-from papo import Encoder, Example, Policy, prepare, preset, seeded, stack, update
+from papo import prepare, preset, update
 from rollout import generate
+from support import checkpoint, toy
+from support.batch import Example, pad_and_cat, seeded
+from support.qwen_vl import Encoder, Policy
 
 # Of Qwen2.5-VL-3B-Instruct's and Qwen3-VL-4B-Instruct's own files.
-CHAT = {"bos_token_id": 0, "pad_token_id": 0, "do_sample": True, "repetition_penalty": 1.05, "temperature": 0.000001}
+CHAT = {
+    "bos_token_id": 0,
+    "pad_token_id": 0,
+    "do_sample": True,
+    "repetition_penalty": 1.05,
+    "temperature": 0.000001,
+}
 PREPROCESSORS = {
     "qwen2_5_vl": toy.PREPROCESSOR,
     "qwen3_vl": toy.PREPROCESSOR | {
@@ -48,7 +55,12 @@ def nested_config(vocab_size: int, special: int) -> dict:
         "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1, 2], "hidden_act": "gelu_pytorch_tanh",
         "initializer_range": 0.02,
     }  # fmt: skip
-    ids = {"vision_start_token_id": 9, "vision_end_token_id": 10, "image_token_id": 12, "video_token_id": 13}
+    ids = {
+        "vision_start_token_id": 9,
+        "vision_end_token_id": 10,
+        "image_token_id": 12,
+        "video_token_id": 13,
+    }
     return {"architectures": ["Qwen3VLForConditionalGeneration"], "model_type": "qwen3_vl", "tie_word_embeddings": True,
             "text_config": text, "vision_config": vision} | {name: special + i for name, i in ids.items()}  # fmt: skip
 
@@ -74,7 +86,11 @@ def write_folder(folder: Path, kind: str, tied: bool, template: str) -> str:
     tokenizer.save_pretrained(folder)
     state = json.loads((folder / "tokenizer.json").read_text())["model"]
     merges = "\n".join(m if isinstance(m, str) else " ".join(m) for m in state["merges"])
-    chat = CHAT | {"eos_token_id": [special + 2, special], "bos_token_id": special, "pad_token_id": special}
+    chat = CHAT | {
+        "eos_token_id": [special + 2, special],
+        "bos_token_id": special,
+        "pad_token_id": special,
+    }
     files = {
         "config.json": config, "generation_config.json": chat, "preprocessor_config.json": PREPROCESSORS[kind],
         "vocab.json": state["vocab"],
@@ -87,11 +103,21 @@ def write_folder(folder: Path, kind: str, tied: bool, template: str) -> str:
     if template != "json":
         (folder / "chat_template.jinja").write_text(toy.CHAT_TEMPLATE)
     model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder))
-    for name, weight in sorted(model.named_parameters()):  # large layers: at the usual 0.02 a model repeats its input
+    for name, weight in sorted(
+        model.named_parameters()
+    ):  # large layers: at the usual 0.02 a model repeats its input
         if weight.ndim > 1:
-            std = 0.15 if "embed_tokens" in name or "lm_head" in name else 0.1 if "visual" in name else 0.2
+            std = (
+                0.15
+                if "embed_tokens" in name or "lm_head" in name
+                else 0.1
+                if "visual" in name
+                else 0.2
+            )
             torch.nn.init.normal_(weight, std=std, generator=seeded(name))
-    weights = {hub_name(kind, name): w.detach().to(torch.bfloat16) for name, w in model.named_parameters()}
+    weights = {
+        hub_name(kind, name): w.detach().to(torch.bfloat16) for name, w in model.named_parameters()
+    }
     names, shards, index = sorted(weights), 2, {}
     for i in range(shards):
         file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
@@ -99,14 +125,18 @@ def write_folder(folder: Path, kind: str, tied: bool, template: str) -> str:
         save_file(part, folder / file, metadata={"format": "pt"})
         index |= dict.fromkeys(part, file)
     size = sum(2 * w.numel() for w in weights.values())
-    text = json.dumps({"metadata": {"total_size": size}, "weight_map": dict(sorted(index.items()))}, indent=2)
+    text = json.dumps(
+        {"metadata": {"total_size": size}, "weight_map": dict(sorted(index.items()))}, indent=2
+    )
     (folder / "model.safetensors.index.json").write_text(text)
     return str(folder)
 
 
 @pytest.fixture(scope="module")
 def qwen3(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("hub") / "Qwen3-VL-4B-Instruct", "qwen3_vl", True, "json")
+    return write_folder(
+        tmp_path_factory.mktemp("hub") / "Qwen3-VL-4B-Instruct", "qwen3_vl", True, "json"
+    )
 
 
 @pytest.fixture()
@@ -133,19 +163,36 @@ def test_a_hub_folder_trains_and_exports(run, tmp_path, monkeypatch, kind, tied,
     loaded = AutoModelForImageTextToText.from_pretrained(source)  # every weight under its name
     shards = [load_file(file) for file in sorted(Path(source).glob("*.safetensors"))]
     for name, weight in loaded.named_parameters():
-        assert any(torch.equal(s[hub_name(kind, name)], weight) for s in shards if hub_name(kind, name) in s), name
+        assert any(
+            torch.equal(s[hub_name(kind, name)], weight)
+            for s in shards
+            if hub_name(kind, name) in s
+        ), name
     trained = {}
 
     def finish(self, real=train.Run.finish):
         real(self)
         trained["policy"] = self.policy
         with torch.no_grad():
-            prompt = self.policy.encoder.encode(Example("<image>How many red dots are there?", "1", [picture(112, 96)]))
+            prompt = self.policy.encoder.encode(
+                Example("<image>How many red dots are there?", "1", [picture(112, 96)])
+            )
             trained["group"] = generate(self.policy, [prompt], 2, max_new_tokens=5)[0]
             trained["log_probs"] = self.policy.log_probs([trained["group"]])
 
     monkeypatch.setattr(train.Run, "finish", finish)
-    flags = ["--model", source, "--steps", "1", "--eval_every", "0", "--save_every", "0", "--algo", "papo_g"]
+    flags = [
+        "--model",
+        source,
+        "--steps",
+        "1",
+        "--eval_every",
+        "0",
+        "--save_every",
+        "0",
+        "--algo",
+        "papo_g",
+    ]
     out = run("run", *flags)
     model_folder = out / "model"
     for name in checkpoint.PROCESSOR_FILES:
@@ -159,8 +206,13 @@ def test_a_hub_folder_trains_and_exports(run, tmp_path, monkeypatch, kind, tied,
     assert exported.dtype == torch.float32
     assert (exported.lm_head.weight is exported.model.language_model.embed_tokens.weight) == tied
     same = trained["policy"].model.state_dict()
-    assert all(torch.equal(w, same[name].full_tensor()) for name, w in exported.state_dict().items())
-    assert any(not torch.equal(w.float(), v) for w, v in zip(loaded.parameters(), exported.parameters(), strict=True))
+    assert all(
+        torch.equal(w, same[name].full_tensor()) for name, w in exported.state_dict().items()
+    )
+    assert any(
+        not torch.equal(w.float(), v)
+        for w, v in zip(loaded.parameters(), exported.parameters(), strict=True)
+    )
     again = Policy.load(str(model_folder), Encoder(str(model_folder), 3136, 200_704))
     with torch.no_grad():
         assert torch.equal(again.log_probs([trained["group"]]), trained["log_probs"])
@@ -173,12 +225,14 @@ def test_chat_defaults_bias_no_rollout(policy, prompts):
     [group] = generate(policy, prompts[:1], 4, max_new_tokens=8, key=(0, 0))
     assert len({tuple(row.tolist()) for row in group.tokens}) > 1
     with torch.no_grad():
-        torch.testing.assert_close(policy.log_probs([group]), stack([group], "sample_log_probs"), atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            policy.log_probs([group]), pad_and_cat([group], "sample_log_probs"), atol=1e-4, rtol=0
+        )
 
 
 def test_qwen3_greedy_equals_stock_generate(policy, prompts):
     groups = generate(policy, prompts, 2, max_new_tokens=16, temperature=0, rollout_batch=8)
-    assert len(stack(groups, "tokens").unique()) > 12  # no mere repetition
+    assert len(pad_and_cat(groups, "tokens").unique()) > 12  # no mere repetition
     for prompt, group in zip(prompts, groups, strict=True):
         expected = stock_greedy(policy, prompt, 16)
         for tokens, mask in zip(group.tokens, group.response_mask, strict=True):
@@ -205,7 +259,7 @@ def test_qwen3_shared_prompt_row_equals_padded_batch(policy, prompts, chosen, ch
     policy.model.zero_grad()
     plain = torch.cat([plain_log_probs(policy, g) for g in groups])
     torch.testing.assert_close(row, plain, atol=2e-5, rtol=2e-5)
-    assert plain[stack(groups, "response_mask")].std() > 0.3  # the model has opinions
+    assert plain[pad_and_cat(groups, "response_mask")].std() > 0.3  # the model has opinions
     (plain * weights).sum().backward()
     slow = gradients(policy.model)
     assert (fast - slow).norm() < 1e-5 * slow.norm()
@@ -225,13 +279,21 @@ def test_qwen3_pictures_matter_in_every_layer(policy, prompts):
 def test_qwen3_masks_16_pixel_patches(policy, strategy):
     encoder = policy.encoder
     prompt = encoder.encode(Example("<image><image>?", "1", [picture(128, 96), picture(64, 96, 1)]))
-    assert prompt.image_grid_thw.tolist() == [[1, 6, 8], [1, 6, 4]] and encoder.black.unique().tolist() == [-1.0]
+    assert prompt.image_grid_thw.tolist() == [
+        [1, 6, 8],
+        [1, 6, 4],
+    ] and encoder.black_patch.unique().tolist() == [-1.0]
     algo = replace(preset("papo_g"), mask_strategy=strategy, mask_ratio=0.5)
     masked, hit = mask_prompt(prompt, algo, encoder, seeded(0), toy.saliency)
-    assert masked.shape == prompt.pixel_values.shape == (72, 3 * 2 * 16 * 16) and 20 < int(hit.sum()) < 52
+    assert (
+        masked.shape == prompt.pixel_values.shape == (72, 3 * 2 * 16 * 16)
+        and 20 < int(hit.sum()) < 52
+    )
     assert torch.equal(masked[~hit], prompt.pixel_values[~hit])
     if strategy != "noise":
-        black = encoder.images(images=[Image.new("RGB", (64, 64))], return_tensors="pt")["pixel_values"]
+        black = encoder.images(images=[Image.new("RGB", (64, 64))], return_tensors="pt")[
+            "pixel_values"
+        ]
         torch.testing.assert_close(masked[hit], black[:1].expand(int(hit.sum()), -1))
 
 
@@ -244,6 +306,12 @@ def test_qwen3_update(policy, prompts):
     metrics = prepare(policy, None, groups, algo, 200, 2, (0, 0))
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1e-3)
     metrics |= update(policy, optimizer, groups, algo, mini_batch=2, budget=200)
-    assert 0.4 < metrics["mask_ratio"] < 0.8 and metrics["skipped_updates"] == 0 and metrics["kl_prcp"] > 0
+    assert (
+        0.4 < metrics["mask_ratio"] < 0.8
+        and metrics["skipped_updates"] == 0
+        and metrics["kl_prcp"] > 0
+    )
     assert all(value == value for value in metrics.values())
-    assert any(not torch.equal(a, b) for a, b in zip(before, policy.model.parameters(), strict=True))
+    assert any(
+        not torch.equal(a, b) for a, b in zip(before, policy.model.parameters(), strict=True)
+    )

@@ -39,7 +39,9 @@ def loss_and_grad(algo, tensors, rows=slice(None), **more):
 def test_advantages_by_hand():
     adv = group_advantages(torch.tensor([1.0, 0.0, 0.0, 0.0, 3.0, 1.0]), 3)
     std = math.sqrt(1 / 3)  # unbiased: variance of (1, 0, 0) is (4/9 + 1/9 + 1/9) / 2
-    assert adv[:3].tolist() == pytest.approx([2 / 3 / (std + 1e-6), -1 / 3 / (std + 1e-6), -1 / 3 / (std + 1e-6)])
+    assert adv[:3].tolist() == pytest.approx(
+        [2 / 3 / (std + 1e-6), -1 / 3 / (std + 1e-6), -1 / 3 / (std + 1e-6)]
+    )
     assert adv[3:].sum().item() == pytest.approx(0, abs=1e-6)
 
 
@@ -72,9 +74,13 @@ def test_rewards_that_do_not_divide_are_an_error():
 )
 def test_policy_loss_one_token(ratio, advantage, value, slope, clipped, dual):
     log_probs = torch.tensor([[math.log(ratio)]], requires_grad=True)
-    loss, m = policy_loss(log_probs, torch.zeros(1, 1), torch.tensor([advantage]), torch.ones(1, 1), 0.2, 0.3)
+    loss, m = policy_loss(
+        log_probs, torch.zeros(1, 1), torch.tensor([advantage]), torch.ones(1, 1), 0.2, 0.3
+    )
     loss.backward()
-    assert loss.item() == pytest.approx(value, rel=1e-6) and log_probs.grad.item() == pytest.approx(slope, rel=1e-6)
+    assert loss.item() == pytest.approx(value, rel=1e-6) and log_probs.grad.item() == pytest.approx(
+        slope, rel=1e-6
+    )
     assert (m["clip_frac"].item(), m["clip_frac_dual"].item()) == (clipped, dual)
     assert m["ppo_kl"].item() == pytest.approx(-math.log(ratio), rel=1e-6)
 
@@ -84,7 +90,9 @@ def test_averages_by_hand():
     log_probs = torch.tensor([[0.0, 9.0, 9.0], [math.log(1.1)] * 3])
     mask = torch.tensor([[1, 0, 0], [1, 1, 1]])
     args = (log_probs, torch.zeros(2, 3), torch.tensor([1.0, 2.0]), mask, 0.2, 0.3)
-    assert policy_loss(*args, average="token")[0].item() == pytest.approx(-(1 + 3 * 2.2) / 4, rel=1e-6)
+    assert policy_loss(*args, average="token")[0].item() == pytest.approx(
+        -(1 + 3 * 2.2) / 4, rel=1e-6
+    )
     assert policy_loss(*args, average="seq")[0].item() == pytest.approx(-(1 + 2.2) / 2, rel=1e-6)
     with pytest.raises(ValueError, match="'token' or 'seq'"):
         policy_loss(*args, average="batch")
@@ -111,7 +119,9 @@ def test_k3_by_hand_and_clamped():
     values = kl_k3(log_probs, torch.tensor([[-1.0, -2.0, 3.0, -1.0]]))
     assert values.tolist()[0] == pytest.approx([0.0, math.exp(-1) + 1 - 1, 10.0, 10.0])
     values.sum().backward()
-    assert log_probs.grad.tolist()[0] == pytest.approx([0.0, 1 - math.exp(-1), 0.0, 0.0])  # 1 - exp(d), 0 where clamped
+    assert log_probs.grad.tolist()[0] == pytest.approx(
+        [0.0, 1 - math.exp(-1), 0.0, 0.0]
+    )  # 1 - exp(d), 0 where clamped
 
 
 # --------------------------------------------------------------------------------------------------- the whole loss
@@ -120,7 +130,11 @@ def test_k3_by_hand_and_clamped():
 def test_papo_loss_two_tokens_by_hand():
     """L = L_pg + beta KL_ref - gamma KL_prcp + eta1 H + eta2 H_mask at two tokens, each written out."""
     algo = replace(
-        preset("papo_g"), kl_ref_coef=0.1, kl_prcp_coef=0.2, entropy_coef=0.3, masked_entropy_coef=0.4
+        preset("papo_g"),
+        kl_ref_coef=0.1,
+        kl_prcp_coef=0.2,
+        entropy_coef=0.3,
+        masked_entropy_coef=0.4,
     )
     log_probs, old = torch.tensor([[-0.5, -1.0]]), torch.tensor([[-0.6, -1.0]])
     ref, masked = torch.tensor([[-0.7, -0.9]]), torch.tensor([[-1.5, -1.2]])
@@ -145,7 +159,9 @@ def test_paper_estimator_and_clip():
     _, grad, paper = loss_and_grad(replace(preset("papo_g"), kl_prcp_estimator="paper"), tensors)
     log_probs, _, _, masked, _, mask = tensors
     d = (log_probs - masked).detach()
-    assert paper["kl_prcp"].item() == pytest.approx(masked_mean(d.exp() - d - 1, mask).item(), rel=1e-5)
+    assert paper["kl_prcp"].item() == pytest.approx(
+        masked_mean(d.exp() - d - 1, mask).item(), rel=1e-5
+    )
     assert paper["kl_prcp"] != mine["kl_prcp"] and grad.norm() > 0
     _, _, cut = loss_and_grad(replace(preset("papo_g"), kl_prcp_clip=0.01), tensors)
     k3 = kl_k3(log_probs, masked).detach().clamp(0, 0.01)
@@ -162,7 +178,9 @@ def test_every_term_is_alive_alone(coef, average):
     log_probs, old, ref, masked, advantages, mask = batch()
     off = replace(preset("grpo"), kl_ref_coef=0.0, average=average)
     algo = replace(off, **{coef: 0.5})
-    loss, grad, m = loss_and_grad(algo, (log_probs, old, ref, masked, torch.zeros_like(advantages), mask))
+    loss, grad, m = loss_and_grad(
+        algo, (log_probs, old, ref, masked, torch.zeros_like(advantages), mask)
+    )
     sign = -1 if coef == "kl_prcp_coef" else 1
     assert loss.item() == pytest.approx(sign * 0.5 * m[TERMS[coef]].item(), rel=1e-5)
     assert grad[mask].abs().sum() > 0 and grad[~mask].abs().sum() == 0
@@ -172,7 +190,11 @@ def test_masked_entropy_is_a_constant_unless_its_log_probs_carry_gradient():
     log_probs, old, _, masked, advantages, mask = batch()
     algo = replace(PLAIN, masked_entropy_coef=0.5)
     loss, grad, m = loss_and_grad(algo, (log_probs, old, masked, masked, advantages * 0, mask))
-    assert loss.item() == pytest.approx(0.5 * m["masked_entropy"].item()) and loss > 0 and grad.norm() == 0
+    assert (
+        loss.item() == pytest.approx(0.5 * m["masked_entropy"].item())
+        and loss > 0
+        and grad.norm() == 0
+    )
     live = masked.clone().requires_grad_()
     papo_loss(log_probs, old, advantages * 0, mask, algo, masked_log_probs=live)[0].backward()
     assert live.grad[mask].abs().sum() > 0 and live.grad[~mask].abs().sum() == 0
@@ -198,7 +220,12 @@ def test_coefficient_zero_is_bit_equal_to_grpo():
     loss.backward()
     measured, grad, metrics = loss_and_grad(PLAIN, tensors)
     assert torch.equal(measured, loss.detach()) and torch.equal(grad, leaf.grad)
-    assert {"kl_ref", "kl_prcp", "masked_entropy", "entropy"} <= metrics.keys()  # measured, and adding nothing
+    assert {
+        "kl_ref",
+        "kl_prcp",
+        "masked_entropy",
+        "entropy",
+    } <= metrics.keys()  # measured, and adding nothing
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -210,7 +237,10 @@ def test_padding_changes_nothing(name, average):
     mask = tensors[-1]
     clean = loss_and_grad(algo, tensors)
     for filler in (1e4, float("nan"), float("-inf")):
-        dirty = [t.detach().masked_fill(~mask, filler) if t.shape == mask.shape else t for t in tensors[:-1]]
+        dirty = [
+            t.detach().masked_fill(~mask, filler) if t.shape == mask.shape else t
+            for t in tensors[:-1]
+        ]
         loss, grad, metrics = loss_and_grad(algo, (*dirty, mask))
         assert torch.equal(loss, clean[0]) and torch.equal(grad, clean[1])
         assert all(torch.equal(metrics[k], clean[2][k]) for k in metrics)
@@ -220,7 +250,9 @@ def test_padding_changes_nothing(name, average):
 def test_empty_rows_give_zero(average):
     log_probs, old, ref, masked, advantages, mask = batch()
     algo = replace(preset("papo_d"), average=average, kl_ref_coef=0.01)
-    loss, grad, metrics = loss_and_grad(algo, (log_probs, old, ref, masked, advantages, torch.zeros_like(mask)))
+    loss, grad, metrics = loss_and_grad(
+        algo, (log_probs, old, ref, masked, advantages, torch.zeros_like(mask))
+    )
     assert loss == 0 and grad.norm() == 0 and all(v == 0 for v in metrics.values())
     part = mask.clone()
     part[2:] = False
@@ -248,7 +280,9 @@ def test_micro_batches_add_up(average, size):
     loss, grad, metrics = 0.0, 0.0, {}
     for start in range(0, 6, size):
         rows = slice(start, start + size)
-        part, part_grad, m = loss_and_grad(algo, tensors, rows, denominator=counts, has_image=has_image[rows])
+        part, part_grad, m = loss_and_grad(
+            algo, tensors, rows, denominator=counts, has_image=has_image[rows]
+        )
         loss, grad = loss + part, grad + part_grad
         metrics = {k: metrics.get(k, 0.0) + v.item() for k, v in m.items()}
     torch.testing.assert_close(loss, whole_loss)
@@ -268,14 +302,20 @@ def test_rows_without_an_image():
     log_probs, old, ref, masked, advantages, mask = batch()
     has_image = torch.tensor([True, False, True, False, False, True])
     algo = replace(PLAIN, kl_prcp_coef=1.0, masked_entropy_coef=0.1)
-    _, grad, m = loss_and_grad(algo, (log_probs, old, ref, masked, advantages * 0, mask), has_image=has_image)
+    _, grad, m = loss_and_grad(
+        algo, (log_probs, old, ref, masked, advantages * 0, mask), has_image=has_image
+    )
     assert grad[~has_image].abs().sum() == 0 and grad[has_image].abs().sum() > 0
     seen = mask & has_image[:, None]
     assert m["masked_entropy"].item() == pytest.approx(-masked[seen].mean().item(), rel=1e-5)
-    total = kl_k3(log_probs, masked).detach()[seen].sum() / mask.sum()  # the mean is over all tokens
+    total = (
+        kl_k3(log_probs, masked).detach()[seen].sum() / mask.sum()
+    )  # the mean is over all tokens
     assert m["kl_prcp"].item() == pytest.approx(total.item(), rel=1e-5)
     none = torch.zeros(6, dtype=torch.bool)
-    _, grad, m = loss_and_grad(algo, (log_probs, old, ref, masked, advantages * 0, mask), has_image=none)
+    _, grad, m = loss_and_grad(
+        algo, (log_probs, old, ref, masked, advantages * 0, mask), has_image=none
+    )
     assert grad.norm() == 0 and m["masked_entropy"] == 0 and m["kl_prcp"] == 0
 
 

@@ -8,21 +8,27 @@ import torch
 from conftest import picture
 from PIL import Image
 
-from masking import dino_saliency, mask_image, mask_patches, mask_prompt, mask_salient, noise_patches, to_patch_order
-from papo import Example, preset, seeded
+from masking import mask_patches, mask_prompt, mask_salient, noise_patches, to_patch_order
+from papo import preset
+from support.batch import Example, seeded
+from support.saliency import dino_saliency
 
 
 @pytest.fixture(scope="module")
 def prompt(encoder):
     """Two pictures of different sizes: 16 x 20 and 8 x 12 patches."""
-    return encoder.encode(Example("<image><image>?", "1", [picture(280, 224), picture(168, 112, 1)]))
+    return encoder.encode(
+        Example("<image><image>?", "1", [picture(280, 224), picture(168, 112, 1)])
+    )
 
 
 def test_a_masked_patch_is_what_the_processor_makes_of_black(encoder, prompt):
-    black_image = encoder.images(images=[Image.new("RGB", (56, 56))], return_tensors="pt")["pixel_values"]
-    torch.testing.assert_close(black_image, encoder.black.expand_as(black_image))
-    masked, hit = mask_patches(prompt.pixel_values, 0.6, encoder.black, seeded(0))
-    torch.testing.assert_close(masked[hit], encoder.black.expand(int(hit.sum()), -1))
+    black_image = encoder.images(images=[Image.new("RGB", (56, 56))], return_tensors="pt")[
+        "pixel_values"
+    ]
+    torch.testing.assert_close(black_image, encoder.black_patch.expand_as(black_image))
+    masked, hit = mask_patches(prompt.pixel_values, 0.6, encoder.black_patch, seeded(0))
+    torch.testing.assert_close(masked[hit], encoder.black_patch.expand(int(hit.sum()), -1))
     assert torch.equal(masked[~hit], prompt.pixel_values[~hit])
     copies = masked.view(len(masked), 3, 2, -1)
     assert torch.equal(copies[:, :, 0], copies[:, :, 1])
@@ -32,9 +38,11 @@ def test_share_seed_and_untouched_input(encoder, prompt):
     before = prompt.pixel_values.clone()
     n = len(before)
     for ratio in (0.0, 0.3, 0.6, 1.0):
-        _, hit = mask_patches(prompt.pixel_values, ratio, encoder.black, seeded(1))
+        _, hit = mask_patches(prompt.pixel_values, ratio, encoder.black_patch, seeded(1))
         assert abs(hit.float().mean().item() - ratio) <= 4 * (ratio * (1 - ratio) / n) ** 0.5
-    once, again, other = (mask_patches(prompt.pixel_values, 0.6, encoder.black, seeded(s))[1] for s in (1, 1, 2))
+    once, again, other = (
+        mask_patches(prompt.pixel_values, 0.6, encoder.black_patch, seeded(s))[1] for s in (1, 1, 2)
+    )
     assert torch.equal(once, again) and not torch.equal(once, other)
     assert torch.equal(prompt.pixel_values, before)
 
@@ -42,10 +50,11 @@ def test_share_seed_and_untouched_input(encoder, prompt):
 @pytest.mark.parametrize("ratio", [-0.1, 1.1, float("nan")])
 def test_a_ratio_outside_0_1_is_an_error(encoder, prompt, ratio):
     for function in (
-        lambda: mask_patches(prompt.pixel_values, ratio, encoder.black),
+        lambda: mask_patches(prompt.pixel_values, ratio, encoder.black_patch),
         lambda: noise_patches(prompt.pixel_values, ratio, 1.0),
-        lambda: mask_salient(prompt.pixel_values, ratio, encoder.black, torch.zeros(len(prompt.pixel_values))),
-        lambda: mask_image(picture(28, 28), ratio),
+        lambda: mask_salient(
+            prompt.pixel_values, ratio, encoder.black_patch, torch.zeros(len(prompt.pixel_values))
+        ),
     ):
         with pytest.raises(ValueError, match="between 0 and 1"):
             function()
@@ -53,7 +62,7 @@ def test_a_ratio_outside_0_1_is_an_error(encoder, prompt, ratio):
 
 def test_unknown_shapes_and_strategies_are_loud(encoder, prompt):
     with pytest.raises(ValueError, match="flattened"):
-        mask_patches(torch.zeros(1, 3, 28, 28), 0.5, encoder.black)
+        mask_patches(torch.zeros(1, 3, 28, 28), 0.5, encoder.black_patch)
     algo = preset("papo_g")
     object.__setattr__(algo, "mask_strategy", "blur")  # past the check in Algo
     with pytest.raises(ValueError, match="'blur'.*random, semantic, noise"):
@@ -83,7 +92,7 @@ def test_semantic_hides_the_most_salient_patches_of_each_image(encoder):
     masked, hit = mask_prompt(prompt, algo, encoder, seeded(0), brightness)
     white = (prompt.pixel_values > 1).all(-1)
     assert torch.equal(hit, white) and hit.float().mean() == 0.25
-    torch.testing.assert_close(masked, encoder.black.expand_as(masked), atol=1e-5, rtol=0)
+    torch.testing.assert_close(masked, encoder.black_patch.expand_as(masked), atol=1e-5, rtol=0)
 
 
 def test_patch_order_is_the_processors(encoder):
@@ -100,23 +109,16 @@ def test_patch_order_is_the_processors(encoder):
 def test_dino_saliency_of_a_tiny_dino(tmp_path):
     from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
 
-    config = Dinov2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14)
+    config = Dinov2Config(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14
+    )
     torch.manual_seed(0)
     Dinov2Model(config).save_pretrained(tmp_path)
-    BitImageProcessorPil(size={"shortest_edge": 256}, crop_size={"height": 224, "width": 224}).save_pretrained(tmp_path)
+    BitImageProcessorPil(
+        size={"shortest_edge": 256}, crop_size={"height": 224, "width": 224}
+    ).save_pretrained(tmp_path)
     saliency = dino_saliency(str(tmp_path))
     scores = saliency(picture(300, 100))
     assert scores.shape == (16, 16) and torch.isfinite(scores).all() and (scores > 0).all()
     assert scores.sum() < 1  # the class token attends to itself, too
     assert to_patch_order(scores, 8, 22).shape == (176,)
-
-
-def test_mask_image_for_people():
-    image = picture(280, 140)
-    masked = mask_image(image, 0.6, generator=seeded(0))
-    black = (np.asarray(masked) == 0).all(-1).reshape(10, 14, 20, 14).all((1, 3))
-    assert 0.45 < black.mean() < 0.75
-    same = (np.asarray(masked) == np.asarray(image)).all(-1).reshape(10, 14, 20, 14).all((1, 3))
-    assert (black | same).all() and masked.size == image.size and masked is not image
-    assert np.array_equal(np.asarray(mask_image(image, 0.6, generator=seeded(0))), np.asarray(masked))
-    assert mask_image(image.convert("L"), 1.0).mode == "RGB"

@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from conftest import picture
 
-import packing
-from papo import Example, Policy, seeded
+from support import packing
+from support.batch import Example, seeded
+from support.qwen_vl import Policy
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -21,14 +22,18 @@ def plain_varlen(q, k, v, q_ends, k_ends, longest_q, longest_k, scale, causal):
         seen = [x.repeat_interleave(len(own) // len(x), 0) for x in seen]
         n, m = own.shape[1], seen[0].shape[1]
         mask = torch.ones(n, m, dtype=torch.bool).tril(m - n) if causal else None
-        parts.append(F.scaled_dot_product_attention(own, *seen, attn_mask=mask, scale=scale).transpose(0, 1))
+        parts.append(
+            F.scaled_dot_product_attention(own, *seen, attn_mask=mask, scale=scale).transpose(0, 1)
+        )
     return torch.cat(parts)
 
 
 def top_left(q, k, v, *lengths, scale, causal):
     """The other alignment, which SDPA's is_causal has."""
     k, v = (x.repeat_interleave(2, 1).transpose(0, 1) for x in (k, v))
-    return F.scaled_dot_product_attention(q.transpose(0, 1), k, v, is_causal=True, scale=scale).transpose(0, 1)
+    return F.scaled_dot_product_attention(
+        q.transpose(0, 1), k, v, is_causal=True, scale=scale
+    ).transpose(0, 1)
 
 
 def test_varlen_sequences_equal_sdpa(policy, groups, monkeypatch):
@@ -40,7 +45,9 @@ def test_varlen_sequences_equal_sdpa(policy, groups, monkeypatch):
         policy.model.zero_grad()
         log_probs = policy.log_probs(groups)
         (log_probs * torch.randn(log_probs.shape, generator=seeded("w"))).sum().backward()
-        results.append((log_probs, torch.cat([p.grad.flatten() for p in policy.model.parameters()])))
+        results.append(
+            (log_probs, torch.cat([p.grad.flatten() for p in policy.model.parameters()]))
+        )
     (a, slow), (b, fast) = results
     torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
     assert (slow - fast).norm() < 1e-5 * slow.norm()
@@ -64,7 +71,10 @@ def test_a_misaligned_kernel_is_refused():
     torch.utils.checkpoint.checkpoint(layer, leaf, use_reentrant=False).backward()
     with torch.no_grad():
         assert packing.aligned(plain_varlen, "cpu", torch.float32) and leaf.grad == 2
-    assert packing.varlen_kernel("cpu", torch.float32) is None and packing.varlen_kernel("cuda", torch.float32) is None
+    assert (
+        packing.varlen_kernel("cpu", torch.float32) is None
+        and packing.varlen_kernel("cuda", torch.float32) is None
+    )
 
 
 @pytest.mark.parametrize("sizes", [[(84, 84)], [(336, 252), (56, 56), (140, 420)]])
@@ -76,7 +86,9 @@ def test_windows_in_one_call_equal_windows_in_a_loop(folder, encoder, sizes):
     for vision in (packing.ATTENTION["vision_config"], "sdpa"):
         model = Policy.load(folder, encoder).model
         model.set_attn_implementation({"vision_config": vision})
-        out = model.model.get_image_features(prompt.pixel_values, prompt.image_grid_thw, return_dict=True)
+        out = model.model.get_image_features(
+            prompt.pixel_values, prompt.image_grid_thw, return_dict=True
+        )
         features.append(torch.cat(out.pooler_output))
         assert model.model.visual.config._attn_implementation == vision
     torch.testing.assert_close(*features, atol=1e-5, rtol=1e-5)
@@ -86,9 +98,13 @@ def test_windows_take_few_calls(policy, encoder, monkeypatch):
     policy.model.set_attn_implementation(packing.ATTENTION)
     calls = []
     original = F.scaled_dot_product_attention
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or original(*a, **k))
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or original(*a, **k)
+    )
     prompt = encoder.encode(Example("<image>", "1", [picture(336, 336)]))
-    policy.model.model.get_image_features(prompt.pixel_values, prompt.image_grid_thw, return_dict=True)
+    policy.model.model.get_image_features(
+        prompt.pixel_values, prompt.image_grid_thw, return_dict=True
+    )
     assert len(calls) == 2  # a windowed block of nine equal windows, a full one
 
 
@@ -101,7 +117,10 @@ def test_varlen_kernel_equals_sdpa_on_cuda(dtype):
     random = torch.Generator().manual_seed(0)
     q_ends, k_ends = torch.tensor([0, 300, 330, 333]), torch.tensor([0, 300, 630, 933])
     shapes = [(333, 4), (933, 2), (933, 2)]
-    inputs = [torch.randn(n, h, 128, generator=random).to("cuda", dtype).requires_grad_() for n, h in shapes]
+    inputs = [
+        torch.randn(n, h, 128, generator=random).to("cuda", dtype).requires_grad_()
+        for n, h in shapes
+    ]
     ends = [e.to("cuda", torch.int32) for e in (q_ends, k_ends)]
     out = kernel(*inputs, *ends, 300, 330, scale=0.1, causal=True)
     exact = [x.detach().float().cpu().requires_grad_() for x in inputs]

@@ -7,7 +7,9 @@ import pytest
 import torch
 from conftest import picture
 
-from papo import PRESETS, Example, Policy, mini_batches, pack, prepare, preset, row_loss, seeded, stack, update
+from papo import PRESETS, mini_batches, pack, prepare, preset, row_loss, update
+from support.batch import Example, pad_and_cat, seeded
+from support.qwen_vl import Policy
 
 
 def plain_log_probs(policy, group):
@@ -20,11 +22,15 @@ def plain_log_probs(policy, group):
         attention = torch.ones_like(ids)
         attention[:, :pad] = 0
         types = torch.zeros_like(ids)
-        types[:, pad : pad + len(prompt)] = prompt.image_mask
+        types[:, pad : pad + len(prompt)] = prompt.is_image_token
         vision = {}
         if group.has_image:
             vision = dict(pixel_values=prompt.pixel_values, image_grid_thw=prompt.image_grid_thw)
-        logits = model(input_ids=ids, attention_mask=attention, mm_token_type_ids=types, **vision).logits[0].float()
+        logits = (
+            model(input_ids=ids, attention_mask=attention, mm_token_type_ids=types, **vision)
+            .logits[0]
+            .float()
+        )
         log_probs = (logits / policy.temperature).log_softmax(-1)[pad + len(prompt) - 1 : -1]
         row = log_probs.gather(1, tokens[:n, None])[:, 0]
         out.append(torch.nn.functional.pad(row, (0, group.tokens.shape[1] - n)))
@@ -32,7 +38,9 @@ def plain_log_probs(policy, group):
 
 
 def gradients(model):
-    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in model.parameters()])
+    return torch.cat(
+        [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in model.parameters()]
+    )
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -64,9 +72,9 @@ def test_log_probs_equal_the_sampler(policy, prompts):
     groups = generate(policy, prompts, 3, max_new_tokens=16, key=(1, 2), top_p=0.9, rollout_batch=5)
     with torch.no_grad():
         again = policy.log_probs(groups)
-    sampled = stack(groups, "sample_log_probs")
+    sampled = pad_and_cat(groups, "sample_log_probs")
     torch.testing.assert_close(again, sampled, atol=1e-4, rtol=0)
-    assert (sampled != 0).sum() == stack(groups, "response_mask").sum()
+    assert (sampled != 0).sum() == pad_and_cat(groups, "response_mask").sum()
 
 
 def test_a_response_with_an_image_token_is_text(policy, groups):
@@ -77,11 +85,15 @@ def test_a_response_with_an_image_token_is_text(policy, groups):
     # The slow way would take it for a picture; feed the embeddings of a text token instead.
     ids = torch.cat([group.prompt.input_ids, group.tokens[0]])[None]
     embeds = policy.model.get_input_embeddings()(ids)
-    image = policy.model.get_image_features(group.prompt.pixel_values, group.prompt.image_grid_thw, return_dict=True)
-    embeds[0, : len(group.prompt)][group.prompt.image_mask] = torch.cat(image.pooler_output)
+    image = policy.model.get_image_features(
+        group.prompt.pixel_values, group.prompt.image_grid_thw, return_dict=True
+    )
+    embeds[0, : len(group.prompt)][group.prompt.is_image_token] = torch.cat(image.pooler_output)
     after = group.prompt.position_ids.max() + 1 + torch.arange(group.tokens.shape[1])
     positions = torch.cat([group.prompt.position_ids, after.expand(3, -1)], 1)[:, None]
-    hidden = policy.model.model.language_model(inputs_embeds=embeds, position_ids=positions).last_hidden_state
+    hidden = policy.model.model.language_model(
+        inputs_embeds=embeds, position_ids=positions
+    ).last_hidden_state
     logits = policy.model.lm_head(hidden)[0, len(group.prompt) - 1 : -1]
     plain = logits.log_softmax(-1).gather(1, group.tokens[0][:, None])[:, 0]
     torch.testing.assert_close(row[0], plain, atol=1e-5, rtol=0)
@@ -132,8 +144,18 @@ def test_presets_are_the_papers():
     assert {name for name, _ in table} == set(PRESETS)
     for (name, size), (beta, gamma, eta, low, high, dynamic) in table.items():
         a = preset(name, size)
-        assert (a.kl_ref_coef, a.kl_prcp_coef, a.entropy_coef, a.masked_entropy_coef) == (beta, gamma, eta, eta)
-        assert (a.clip_low, a.clip_high, a.clip_dual, a.dynamic_sampling) == (low, high, 3.0, dynamic)
+        assert (a.kl_ref_coef, a.kl_prcp_coef, a.entropy_coef, a.masked_entropy_coef) == (
+            beta,
+            gamma,
+            eta,
+            eta,
+        )
+        assert (a.clip_low, a.clip_high, a.clip_dual, a.dynamic_sampling) == (
+            low,
+            high,
+            3.0,
+            dynamic,
+        )
         assert (a.name, a.mask_ratio, a.mask_strategy, a.average) == (name, 0.6, "random", "token")
 
 
@@ -162,18 +184,24 @@ def test_annealing_is_linear_and_takes_the_entropies_along():
 
 def test_one_mask_a_prompt_seeded_and_counted(policy, groups):
     algo = preset("papo_g")
-    pixels = [None if g.prompt.pixel_values is None else g.prompt.pixel_values.clone() for g in groups]
-    share = prepare(policy, copy.deepcopy(policy), groups, algo, 10_000, updates=1, key=(3, 4))["mask_ratio"]
+    pixels = [
+        None if g.prompt.pixel_values is None else g.prompt.pixel_values.clone() for g in groups
+    ]
+    share = prepare(policy, copy.deepcopy(policy), groups, algo, 10_000, updates=1, key=(3, 4))[
+        "mask_ratio"
+    ]
     views = [g.masked_pixel_values for g in groups]
-    hits = torch.cat([g.hit for g in groups if g.has_image])
+    hits = torch.cat([g.patch_mask for g in groups if g.has_image])
     assert share == pytest.approx(hits.float().mean().item()) and 0.35 < share < 0.85
     prepare(policy, copy.deepcopy(policy), groups[::-1], algo, 10_000, updates=1, key=(3, 4))
     for group, view, before in zip(groups, views, pixels, strict=True):
         assert (view is None) == (before is None)
         if view is not None:  # the same mask whatever the order, the clean pixels untouched
-            assert torch.equal(view, group.masked_pixel_values) and torch.equal(before, group.prompt.pixel_values)
+            assert torch.equal(view, group.masked_pixel_values) and torch.equal(
+                before, group.prompt.pixel_values
+            )
             changed = (view != before).any(-1)
-            assert torch.equal(changed, group.hit)
+            assert torch.equal(changed, group.patch_mask)
     assert groups[2].masked_log_probs.abs().sum() == 0  # text only: nothing to read
 
 
@@ -181,7 +209,9 @@ def test_no_wasted_pass(policy, groups, monkeypatch):
     """GRPO without KL_ref and with one update makes no forward before the update."""
     calls = []
     original = Policy.log_probs
-    monkeypatch.setattr(Policy, "log_probs", lambda self, *a, **k: calls.append(a) or original(self, *a, **k))
+    monkeypatch.setattr(
+        Policy, "log_probs", lambda self, *a, **k: calls.append(a) or original(self, *a, **k)
+    )
     expected = {"grpo_no_kl_ref": 0, "grpo": 1, "papo_g": 2, "papo_g_no_kl_ref": 1}
     for name, passes in expected.items():
         calls.clear()
@@ -222,8 +252,12 @@ def test_update_moves_the_policy_and_skips_what_is_not_finite(policy, groups, na
     prepare(policy, copy.deepcopy(policy), groups, algo, 200, updates=2, key=(0, 0))
     metrics = update(policy, optimizer, groups, algo, mini_batch=2, budget=200)
     assert metrics["skipped_updates"] == 0 and metrics["grad_norm"] > 0
-    assert ("kl_prcp" in metrics) == algo.needs_masked_view and ("kl_ref" in metrics) == bool(algo.kl_ref_coef)
-    assert any(not torch.equal(a, b) for a, b in zip(before, policy.model.parameters(), strict=True))
+    assert ("kl_prcp" in metrics) == algo.needs_masked_view and ("kl_ref" in metrics) == bool(
+        algo.kl_ref_coef
+    )
+    assert any(
+        not torch.equal(a, b) for a, b in zip(before, policy.model.parameters(), strict=True)
+    )
     before = [p.clone() for p in policy.model.parameters()]
     groups[0].advantages = torch.full((3,), float("nan"))
     metrics = update(policy, optimizer, groups, algo, mini_batch=4, budget=200)
@@ -261,7 +295,9 @@ def test_pre_masked_images_are_the_masked_view(encoder, policy):
     image = picture(84, 84)
     black = image.copy()
     black.paste((0, 0, 0), (0, 0, 14, 14))
-    prompt = encoder.encode(Example("<image>?", "1", [image], images_aug=[black.resize((168, 168))]))
+    prompt = encoder.encode(
+        Example("<image>?", "1", [image], images_aug=[black.resize((168, 168))])
+    )
     from masking import mask_prompt
 
     view, hit = mask_prompt(prompt, preset("papo_g"), encoder, seeded(0))

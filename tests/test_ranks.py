@@ -18,13 +18,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
-import checkpoint
-import toy
-from checkpoint import distributed
-from papo import PRESETS, Encoder, Example, Group, Policy, prepare, preset, seeded, update
+from papo import PRESETS, prepare, preset, update
+from support import distributed, toy
+from support.batch import Example, Group, seeded
+from support.distributed import init_distributed
+from support.qwen_vl import Encoder, Policy
 
 folder, out = sys.argv[1:]
-rank, world, _ = distributed()
+rank, world, _ = init_distributed()
 mesh = dist.device_mesh.init_device_mesh("cpu", (world,))
 encoder = Encoder(folder, 3136, 200_704, toy.SUFFIX)
 policy, reference = Policy.load(folder, encoder), Policy.load(folder, encoder)
@@ -32,7 +33,7 @@ noise = seeded("noise")
 for parameter in reference.model.parameters():  # another policy, so that KL_ref is not 0
     parameter.data += 0.01 * torch.randn(parameter.shape, generator=noise)
 for each in (policy, reference):
-    checkpoint.shard(each.model, mesh, torch.float32)
+    distributed.shard(each.model, mesh, torch.float32)
 
 
 def group(i):
@@ -103,4 +104,6 @@ def test_ranks_change_neither_metrics_nor_gradients(results, world):
             ours, their = (torch.cat([g.flatten() for g in gs]) for gs in (ours, their))
             worst, size = (ours - their).abs().max(), ours.norm()
             print(f"{name}, {world} ranks: worst {worst:.1e} of a gradient of norm {size:.1e}")
-            assert worst < 1e-6 and size == pytest.approx(1.0, abs=1e-4), name  # clipped: every weight counts
+            assert worst < 1e-6 and size == pytest.approx(1.0, abs=1e-4), (
+                name
+            )  # clipped: every weight counts

@@ -12,11 +12,14 @@ from pathlib import Path
 
 import pytest
 
-import reward
-from reward import Grader, accuracy_reward, compute_score, format_reward
+from support import reward
+from support.reward import accuracy_reward, compute_score, format_reward
+from support.sandbox import Grader
 
 ROOT = Path(reward.__file__).parent
-linux_only = pytest.mark.skipif(sys.platform != "linux", reason="rests on Linux: prctl, RLIMIT_AS, /proc")
+linux_only = pytest.mark.skipif(
+    sys.platform != "linux", reason="rests on Linux: prctl, RLIMIT_AS, /proc"
+)
 
 # A copy of mathruler's grader that reward.py has not guarded.
 _spec = importlib.util.find_spec("mathruler.grader")
@@ -29,7 +32,11 @@ def released(response, answer, format_weight=0.1):
     response = re.sub(r"\s*(<|>|/)\s*", r"\1", response)
     form = 1.0 if re.fullmatch(r"<think>.*</think>.*\\boxed\{.*\}.*", response, re.DOTALL) else 0.0
     accuracy = 1.0 if plain.grade_answer(plain.extract_boxed_content(response), answer) else 0.0
-    return {"overall": (1 - format_weight) * accuracy + format_weight * form, "format": form, "accuracy": accuracy}
+    return {
+        "overall": (1 - format_weight) * accuracy + format_weight * form,
+        "format": form,
+        "accuracy": accuracy,
+    }
 
 
 def boxed(text):
@@ -140,7 +147,22 @@ def test_format(response, form):
 
 
 def test_scans_agree_with_the_regular_expressions():
-    pieces = ["<think>", "</think>", r"\boxed{", "}", "<", ">", "/", " ", "\n", "\t", "\x1c", "\u3000", "a", "think"]
+    pieces = [
+        "<think>",
+        "</think>",
+        r"\boxed{",
+        "}",
+        "<",
+        ">",
+        "/",
+        " ",
+        "\n",
+        "\t",
+        "\x1c",
+        "\u3000",
+        "a",
+        "think",
+    ]
     rng = random.Random(0)
     formed = 0
     for _ in range(5000):
@@ -163,16 +185,35 @@ def test_format_takes_linear_time(hostile):
 
 def test_unboxed_is_never_accurate():
     assert released("None", "None")["accuracy"] == 1.0  # what we depart from
-    for response in ("None", "I do not know", r"\boxed{None", r"\boxed 3", "", r"\boxed{None} or \boxed{"):
+    for response in (
+        "None",
+        "I do not know",
+        r"\boxed{None",
+        r"\boxed 3",
+        "",
+        r"\boxed{None} or \boxed{",
+    ):
         for answer in ("None", "none", "3"):
             assert accuracy_reward(response, answer) == 0.0
-    assert accuracy_reward(r"\boxed{None}", "None") == accuracy_reward(r"\boxed{ None }", "None") == 1.0
-    assert accuracy_reward(r"\boxed{none}", "None") == accuracy_reward(r"\boxed{3} \boxed{None}", "None") == 1.0
+    assert (
+        accuracy_reward(r"\boxed{None}", "None")
+        == accuracy_reward(r"\boxed{ None }", "None")
+        == 1.0
+    )
+    assert (
+        accuracy_reward(r"\boxed{none}", "None")
+        == accuracy_reward(r"\boxed{3} \boxed{None}", "None")
+        == 1.0
+    )
     assert accuracy_reward(r"\boxed{None}", "3") == 0.0
 
 
 def test_weight():
-    assert compute_score(r"\boxed{1}", "1", format_weight=0.25) == {"overall": 0.75, "format": 0.0, "accuracy": 1.0}
+    assert compute_score(r"\boxed{1}", "1", format_weight=0.25) == {
+        "overall": 0.75,
+        "format": 0.0,
+        "accuracy": 1.0,
+    }
 
 
 # ---- nothing in a response runs
@@ -198,7 +239,16 @@ def test_no_code_runs(tmp_path, grader):
 
 @pytest.mark.parametrize(
     "text",
-    ["x.y", "().__class__", "frac('1')", "1 or 'x'", "[x for x in y]", "(x := 1)", "f'{x}'", "b'x'"],
+    [
+        "x.y",
+        "().__class__",
+        "frac('1')",
+        "1 or 'x'",
+        "[x for x in y]",
+        "(x := 1)",
+        "f'{x}'",
+        "b'x'",
+    ],
 )
 def test_only_formulas_are_evaluated(text):
     with pytest.raises((ValueError, SyntaxError)):
@@ -215,7 +265,14 @@ def test_built_in_functions_are_out_of_reach():
 # ---- the Grader
 
 
-HANGS = ["99999999!", "9**9**9", "1e999999999", "2**(10**10)", "(x+y)**999", "(" * 3000 + "1" + ")" * 3000]
+HANGS = [
+    "99999999!",
+    "9**9**9",
+    "1e999999999",
+    "2**(10**10)",
+    "(x+y)**999",
+    "(" * 3000 + "1" + ")" * 3000,
+]
 ODD = [
     "\ud800\x00",
     "9" * 5000,
@@ -233,14 +290,18 @@ ODD = [
 
 def test_hostile_and_ordinary_responses_in_one_batch(grader):
     rows = [(boxed(given), answer) for given, answer, _ in ORDINARY]
-    hostile = [(boxed(text), "0.5") for text in HANGS + ODD] + [("<think>" * 10_000 + "\\boxed{" * 10_000, "0.5")]
+    hostile = [(boxed(text), "0.5") for text in HANGS + ODD] + [
+        ("<think>" * 10_000 + "\\boxed{" * 10_000, "0.5")
+    ]
     mixed = rows + hostile
     random.Random(1).shuffle(mixed)
     scores = grader(*zip(*mixed, strict=True))
     assert grader.timeouts == len(HANGS) and grader.errors == grader.unscored == 0
     for row, score in zip(mixed, scores, strict=True):
         if row in hostile:
-            assert score["accuracy"] == 0.0 and score["overall"] == pytest.approx(0.1 * score["format"])
+            assert score["accuracy"] == 0.0 and score["overall"] == pytest.approx(
+                0.1 * score["format"]
+            )
             assert score["format"] == format_reward(row[0])
         else:
             assert score == released(*row)
@@ -250,16 +311,27 @@ def test_hostile_and_ordinary_responses_in_one_batch(grader):
 
 
 def test_budget(tmp_path):
-    path = write(tmp_path, "def f(response, answer):\n    time.sleep(float(response))\n    return zero(accuracy=1.0)\n")
+    path = write(
+        tmp_path,
+        "def f(response, answer):\n    time.sleep(float(response))\n    return zero(accuracy=1.0)\n",
+    )
     with Grader(f"{path}:f", workers=2, deadline=0.5, budget=1.5) as grader:
         start = time.monotonic()
         scores = grader(["0"] * 5 + ["60"] * 20 + ["0"], ["a"] * 26)
-        assert time.monotonic() - start < 10.0  # one by one they would take 600 s without a deadline
+        assert (
+            time.monotonic() - start < 10.0
+        )  # one by one they would take 600 s without a deadline
         assert [score["accuracy"] for score in scores] == [1.0] * 5 + [0.0] * 21
-        assert grader.timeouts >= 1 and grader.unscored >= 10 and grader.timeouts + grader.unscored == 21
+        assert (
+            grader.timeouts >= 1
+            and grader.unscored >= 10
+            and grader.timeouts + grader.unscored == 21
+        )
         assert sum("unscored" in score for score in scores) == grader.unscored
         grader.budget = 60.0
-        assert grader(["0"], ["a"])[0]["accuracy"] == 1.0 and grader.timeouts == grader.unscored == 0
+        assert (
+            grader(["0"], ["a"])[0]["accuracy"] == 1.0 and grader.timeouts == grader.unscored == 0
+        )
 
 
 @linux_only
@@ -282,13 +354,31 @@ def f(response, answer):
     return zero(accuracy=1.0, format=float("torch" in sys.modules), overall=len(response))
 """,
     )
-    words = ["fine", "crash", "leak", "bomb", "leak", "exit", "leak", "leak", "leak", "leak", "fine"]
+    words = [
+        "fine",
+        "crash",
+        "leak",
+        "bomb",
+        "leak",
+        "exit",
+        "leak",
+        "leak",
+        "leak",
+        "leak",
+        "fine",
+    ]
     with Grader(f"{path}:f", workers=1, deadline=10.0, memory=200 << 20) as grader:
-        with pytest.warns(UserWarning, match="failed on 3 of 11 responses: the worker process died"):
+        with pytest.warns(
+            UserWarning, match="failed on 3 of 11 responses: the worker process died"
+        ):
             scores = grader(words, words)
         assert grader.errors == 3 and grader.timeouts == 0
-    assert [score["accuracy"] for score in scores] == [float(word not in ("crash", "bomb", "exit")) for word in words]
-    assert scores[0]["overall"] == 4.0 and all(score["format"] == 0.0 for score in scores)  # and without torch
+    assert [score["accuracy"] for score in scores] == [
+        float(word not in ("crash", "bomb", "exit")) for word in words
+    ]
+    assert scores[0]["overall"] == 4.0 and all(
+        score["format"] == 0.0 for score in scores
+    )  # and without torch
 
 
 def test_errors_of_a_users_function(tmp_path):
@@ -305,9 +395,14 @@ def f(response, answer):
     )
     with Grader(f"{path}:f", workers=1) as grader:
         with pytest.warns(
-            UserWarning, match=r"f failed on 1 of 3 .*: ZeroDivisionError: division by zero \(mine.py:12"
+            UserWarning,
+            match=r"f failed on 1 of 3 .*: ZeroDivisionError: division by zero \(mine.py:12",
         ):
-            assert [score["accuracy"] for score in grader(["2", "0", "4"], ["0.5"] * 3)] == [1.0, 0.0, 0.0]
+            assert [score["accuracy"] for score in grader(["2", "0", "4"], ["0.5"] * 3)] == [
+                1.0,
+                0.0,
+                0.0,
+            ]
         assert grader.errors == 1
         for word, message in [
             ("0", "failed on 2 of 2 responses: ZeroDivisionError"),
@@ -328,9 +423,15 @@ def test_a_function_that_cannot_be_loaded_is_named(tmp_path):
     broken.write_text("import no_such_module\n")
     for spec, message in [
         ("mine.py", "reward 'mine.py': no colon; expected path/file.py:function"),
-        (f"{tmp_path}/absent.py:f", "there is no file .*absent.py'; expected path/file.py:function"),
+        (
+            f"{tmp_path}/absent.py:f",
+            "there is no file .*absent.py'; expected path/file.py:function",
+        ),
         (f"{good}:scor", "no function 'scor' there, it has: zero, score"),
-        (f"{broken}:f", "the file does not load: ModuleNotFoundError: No module named 'no_such_module'"),
+        (
+            f"{broken}:f",
+            "the file does not load: ModuleNotFoundError: No module named 'no_such_module'",
+        ),
         (lambda response, answer: {}, "no function '<lambda>' there, it has: "),
         (3, "reward 3: no colon"),
     ]:
@@ -355,7 +456,11 @@ def test_bad_arguments(grader):
 @linux_only
 def test_close_leaves_no_process():
     grader = Grader(workers=2)
-    pids = [worker.process.pid for worker in [grader._idle.get(), grader._idle.get()] if not grader._idle.put(worker)]
+    pids = [
+        worker.process.pid
+        for worker in [grader._idle.get(), grader._idle.get()]
+        if not grader._idle.put(worker)
+    ]
     assert not any(map(gone, pids))
     grader.close()
     assert all_gone(pids)

@@ -4,9 +4,11 @@ import pytest
 import torch
 from transformers import GenerationConfig, TopPLogitsWarper
 
-import rollout
-from papo import Policy, stack
-from rollout import draw, generate, keep_nucleus
+from rollout import generate
+from support import decoding
+from support.batch import pad_and_cat
+from support.decoding import sample_inverse_cdf, top_p_filter
+from support.qwen_vl import Policy
 
 
 def stock_greedy(policy, prompt, max_new_tokens):
@@ -16,7 +18,7 @@ def stock_greedy(policy, prompt, max_new_tokens):
     if prompt.pixel_values is not None:
         vision = dict(pixel_values=prompt.pixel_values, image_grid_thw=prompt.image_grid_thw)
     out = policy.model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=prompt.image_mask[None].long(),
+        input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=prompt.is_image_token[None].long(),
         do_sample=False, max_new_tokens=max_new_tokens, suppress_tokens=policy.suppressed_ids,
         eos_token_id=policy.eos_ids, pad_token_id=policy.pad_id, **vision,
     )  # fmt: skip
@@ -36,7 +38,9 @@ def test_greedy_equals_stock_generate(policy, prompts):
     lively(policy)
     assert policy.pad_id in policy.eos_ids
     first = [g.tokens[0] for g in generate(policy, prompts, 1, max_new_tokens=24, temperature=0)]
-    policy.eos_ids = sorted({*policy.eos_ids, int(first[0][3]), int(first[1][9])})  # let two of them stop early
+    policy.eos_ids = sorted(
+        {*policy.eos_ids, int(first[0][3]), int(first[1][9])}
+    )  # let two of them stop early
     groups = generate(policy, prompts, 2, max_new_tokens=24, temperature=0, rollout_batch=8)
     lengths = set()
     for prompt, group in zip(prompts, groups, strict=True):
@@ -56,9 +60,9 @@ def test_batches_order_and_compaction_change_nothing(policy, prompts, monkeypatc
     assert len(set(lengths.tolist())) > 3
     small = generate(policy, prompts, 4, rollout_batch=3, **kwargs)  # a group split over chunks
     turned = generate(policy, prompts[::-1], 4, rollout_batch=6, **kwargs)[::-1]
-    monkeypatch.setattr(rollout, "COMPACT_AT", 0.0)
+    monkeypatch.setattr(decoding, "COMPACT_AT", 0.0)
     uncompacted = generate(policy, prompts, 4, rollout_batch=64, **kwargs)
-    monkeypatch.setattr(rollout, "PREFILL_TOKENS", 2 * max(map(len, prompts)))
+    monkeypatch.setattr(decoding, "PREFILL_TOKENS", 2 * max(map(len, prompts)))
     in_parts = generate(policy, prompts, 4, rollout_batch=64, **kwargs)
     for other in (small, turned, uncompacted, in_parts):
         for a, b in zip(whole, other, strict=True):
@@ -75,15 +79,17 @@ def test_the_nucleus_is_transformers_without_the_sort(scale, top_p):
     scores[:, :50] = -torch.inf  # suppressed ones
     plain = TopPLogitsWarper(top_p)(None, scores)
     for candidates in (64, 1024, 3000):
-        assert torch.equal(keep_nucleus(scores, top_p, candidates), plain), candidates
+        assert torch.equal(top_p_filter(scores, top_p, candidates), plain), candidates
 
 
 def test_another_key_is_another_draw(policy, prompts):
     lively(policy)
-    a, b, c = (generate(policy, prompts, 4, max_new_tokens=12, key=key) for key in ((0, 0), (0, 1), (0, 0)))
-    assert not torch.equal(stack(a, "tokens"), stack(b, "tokens"))
-    assert torch.equal(stack(a, "tokens"), stack(c, "tokens"))
-    rows = stack(a, "tokens")
+    a, b, c = (
+        generate(policy, prompts, 4, max_new_tokens=12, key=key) for key in ((0, 0), (0, 1), (0, 0))
+    )
+    assert not torch.equal(pad_and_cat(a, "tokens"), pad_and_cat(b, "tokens"))
+    assert torch.equal(pad_and_cat(a, "tokens"), pad_and_cat(c, "tokens"))
+    rows = pad_and_cat(a, "tokens")
     assert len({tuple(row.tolist()) for row in rows}) > len(rows) // 2  # samples of a prompt differ
 
 
@@ -93,7 +99,9 @@ def test_response_mask_keeps_the_first_end_and_nothing_after(policy, prompts):
     groups = generate(policy, prompts, 6, max_new_tokens=10, key=(1, 1))
     ends, stopped, cut = torch.tensor(policy.eos_ids), 0, 0
     for group in groups:
-        for tokens, mask, truncated in zip(group.tokens, group.response_mask, group.truncated, strict=True):
+        for tokens, mask, truncated in zip(
+            group.tokens, group.response_mask, group.truncated, strict=True
+        ):
             n = int(mask.sum())
             assert mask[:n].all() and not mask[n:].any() and (tokens[n:] == policy.pad_id).all()
             is_end = torch.isin(tokens[:n], ends)
@@ -106,32 +114,50 @@ def test_response_mask_keeps_the_first_end_and_nothing_after(policy, prompts):
 def test_vision_tokens_are_never_sampled(policy, prompts):
     """Even when the model wants nothing else."""
     with torch.no_grad():
-        policy.model.lm_head.weight[policy.suppressed_ids] = 50.0 * policy.model.lm_head.weight.abs().max()
+        policy.model.lm_head.weight[policy.suppressed_ids] = (
+            50.0 * policy.model.lm_head.weight.abs().max()
+        )
     groups = generate(policy, prompts, 4, max_new_tokens=8, key=(0, 0))
-    assert not torch.isin(stack(groups, "tokens"), torch.tensor(policy.suppressed_ids)).any()
-    assert {policy.model.config.image_token_id, policy.model.config.video_token_id} <= set(policy.suppressed_ids)
+    assert not torch.isin(pad_and_cat(groups, "tokens"), torch.tensor(policy.suppressed_ids)).any()
+    assert {policy.model.config.image_token_id, policy.model.config.video_token_id} <= set(
+        policy.suppressed_ids
+    )
 
 
 def test_nothing_is_inherited_from_generation_config(folder, encoder, prompts):
     """Qwen's chat defaults (repetition_penalty 1.05, temperature 1e-6) must not reach a rollout."""
     chat, plain = Policy.load(folder, encoder), Policy.load(folder, encoder)
-    assert GenerationConfig.from_pretrained(folder).repetition_penalty == 1.05  # the folder has them
+    assert (
+        GenerationConfig.from_pretrained(folder).repetition_penalty == 1.05
+    )  # the folder has them
     plain.model.generation_config = GenerationConfig()
     a, b = (generate(p, prompts, 3, max_new_tokens=12, key=(0, 0)) for p in (chat, plain))
-    assert torch.equal(stack(a, "tokens"), stack(b, "tokens"))
+    assert torch.equal(pad_and_cat(a, "tokens"), pad_and_cat(b, "tokens"))
     assert len(chat.eos_ids) == 2  # both ends of the file are kept
     again = generate(chat, prompts, 3, max_new_tokens=12, key=(0, 0), temperature=1.0)
-    assert torch.equal(stack(a, "tokens"), stack(again, "tokens"))
+    assert torch.equal(pad_and_cat(a, "tokens"), pad_and_cat(again, "tokens"))
 
 
 def test_draw_is_inverse_cdf():
     scores = torch.tensor([0.5, 0.25, 0.25]).log().expand(4, 3).clone()
-    assert draw(scores, torch.tensor([0.0, 0.49, 0.51, 0.99])).tolist() == [0, 0, 1, 2]
+    assert sample_inverse_cdf(scores, torch.tensor([0.0, 0.49, 0.51, 0.99])).tolist() == [
+        0,
+        0,
+        1,
+        2,
+    ]
     scores[:, 2] = float("-inf")
     scores[:, 0] = float("-inf")
-    assert draw(scores, torch.tensor([0.0, 0.5, 0.999999, 1 - 2**-24])).tolist() == [1, 1, 1, 1]
+    assert sample_inverse_cdf(scores, torch.tensor([0.0, 0.5, 0.999999, 1 - 2**-24])).tolist() == [
+        1,
+        1,
+        1,
+        1,
+    ]
     many = torch.randn(1, 30, generator=torch.Generator().manual_seed(0)).expand(20_000, -1)
-    tokens = draw(many, torch.rand(20_000, generator=torch.Generator().manual_seed(1)))
+    tokens = sample_inverse_cdf(
+        many, torch.rand(20_000, generator=torch.Generator().manual_seed(1))
+    )
     share = torch.bincount(tokens, minlength=30) / 20_000
     torch.testing.assert_close(share, many[0].softmax(-1), atol=0.012, rtol=0)
 
@@ -142,7 +168,9 @@ def test_no_prompts_no_groups(policy):
 
 @pytest.mark.parametrize("group_size", [1, 3])
 def test_shapes(policy, prompts, group_size):
-    for prompt, group in zip(prompts, generate(policy, prompts, group_size, max_new_tokens=5), strict=True):
+    for prompt, group in zip(
+        prompts, generate(policy, prompts, group_size, max_new_tokens=5), strict=True
+    ):
         assert group.prompt is prompt and len(group.responses) == group_size
         assert group.tokens.shape == group.response_mask.shape == group.sample_log_probs.shape
         assert group.tokens.shape[0] == group_size == len(group.truncated)

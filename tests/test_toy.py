@@ -15,8 +15,8 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-import toy
-from papo import Encoder
+from support import toy
+from support.qwen_vl import Encoder
 
 SPLITS = ("train", "general", "vision_dependent")
 HARDER = toy.Setting(grid=4, colours=6, most=8, radius=3)
@@ -32,7 +32,10 @@ def dots(image) -> list[tuple[int, int, str]]:
     vivid = toy.saliency(image).bool()
     for y, x in vivid.nonzero().tolist():
         pixel = image.getpixel((x, y))
-        nearest = min(toy.COLOURS, key=lambda c: sum((a - b) ** 2 for a, b in zip(pixel, toy.COLOURS[c], strict=True)))
+        nearest = min(
+            toy.COLOURS,
+            key=lambda c: sum((a - b) ** 2 for a, b in zip(pixel, toy.COLOURS[c], strict=True)),
+        )
         found.add((y // toy.PATCH, x // toy.PATCH, nearest))
     return sorted(found)
 
@@ -70,14 +73,23 @@ def test_an_example_does_not_depend_on_or_move_the_global_generator():
     assert toy.example("train", 0).question == first
 
 
-@pytest.mark.parametrize("setting", [toy.DEFAULT, HARDER, toy.Setting(cell=56)], ids=["default", "harder", "wide"])
+@pytest.mark.parametrize(
+    "setting", [toy.DEFAULT, HARDER, toy.Setting(cell=56)], ids=["default", "harder", "wide"]
+)
 def test_the_picture_alone_gives_the_answer(setting):
     """The count of the asked colour, recomputed from the pixels: one patch a dot, so no dot reaches over its patch."""
     for i in range(30):
         item = toy.example("general", i, setting=setting)
         asked = item.question.split("many ")[1].split()[0]
-        assert item.images[0].size == (setting.grid * setting.cell,) * 2 and item.images[0].mode == "RGB"
-        assert Counter(colour for *_, colour in dots(item.images[0]))[asked] == int(item.answer) <= setting.most
+        assert (
+            item.images[0].size == (setting.grid * setting.cell,) * 2
+            and item.images[0].mode == "RGB"
+        )
+        assert (
+            Counter(colour for *_, colour in dots(item.images[0]))[asked]
+            == int(item.answer)
+            <= setting.most
+        )
 
 
 def test_every_dot_is_in_its_cell_and_in_one_patch():
@@ -116,7 +128,10 @@ def test_the_setting_moves_the_notes_and_refuses_what_cannot_be_drawn():
 
 
 def test_a_name_says_the_setting():
-    assert toy.setting_of("toy") == toy.DEFAULT and toy.setting_of("toys") is toy.setting_of("Qwen/toy:3B") is None
+    assert (
+        toy.setting_of("toy") == toy.DEFAULT
+        and toy.setting_of("toys") is toy.setting_of("Qwen/toy:3B") is None
+    )
     harder = toy.setting_of("toy:grid=4,colours=4,misread=0.2,warm_steps=400")
     assert harder == toy.Setting(grid=4, colours=4, misread=0.2, warm_steps=400)
     for spec, words in {
@@ -131,7 +146,9 @@ def test_a_name_says_the_setting():
 @pytest.mark.parametrize("grid", [1, 3, 4, 7])
 def test_the_defaults_leave_room_for_prompts_and_responses(tmp_path, grid):
     setting = toy.Setting(grid=grid, most=1)
-    encoder = Encoder(str(toy.build(0, tmp_path / "model", steps=1, setting=setting)), 3136, 336 * 336, toy.SUFFIX)
+    encoder = Encoder(
+        str(toy.build(0, tmp_path / "model", steps=1, setting=setting)), 3136, 336 * 336, toy.SUFFIX
+    )
     assert toy.overrides() == toy.OVERRIDES
     room, item = toy.overrides(setting), toy.example("train", 0, setting=setting)
     assert len(encoder.encode(item)) <= room["max_prompt_tokens"]
@@ -149,7 +166,10 @@ def test_saliency_is_one_on_dots_and_zero_on_every_tint():
     for grid in (3, 9):
         setting = toy.Setting(grid=grid, colours=6)
         blank = toy.draw(["none"] * grid**2, rng, setting)
-        assert toy.saliency(blank).shape == (blank.height, blank.width) and toy.saliency(blank).max() == 0
+        assert (
+            toy.saliency(blank).shape == (blank.height, blank.width)
+            and toy.saliency(blank).max() == 0
+        )
         for colour, rgb in toy.COLOURS.items():
             image = toy.draw(["none"] * (grid**2 - 1) + [colour], rng, setting)
             inside = (torch.tensor(np.array(image)) == torch.tensor(rgb)).all(-1).sum()
@@ -158,7 +178,9 @@ def test_saliency_is_one_on_dots_and_zero_on_every_tint():
 
 def test_readings_count_as_they_go():
     cells = ["red", "none", "green", "red", "blue", "none", "none", "red", "green"]
-    think = "a1 red 1 a2 none 1 a3 green 1 b1 red 2 b2 blue 2 b3 none 2 c1 none 2 c2 red 3 c3 green 3"
+    think = (
+        "a1 red 1 a2 none 1 a3 green 1 b1 red 2 b2 blue 2 b3 none 2 c1 none 2 c2 red 3 c3 green 3"
+    )
     assert toy.reading(cells, "red") == f"<think> {think} </think> \\boxed{{3}}"
     assert toy.reading(cells, "red", box=5) == f"<think> {think} </think> \\boxed{{5}}"
 
@@ -205,12 +227,24 @@ def test_chat_template_does_what_qwens_does(tokenizer):
 
 def test_the_folder_has_the_hubs_files(folder):
     names = {path.name for path in folder.iterdir()}
-    assert {"config.json", "generation_config.json", "preprocessor_config.json", "model.safetensors"} <= names
+    assert {
+        "config.json",
+        "generation_config.json",
+        "preprocessor_config.json",
+        "model.safetensors",
+    } <= names
     assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= names
     files = ("config", "generation_config", "preprocessor_config")
     config, chat, images = (json.loads((folder / f"{name}.json").read_text()) for name in files)
-    assert config["model_type"] == "qwen2_5_vl" and "text_config" not in config and "hidden_size" in config
-    assert chat["eos_token_id"] == [config["eos_token_id"], chat["pad_token_id"]] and chat["repetition_penalty"] == 1.05
+    assert (
+        config["model_type"] == "qwen2_5_vl"
+        and "text_config" not in config
+        and "hidden_size" in config
+    )
+    assert (
+        chat["eos_token_id"] == [config["eos_token_id"], chat["pad_token_id"]]
+        and chat["repetition_penalty"] == 1.05
+    )
     assert images["image_processor_type"] == "Qwen2VLImageProcessor"
     assert os.listdir(folder.parent) == [folder.name], "something was left beside the folder"
 
@@ -230,15 +264,19 @@ def test_the_folder_loads_with_the_auto_classes(folder):
 
 def test_a_prompt_has_one_image_token_a_cell_and_fits(folder):
     overrides = toy.OVERRIDES
-    encoder = Encoder(str(folder), overrides["min_pixels"], overrides["max_pixels"], overrides["prompt_suffix"])
+    encoder = Encoder(
+        str(folder), overrides["min_pixels"], overrides["max_pixels"], overrides["prompt_suffix"]
+    )
     prompt = encoder.encode(toy.example("train", 0))
     assert prompt.image_grid_thw.tolist() == [[1, 6, 6]]
-    assert prompt.image_mask.sum() == 9 and len(prompt) <= overrides["max_prompt_tokens"]
+    assert prompt.is_image_token.sum() == 9 and len(prompt) <= overrides["max_prompt_tokens"]
 
 
 def test_warm_batches_hold_the_prompt_and_a_response(folder):
     """What the warm start trains on: the trainer's own prompt, then a reading, flawed as often as it should be."""
-    encoder = Encoder(str(folder), toy.OVERRIDES["min_pixels"], toy.OVERRIDES["max_pixels"], toy.SUFFIX)
+    encoder = Encoder(
+        str(folder), toy.OVERRIDES["min_pixels"], toy.OVERRIDES["max_pixels"], toy.SUFFIX
+    )
     wrong = Counter()
     for flawed in (False, True):
         inputs, length = toy.warm_batch(encoder, range(64), 0, toy.DEFAULT, flawed)
@@ -255,7 +293,9 @@ def test_warm_batches_hold_the_prompt_and_a_response(folder):
             wrong[flawed, "boxes"] += box != tallies[-1]
     assert wrong[False, "cells"] == wrong[False, "boxes"] == 0
     assert 0.08 < wrong[True, "cells"] / (64 * 9) < 0.16
-    assert 0.1 < wrong[True, "boxes"] / 64 < 0.45  # copied notes, less those that agree with the tally
+    assert (
+        0.1 < wrong[True, "boxes"] / 64 < 0.45
+    )  # copied notes, less those that agree with the tally
 
 
 def test_a_build_is_reproducible_and_leaves_the_callers_generator_alone(folder, tmp_path):
@@ -272,8 +312,14 @@ def test_a_build_is_made_once_and_cached_under_its_arguments(tmp_path, monkeypat
     first = toy.build(0, steps=1)
     assert first.parent == tmp_path / "cache"
     stamp = (first / "model.safetensors").stat().st_mtime_ns
-    assert toy.build(0, steps=1) == first and (first / "model.safetensors").stat().st_mtime_ns == stamp
-    names = {first.name, toy.build(1, steps=1).name, toy.build(0, steps=1, setting=toy.Setting(misread=0.2)).name}
+    assert (
+        toy.build(0, steps=1) == first and (first / "model.safetensors").stat().st_mtime_ns == stamp
+    )
+    names = {
+        first.name,
+        toy.build(1, steps=1).name,
+        toy.build(0, steps=1, setting=toy.Setting(misread=0.2)).name,
+    }
     assert len(names) == 3 == len(list((tmp_path / "cache").iterdir()))
 
 
@@ -311,7 +357,9 @@ def test_published_sizes_have_the_published_number_of_parameters(name, billions)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
     assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.01)
-    assert sum(p.numel() for p in model.model.visual.parameters()) / 1e9 == pytest.approx(0.67, abs=0.01)
+    assert sum(p.numel() for p in model.model.visual.parameters()) / 1e9 == pytest.approx(
+        0.67, abs=0.01
+    )
     assert (config.image_token_id, config.text_config.eos_token_id) == (151655, 151645)
 
 
@@ -330,8 +378,13 @@ def test_contact_sheet(tmp_path):
 @torch.no_grad()
 def accuracy(folder: Path, split: str, n: int = 256) -> float:
     """Share of right boxes, one sample a question at temperature 1, by plain generate."""
-    model, tokenizer = AutoModelForImageTextToText.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    encoder = Encoder(str(folder), toy.OVERRIDES["min_pixels"], toy.OVERRIDES["max_pixels"], toy.SUFFIX)
+    model, tokenizer = (
+        AutoModelForImageTextToText.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder),
+    )
+    encoder = Encoder(
+        str(folder), toy.OVERRIDES["min_pixels"], toy.OVERRIDES["max_pixels"], toy.SUFFIX
+    )
     items = [toy.example(split, i) for i in range(n)]
     prompts = [encoder.encode(item) for item in items]  # all equally long
     input_ids = torch.stack([prompt.input_ids for prompt in prompts])
@@ -344,7 +397,13 @@ def accuracy(folder: Path, split: str, n: int = 256) -> float:
         do_sample=True, temperature=1.0, top_k=0, repetition_penalty=1.0, max_new_tokens=40,
     )  # fmt: skip
     texts = tokenizer.batch_decode(responses[:, input_ids.shape[1] :], skip_special_tokens=True)
-    return sum(text.endswith(f"\\boxed{{{item.answer}}}") for text, item in zip(texts, items, strict=True)) / n
+    return (
+        sum(
+            text.endswith(f"\\boxed{{{item.answer}}}")
+            for text, item in zip(texts, items, strict=True)
+        )
+        / n
+    )
 
 
 @pytest.mark.slow

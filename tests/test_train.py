@@ -19,11 +19,12 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-import checkpoint
-import toy
 import train
-from papo import PRESETS, Encoder, Group, Policy, stack
+from papo import PRESETS
 from rollout import generate
+from support import checkpoint, toy
+from support.batch import Group, pad_and_cat
+from support.qwen_vl import Encoder, Policy
 
 ROOT = Path(__file__).parent.parent
 TINY = (
@@ -70,13 +71,24 @@ ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 def test_a_run_leaves_what_it_promises(run, folder, capsys):
     out = run("a", "--algo", "papo_g", "--steps", "4", "--keep", "1")
     said = capsys.readouterr().out
-    assert all(name in said for name in ("before", "after", "picture:", "metrics.jsonl", "curves.png", "model"))
+    assert all(
+        name in said
+        for name in ("before", "after", "picture:", "metrics.jsonl", "curves.png", "model")
+    )
     config = json.loads((out / "config.json").read_text())
-    assert (config["algo"], config["steps"], config["kl_prcp_coef"], config["group_size"]) == ("papo_g", 4, 0.02, 3)
+    assert (config["algo"], config["steps"], config["kl_prcp_coef"], config["group_size"]) == (
+        "papo_g",
+        4,
+        0.02,
+        3,
+    )
     steps = [m for m in lines(out) if "reward" in m]
     evals = [m for m in lines(out) if "eval/general" in m]
     assert [m["step"] for m in steps] == [1, 2, 3, 4] and [m["step"] for m in evals] == [0, 2, 4]
-    assert all(m["groups_kept"] == 5 and 0 < m["mask_ratio"] < 1 and m["skipped_updates"] == 0 for m in steps)
+    assert all(
+        m["groups_kept"] == 5 and 0 < m["mask_ratio"] < 1 and m["skipped_updates"] == 0
+        for m in steps
+    )
     assert (out / "curves.png").stat().st_size > 1000 and (out / "sample0.png").exists()
     assert [p.name for p in checkpoint.complete(out)] == ["step_000004"]
 
@@ -84,24 +96,34 @@ def test_a_run_leaves_what_it_promises(run, folder, capsys):
     model = AutoModelForImageTextToText.from_pretrained(out / "model")
     encoder = Encoder(str(out / "model"), 3136, 200_704)
     original = AutoModelForImageTextToText.from_pretrained(folder)
-    assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), original.parameters(), strict=True))
-    for name in ("generation_config.json", "preprocessor_config.json", "tokenizer.json", "chat_template.jinja"):
+    assert any(
+        not torch.equal(a, b)
+        for a, b in zip(model.parameters(), original.parameters(), strict=True)
+    )
+    for name in (
+        "generation_config.json",
+        "preprocessor_config.json",
+        "tokenizer.json",
+        "chat_template.jinja",
+    ):
         assert (out / "model" / name).read_bytes() == (Path(folder) / name).read_bytes()
-    import data
+    from support import data
 
     prompt = encoder.encode(data.load("toy", "general")[0])
     [group] = generate(Policy(model, encoder), [prompt], 1, max_new_tokens=4)
-    assert stack([group], "tokens").shape[1] >= 1
+    assert pad_and_cat([group], "tokens").shape[1] >= 1
 
 
 def test_resuming_is_the_run(run, folder, capsys):
-    """2 + 2 steps from a checkpoint equal 4 exactly, in metrics and weights, AdamW's moments parked in the second half
+    """2 + 2 steps from a checkpoint equal 4 exactly, in metrics and weights, AdamW's moments optimizer_offloaded in the second half
     included."""
     whole = run("whole", "--steps", "4")
     half = run("half", "--steps", "2")
     train.main(["--resume", str(half), "--steps", "4", "--offload_optimizer"])
     assert [steady(m) for m in lines(whole)] == [steady(m) for m in lines(half)]
-    a, b = (AutoModelForImageTextToText.from_pretrained(p / "model").state_dict() for p in (whole, half))
+    a, b = (
+        AutoModelForImageTextToText.from_pretrained(p / "model").state_dict() for p in (whole, half)
+    )
     assert all(torch.equal(a[k], b[k]) for k in a)
     with pytest.raises(SystemExit):
         train.main(["--resume", str(half), "--steps", "6", "--lr", "0.5"])
@@ -112,7 +134,9 @@ def test_two_ranks_give_the_numbers_of_one(run, folder, tmp_path):
     """Loss terms, metrics and evaluations of the first steps, with 5 prompts over 2 ranks and mini-batches of 3."""
     one = run("one", "--steps", "2", "--algo", "papo_d", "--top_p", "1.0")
     two = tmp_path / "two"
-    command = reader(folder, two, "--nproc_per_node", "2") + "--steps 2 --algo papo_d --top_p 1.0".split()
+    command = (
+        reader(folder, two, "--nproc_per_node", "2") + "--steps 2 --algo papo_d --top_p 1.0".split()
+    )
     done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     for a, b in zip(lines(one), lines(two), strict=True):
@@ -150,8 +174,18 @@ def test_every_preset_on_one_two_and_four_ranks(run, folder, tmp_path, algo):
 
 def test_sigterm_leaves_a_checkpoint_and_exits_cleanly(folder, tmp_path):
     out = tmp_path / "killed"
-    command = [sys.executable, str(ROOT / "train.py"), *reader(folder, out)[4:], "--steps", "500", "--eval_every", "0"]
-    process = subprocess.Popen(command, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        *reader(folder, out)[4:],
+        "--steps",
+        "500",
+        "--eval_every",
+        "0",
+    ]
+    process = subprocess.Popen(
+        command, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     for _ in range(1200):
         if (out / "metrics.jsonl").exists() or process.poll() is not None:
             break
@@ -161,7 +195,11 @@ def test_sigterm_leaves_a_checkpoint_and_exits_cleanly(folder, tmp_path):
     assert process.returncode == 0, errors[-3000:]
     newest = checkpoint.complete(out)[-1]
     steps = [m["step"] for m in lines(out)]
-    assert steps == list(range(1, len(steps) + 1)) and newest.name == f"step_{steps[-1]:06d}" and steps[-1] < 500
+    assert (
+        steps == list(range(1, len(steps) + 1))
+        and newest.name == f"step_{steps[-1]:06d}"
+        and steps[-1] < 500
+    )
 
 
 def test_dynamic_sampling_drops_and_goes_on(run, monkeypatch):
@@ -179,19 +217,35 @@ def test_dynamic_sampling_drops_and_goes_on(run, monkeypatch):
         return scores
 
     monkeypatch.setattr(train.Grader, "__call__", lottery)
-    steps = [m for m in lines(run("dapo", "--algo", "papo_d", "--steps", "1", "--eval_every", "0")) if "reward" in m]
-    assert steps[0]["rounds"] == 3 and steps[0]["groups_kept"] == 5 and steps[0]["zero_advantage_groups"] == 4
-    monkeypatch.setattr(
-        train.Grader, "__call__", lambda self, r, a: [dict.fromkeys(("overall", "accuracy", "format"), 0.0) for _ in r]
+    steps = [
+        m
+        for m in lines(run("dapo", "--algo", "papo_d", "--steps", "1", "--eval_every", "0"))
+        if "reward" in m
+    ]
+    assert (
+        steps[0]["rounds"] == 3
+        and steps[0]["groups_kept"] == 5
+        and steps[0]["zero_advantage_groups"] == 4
     )
-    steps = [m for m in lines(run("none", "--algo", "papo_d", "--steps", "1", "--eval_every", "0")) if "reward" in m]
+    monkeypatch.setattr(
+        train.Grader,
+        "__call__",
+        lambda self, r, a: [dict.fromkeys(("overall", "accuracy", "format"), 0.0) for _ in r],
+    )
+    steps = [
+        m
+        for m in lines(run("none", "--algo", "papo_d", "--steps", "1", "--eval_every", "0"))
+        if "reward" in m
+    ]
     assert steps[0]["groups_kept"] == 0 and steps[0]["rounds"] == 3 and "pg_loss" not in steps[0]
 
 
 def scored(policy, prompt, scores, size=3, dynamic=False):
     """train.score of groups with these scores: (kept, all groups, what was counted)."""
     tokens, mask = torch.ones(size, 2, dtype=torch.long), torch.ones(size, 2, dtype=torch.bool)
-    new = lambda: Group(prompt, tokens, mask, mask[:, 0] & False, torch.zeros(size, 2), ["x"] * size)  # noqa: E731
+    new = lambda: Group(
+        prompt, tokens, mask, mask[:, 0] & False, torch.zeros(size, 2), ["x"] * size
+    )  # noqa: E731
     groups, seen = [new() for _ in range(len(scores) // size)], Counter()
     grader = SimpleNamespace(timeouts=0, errors=0, unscored=0)
     run = SimpleNamespace(grader=lambda texts, answers: scores, config=SimpleNamespace(group_size=size),
@@ -205,15 +259,19 @@ def test_groups_that_cannot_be_compared_teach_nothing(policy, prompts, dynamic):
     """Equal rewards (float64 leaves a residue of 0.1s), and a 0 next to it that is only the grader's lack of time."""
     good, bad = ({"overall": x, "format": 0.0, "accuracy": x} for x in (1.0, 0.0))
     tenth, late = {"overall": 0.1, "format": 1.0, "accuracy": 0.0}, bad | {"unscored": 1.0}
-    kept, groups, seen = scored(policy, prompts[0], [tenth] * 3 + [good, bad, late] + [good, bad, bad], dynamic=dynamic)
+    kept, groups, seen = scored(
+        policy, prompts[0], [tenth] * 3 + [good, bad, late] + [good, bad, bad], dynamic=dynamic
+    )
     assert seen["zero_advantage_groups"] == 2 and seen["responses"] == 9
     assert groups[1].advantages.eq(0).all() and groups[0].advantages.abs().max() < 1e-6
     assert groups[2].advantages.tolist() == pytest.approx([1.1547, -0.5774, -0.5774], abs=1e-3)
-    assert [any(g is k for k in kept) for g in groups] == ([False, False, True] if dynamic else [True] * 3)
+    assert [any(g is k for k in kept) for g in groups] == (
+        [False, False, True] if dynamic else [True] * 3
+    )
 
 
 def test_ranks_that_read_different_rows_stop(monkeypatch):
-    import data
+    from support import data
 
     rows = data.Rows("mine", lambda i: None, [0, 1, 5])
 
@@ -224,7 +282,9 @@ def test_ranks_that_read_different_rows_stop(monkeypatch):
     monkeypatch.setattr(train.dist, "all_gather_object", gathered)
     with pytest.raises(ValueError, match="the ranks read different rows of mine"):
         train.same_everywhere(rows)
-    monkeypatch.setattr(train.dist, "all_gather_object", lambda read, own: read.__setitem__(slice(None), [own, own]))
+    monkeypatch.setattr(
+        train.dist, "all_gather_object", lambda read, own: read.__setitem__(slice(None), [own, own])
+    )
     train.same_everywhere(rows)
 
 
@@ -234,7 +294,9 @@ def test_a_users_reward(run, tmp_path):
         "def longer(response, answer):\n"
         "    return {'overall': len(response) / 100, 'format': 1.0, 'accuracy': 0.0}\n"
     )
-    steps = [m for m in lines(run("mine", "--steps", "1", "--reward", f"{path}:longer")) if "reward" in m]
+    steps = [
+        m for m in lines(run("mine", "--steps", "1", "--reward", f"{path}:longer")) if "reward" in m
+    ]
     assert steps[0]["reward"] > 0 and steps[0]["accuracy"] == 0 and steps[0]["format"] == 1
 
 
@@ -256,7 +318,15 @@ def test_a_users_reward(run, tmp_path):
 )
 def test_errors_are_one_line(run, folder, capsys, flags, words):
     with pytest.raises(SystemExit) as stop:
-        train.main([*TINY, *(["--model", folder] if "--model" not in flags else []), "--steps", "1", *flags])
+        train.main(
+            [
+                *TINY,
+                *(["--model", folder] if "--model" not in flags else []),
+                "--steps",
+                "1",
+                *flags,
+            ]
+        )
     error = capsys.readouterr().err
     said = [line for line in error.splitlines() if "error:" in line]
     assert stop.value.code == 2 and len(said) == 1 and words in said[0], error
@@ -323,7 +393,9 @@ def write_rows(path, n, every):
 
 
 @pytest.mark.parametrize(
-    "n, every, steps", [(60, 3, 6), pytest.param(2000, 20, 200, marks=pytest.mark.slow)], ids=["short", "long"]
+    "n, every, steps",
+    [(60, 3, 6), pytest.param(2000, 20, 200, marks=pytest.mark.slow)],
+    ids=["short", "long"],
 )
 def test_broken_rows_train_through(run, tmp_path, monkeypatch, capsys, n, every, steps):
     """Rows broken in ten ways: counted, the first of each kind named, all others used; memory stays flat."""
@@ -343,12 +415,18 @@ def test_broken_rows_train_through(run, tmp_path, monkeypatch, capsys, n, every,
     early = sum(count for way, count in ways.items() if WAYS[way]) - late
     assert all(m["unusable_rows"] == early for m in steps_seen) and len(steps_seen) == steps
     passes = steps * 10 / (n - early)
-    assert int(passes) * late <= sum(m["skipped_rows"] for m in steps_seen) <= (int(passes) + 1) * late
+    assert (
+        int(passes) * late <= sum(m["skipped_rows"] for m in steps_seen) <= (int(passes) + 1) * late
+    )
     assert sum(m["groups_kept"] + m["skipped_rows"] for m in steps_seen) == steps * 10
     for kind in set(WAYS.values()) - {""}:
-        assert len(re.findall(f"row \\d+ is skipped, {kind}:", said.err)) == (2 if kind == "broken image" else 1)
+        assert len(re.findall(f"row \\d+ is skipped, {kind}:", said.err)) == (
+            2 if kind == "broken image" else 1
+        )
     assert f"left out: {{'broken image': {ways['zero bytes']}" in said.out
-    print(f"MiB at steps 1, 1/4, 1/2, last: {[round(memory[i]) for i in (0, steps // 4, steps // 2, -1)]}")
+    print(
+        f"MiB at steps 1, 1/4, 1/2, last: {[round(memory[i]) for i in (0, steps // 4, steps // 2, -1)]}"
+    )
     if n >= 2000:  # several 20-megapixel pictures in each part
         assert max(memory[steps // 2 :]) < max(memory[: steps // 2]) + 100
 
@@ -358,7 +436,10 @@ def test_hostile_responses(run, monkeypatch):
     """Every response is meant to hang the rule: a step costs the deadlines, nothing is rewarded, no process is left."""
     hostile = ["99999999!", "9**9**9", "1e999999999", "2**(10**10)", "(x+y)**999", "(" * 3000 + "1" + ")" * 3000,
                "frac('\\137\\137')", "\\frac" * 2000, "x" * 10**6]  # fmt: skip
-    sample, running = train.generate, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    sample, running = (
+        train.generate,
+        Path(f"/proc/self/task/{os.getpid()}/children").read_text().split(),
+    )
 
     def attack(*args, **kwargs):
         groups = sample(*args, **kwargs)
@@ -373,5 +454,7 @@ def test_hostile_responses(run, monkeypatch):
     out = run("hostile", "--steps", "1", "--eval_every", "0", "--save_every", "0")
     [step] = lines(out)
     assert step["accuracy"] == 0 and step["reward_timeouts"] >= 3 and step["skipped_updates"] == 0
-    assert step["seconds_rollout"] < 60 + 30 and time.time() - start < 300  # the budget, and a slow machine's start-up
+    assert (
+        step["seconds_rollout"] < 60 + 30 and time.time() - start < 300
+    )  # the budget, and a slow machine's start-up
     assert Path(f"/proc/self/task/{os.getpid()}/children").read_text().split() == running

@@ -22,7 +22,6 @@ Against the released loader:
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import random
@@ -38,25 +37,23 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from io import BytesIO
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
-import toy
-from papo import Example
+from support import toy
+from support.batch import Example
 
 SUFFIXES = (".parquet", ".json", ".jsonl")
+
+
 SPLITS = ("test", "validation", "val", "train")  # where evaluation looks, in this order
-# The paper's benchmarks, as PAPO-Eval's data set names its splits, and how else their files are called.
-GENERAL = ("hiyouga_geometry3k", "AI4Math_MathVista", "We_Math", "PAPO_MMK12", "AI4Math_MathVerse")
-VISION = ("lscpku_LogicVista", "BUAADreamer_clevr_count_70k", "MMMU_MMMU_Pro", "AI4Math_MathVerse_vision_dependent")
-BENCHMARKS = {"all": GENERAL + VISION, "general": GENERAL, "vision_dependent": VISION}
-ALIASES = {"We-Math_We-Math": "We_Math", "PAPO_MMK12_test": "PAPO_MMK12",
-           "AI4Math_MathVerse-vision-dependent": "AI4Math_MathVerse_vision_dependent"}  # fmt: skip
-HUB = "PAPO-Galaxy/PAPO_eval"
-PLACES = ("", "data", "papo", "images")  # where in a folder of benchmarks tables, zips and pictures are
+
+
 GIVE_UP = 64  # unusable prompts in a row end the run
+
+
 # What PIL raises on broken files. More than twice Image.MAX_IMAGE_PIXELS (179 megapixels) is a decompression bomb.
 IMAGE_ERRORS = (OSError, ValueError, SyntaxError, TypeError, IndexError, KeyError, EOFError, OverflowError,
                 struct.error, zlib.error, zipfile.BadZipFile,
@@ -138,9 +135,13 @@ def parse(row, number: int) -> Example:
     if not isinstance(row, dict):
         raise BadRow("not a row", repr(row))
     if row.get("messages") is not None:
-        turns = [turn if isinstance(turn, dict) else {"role": turn} for turn in as_list(row["messages"])]
+        turns = [
+            turn if isinstance(turn, dict) else {"role": turn} for turn in as_list(row["messages"])
+        ]
         if [turn.get("role") for turn in turns] != ["user", "assistant"]:
-            raise BadRow("messages", f"one of the user and one of the assistant are expected: {turns}")
+            raise BadRow(
+                "messages", f"one of the user and one of the assistant are expected: {turns}"
+            )
         row = {**row, "problem": turns[0].get("content"), "answer": turns[1].get("content")}
     name = "question" if row.get("problem") is None and "question" in row else "problem"
     if missing := [column for column in (name, "answer") if column not in row]:
@@ -151,7 +152,13 @@ def parse(row, number: int) -> Example:
         raise BadRow("markers", f"{markers} <image> markers for {len(images)} images: {question}")
     if images_aug and len(images_aug) != len(images):
         raise BadRow("images_aug", f"{len(images_aug)} pre-masked images for {len(images)} images")
-    return Example(question, answer, images, images_aug or None, str(number if row.get("id") is None else row["id"]))
+    return Example(
+        question,
+        answer,
+        images,
+        images_aug or None,
+        str(number if row.get("id") is None else row["id"]),
+    )
 
 
 @dataclass
@@ -175,17 +182,26 @@ def select(name: str, table, folder: Path, limit=None, length=None, max_prompt_t
 
     def get(number: int) -> Example:
         example = parse(table[number], number)
-        images, aug = ([read_image(s, folder) for s in part or ()] for part in (example.images, example.images_aug))
+        images, aug = (
+            [read_image(s, folder) for s in part or ()]
+            for part in (example.images, example.images_aug)
+        )
         return replace(example, images=images, images_aug=aug or None)
 
     def check(number: int) -> None:
         example = parse(table[number], number)
-        sizes = [read_image(s, folder, lambda image: image.size) for s in example.images + (example.images_aug or [])]
+        sizes = [
+            read_image(s, folder, lambda image: image.size)
+            for s in example.images + (example.images_aug or [])
+        ]
         if thin := [f"{w} x {h}" for w, h in sizes if max(w, h) > 200 * min(w, h)]:
             raise BadRow("aspect ratio", f"an image of {thin[0]} pixels, more than 200 to 1")
         tokens = length(example.question, sizes[: len(example.images)]) if max_prompt_tokens else 0
         if max_prompt_tokens and tokens > max_prompt_tokens:
-            raise BadRow("overlong", f"{tokens} prompt tokens, more than {max_prompt_tokens}: {example.question}")
+            raise BadRow(
+                "overlong",
+                f"{tokens} prompt tokens, more than {max_prompt_tokens}: {example.question}",
+            )
 
     numbers, skipped = [], Counter()
     for number in range(len(table)):
@@ -195,16 +211,23 @@ def select(name: str, table, folder: Path, limit=None, length=None, max_prompt_t
             check(number)
             numbers.append(number)
         except ValueError as error:  # a BadRow, or the question is one that `length` refuses
-            count_skip(skipped, f"{name}: row {number}", error, say=os.environ.get("RANK", "0") == "0")
+            count_skip(
+                skipped, f"{name}: row {number}", error, say=os.environ.get("RANK", "0") == "0"
+            )
     if not numbers:
         counts = ", ".join(f"{kind} {n}" for kind, n in skipped.items())
-        raise DataError(f"data {name!r}: none of its {len(table)} rows can be used ({counts or 'it is empty'})")
+        raise DataError(
+            f"data {name!r}: none of its {len(table)} rows can be used ({counts or 'it is empty'})"
+        )
     return Rows(name, get, numbers, skipped)
 
 
 def of_split(files: list[Path], splits: tuple) -> tuple[list[Path], bool]:
     """The files of the first split that any is named after (train.json, train-00000-of-00002.parquet); else all."""
-    named = {split: [f for f in files if re.match(rf"{re.escape(split)}[-_.]", f.name)] for split in splits + SPLITS}
+    named = {
+        split: [f for f in files if re.match(rf"{re.escape(split)}[-_.]", f.name)]
+        for split in splits + SPLITS
+    }
     have = [split for split in named if named[split]]
     if have and have[0] not in splits:
         raise ValueError(f"no split {splits[0]!r}: choose one of {', '.join(have)}")
@@ -217,13 +240,21 @@ def read_files(files: list[Path]):
         import datasets  # slow to import, and needed for parquet and the hub only
         import pyarrow.parquet
 
-        features = datasets.Features.from_arrow_schema(pyarrow.parquet.read_schema(files[0]).remove_metadata())
-        paths = [re.sub(r"([*?[])", r"[\1]", str(file.absolute())) for file in files]  # they are taken as patterns
-        return datasets.load_dataset("parquet", data_files=paths, split="train", features=features).with_format("arrow")
+        features = datasets.Features.from_arrow_schema(
+            pyarrow.parquet.read_schema(files[0]).remove_metadata()
+        )
+        paths = [
+            re.sub(r"([*?[])", r"[\1]", str(file.absolute())) for file in files
+        ]  # they are taken as patterns
+        return datasets.load_dataset(
+            "parquet", data_files=paths, split="train", features=features
+        ).with_format("arrow")
     rows = []
     for file in files:
         text = file.read_text(encoding="utf-8-sig")
-        lines = [line for line in text.split("\n") if line.strip()]  # splitlines() would also split at U+2028
+        lines = [
+            line for line in text.split("\n") if line.strip()
+        ]  # splitlines() would also split at U+2028
         rows += json.loads(text) if text.lstrip().startswith("[") else lines
     return rows
 
@@ -234,16 +265,25 @@ def read_hub(spec: str, splits: tuple):
     from huggingface_hub import HfApi, constants, hf_hub_download
 
     if not constants.HF_HUB_OFFLINE:  # offline, `datasets` looks into its cache
-        HfApi().dataset_info(spec, timeout=20)  # fails at once where `datasets` would try for minutes
+        HfApi().dataset_info(
+            spec, timeout=20
+        )  # fails at once where `datasets` would try for minutes
     try:
         tables = datasets.load_dataset(spec)
     except Exception as error:  # as the released loader does, whatever it is
         names = [Path(name) for name in HfApi().list_repo_files(spec, repo_type="dataset")]
-        names, _ = of_split([n for n in names if n.suffix == ".parquet" and str(n.parent) in (".", "data")], splits)
+        names, _ = of_split(
+            [n for n in names if n.suffix == ".parquet" and str(n.parent) in (".", "data")], splits
+        )
         if not names:
             raise
-        print(DataError(f"data {spec!r}: its parquet files are read directly ({error})"), file=sys.stderr)
-        return read_files([Path(hf_hub_download(spec, str(name), repo_type="dataset")) for name in names])
+        print(
+            DataError(f"data {spec!r}: its parquet files are read directly ({error})"),
+            file=sys.stderr,
+        )
+        return read_files(
+            [Path(hf_hub_download(spec, str(name), repo_type="dataset")) for name in names]
+        )
     if not (found := [split for split in splits if split in tables]):
         raise ValueError(f"no split {splits[0]!r}: choose one of {', '.join(tables)}")
     return tables[found[0]].with_format("arrow")
@@ -253,12 +293,23 @@ def find(spec: str, splits: tuple, apart: bool = False) -> dict:
     """Name -> (table, folder of relative image paths). `apart`: files not named after splits are a set each."""
     path = Path(spec).expanduser()
     if path.is_file() and path.suffix not in SUFFIXES:
-        raise DataError(f"data {spec!r}: unknown extension {path.suffix!r}: choose one of {', '.join(SUFFIXES)}")
+        raise DataError(
+            f"data {spec!r}: unknown extension {path.suffix!r}: choose one of {', '.join(SUFFIXES)}"
+        )
     # JSON beside parquet describes it
-    places = [(folder, kinds) for kinds in (SUFFIXES[:1], SUFFIXES[1:]) for folder in (path, path / "data")]
-    found = (sorted(file for file in folder.glob("*") if file.suffix in kinds) for folder, kinds in places)
+    places = [
+        (folder, kinds)
+        for kinds in (SUFFIXES[:1], SUFFIXES[1:])
+        for folder in (path, path / "data")
+    ]
+    found = (
+        sorted(file for file in folder.glob("*") if file.suffix in kinds)
+        for folder, kinds in places
+    )
     files = [path] if path.is_file() else next(filter(None, found), [])
-    if not files and (path.exists() or path.suffix in SUFFIXES or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", spec)):
+    if not files and (
+        path.exists() or path.suffix in SUFFIXES or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", spec)
+    ):
         choices = f"'toy', a {', '.join(SUFFIXES)} file, a folder of such, or a hub id (owner/name)"
         raise DataError(f"data {spec!r}: no such file or folder: choose {choices}")
     try:
@@ -270,8 +321,14 @@ def find(spec: str, splits: tuple, apart: bool = False) -> dict:
         name = path.stem if path.is_file() else path.resolve().name
         parts = {file.stem: [file] for file in files} if apart else {name: files}
         return {name: (read_files(part), part[0].parent) for name, part in parts.items()}
-    except Exception as error:  # datasets', pyarrow's, the hub client's: their classes differ by version
-        what = "cannot be read" if files else "is no file or folder here, and cannot be had from the hub"
+    except (
+        Exception
+    ) as error:  # datasets', pyarrow's, the hub client's: their classes differ by version
+        what = (
+            "cannot be read"
+            if files
+            else "is no file or folder here, and cannot be had from the hub"
+        )
         raise DataError(f"data {spec!r} {what}: {type(error).__name__}: {error}") from error
 
 
@@ -285,126 +342,13 @@ def load(spec, split="train", *, seed=0, limit=None, length=None, max_prompt_tok
     """
     if setting := toy.setting_of(spec):
         if split not in toy.SPLITS:
-            raise DataError(f"the toy has no split {split!r}: choose one of {', '.join(toy.SPLITS)}")
+            raise DataError(
+                f"the toy has no split {split!r}: choose one of {', '.join(toy.SPLITS)}"
+            )
         numbers = range(limit or (4096 if split == "train" else 256))
         return Rows(f"toy/{split}", lambda i: toy.example(split, i, seed, setting), numbers)
     [(table, folder)] = find(spec, (split,)).values()
     return select(spec, table, folder, limit, length, max_prompt_tokens)
-
-
-def eval_sets(
-    spec, split="test", *, seed=0, limit=None, length=None, max_prompt_tokens=None, place=HUB
-) -> dict[str, Rows]:  # fmt: skip
-    """Name -> Rows: the toy's two sets; benchmarks (see `benchmark_names`) of the hub id or folder `place`; the `split`
-    of a hub id or folder, else the first of SPLITS it has; a file, or each file of a folder where none is named after a
-    split. The rest as in `load`."""
-    if toy.setting_of(spec):
-        return {name: load(spec, name, seed=seed, limit=limit) for name in ("general", "vision_dependent")}
-    if names := benchmark_names(spec):
-        place = spec if spec not in BENCHMARKS and Path(spec).expanduser().is_dir() else place
-        return benchmarks(names, place, limit, length, max_prompt_tokens)
-    found = find(spec, (split, *SPLITS), apart=True)
-    return {name: select(name, *place, limit, length, max_prompt_tokens) for name, place in found.items()}
-
-
-class Pictures:
-    """folder / path for the image paths of a benchmark: a file beside its table, or in its zip.
-
-    Zips are read in place: nothing is unpacked, so nothing can land outside a folder or be left half done. The first
-    folder of a path need not be called as in the zip, and a leading "images/" (PAPO-Eval unpacks there) may be missing.
-    """
-
-    def __init__(self, folders: list[Path], zips: list[Path]):
-        self.folders, self.members = folders, {}  # path in a zip, whole or without its first folder -> (zip, name)
-        for archive in map(zipfile.ZipFile, zips):
-            files = [info.filename for info in archive.infolist() if not info.is_dir()]
-            parts = [PurePosixPath(name.replace("\\", "/")).parts for name in files]
-            for skip in (0, 1):
-                keys = Counter(p[skip:] for p in parts)  # without its first folder a path may be that of two pictures
-                found = {p[skip:]: (archive, f) for p, f in zip(parts, files, strict=True) if keys[p[skip:]] == 1}
-                self.members = found | self.members
-
-    def __truediv__(self, path: str):
-        for file in (folder / path for folder in self.folders):
-            if file.is_file():
-                return file
-        parts = PurePosixPath(path).parts
-        parts = parts[parts[:1] == ("images",) :]
-        found = self.members.get(parts) or self.members.get(parts[1:])
-        if not found:
-            raise FileNotFoundError("no such picture beside the table or in its zip")
-        return found[0].open(found[1])
-
-
-def stems(name: str) -> list[str]:
-    return [name, *(alias for alias, of in ALIASES.items() if of == name)]
-
-
-def tables(name: str, places: list[Path]) -> list[Path]:
-    """The table of a benchmark, in the first of `places` that has one: JSON before parquet, whose parts are several."""
-    for place, kind in itertools.product(places, sorted(SUFFIXES)):
-        files = sorted(place.glob(f"*{kind}"))
-        if found := [file for file in files if re.sub(r"-\d+-of-\d+$", "", file.stem) in stems(name)]:
-            return found
-    return []
-
-
-def benchmark_names(spec: str) -> tuple[str, ...]:
-    """The benchmarks meant: by all, general, vision_dependent, one's name, or a folder that holds some; else ()."""
-    if spec in BENCHMARKS or ALIASES.get(spec, spec) in BENCHMARKS["all"]:
-        return BENCHMARKS.get(spec) or (ALIASES.get(spec, spec),)
-    places = [Path(spec).expanduser() / name for name in PLACES]
-    return tuple(name for name in BENCHMARKS["all"] if tables(name, places))
-
-
-def benchmarks(names, place, limit=None, length=None, max_prompt_tokens=None) -> dict[str, Rows]:
-    """Name -> Rows of benchmarks. DataError, in one line, where one is missing. The rest as in `load`.
-
-    `place`: a folder with NAME.json, .jsonl or .parquet (there, in data/ or in papo/) and the pictures, or
-    NAME_images.zip; or a hub id of that shape, fetched into the hub's cache, which goes on where a download broke off.
-    """
-    folder = Path(place).expanduser()
-    places, found = [folder / name for name in PLACES], {}
-    if not folder.is_dir():
-        folder = fetch(place, [stem for name in names for stem in stems(name)])
-        places = sorted({file.parent for file in folder.rglob("*")})
-    for name in names:
-        if not (files := tables(name, places)):
-            raise DataError(f"no benchmark {name} in {place}: its {name}.json is expected there, in data/ or in papo/")
-        zips = [p / f"{stem}_images.zip" for p in places for stem in stems(name)]
-        try:
-            pictures = Pictures([files[0].parent, *places], [file for file in zips if file.is_file()])
-            table = read_files(files)
-        except Exception as error:  # zipfile's, json's, pyarrow's
-            raise DataError(f"benchmark {name} in {place} cannot be read: {type(error).__name__}: {error}") from error
-        found[name] = select(name, table, pictures, limit, length, max_prompt_tokens)
-    return found
-
-
-def fetch(repo: str, stems: list[str]) -> Path:
-    """The hub data set's snapshot folder, holding the files named after `stems`."""
-    from huggingface_hub import snapshot_download
-
-    patterns = [f"*{stem}{end}" for stem in stems for end in (*SUFFIXES, "-*-of-*", "_images.zip")]
-    try:
-        return Path(snapshot_download(repo, repo_type="dataset", allow_patterns=patterns, etag_timeout=20))
-    except Exception as error:  # the hub client's, whose classes differ by version
-        message = f"benchmarks {repo!r} is no folder here, and cannot be had from the hub"
-        raise DataError(f"{message}: {type(error).__name__}: {error}") from error
-
-
-def read_predictions(path: Path) -> list[dict]:
-    """The records of a file of predictions, evaluate.py's or PAPO-Eval's: dicts with id, prompt, predict and label, all
-    but id text. DataError names a line that is none."""
-    records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        try:
-            if line.strip():
-                record = {"id": "", "prompt": ""} | json.loads(line)
-                records.append(record | {"predict": str(record["predict"]), "label": str(record["label"])})
-        except (ValueError, TypeError, KeyError) as error:
-            raise DataError(f"{path}: line {number} is no prediction ({type(error).__name__}: {error})") from error
-    return records
 
 
 @lru_cache(maxsize=4)
@@ -424,8 +368,15 @@ class Stream:
     interpreter finishes the round under way before it exits.
     """
 
-    def __init__(self, rows, encode, prompts_per_round, rank=0, world=1, seed=0, position=0, workers=4):
-        assert len(rows) and prompts_per_round > 0 and 0 <= rank < world, (len(rows), prompts_per_round, rank, world)
+    def __init__(
+        self, rows, encode, prompts_per_round, rank=0, world=1, seed=0, position=0, workers=4
+    ):
+        assert len(rows) and prompts_per_round > 0 and 0 <= rank < world, (
+            len(rows),
+            prompts_per_round,
+            rank,
+            world,
+        )
         self.rows, self.encode, self.prompts_per_round = rows, encode, prompts_per_round
         self.rank, self.world, self.seed, self.position = rank, world, seed, position
         self.skipped, self._failures = Counter(), 0  # kind -> prompts left out; how many in a row
@@ -439,7 +390,11 @@ class Stream:
 
     def _start(self, position: int) -> list[tuple[int, int, Future]]:
         """Begin this rank's share of the round at `position`: (index in the round, row, its future)."""
-        rows, encode, share = self.rows, self.encode, []  # a task that held the stream would keep it alive
+        rows, encode, share = (
+            self.rows,
+            self.encode,
+            [],
+        )  # a task that held the stream would keep it alive
         for i in range(self.rank, self.prompts_per_round, self.world):
             epoch, offset = divmod(position + i, len(rows))
             row = shuffled(len(rows), self.seed, epoch)[offset]
@@ -458,6 +413,8 @@ class Stream:
                 count_skip(self.skipped, f"{self.rows.name}: row {self.rows.numbers[row]}", error)
                 self._failures += 1
                 if self._failures >= GIVE_UP:
-                    raise DataError(f"{self.rows.name}: {GIVE_UP} prompts in a row cannot be used, {error}") from error
+                    raise DataError(
+                        f"{self.rows.name}: {GIVE_UP} prompts in a row cannot be used, {error}"
+                    ) from error
         self.position = after
         return prompts

@@ -1,32 +1,11 @@
-"""The reward: a response and the true answer -> format, accuracy and their weighted sum.
-
-Place in the pipeline: rollout.py samples the responses, a Grader scores them, losses.py makes advantages of a group's
-scores. A policy in training writes anything at all, so this is the one step whose input is not trusted.
-
-The rule is the released one (EasyR1's math reward), and mathruler 0.1.0 decides accuracy. We differ in:
-
-1. An unboxed response is never accurate. (mathruler puts "None" for the missing answer, and so accepts every unboxed
-   response when the true answer is the word None.)
-2. The rewrite and the format test are the released regular expressions as linear scans: those take quadratic time and
-   worse on long runs of blanks or tags.
-3. mathruler gives the boxed text to sympy's parser, which calls eval on it, and its own check (at most two different
-   letters) can be got round: frac('...') with the string in octal runs any Python. We check the syntax tree first.
-4. The released trainer grades in its own process, where one `\\boxed{99999999!}` hangs it. Grader uses processes that
-   can be killed, with a deadline a response and a budget a batch.
-
-    python -c "import reward; print(reward.compute_score(r'<think>1 + 1</think> \\boxed{2}', '2'))"
-"""
+"""Scoring in processes that can be killed."""
 
 from __future__ import annotations
 
-import ast
-import builtins
 import ctypes
 import importlib.util
-import logging
 import math
 import os
-import re
 import resource
 import signal
 import subprocess
@@ -41,90 +20,14 @@ from itertools import repeat
 from multiprocessing.connection import Connection, Pipe
 from queue import SimpleQueue
 
-import sympy
-from mathruler import grader as mathruler
-from sympy.parsing import sympy_parser
+from support import memory, reward
+from support.reward import _combine, accuracy_reward, compute_score, format_reward
 
 KEYS = ("overall", "format", "accuracy")
+
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 START_SECONDS = 120.0  # for a worker to import sympy (under a second) and the user's file, perhaps from a slow disk
-
-
-def rewrite(response: str) -> str:
-    r"""Remove white space around <, > and /, as re.sub(r"\s*(<|>|/)\s*", r"\1", response) does, in linear time."""
-    first, *rest = re.split("([<>/])", response)
-    return "".join([first.rstrip(), *(piece.strip() for piece in rest[:-1]), rest[-1].lstrip()]) if rest else first
-
-
-def format_reward(response: str) -> float:
-    r"""1.0 when the whole rewritten response matches `<think>.*</think>.*\boxed{.*}.*` (a dot matches anything)."""
-    text, end = rewrite(response), 0
-    # The leftmost place of each piece leaves the most room for the next, so no backtracking is needed.
-    for piece in ("<think>", "</think>", r"\boxed{", "}"):
-        start = text.find(piece, end)
-        if start < 0 or (end == 0 and start > 0):
-            return 0.0
-        end = start + len(piece)
-    return 1.0
-
-
-def accuracy_reward(response: str, answer: str) -> float:
-    """1.0 when mathruler takes the last boxed content of the rewritten response for the answer, else 0.0.
-
-    Executes nothing the response says. It runs here and now, though, and some answers take for ever: see Grader.
-    """
-    text = rewrite(response)
-    boxed = mathruler.extract_boxed_content(text)
-    # "None" means that there is no box, or that the last one holds this word.
-    if boxed == "None" and not re.match(r"\\boxed\{\s*None\s*\}", text[max(text.rfind(r"\boxed{"), 0) :]):
-        return 0.0
-    return float(mathruler.grade_answer(boxed, answer))
-
-
-def compute_score(response: str, answer: str, format_weight: float = 0.1) -> dict[str, float]:
-    """{"overall", "format", "accuracy"}, each in [0, 1]. No deadline, like accuracy_reward."""
-    return _combine(format_reward(response), accuracy_reward(response, answer), format_weight)
-
-
-def _combine(form: float, accuracy: float, format_weight: float = 0.1) -> dict[str, float]:
-    return {"overall": (1 - format_weight) * accuracy + format_weight * form, "format": form, "accuracy": accuracy}
-
-
-# ---- mathruler's parser, without its eval of whatever the text says
-
-# The names that parse_expr puts in reach of its eval: sympy's, and the built-in functions, here mere placeholders.
-_NAMES = {name: getattr(sympy, name) for name in sympy.__all__}
-_NAMES |= {name: object for name, value in vars(builtins).items() if isinstance(value, types.BuiltinFunctionType)}
-_NAMES |= {"max": sympy.Max, "min": sympy.Min, "__builtins__": {}}
-_TRANSFORMS = (*sympy_parser.standard_transformations, sympy_parser.implicit_multiplication_application)
-_FORMULA = (  # the syntax of a formula: no attribute, lambda, comprehension, f-string or assignment
-    *(ast.Expression, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.IfExp, ast.Call, ast.keyword, ast.Name),
-    *(ast.Constant, ast.Tuple, ast.List, ast.Subscript, ast.Slice),
-    *(ast.operator, ast.unaryop, ast.boolop, ast.cmpop, ast.expr_context),
-)
-
-
-def _parse(text: str):
-    """Stands in for mathruler's _sympy_parse: the same value for a formula, ValueError for any other Python.
-
-    Quotes are refused in the text itself, since sympy's functions eval a string they are given; those in the code come
-    from the parser, around names and digits. mathruler takes every exception from here for "not equal".
-    """
-    if "'" in text or '"' in text:
-        raise ValueError("not a formula: quotes in an answer")
-    code = sympy_parser.stringify_expr(text.replace("^", "**"), {}, _NAMES, _TRANSFORMS)
-    for node in ast.walk(ast.parse(code, mode="eval")):
-        if not isinstance(node, _FORMULA):
-            raise ValueError(f"not a formula: {type(node).__name__} in an answer")
-    return sympy_parser.eval_expr(code, {}, _NAMES)
-
-
-if not hasattr(mathruler, "_sympy_parse"):  # another version would go unguarded
-    raise ImportError("this mathruler has no _sympy_parse to guard: pip install mathruler==0.1.0")
-mathruler._sympy_parse = _parse
-logging.getLogger("pylatexenc").setLevel(logging.ERROR)  # it would warn of every \frac cut short
-
-
-# ---- a worker: a process of its own, which may be killed at any moment
 
 
 def _one_line(error: Exception) -> str:
@@ -140,11 +43,21 @@ def _load(path: str, name: str):
         module = sys.modules["user_reward"] = importlib.util.module_from_spec(spec)
         sys.path.append(os.path.dirname(path))
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever the user's file raises: reported, and the Grader does not start
-        raise ValueError(f"reward {path}:{name}: the file does not load: {_one_line(error)}") from error
+    except (
+        Exception
+    ) as error:  # whatever the user's file raises: reported, and the Grader does not start
+        raise ValueError(
+            f"reward {path}:{name}: the file does not load: {_one_line(error)}"
+        ) from error
     if not callable(getattr(module, name, None)):
-        found = [key for key, value in vars(module).items() if isinstance(value, types.FunctionType) and key[0] != "_"]
-        raise ValueError(f"reward {path}:{name}: no function {name!r} there, it has: {', '.join(found) or 'none'}")
+        found = [
+            key
+            for key, value in vars(module).items()
+            if isinstance(value, types.FunctionType) and key[0] != "_"
+        ]
+        raise ValueError(
+            f"reward {path}:{name}: no function {name!r} there, it has: {', '.join(found) or 'none'}"
+        )
     return getattr(module, name)
 
 
@@ -152,8 +65,12 @@ def _score(function, response: str, answer: str) -> tuple[str, dict | str]:
     """("score", the dict), or ("error", one line) for whatever the function raises or returns amiss."""
     try:
         result = function(response, answer)
-        if not isinstance(result, dict) or not all(math.isfinite(result.get(key, math.nan)) for key in KEYS):
-            raise ValueError(f"expected a dict with finite {', '.join(KEYS)}, the function returned {result!r}")
+        if not isinstance(result, dict) or not all(
+            math.isfinite(result.get(key, math.nan)) for key in KEYS
+        ):
+            raise ValueError(
+                f"expected a dict with finite {', '.join(KEYS)}, the function returned {result!r}"
+            )
         return "score", {key: float(result[key]) for key in KEYS}
     except Exception as error:  # not hidden: the Grader counts it and shows the first
         return "error", _one_line(error)
@@ -175,7 +92,9 @@ def _work(pipe: Connection, parent: int, path: str, name: str, memory: int) -> N
         function = _load(path, name)
     except ValueError as error:
         return pipe.send(str(error))
-    accuracy_reward(r"\boxed{x+x}", "2x")  # sympy's first simplify imports for a while: not on a response's time
+    accuracy_reward(
+        r"\boxed{x+x}", "2x"
+    )  # sympy's first simplify imports for a while: not on a response's time
     warnings.simplefilter("ignore", SyntaxWarning)  # of Python's about a formula
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     limit = _address_space() + memory if linux else math.inf
@@ -194,10 +113,11 @@ class _Worker:
 
     def __init__(self, *command):
         self.pipe, theirs = Pipe()
-        args = [os.path.abspath(__file__), "--worker", theirs.fileno(), os.getpid(), *command]
+        args = ["-m", "support.sandbox", "--worker", theirs.fileno(), os.getpid(), *command]
         # A session of its own: Ctrl-C is for the trainer alone, and a kill takes the worker's children along.
         self.process = subprocess.Popen(
             [sys.executable, *map(str, args)],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join([ROOT, os.environ.get("PYTHONPATH", "")])},
             stdin=subprocess.DEVNULL,
             stdout=2,  # a user's print goes to stderr
             pass_fds=[theirs.fileno()],
@@ -218,7 +138,9 @@ class _Worker:
             try:
                 problem = self.receive(seconds)
             except (EOFError, ConnectionError):
-                raise RuntimeError("a grading worker died before it was ready; stderr may say why") from None
+                raise RuntimeError(
+                    "a grading worker died before it was ready; stderr may say why"
+                ) from None
             if problem:
                 raise ValueError(problem)
             self.ready = True
@@ -246,7 +168,9 @@ class Grader(AbstractContextManager):
     a trainer killed outright, are Linux only.
     """
 
-    def __init__(self, function=compute_score, workers=None, deadline=2.0, budget=60.0, memory=1 << 30):
+    def __init__(
+        self, function=compute_score, workers=None, deadline=2.0, budget=60.0, memory=1 << 30
+    ):
         if isinstance(function, types.FunctionType):
             function = f"{function.__code__.co_filename}:{function.__name__}"
         path, _, name = str(function).rpartition(":")
@@ -258,7 +182,7 @@ class Grader(AbstractContextManager):
             raise ValueError(f"must be positive: {workers=} {deadline=} {budget=} {memory=}")
         self.deadline, self.budget = deadline, budget
         self.timeouts = self.errors = self.unscored = 0
-        self._own_rule = os.path.samefile(path, __file__) and name == "compute_score"
+        self._own_rule = os.path.samefile(path, reward.__file__) and name == "compute_score"
         self._command = (os.path.abspath(path), name, memory)
         # One thread a worker. The threads start the workers too: the kernel ends a worker with the thread it came from.
         self._threads = ThreadPoolExecutor(workers, "grader")
@@ -275,14 +199,22 @@ class Grader(AbstractContextManager):
 
     def __call__(self, responses: list[str], answers: list[str]) -> list[dict[str, float]]:
         if len(responses) != len(answers):
-            raise ValueError(f"expected one answer a response, got {len(responses)} and {len(answers)}")
+            raise ValueError(
+                f"expected one answer a response, got {len(responses)} and {len(answers)}"
+            )
         for text in (*responses, *answers):
             if not isinstance(text, str):
-                raise ValueError(f"responses and answers must be strings, got {type(text).__name__} {text!r}")
+                raise ValueError(
+                    f"responses and answers must be strings, got {type(text).__name__} {text!r}"
+                )
         end = time.monotonic() + self.budget
-        outcomes = list(self._threads.map(self._grade, zip(responses, answers, strict=True), repeat(end)))
+        outcomes = list(
+            self._threads.map(self._grade, zip(responses, answers, strict=True), repeat(end))
+        )
         kinds = [kind for kind, _ in outcomes]
-        self.timeouts, self.errors, self.unscored = map(kinds.count, ("timeout", "error", "unscored"))
+        self.timeouts, self.errors, self.unscored = map(
+            kinds.count, ("timeout", "error", "unscored")
+        )
         if self.errors:
             first = outcomes[kinds.index("error")][1]
             line = f"reward {':'.join(self._command[:2])} failed on {self.errors} of {len(kinds)} responses: {first}"
@@ -292,7 +224,9 @@ class Grader(AbstractContextManager):
         scores = []
         for response, (kind, score) in zip(responses, outcomes, strict=True):
             if kind != "score":
-                score = _combine(format_reward(response) if self._own_rule and kind != "unscored" else 0.0, 0.0)
+                score = _combine(
+                    format_reward(response) if self._own_rule and kind != "unscored" else 0.0, 0.0
+                )
                 score |= {"unscored": 1.0} if kind == "unscored" else {}
             scores.append(score)
         return scores

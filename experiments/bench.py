@@ -31,20 +31,30 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
 
-import packing
-import toy
-from data import Rows, Stream
 from losses import group_advantages
-from papo import Encoder, Example, Group, Policy, Prompt, empty_group, prepare, preset, seeded, update
+from papo import prepare, preset, update
 from rollout import generate
+from support import packing, toy
+from support.batch import Example, Group, Prompt, empty_group, seeded
+from support.data import Rows, Stream
+from support.qwen_vl import Encoder, Policy
 
-TINY = ((128, 384, 4, 4, 2), (2, 64, 128, 2), [1], [4, 6, 6])  # text, vision, full-attention blocks, mrope: the toy's
+TINY = (
+    (128, 384, 4, 4, 2),
+    (2, 64, 128, 2),
+    [1],
+    [4, 6, 6],
+)  # text, vision, full-attention blocks, mrope: the toy's
+
+
 MIB = 2**20
-
-
-# ------------------------------------------------------------------------------------------------ what is measured on
 
 
 def make_policy(name: str, folder: str, device="cpu", seed=0) -> Policy:
@@ -94,9 +104,6 @@ def random_group(policy: Policy, prompt: Prompt, lengths: Tensor) -> Group:
     return Group(prompt, tokens, mask, zeros[:, 0].bool(), zeros, [""] * len(mask))
 
 
-# ------------------------------------------------------------------------------------------------------ the plain way
-
-
 class ForcedLengths(LogitsProcessor):
     """Response i ends with its lengths[i]-th token, not before."""
 
@@ -113,9 +120,15 @@ def stock_generate(policy: Policy, prompts: list[Prompt], lengths: Tensor) -> Te
     """Hugging Face's generate with num_return_sequences, left-padded; lengths[n_prompts, G]."""
     width = max(map(len, prompts))
     pad = [(width - len(p), 0) for p in prompts]
-    ids = torch.stack([F.pad(p.input_ids, n, value=policy.pad_id) for p, n in zip(prompts, pad, strict=True)])
-    mask = torch.stack([F.pad(torch.ones_like(p.input_ids), n) for p, n in zip(prompts, pad, strict=True)])
-    types = torch.stack([F.pad(p.image_mask.long(), n) for p, n in zip(prompts, pad, strict=True)])
+    ids = torch.stack(
+        [F.pad(p.input_ids, n, value=policy.pad_id) for p, n in zip(prompts, pad, strict=True)]
+    )
+    mask = torch.stack(
+        [F.pad(torch.ones_like(p.input_ids), n) for p, n in zip(prompts, pad, strict=True)]
+    )
+    types = torch.stack(
+        [F.pad(p.is_image_token.long(), n) for p, n in zip(prompts, pad, strict=True)]
+    )
     return policy.model.generate(
         input_ids=ids, attention_mask=mask, mm_token_type_ids=types, max_new_tokens=int(lengths.max()),
         pixel_values=torch.cat([p.pixel_values for p in prompts]), do_sample=True, top_k=0, top_p=1.0,
@@ -129,17 +142,16 @@ def plain_log_probs(policy: Policy, group: Group) -> Tensor:
     prompt, n, device = group.prompt, len(group.tokens), policy.device
     ids = torch.cat([prompt.input_ids.expand(n, -1), group.tokens], 1)
     mask = torch.cat([torch.ones(n, len(prompt), dtype=torch.long), group.response_mask.long()], 1)
-    types = F.pad(prompt.image_mask.long(), (0, group.tokens.shape[1])).expand(n, -1)
+    types = F.pad(prompt.is_image_token.long(), (0, group.tokens.shape[1])).expand(n, -1)
     logits = policy.model(
         input_ids=ids.to(device), attention_mask=mask.to(device), mm_token_type_ids=types.to(device), use_cache=False,
         pixel_values=prompt.pixel_values.repeat(n, 1).to(device),
         image_grid_thw=prompt.image_grid_thw.repeat(n, 1).to(device),
     ).logits[:, len(prompt) - 1 : -1].float()  # fmt: skip
-    log_probs = -F.cross_entropy(logits.flatten(0, 1), group.tokens.to(device).flatten(), reduction="none")
+    log_probs = -F.cross_entropy(
+        logits.flatten(0, 1), group.tokens.to(device).flatten(), reduction="none"
+    )
     return log_probs.view(n, -1) * group.response_mask.to(device)
-
-
-# ---------------------------------------------------------------------------------------------------------- the table
 
 
 def seconds(call) -> float:
@@ -152,12 +164,16 @@ def spread(ratios: list[float]) -> str:
     return f"{median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}] over {len(ratios)}"
 
 
-def versus(what: str, repeats: int, ours, plain, unit: str = "s", amount: float | None = None) -> None:
+def versus(
+    what: str, repeats: int, ours, plain, unit: str = "s", amount: float | None = None
+) -> None:
     """One line: this code and the plain way, in turns. amount: of what the unit counts a second, else seconds."""
     times = [(seconds(ours), seconds(plain)) for _ in range(repeats)]
     a, b = (median(t[i] for t in times) for i in range(2))
     a, b = (amount / a, amount / b) if amount else (a, b)
-    line(what, f"{a:.3g} {unit}", f"{b:.3g} {unit}", spread([plain / ours for ours, plain in times]))
+    line(
+        what, f"{a:.3g} {unit}", f"{b:.3g} {unit}", spread([plain / ours for ours, plain in times])
+    )
 
 
 def line(what: str, *cells: str) -> None:
@@ -171,7 +187,15 @@ def policies(folder: str) -> tuple[Policy, Policy]:
     return ours, plain
 
 
-def rollouts(folder: str, repeats: int, sizes=(50, 400, 1200), n_prompts=16, group_size=8, mean=50, longest=256):
+def rollouts(
+    folder: str,
+    repeats: int,
+    sizes=(50, 400, 1200),
+    n_prompts=16,
+    group_size=8,
+    mean=50,
+    longest=256,
+):
     ours, plain = policies(folder)
     lengths = draw_lengths(n_prompts * group_size, mean, longest).view(n_prompts, group_size)
     for tokens in sizes:
@@ -202,14 +226,25 @@ def forwards(folder: str, repeats: int, sizes=(64, 400, 1200), group_size=5):
 def memory(folder: str, repeats: int):
     """Peak memory of log-probs and their gradient over parameters and gradients, each in a process of its own."""
     for kind in ("tied", "untied"):
-        command = [sys.executable, __file__, "--only", f"memory-{kind}"]
-        peak = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip().splitlines()[-1]
-        line(f"peak of 2,000 log-probs, vocabulary 151,936, hidden 256, {kind}", f"{peak} MiB", "", "target < 700")
+        command = [sys.executable, "-m", "experiments.bench", "--only", f"memory-{kind}"]
+        peak = (
+            subprocess.run(command, capture_output=True, text=True, check=True)
+            .stdout.strip()
+            .splitlines()[-1]
+        )
+        line(
+            f"peak of 2,000 log-probs, vocabulary 151,936, hidden 256, {kind}",
+            f"{peak} MiB",
+            "",
+            "target < 700",
+        )
 
 
 def measure_memory(tied: bool) -> float:
     """MiB. The baseline has every gradient written once, so the peak is activations, logits and gradients in flight."""
-    config = toy.hub_config((256, 512, 1, 4, 2), *TINY[1:3], [8, 12, 12], 151936, tied, "float32", 300)
+    config = toy.hub_config(
+        (256, 512, 1, 4, 2), *TINY[1:3], [8, 12, 12], 151936, tied, "float32", 300
+    )
     model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**config)).train()
     assert tied == (model.lm_head.weight is model.get_input_embeddings().weight)
     for parameter in model.parameters():
@@ -227,7 +262,9 @@ def peak_of_process() -> float:
     """MiB. Linux's VmHWM, because ru_maxrss begins at the peak of the process that started this one."""
     status = Path("/proc/self/status")
     found = re.search(r"VmHWM:\s+(\d+)", status.read_text()) if status.exists() else None
-    return int(found[1]) / 1024 if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return (
+        int(found[1]) / 1024 if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    )
 
 
 def extra_cost(folder: str, repeats: int):
@@ -249,7 +286,12 @@ def extra_cost(folder: str, repeats: int):
         update(policy, optimizer, groups, algo, mini_batch=16, budget=16_384)
 
     step("papo_g")
-    versus("toy step: grpo (first column), papo_g", 2 * repeats, lambda: step("grpo"), lambda: step("papo_g"))
+    versus(
+        "toy step: grpo (first column), papo_g",
+        2 * repeats,
+        lambda: step("grpo"),
+        lambda: step("papo_g"),
+    )
 
 
 def data_ahead(folder: str, repeats: int, tokens=1200, per_round=8):
@@ -259,7 +301,9 @@ def data_ahead(folder: str, repeats: int, tokens=1200, per_round=8):
     prompt.example.images[0].save(file, "JPEG")
 
     def row(i: int) -> Example:
-        return Example(prompt.example.question, "1", [Image.open(io.BytesIO(file.getvalue())).convert("RGB")])
+        return Example(
+            prompt.example.question, "1", [Image.open(io.BytesIO(file.getvalue())).convert("RGB")]
+        )
 
     alone = median(seconds(lambda: policy.encoder.encode(row(0))) for _ in range(5))
     stream = Stream(Rows("jpeg", row, range(64)), policy.encoder.encode, per_round)
@@ -270,7 +314,12 @@ def data_ahead(folder: str, repeats: int, tokens=1200, per_round=8):
         groups = [random_group(policy, p, lengths) for _, p in batch]
         works.append(seconds(lambda g=groups: [policy.log_probs([x]).sum().backward() for x in g]))
     stream.close()
-    line(f"one {tokens}-token prompt decoded and encoded, one thread", f"{1000 * alone:.0f} ms", "", "")
+    line(
+        f"one {tokens}-token prompt decoded and encoded, one thread",
+        f"{1000 * alone:.0f} ms",
+        "",
+        "",
+    )
     line(f"wait for {per_round} prompts, first step", f"{1000 * waits[0]:.0f} ms", "", "")
     cells = f"{1000 * max(waits[1:]):.1f} ms", f"{median(works):.1f} s step", "longest"
     line(f"wait for {per_round} prompts, later steps", *cells)
@@ -278,9 +327,16 @@ def data_ahead(folder: str, repeats: int, tokens=1200, per_round=8):
 
 def growth(folder: str, repeats: int):
     """Rollout and update of this code alone as one size grows, the others staying at 200 tokens, 8 prompts, G = 8."""
-    policy, base = make_policy("tiny", folder), {"prompt tokens": 200, "group size": 8, "prompts": 8}
+    policy, base = (
+        make_policy("tiny", folder),
+        {"prompt tokens": 200, "group size": 8, "prompts": 8},
+    )
     optimizer = torch.optim.SGD(policy.model.parameters(), lr=0.0)
-    for name, values in {"prompt tokens": (50, 200, 800), "group size": (4, 8, 16), "prompts": (4, 8, 16)}.items():
+    for name, values in {
+        "prompt tokens": (50, 200, 800),
+        "group size": (4, 8, 16),
+        "prompts": (4, 8, 16),
+    }.items():
         for value in values:
             size = base | {name: value}
             n, g = size["prompts"], size["group size"]
@@ -295,10 +351,9 @@ def growth(folder: str, repeats: int):
             algo = preset("papo_g_no_kl_ref")
             prepare(policy, None, groups, algo, 16_384, updates=1, key=(0, 0))
             updated = seconds(partial(update, policy, optimizer, groups, algo, n, 16_384))
-            line(f"growth: {name} {value}", f"rollout {rolled:.2f} s", f"update {updated:.2f} s", "")
-
-
-# -------------------------------------------------------------------------------------------------------------- a GPU
+            line(
+                f"growth: {name} {value}", f"rollout {rolled:.2f} s", f"update {updated:.2f} s", ""
+            )
 
 
 def matrix_rate(device, dtype, n: int) -> float:
@@ -333,12 +388,26 @@ def forward_flops(config, groups: list[Group], linears: dict[str, int]) -> float
     """
     text, vision, total = config.get_text_config(), config.vision_config, 0.0
     for group in groups:
-        p, rows, patches = len(group.prompt), group.response_mask.sum(1).tolist(), len(group.prompt.pixel_values)
+        p, rows, patches = (
+            len(group.prompt),
+            group.response_mask.sum(1).tolist(),
+            len(group.prompt.pixel_values),
+        )
         pairs = p * p / 2 + sum(r * p + r * r / 2 for r in rows)
-        full, window = len(vision.fullatt_block_indexes), (vision.window_size // vision.patch_size) ** 2
+        full, window = (
+            len(vision.fullatt_block_indexes),
+            (vision.window_size // vision.patch_size) ** 2,
+        )
         seen = patches * (full * patches + (vision.depth - full) * min(window, patches))
-        total += 2 * linears["text"] * (p + sum(rows)) + 4 * text.hidden_size * text.num_hidden_layers * pairs
-        total += 2 * linears["head"] * sum(rows) + 2 * linears["vision"] * patches + 4 * vision.hidden_size * seen
+        total += (
+            2 * linears["text"] * (p + sum(rows))
+            + 4 * text.hidden_size * text.num_hidden_layers * pairs
+        )
+        total += (
+            2 * linears["head"] * sum(rows)
+            + 2 * linears["vision"] * patches
+            + 4 * vision.hidden_size * seen
+        )
     return total
 
 
@@ -354,9 +423,9 @@ def count_linears(model) -> dict[str, int]:
 
 def one_step(args, folder: str) -> None:
     """One papo_g (and one grpo) step as train.py does it, phase by phase: seconds, peak memory, tokens/s, MFU."""
-    from checkpoint import distributed, shard
+    from support.distributed import init_distributed, shard
 
-    _, world, device = distributed()
+    _, world, device = init_distributed()
     half = torch.bfloat16 if args.device == "cuda" else torch.float32
     policy = make_policy(args.model.removeprefix("random:"), folder, device)
     linears = count_linears(policy.model)
@@ -368,18 +437,39 @@ def one_step(args, folder: str) -> None:
         shard(each.model, mesh, half)
     rate = matrix_rate(device, half, 8192 if args.device == "cuda" else 512)
     kernel = packing.varlen_kernel(device.type, half)
-    path = "SDPA" if kernel is None else "flash-attn" if packing.is_flash_attn_2_available() else "torch varlen"
+    path = (
+        "SDPA"
+        if kernel is None
+        else "flash-attn"
+        if packing.is_flash_attn_2_available()
+        else "torch varlen"
+    )
     line("attention; measured matrix rate", path, f"{rate / 1e12:.3g} TFLOP/s", torch.__version__)
     prompts = [prompt_of(policy.encoder, args.prompt_tokens, i) for i in range(args.prompts)]
-    lengths = draw_lengths(args.prompts * args.group_size, args.mean, args.max_new_tokens).view(args.prompts, -1)
-    clock, tokens, groups, algo, totals = Clock(device), int(lengths.sum()), [], preset(args.algo), {}
+    lengths = draw_lengths(args.prompts * args.group_size, args.mean, args.max_new_tokens).view(
+        args.prompts, -1
+    )
+    clock, tokens, groups, algo, totals = (
+        Clock(device),
+        int(lengths.sum()),
+        [],
+        preset(args.algo),
+        {},
+    )
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1e-6)
-    sampling = dict(max_new_tokens=args.max_new_tokens, rollout_batch=args.rollout_batch, top_p=0.99, lengths=lengths)
+    sampling = dict(
+        max_new_tokens=args.max_new_tokens,
+        rollout_batch=args.rollout_batch,
+        top_p=0.99,
+        lengths=lengths,
+    )
 
     def report(what: str, took: float, last: str) -> None:
         line(what, f"{took:.2f} s", f"{clock.peak:.1f} GiB", last)
 
-    rolled = clock(lambda: groups.extend(generate(policy, prompts, args.group_size, progress=True, **sampling)))
+    rolled = clock(
+        lambda: groups.extend(generate(policy, prompts, args.group_size, progress=True, **sampling))
+    )
     report(f"rollout, {args.prompts} x {args.group_size}, mean {lengths.float().mean():.0f}", rolled,
            f"{tokens / rolled:.0f} tokens/s")  # fmt: skip
     rewards = torch.rand(args.prompts * args.group_size, generator=seeded("rewards"))
@@ -394,13 +484,30 @@ def one_step(args, folder: str) -> None:
     for one in ("grpo", args.algo):
         algo = preset(one)
         passes = (updates > 1) + bool(algo.kl_ref_coef) + algo.needs_masked_view
-        before = clock(partial(prepare, policy, reference, groups, algo, args.tokens_per_forward, updates, (0, 0)))
-        report(f"{one}: {passes} passes of log-probs", before, f"MFU {passes * flops / before / rate:.1%}")
-        trained = clock(partial(update, policy, optimizer, groups, algo, args.mini_batch, args.tokens_per_forward))
+        before = clock(
+            partial(
+                prepare, policy, reference, groups, algo, args.tokens_per_forward, updates, (0, 0)
+            )
+        )
+        report(
+            f"{one}: {passes} passes of log-probs",
+            before,
+            f"MFU {passes * flops / before / rate:.1%}",
+        )
+        trained = clock(
+            partial(
+                update, policy, optimizer, groups, algo, args.mini_batch, args.tokens_per_forward
+            )
+        )
         report(f"{one}: {updates} updates", trained, f"MFU {3 * flops / trained / rate:.1%}")
         totals[one] = rolled + before + trained
         line(f"{one}: the step", f"{totals[one]:.1f} s", "", "")
-    line(f"{args.algo} over grpo at equal rollouts", f"{totals[args.algo] / totals['grpo'] - 1:+.1%}", "", "")
+    line(
+        f"{args.algo} over grpo at equal rollouts",
+        f"{totals[args.algo] / totals['grpo'] - 1:+.1%}",
+        "",
+        "",
+    )
     torch.distributed.destroy_process_group()
 
 
@@ -421,7 +528,9 @@ def numerics(args, folder: str) -> None:
     for what, values in (("packed", packed), ("plain padded", plain)):
         diff = torch.cat([(a - b).flatten() for a, b in zip(values, exact, strict=True)])
         norm = diff.norm() / torch.cat([e.flatten() for e in exact]).norm()
-        line(f"{what} {half} against packed fp32", f"{norm:.2e}", f"worst {diff.abs().max():.2e}", "")
+        line(
+            f"{what} {half} against packed fp32", f"{norm:.2e}", f"worst {diff.abs().max():.2e}", ""
+        )
 
 
 PARTS = {"rollouts": rollouts, "forwards": forwards, "memory": memory, "papo": extra_cost, "data": data_ahead,
@@ -430,14 +539,32 @@ PARTS = {"rollouts": rollouts, "forwards": forwards, "memory": memory, "papo": e
 
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parts = [*PARTS, "memory-tied", "memory-untied"]  # the last two: what `memory` starts, a process each
-    parser.add_argument("--only", nargs="+", default=list(PARTS), choices=parts, help="parts of the table")
-    parser.add_argument("--repeats", type=int, default=3, help="of each comparison; at 1,200 tokens at most 2")
+    parts = [
+        *PARTS,
+        "memory-tied",
+        "memory-untied",
+    ]  # the last two: what `memory` starts, a process each
+    parser.add_argument(
+        "--only", nargs="+", default=list(PARTS), choices=parts, help="parts of the table"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="of each comparison; at 1,200 tokens at most 2"
+    )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     sizes = ("random:qwen2.5-vl-3b", "random:qwen2.5-vl-7b", "random:tiny")
-    parser.add_argument("--model", default="", choices=sizes, help="measure one step of such a model")
-    parser.add_argument("--numerics", action="store_true", help="with --model: log-probs in bf16, packed, plain, fp32")
-    parser.add_argument("--profile", default="", help="with --model: write a table of the device's time to this file")
+    parser.add_argument(
+        "--model", default="", choices=sizes, help="measure one step of such a model"
+    )
+    parser.add_argument(
+        "--numerics",
+        action="store_true",
+        help="with --model: log-probs in bf16, packed, plain, fp32",
+    )
+    parser.add_argument(
+        "--profile",
+        default="",
+        help="with --model: write a table of the device's time to this file",
+    )
     parser.add_argument("--algo", default="papo_g", help="of the step, compared with grpo")
     for name, value in dict(
         prompts=192, group_size=5, prompt_tokens=1200, mean=350, max_new_tokens=2048, rollout_batch=320, mini_batch=64,
@@ -450,7 +577,9 @@ def main(argv=None) -> None:
     if args.device == "cuda" and not args.model:
         parser.error(f"--device cuda: needs --model, one of {', '.join(sizes)}")
     if torch.cuda.is_available() != (args.device == "cuda") and args.model:
-        parser.error(f"--device {args.device}: torch sees {'a' if args.device == 'cpu' else 'no'} CUDA device here")
+        parser.error(
+            f"--device {args.device}: torch sees {'a' if args.device == 'cpu' else 'no'} CUDA device here"
+        )
     with tempfile.TemporaryDirectory() as folder:
         if args.model:
             measure = numerics if args.numerics else one_step
@@ -462,7 +591,9 @@ def main(argv=None) -> None:
             Path(args.profile).write_text(profile.key_averages().table(sort_by=order, row_limit=60))
             return
         start = time.perf_counter()
-        print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.repeats} repeats")
+        print(
+            f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.repeats} repeats"
+        )
         line("what", "this code", "plain", "plain / this code")
         for name in args.only:
             PARTS[name](folder, args.repeats)

@@ -1,0 +1,1 @@
+"""What carries the six files. Nobody needs it to understand the method."""

@@ -1,0 +1,53 @@
+"""The layout: six files at the top within their budget, and imports in one direction."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SIX = ("train", "papo", "losses", "masking", "rollout", "evaluate")
+MAY_IMPORT = {  # file at the top -> what it may import of ours
+    "losses": set(),
+    "masking": set(),
+    "papo": {"losses", "masking", "support"},
+    "rollout": {"support"},
+    "evaluate": {"losses", "masking", "papo", "rollout", "support"},
+    "train": {"losses", "masking", "papo", "rollout", "evaluate", "support"},
+}
+OURS = {*SIX, "support", "variants", "experiments", "tests"}
+
+
+def imports(path):
+    """The first part of every module that a file imports, wherever in the file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module.split(".")[0])
+    return found & OURS
+
+
+def test_six_files_within_their_budget():
+    assert {path.stem for path in ROOT.glob("*.py")} == set(SIX)
+    lines = {name: (ROOT / f"{name}.py").read_text().splitlines() for name in SIX}
+    too_long = {name: len(text) for name, text in lines.items() if len(text) > 300}
+    assert not too_long
+    assert sum(map(len, lines.values())) <= 1500
+
+
+@pytest.mark.parametrize("name", SIX)
+def test_the_top_imports_one_way(name):
+    assert imports(ROOT / f"{name}.py") <= MAY_IMPORT[name]
+
+
+def test_support_imports_support_alone():
+    for path in (ROOT / "support").glob("*.py"):
+        assert imports(path) <= {"support"}, path.name
+
+
+def test_nothing_imports_train():
+    for folder in (".", "support", "variants"):
+        for path in (ROOT / folder).glob("*.py"):
+            assert "train" not in imports(path), path.name
