@@ -1,13 +1,17 @@
-r"""How fast it is: rollouts, training forwards, memory of log-probs, PAPO's extra cost, data, growth with sizes.
+r"""Speed and memory: rollouts, training forwards, log-probs, PAPO's extra cost, data, growth.
 
-Beside the pipeline: nothing imports it. Each comparison alternates this code and the plain Hugging Face way in one
-process, on the same random weights, pictures and response lengths; a ratio is the median over the repeats, with the
-lowest and the highest. Weights are random and never stop by themselves, so lengths come from a recorded draw
-(geometric, seed 0), forced on both sides.
+Beside the pipeline: nothing imports this file. Each comparison runs this code and a baseline in
+turns, in one process, on the same random weights, images and response lengths. The baseline is
+stock Hugging Face: `generate` on left-padded prompts for rollouts; for training, one padded row per
+response, each with its own copy of the image. A ratio is the median over the repeats, followed by
+the lowest and the highest.
 
-    python bench.py                                             the table, a tiny model on a CPU, within 5 minutes
-    python bench.py --only rollouts forwards --repeats 5        parts of it
-    python bench.py --device cuda --model random:qwen2.5-vl-3b  one papo_g step at the paper's sizes (docs/gpu.md)
+    python -m experiments.bench                            every part, a tiny model on a CPU
+    python -m experiments.bench --only rollouts forwards   some parts
+
+With --model, one step as train.py runs it is measured instead, phase by phase (docs/gpu.md):
+
+    python -m experiments.bench --device cuda --model random:qwen2.5-vl-3b
 """
 
 from __future__ import annotations
@@ -23,6 +27,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -39,36 +45,45 @@ from transformers import (
 )
 
 from losses import group_advantages
-from papo import prepare, preset, update
+from papo import Algo, prepare, preset, update
 from rollout import generate
 from support import packing, toy
 from support.batch import Example, Group, Prompt, empty_group, seeded
 from support.data import Rows, Stream
+from support.distributed import init_distributed, shard
 from support.qwen_vl import Encoder, Policy
 
-TINY = (
-    (128, 384, 4, 4, 2),
-    (2, 64, 128, 2),
-    [1],
-    [4, 6, 6],
-)  # text, vision, full-attention blocks, mrope: the toy's
+ROOT = Path(__file__).resolve().parent.parent
+SIZES = ("random:qwen2.5-vl-3b", "random:qwen2.5-vl-7b", "random:tiny")
+STOCK_ATTENTION = {"text_config": "sdpa", "vision_config": "sdpa"}
 
+# The toy's architecture, as toy.hub_config takes it.
+TINY_TEXT = (128, 384, 4, 4, 2)
+TINY_VISION = (2, 64, 128, 2)
+TINY_FULL_ATTENTION = [1]
+TINY_MROPE = [4, 6, 6]
 
+TOKENS_PER_FORWARD = 16_384  # of the comparisons on a CPU
 MIB = 2**20
+GIB = 2**30
 
 
-def make_policy(name: str, folder: str, device="cpu", seed=0) -> Policy:
-    """Random fp32 weights made on the device: "tiny", or a size of toy.random_config. The encoder's files are written.
+# Models, prompts and responses
 
-    The tokenizer is the toy's, and the special ids are moved to where it has them; the vocabulary keeps its full size.
+
+def make_policy(name: str, folder: str, device="cpu", seed: int = 0) -> Policy:
+    """Random fp32 weights made on the device: "tiny", or a size of toy.random_config.
+
+    The tokenizer is the toy's, so the special tokens get the ids they have there; the vocabulary
+    keeps its published size. The encoder's files are written to `folder`.
     """
     tokenizer = toy.make_tokenizer()
-    special = tokenizer.convert_tokens_to_ids(toy.SPECIAL[0])
-    fields = toy.hub_config(*TINY, len(tokenizer), True, "float32", special)
+    first_special = tokenizer.convert_tokens_to_ids(toy.SPECIAL[0])
+    fields = tiny_config(len(tokenizer), first_special)
     config = Qwen2_5_VLConfig(**fields) if name == "tiny" else toy.random_config(name)
-    for key in fields:
+    for key, value in fields.items():
         if key.endswith("_token_id"):
-            setattr(config, key, fields[key])
+            setattr(config, key, value)
     if not (Path(folder) / "config.json").exists():
         config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -80,296 +95,161 @@ def make_policy(name: str, folder: str, device="cpu", seed=0) -> Policy:
     return Policy(model, encoder)
 
 
-def prompt_of(encoder: Encoder, tokens: int, index: int) -> Prompt:
-    """A prompt of about `tokens` tokens, most of them of one noise picture; a few tokens' difference by index."""
+def tiny_config(vocab_size: int, first_special: int) -> dict:
+    return toy.hub_config(
+        TINY_TEXT,
+        TINY_VISION,
+        TINY_FULL_ATTENTION,
+        TINY_MROPE,
+        vocab_size=vocab_size,
+        tied=True,
+        dtype="float32",
+        special=first_special,
+    )
+
+
+def make_policies(folder: str) -> tuple[Policy, Policy]:
+    """The tiny policy, and one of the same weights with stock attention."""
+    ours, stock = make_policy("tiny", folder), make_policy("tiny", folder)
+    stock.model.set_attn_implementation(STOCK_ATTENTION)
+    return ours, stock
+
+
+def noise_prompt(encoder: Encoder, tokens: int, index: int) -> Prompt:
+    """A prompt of about `tokens` tokens, most of them from one noise image.
+
+    The question varies a little with `index`, so that prompts of one size differ in length.
+    """
     question = "<image>How many red dots are there?" + " red" * (index % 5)
-    patches = max(tokens - encoder.prompt_length(question, [(28, 28)]), 4)
-    height = math.isqrt(patches)
-    shape = (28 * height, 28 * (patches // height), 3)
-    pixels = torch.randint(0, 256, shape, generator=seeded("picture", index), dtype=torch.uint8)
+    text_tokens = encoder.prompt_length(question, [(28, 28)])
+    image_tokens = max(tokens - text_tokens, 4)
+    rows = math.isqrt(image_tokens)
+    shape = (28 * rows, 28 * (image_tokens // rows), 3)
+    pixels = torch.randint(0, 256, shape, generator=seeded("image", index), dtype=torch.uint8)
     return encoder.encode(Example(question, "1", [Image.fromarray(pixels.numpy())]), index)
 
 
-def draw_lengths(n: int, mean: float, longest: int, seed: int = 0) -> Tensor:
-    """The recorded draw: n geometric lengths in 1..longest; the cut lowers the mean a little."""
-    uniforms = 1 - torch.rand(n, generator=seeded("lengths", seed), dtype=torch.float64)
-    return (uniforms.log() / math.log(1 - 1 / mean)).ceil().long().clamp(1, longest)
+def noise_prompts(encoder: Encoder, tokens: int, count: int) -> list[Prompt]:
+    return [noise_prompt(encoder, tokens, index) for index in range(count)]
 
 
-def random_group(policy: Policy, prompt: Prompt, lengths: Tensor) -> Group:
-    """Responses of the given lengths [G], of random tokens."""
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+def random_group(prompt: Prompt, lengths: Tensor) -> Group:
+    """Responses of the given lengths [G], made of random tokens."""
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]  # [G, T]
     tokens = torch.randint(20, 300, mask.shape, generator=seeded("tokens", prompt.index))
-    zeros = torch.zeros(mask.shape)
-    return Group(prompt, tokens, mask, zeros[:, 0].bool(), zeros, [""] * len(mask))
+    return Group(
+        prompt,
+        tokens,
+        response_mask=mask,
+        truncated=torch.zeros(len(mask), dtype=torch.bool),
+        sample_log_probs=torch.zeros(mask.shape),
+        responses=[""] * len(mask),
+    )
+
+
+@contextmanager
+def random_stops(policy: Policy, mean: float) -> Iterator[None]:
+    """Inside, every sampled token ends its response with probability 1 / mean.
+
+    A forward hook on the head sets the end token's logit, so lengths are geometric and follow from
+    the sampler's own seeded uniforms: the same call gives the same lengths. Training never meets
+    the hook, because it reads the head's weight directly (support/packing.py).
+    """
+    end_token = policy.eos_ids[0]
+    log_odds = -math.log(mean - 1)  # of p = 1 / mean
+
+    def set_end_token(module, inputs, logits):
+        logits = logits.float()  # bf16 would change the end token's probability by some percent
+        logits[..., policy.eos_ids] = -torch.inf
+        logits[..., end_token] = logits.logsumexp(-1) + log_odds
+        return logits
+
+    handle = policy.model.lm_head.register_forward_hook(set_end_token)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def response_lengths(groups: list[Group]) -> Tensor:
+    """[number of groups, G]"""
+    return torch.stack([group.response_mask.sum(1) for group in groups])
+
+
+# The baseline
 
 
 class ForcedLengths(LogitsProcessor):
     """Response i ends with its lengths[i]-th token, not before."""
 
-    def __init__(self, lengths: Tensor, prompt_width: int, ends: list[int]):
-        self.lengths, self.width, self.ends = lengths, prompt_width, ends
+    def __init__(self, lengths: Tensor, prompt_width: int, eos_ids: list[int]):
+        self.lengths = lengths
+        self.prompt_width = prompt_width
+        self.eos_ids = eos_ids
 
-    def __call__(self, input_ids, scores):
-        scores[:, self.ends] = float("-inf")
-        scores[input_ids.shape[1] - self.width + 1 >= self.lengths, self.ends[0]] = float("inf")
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        next_length = input_ids.shape[1] - self.prompt_width + 1
+        scores[:, self.eos_ids] = float("-inf")
+        scores[next_length >= self.lengths, self.eos_ids[0]] = float("inf")
         return scores.clamp(max=1e4)
 
 
 def stock_generate(policy: Policy, prompts: list[Prompt], lengths: Tensor) -> Tensor:
-    """Hugging Face's generate with num_return_sequences, left-padded; lengths[n_prompts, G]."""
+    """generate with num_return_sequences on left-padded prompts; lengths[n_prompts, G]."""
     width = max(map(len, prompts))
-    pad = [(width - len(p), 0) for p in prompts]
-    ids = torch.stack(
-        [F.pad(p.input_ids, n, value=policy.pad_id) for p, n in zip(prompts, pad, strict=True)]
-    )
-    mask = torch.stack(
-        [F.pad(torch.ones_like(p.input_ids), n) for p, n in zip(prompts, pad, strict=True)]
-    )
-    types = torch.stack(
-        [F.pad(p.is_image_token.long(), n) for p, n in zip(prompts, pad, strict=True)]
-    )
+
+    def left_pad(rows: list[Tensor], value: int) -> Tensor:
+        return torch.stack([F.pad(row, (width - len(row), 0), value=value) for row in rows])
+
+    forced = ForcedLengths(lengths.flatten(), width, policy.eos_ids)
     return policy.model.generate(
-        input_ids=ids, attention_mask=mask, mm_token_type_ids=types, max_new_tokens=int(lengths.max()),
-        pixel_values=torch.cat([p.pixel_values for p in prompts]), do_sample=True, top_k=0, top_p=1.0,
-        image_grid_thw=torch.cat([p.image_grid_thw for p in prompts]), num_return_sequences=lengths.shape[1],
-        logits_processor=LogitsProcessorList([ForcedLengths(lengths.flatten(), width, policy.eos_ids)]),
-    )  # fmt: skip
-
-
-def plain_log_probs(policy: Policy, group: Group) -> Tensor:
-    """Ordinary right-padded rows, the image repeated for each: [G, T]."""
-    prompt, n, device = group.prompt, len(group.tokens), policy.device
-    ids = torch.cat([prompt.input_ids.expand(n, -1), group.tokens], 1)
-    mask = torch.cat([torch.ones(n, len(prompt), dtype=torch.long), group.response_mask.long()], 1)
-    types = F.pad(prompt.is_image_token.long(), (0, group.tokens.shape[1])).expand(n, -1)
-    logits = policy.model(
-        input_ids=ids.to(device), attention_mask=mask.to(device), mm_token_type_ids=types.to(device), use_cache=False,
-        pixel_values=prompt.pixel_values.repeat(n, 1).to(device),
-        image_grid_thw=prompt.image_grid_thw.repeat(n, 1).to(device),
-    ).logits[:, len(prompt) - 1 : -1].float()  # fmt: skip
-    log_probs = -F.cross_entropy(
-        logits.flatten(0, 1), group.tokens.to(device).flatten(), reduction="none"
+        input_ids=left_pad([p.input_ids for p in prompts], policy.pad_id),
+        attention_mask=left_pad([torch.ones_like(p.input_ids) for p in prompts], 0),
+        mm_token_type_ids=left_pad([p.is_image_token.long() for p in prompts], 0),
+        pixel_values=torch.cat([p.pixel_values for p in prompts]),
+        image_grid_thw=torch.cat([p.image_grid_thw for p in prompts]),
+        max_new_tokens=int(lengths.max()),
+        num_return_sequences=lengths.shape[1],
+        do_sample=True,
+        top_k=0,
+        top_p=1.0,
+        logits_processor=LogitsProcessorList([forced]),
     )
+
+
+def padded_log_probs(policy: Policy, group: Group) -> Tensor:
+    """Log-probs [G, T] from ordinary right-padded rows, the image repeated for each response."""
+    prompt, device, n = group.prompt, policy.device, len(group.tokens)
+    prompt_mask = torch.ones(n, len(prompt), dtype=torch.long)
+    token_types = F.pad(prompt.is_image_token.long(), (0, group.tokens.shape[1]))
+    inputs = {
+        "input_ids": torch.cat([prompt.input_ids.expand(n, -1), group.tokens], 1),
+        "attention_mask": torch.cat([prompt_mask, group.response_mask.long()], 1),
+        "mm_token_type_ids": token_types.expand(n, -1),
+        "pixel_values": prompt.pixel_values.repeat(n, 1),
+        "image_grid_thw": prompt.image_grid_thw.repeat(n, 1),
+    }
+    inputs = {name: value.to(device) for name, value in inputs.items()}
+    logits = policy.model(**inputs, use_cache=False).logits[:, len(prompt) - 1 : -1].float()
+    targets = group.tokens.to(device)
+    log_probs = -F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     return log_probs.view(n, -1) * group.response_mask.to(device)
 
 
-def seconds(call) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-def spread(ratios: list[float]) -> str:
-    return f"{median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}] over {len(ratios)}"
-
-
-def versus(
-    what: str, repeats: int, ours, plain, unit: str = "s", amount: float | None = None
-) -> None:
-    """One line: this code and the plain way, in turns. amount: of what the unit counts a second, else seconds."""
-    times = [(seconds(ours), seconds(plain)) for _ in range(repeats)]
-    a, b = (median(t[i] for t in times) for i in range(2))
-    a, b = (amount / a, amount / b) if amount else (a, b)
-    line(
-        what, f"{a:.3g} {unit}", f"{b:.3g} {unit}", spread([plain / ours for ours, plain in times])
-    )
-
-
-def line(what: str, *cells: str) -> None:
-    print(f"| {what:<64} | " + " | ".join(f"{c:<15}" for c in cells) + " |", flush=True)
-
-
-def policies(folder: str) -> tuple[Policy, Policy]:
-    """The tiny policy, and the same weights as transformers runs them by itself."""
-    ours, plain = make_policy("tiny", folder), make_policy("tiny", folder)
-    plain.model.set_attn_implementation({"text_config": "sdpa", "vision_config": "sdpa"})
-    return ours, plain
-
-
-def rollouts(
-    folder: str,
-    repeats: int,
-    sizes=(50, 400, 1200),
-    n_prompts=16,
-    group_size=8,
-    mean=50,
-    longest=256,
-):
-    ours, plain = policies(folder)
-    lengths = draw_lengths(n_prompts * group_size, mean, longest).view(n_prompts, group_size)
-    for tokens in sizes:
-        prompts = [prompt_of(ours.encoder, tokens, i) for i in range(n_prompts)]
-        sampling = dict(max_new_tokens=longest, lengths=lengths, rollout_batch=lengths.numel())
-        versus(
-            f"rollout, {tokens}-token prompts, {n_prompts} x {group_size}, mean length {lengths.float().mean():.0f}",
-            min(repeats, 2) if tokens > 800 else repeats,
-            lambda p=prompts, s=sampling: generate(ours, p, group_size, **s),
-            lambda p=prompts: stock_generate(plain, p, lengths),
-            "tokens/s", int(lengths.sum()),
-        )  # fmt: skip
-
-
-def forwards(folder: str, repeats: int, sizes=(64, 400, 1200), group_size=5):
-    ours, plain = policies(folder)
-    lengths = torch.randint(30, 61, (group_size,), generator=seeded("group lengths"))
-    for tokens in sizes:
-        group = random_group(ours, prompt_of(ours.encoder, tokens, 0), lengths)
-        versus(
-            f"forward + backward, {tokens}-token prompt, {group_size} responses of 30-60",
-            repeats if tokens > 800 else 3 * repeats,
-            lambda g=group: ours.log_probs([g]).sum().backward(),
-            lambda g=group: plain_log_probs(plain, g).sum().backward(),
-        )
-
-
-def memory(folder: str, repeats: int):
-    """Peak memory of log-probs and their gradient over parameters and gradients, each in a process of its own."""
-    for kind in ("tied", "untied"):
-        command = [sys.executable, "-m", "experiments.bench", "--only", f"memory-{kind}"]
-        peak = (
-            subprocess.run(command, capture_output=True, text=True, check=True)
-            .stdout.strip()
-            .splitlines()[-1]
-        )
-        line(
-            f"peak of 2,000 log-probs, vocabulary 151,936, hidden 256, {kind}",
-            f"{peak} MiB",
-            "",
-            "target < 700",
-        )
-
-
-def measure_memory(tied: bool) -> float:
-    """MiB. The baseline has every gradient written once, so the peak is activations, logits and gradients in flight."""
-    config = toy.hub_config(
-        (256, 512, 1, 4, 2), *TINY[1:3], [8, 12, 12], 151936, tied, "float32", 300
-    )
-    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**config)).train()
-    assert tied == (model.lm_head.weight is model.get_input_embeddings().weight)
-    for parameter in model.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    model.set_attn_implementation(packing.ATTENTION)
-    prompt = empty_group().prompt
-    groups = [random_group(None, prompt, torch.full((8,), 50)) for _ in range(5)]
-    row = packing.build_row(groups, False, torch.zeros(1176), 2, "cpu")
-    before = peak_of_process()
-    packing.row_log_probs(model, row, 1.0).sum().backward()
-    return peak_of_process() - before
-
-
-def peak_of_process() -> float:
-    """MiB. Linux's VmHWM, because ru_maxrss begins at the peak of the process that started this one."""
-    status = Path("/proc/self/status")
-    found = re.search(r"VmHWM:\s+(\d+)", status.read_text()) if status.exists() else None
-    return (
-        int(found[1]) / 1024 if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    )
-
-
-def extra_cost(folder: str, repeats: int):
-    """A step of papo_g against one of grpo on the same toy rollouts: the rollout, the passes before, the update."""
-    policy = make_policy("tiny", folder)
-    prompts = [policy.encoder.encode(toy.example("train", i), i) for i in range(16)]
-    reference, sampling = copy.deepcopy(policy), dict(max_new_tokens=40, rollout_batch=320)
-    optimizer = torch.optim.SGD(policy.model.parameters(), lr=0.0)
-    groups = generate(policy, prompts, 8, **sampling)
-    for group in groups:
-        group.advantages = torch.randn(8)
-
-    def step(name: str):
-        algo = preset(name)
-        for group in groups:
-            group.old_log_probs = group.masked_log_probs = None
-        generate(policy, prompts, 8, **sampling)
-        prepare(policy, reference, groups, algo, 16_384, updates=1, key=(0, 0))
-        update(policy, optimizer, groups, algo, mini_batch=16, budget=16_384)
-
-    step("papo_g")
-    versus(
-        "toy step: grpo (first column), papo_g",
-        2 * repeats,
-        lambda: step("grpo"),
-        lambda: step("papo_g"),
-    )
-
-
-def data_ahead(folder: str, repeats: int, tokens=1200, per_round=8):
-    """How long a step waits for its prompts, decoded from JPEG and encoded in threads while the last one trained."""
-    policy = make_policy("tiny", folder)
-    prompt, file = prompt_of(policy.encoder, tokens, 0), io.BytesIO()
-    prompt.example.images[0].save(file, "JPEG")
-
-    def row(i: int) -> Example:
-        return Example(
-            prompt.example.question, "1", [Image.open(io.BytesIO(file.getvalue())).convert("RGB")]
-        )
-
-    alone = median(seconds(lambda: policy.encoder.encode(row(0))) for _ in range(5))
-    stream = Stream(Rows("jpeg", row, range(64)), policy.encoder.encode, per_round)
-    lengths, waits, works = torch.full((5,), 50), [], []
-    for _ in range(repeats + 1):
-        batch = []
-        waits.append(seconds(lambda batch=batch: batch.extend(next(stream))))
-        groups = [random_group(policy, p, lengths) for _, p in batch]
-        works.append(seconds(lambda g=groups: [policy.log_probs([x]).sum().backward() for x in g]))
-    stream.close()
-    line(
-        f"one {tokens}-token prompt decoded and encoded, one thread",
-        f"{1000 * alone:.0f} ms",
-        "",
-        "",
-    )
-    line(f"wait for {per_round} prompts, first step", f"{1000 * waits[0]:.0f} ms", "", "")
-    cells = f"{1000 * max(waits[1:]):.1f} ms", f"{median(works):.1f} s step", "longest"
-    line(f"wait for {per_round} prompts, later steps", *cells)
-
-
-def growth(folder: str, repeats: int):
-    """Rollout and update of this code alone as one size grows, the others staying at 200 tokens, 8 prompts, G = 8."""
-    policy, base = (
-        make_policy("tiny", folder),
-        {"prompt tokens": 200, "group size": 8, "prompts": 8},
-    )
-    optimizer = torch.optim.SGD(policy.model.parameters(), lr=0.0)
-    for name, values in {
-        "prompt tokens": (50, 200, 800),
-        "group size": (4, 8, 16),
-        "prompts": (4, 8, 16),
-    }.items():
-        for value in values:
-            size = base | {name: value}
-            n, g = size["prompts"], size["group size"]
-            prompts = [prompt_of(policy.encoder, size["prompt tokens"], i) for i in range(n)]
-            lengths = draw_lengths(n * g, 30, 100).view(n, g)
-            sampling = dict(max_new_tokens=100, rollout_batch=n * g, lengths=lengths)
-            start = time.perf_counter()
-            groups = generate(policy, prompts, g, **sampling)
-            rolled = time.perf_counter() - start
-            for group in groups:
-                group.advantages = torch.randn(g)
-            algo = preset("papo_g_no_kl_ref")
-            prepare(policy, None, groups, algo, 16_384, updates=1, key=(0, 0))
-            updated = seconds(partial(update, policy, optimizer, groups, algo, n, 16_384))
-            line(
-                f"growth: {name} {value}", f"rollout {rolled:.2f} s", f"update {updated:.2f} s", ""
-            )
-
-
-def matrix_rate(device, dtype, n: int) -> float:
-    """FLOP/s of an n x n x n product, the best of ten."""
-    a = torch.randn(n, n, device=device, dtype=dtype)
-    times = [Clock(device)(lambda: a @ a) for _ in range(10)]
-    return 2 * n**3 / min(times)
+# Measuring and printing
 
 
 class Clock:
-    """clock(call) -> seconds, the device's work included; `peak` is the call's highest memory in GiB (CUDA)."""
+    """clock(call) -> seconds, the device's work included.
+
+    On CUDA, `peak` is the last call's highest memory in GiB.
+    """
 
     def __init__(self, device):
-        self.cuda, self.peak = torch.device(device).type == "cuda", 0.0
+        self.cuda = torch.device(device).type == "cuda"
+        self.peak = 0.0
 
-    def __call__(self, call) -> float:
+    def __call__(self, call: Callable) -> float:
         if self.cuda:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
@@ -377,42 +257,363 @@ class Clock:
         call()
         if self.cuda:
             torch.cuda.synchronize()
-            self.peak = torch.cuda.max_memory_allocated() / 2**30
+            self.peak = torch.cuda.max_memory_allocated() / GIB
         return time.perf_counter() - start
 
 
-def forward_flops(config, groups: list[Group], linears: dict[str, int]) -> float:
-    """Model FLOPs of one forward: every prompt token and picture once, every response token, no recomputation.
+seconds = Clock("cpu")
 
-    2 a weight and token in linear layers (the head: response tokens only), 4 d a query-key pair in attention.
+
+def print_row(what: str, *cells: str) -> None:
+    padded = [f"{cell:<15}" for cell in (*cells, "", "", "")[:3]]
+    print(f"| {what:<64} | {' | '.join(padded)} |", flush=True)
+
+
+def compare(
+    what: str, repeats: int, ours: Callable, baseline: Callable, tokens: int | None = None
+) -> None:
+    """Run both in turns and print a row: seconds, or tokens per second where `tokens` is given."""
+    times = [(seconds(ours), seconds(baseline)) for _ in range(repeats)]
+    ratios = [slow / fast for fast, slow in times]
+    cells = []
+    for side in (0, 1):
+        middle = median(pair[side] for pair in times)
+        cells.append(f"{tokens / middle:.3g} tokens/s" if tokens else f"{middle:.3g} s")
+    spread = f"[{min(ratios):.2f}, {max(ratios):.2f}] over {repeats}"
+    print_row(what, *cells, f"{median(ratios):.2f} {spread}")
+
+
+# The parts of the table
+
+
+def rollouts(folder: str, repeats: int) -> None:
+    """Sampling against stock generate, 16 prompts x 8 responses of mean length about 50."""
+    ours, stock = make_policies(folder)
+    n_prompts, group_size = 16, 8
+    for tokens in (50, 400, 1200):
+        prompts = noise_prompts(ours.encoder, tokens, n_prompts)
+        sample = partial(
+            generate,
+            ours,
+            prompts,
+            group_size,
+            max_new_tokens=256,
+            rollout_batch=n_prompts * group_size,
+        )
+        with random_stops(ours, mean=50):
+            lengths = response_lengths(sample())  # also warms up
+            compare(
+                f"rollout, {tokens}-token prompts, {n_prompts} x {group_size}, "
+                f"mean length {lengths.float().mean():.0f}",
+                min(repeats, 2) if tokens > 800 else repeats,
+                sample,
+                partial(stock_generate, stock, prompts, lengths),
+                tokens=int(lengths.sum()),
+            )
+
+
+def forwards(folder: str, repeats: int) -> None:
+    """Log-probs and their gradient against padded rows, for one group."""
+    ours, stock = make_policies(folder)
+    group_size = 5
+    lengths = torch.randint(30, 61, (group_size,), generator=seeded("group lengths"))
+    for tokens in (64, 400, 1200):
+        group = random_group(noise_prompt(ours.encoder, tokens, 0), lengths)
+        compare(
+            f"forward + backward, {tokens}-token prompt, {group_size} responses of 30-60",
+            repeats if tokens > 800 else 3 * repeats,
+            lambda group=group: ours.log_probs([group]).sum().backward(),
+            lambda group=group: padded_log_probs(stock, group).sum().backward(),
+        )
+
+
+def memory(folder: str, repeats: int) -> None:
+    """Peak memory of log-probs and their gradient, each measurement in a process of its own."""
+    for kind in ("tied", "untied"):
+        command = [sys.executable, "-m", "experiments.bench", "--only", f"memory-{kind}"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT)
+        what = f"peak of 2,000 log-probs, vocabulary 151,936, hidden 256, {kind}"
+        print_row(what, f"{done.stdout.split()[-1]} MiB", "", "target < 700")
+
+
+def measure_memory(tied: bool) -> float:
+    """MiB that 2,000 log-probs and their gradient add to the process.
+
+    Every gradient is written once beforehand, so that the peak holds activations, logits and
+    gradients in flight, not parameters and their gradients.
     """
-    text, vision, total = config.get_text_config(), config.vision_config, 0.0
+    config = toy.hub_config(
+        (256, 512, 1, 4, 2),
+        TINY_VISION,
+        TINY_FULL_ATTENTION,
+        [8, 12, 12],
+        vocab_size=151936,
+        tied=tied,
+        dtype="float32",
+        special=300,
+    )
+    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**config)).train()
+    assert tied == (model.lm_head.weight is model.get_input_embeddings().weight)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    model.set_attn_implementation(packing.ATTENTION)
+    prompt = empty_group().prompt
+    groups = [random_group(prompt, torch.full((8,), 50)) for _ in range(5)]
+    row = packing.build_row(groups, False, torch.zeros(1176), 2, "cpu")
+    before = process_peak()
+    packing.row_log_probs(model, row, 1.0).sum().backward()
+    return process_peak() - before
+
+
+def process_peak() -> float:
+    """MiB. Linux's VmHWM; ru_maxrss would start at the peak of the parent process."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        if found:
+            return int(found[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def train_step(policy, reference, optimizer, groups: list[Group], algo: Algo) -> None:
+    """Everything a step does after its rollout, with a single update."""
     for group in groups:
-        p, rows, patches = (
-            len(group.prompt),
-            group.response_mask.sum(1).tolist(),
-            len(group.prompt.pixel_values),
+        group.old_log_probs = group.masked_log_probs = None
+    prepare(policy, reference, groups, algo, TOKENS_PER_FORWARD, updates=1, key=(0, 0))
+    update(policy, optimizer, groups, algo, mini_batch=len(groups), budget=TOKENS_PER_FORWARD)
+
+
+def extra_cost(folder: str, repeats: int) -> None:
+    """A step of papo_g against one of grpo on the same toy rollouts, sampling included."""
+    policy = make_policy("tiny", folder)
+    reference = copy.deepcopy(policy)
+    optimizer = torch.optim.SGD(policy.model.parameters(), lr=0.0)
+    prompts = [policy.encoder.encode(toy.example("train", i), i) for i in range(16)]
+    sample = partial(generate, policy, prompts, 8, max_new_tokens=40, rollout_batch=320)
+    groups = sample()
+    for group in groups:
+        group.advantages = torch.randn(8)
+
+    def step(name: str) -> None:
+        sample()
+        train_step(policy, reference, optimizer, groups, preset(name))
+
+    step("papo_g")  # warms up
+    compare(
+        "toy step: grpo (first column), papo_g",
+        2 * repeats,
+        partial(step, "grpo"),
+        partial(step, "papo_g"),
+    )
+
+
+def data_ahead(folder: str, repeats: int) -> None:
+    """How long a step waits for its prompts.
+
+    Images are decoded from JPEG and prompts encoded in threads, while the step before trains.
+    """
+    policy = make_policy("tiny", folder)
+    tokens, prompts_per_step = 1200, 8
+    prompt = noise_prompt(policy.encoder, tokens, 0)
+    jpeg = io.BytesIO()
+    prompt.example.images[0].save(jpeg, "JPEG")
+
+    def read_row(i: int) -> Example:
+        image = Image.open(io.BytesIO(jpeg.getvalue())).convert("RGB")
+        return Example(prompt.example.question, "1", [image])
+
+    def train(batch: list) -> None:
+        for _, encoded in batch:
+            group = random_group(encoded, torch.full((5,), 50))
+            policy.log_probs([group]).sum().backward()
+
+    alone = median(seconds(lambda: policy.encoder.encode(read_row(0))) for _ in range(5))
+    stream = Stream(Rows("jpeg", read_row, range(64)), policy.encoder.encode, prompts_per_step)
+    waits, steps = [], []
+    for _ in range(repeats + 1):
+        batch = []
+        waits.append(seconds(lambda batch=batch: batch.extend(next(stream))))
+        steps.append(seconds(partial(train, batch)))
+    stream.close()
+    print_row(f"decode and encode one {tokens}-token prompt, one thread", f"{1000 * alone:.0f} ms")
+    print_row(f"wait for {prompts_per_step} prompts, first step", f"{1000 * waits[0]:.0f} ms")
+    print_row(
+        f"wait for {prompts_per_step} prompts, later steps",
+        f"{1000 * max(waits[1:]):.1f} ms",
+        f"{median(steps):.1f} s step",
+        "longest",
+    )
+
+
+def growth(folder: str, repeats: int) -> None:
+    """Rollout and update of this code as one size grows and the others stay."""
+    policy = make_policy("tiny", folder)
+    optimizer = torch.optim.SGD(policy.model.parameters(), lr=0.0)
+    base = {"prompt tokens": 200, "group size": 8, "prompts": 8}
+    tried = {"prompt tokens": (50, 200, 800), "group size": (4, 8, 16), "prompts": (4, 8, 16)}
+    for name, values in tried.items():
+        for value in values:
+            rolled, updated = time_of_size(policy, optimizer, base | {name: value})
+            cells = f"rollout {rolled:.2f} s", f"update {updated:.2f} s"
+            print_row(f"growth: {name} {value}", *cells)
+
+
+def time_of_size(policy: Policy, optimizer, size: dict[str, int]) -> tuple[float, float]:
+    """Seconds of a rollout, mean length about 30, and of the training on it."""
+    group_size = size["group size"]
+    prompts = noise_prompts(policy.encoder, size["prompt tokens"], size["prompts"])
+    groups = []
+    sample = partial(
+        generate,
+        policy,
+        prompts,
+        group_size,
+        max_new_tokens=100,
+        rollout_batch=len(prompts) * group_size,
+    )
+    with random_stops(policy, mean=30):
+        rolled = seconds(lambda: groups.extend(sample()))
+    for group in groups:
+        group.advantages = torch.randn(group_size)
+    algo = preset("papo_g_no_kl_ref")
+    return rolled, seconds(partial(train_step, policy, None, optimizer, groups, algo))
+
+
+PARTS = {
+    "rollouts": rollouts,
+    "forwards": forwards,
+    "memory": memory,
+    "papo": extra_cost,
+    "data": data_ahead,
+    "growth": growth,
+}
+
+
+# One step at the paper's sizes
+
+
+class OneStep:
+    """One step as train.py runs it. Prints seconds, peak memory and tokens/s or MFU per phase."""
+
+    def __init__(self, args, folder: str):
+        _, world, device = init_distributed()
+        self.args = args
+        self.clock = Clock(device)
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.policy = make_policy(args.model.removeprefix("random:"), folder, device)
+        self.linears = count_linears(self.policy.model)
+        self.reference = Policy(copy.deepcopy(self.policy.model), self.policy.encoder)
+        mesh = torch.distributed.device_mesh.init_device_mesh(device.type, (world,))
+        for each in (self.policy, self.reference):
+            if device.type == "cuda":
+                each.model.gradient_checkpointing_enable({"use_reentrant": False})
+            shard(each.model, mesh, self.dtype)
+        self.optimizer = torch.optim.AdamW(self.policy.model.parameters(), lr=1e-6)
+        self.rate = self.matrix_rate(8192 if device.type == "cuda" else 512)
+        self.groups: list[Group] = []
+
+    def matrix_rate(self, n: int) -> float:
+        """FLOP/s of an n x n x n product, the best of ten."""
+        a = torch.randn(n, n, device=self.policy.device, dtype=self.dtype)
+        return 2 * n**3 / min(self.clock(lambda: a @ a) for _ in range(10))
+
+    def attention(self) -> str:
+        kind = self.policy.device.type
+        if packing.varlen_kernel(kind, self.dtype) is None:
+            return "SDPA"
+        return "flash-attn" if packing.is_flash_attn_2_available() else "torch varlen"
+
+    def run(self) -> None:
+        args = self.args
+        rate = f"{self.rate / 1e12:.3g} TFLOP/s"
+        print_row("attention; measured matrix rate", self.attention(), rate, torch.__version__)
+        rolled = self.rollout()
+        self.set_advantages()
+        self.prepare(self.groups[:1], preset(args.algo))  # the first call of a kernel, untimed
+        self.update(self.groups[:1], preset(args.algo))
+        totals = {}
+        for name in ("grpo", args.algo):
+            totals[name] = rolled + self.training(name)
+            print_row(f"{name}: the step", f"{totals[name]:.1f} s")
+        extra = totals[args.algo] / totals["grpo"] - 1
+        print_row(f"{args.algo} over grpo at equal rollouts", f"{extra:+.1%}")
+
+    def rollout(self) -> float:
+        args = self.args
+        prompts = noise_prompts(self.policy.encoder, args.prompt_tokens, args.prompts)
+        sample = partial(
+            generate,
+            self.policy,
+            prompts,
+            args.group_size,
+            max_new_tokens=args.max_new_tokens,
+            rollout_batch=args.rollout_batch,
+            top_p=0.99,
+            progress=True,
         )
-        pairs = p * p / 2 + sum(r * p + r * r / 2 for r in rows)
-        full, window = (
-            len(vision.fullatt_block_indexes),
-            (vision.window_size // vision.patch_size) ** 2,
+        with random_stops(self.policy, args.mean):
+            took = self.clock(lambda: self.groups.extend(sample()))
+        lengths = response_lengths(self.groups).float()
+        what = f"rollout, {args.prompts} x {args.group_size}, mean length {lengths.mean():.0f}"
+        self.print_phase(what, took, f"{lengths.sum() / took:.0f} tokens/s")
+        return took
+
+    def set_advantages(self) -> None:
+        size = self.args.group_size
+        rewards = torch.rand(len(self.groups) * size, generator=seeded("rewards"))
+        advantages = group_advantages(rewards, size).float().split(size)
+        for group, values in zip(self.groups, advantages, strict=True):
+            group.advantages = values
+
+    def training(self, name: str) -> float:
+        """Seconds of log-probs and updates."""
+        algo = preset(name)
+        flops = forward_flops(self.policy.model.config, self.groups, self.linears)
+        passes = (self.updates > 1) + bool(algo.kl_ref_coef) + algo.needs_masked_view
+        prepared = self.clock(partial(self.prepare, self.groups, algo))
+        mfu = f"MFU {passes * flops / prepared / self.rate:.1%}"
+        self.print_phase(f"{name}: {passes} passes of log-probs", prepared, mfu)
+        updated = self.clock(partial(self.update, self.groups, algo))
+        mfu = f"MFU {3 * flops / updated / self.rate:.1%}"
+        self.print_phase(f"{name}: {self.updates} updates", updated, mfu)
+        return prepared + updated
+
+    @property
+    def updates(self) -> int:
+        return math.ceil(len(self.groups) / self.args.mini_batch)
+
+    def prepare(self, groups: list[Group], algo: Algo) -> None:
+        tokens = self.args.tokens_per_forward
+        prepare(self.policy, self.reference, groups, algo, tokens, updates=self.updates, key=(0, 0))
+
+    def update(self, groups: list[Group], algo: Algo) -> None:
+        tokens = self.args.tokens_per_forward
+        update(
+            self.policy,
+            self.optimizer,
+            groups,
+            algo,
+            mini_batch=self.args.mini_batch,
+            budget=tokens,
         )
-        seen = patches * (full * patches + (vision.depth - full) * min(window, patches))
-        total += (
-            2 * linears["text"] * (p + sum(rows))
-            + 4 * text.hidden_size * text.num_hidden_layers * pairs
-        )
-        total += (
-            2 * linears["head"] * sum(rows)
-            + 2 * linears["vision"] * patches
-            + 4 * vision.hidden_size * seen
-        )
-    return total
+
+    def print_phase(self, what: str, took: float, last: str) -> None:
+        print_row(what, f"{took:.2f} s", f"{self.clock.peak:.1f} GiB", last)
+
+
+def one_step(args, folder: str) -> None:
+    """One step of --algo and one of grpo, on the same rollouts."""
+    try:
+        OneStep(args, folder).run()
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def count_linears(model) -> dict[str, int]:
-    """Weights of linear layers (and the patch convolution), a number a token. The merger sees every fourth patch."""
+    """Weights that every token of a part passes: linear layers and the patch convolution.
+
+    The vision tower's are per patch; the merger works on every fourth patch.
+    """
     counts = {"text": 0, "vision": 0, "head": model.lm_head.weight.numel()}
     for name, module in model.named_modules():
         if isinstance(module, (torch.nn.Linear, torch.nn.Conv3d)) and "lm_head" not in name:
@@ -421,183 +622,136 @@ def count_linears(model) -> dict[str, int]:
     return counts
 
 
-def one_step(args, folder: str) -> None:
-    """One papo_g (and one grpo) step as train.py does it, phase by phase: seconds, peak memory, tokens/s, MFU."""
-    from support.distributed import init_distributed, shard
+def forward_flops(config, groups: list[Group], linears: dict[str, int]) -> float:
+    """Model FLOPs of one forward over the groups.
 
-    _, world, device = init_distributed()
-    half = torch.bfloat16 if args.device == "cuda" else torch.float32
-    policy = make_policy(args.model.removeprefix("random:"), folder, device)
-    linears = count_linears(policy.model)
-    reference = Policy(copy.deepcopy(policy.model), policy.encoder)
-    for each in (policy, reference):
-        if args.device == "cuda":
-            each.model.gradient_checkpointing_enable({"use_reentrant": False})
-        mesh = torch.distributed.device_mesh.init_device_mesh(device.type, (world,))
-        shard(each.model, mesh, half)
-    rate = matrix_rate(device, half, 8192 if args.device == "cuda" else 512)
-    kernel = packing.varlen_kernel(device.type, half)
-    path = (
-        "SDPA"
-        if kernel is None
-        else "flash-attn"
-        if packing.is_flash_attn_2_available()
-        else "torch varlen"
-    )
-    line("attention; measured matrix rate", path, f"{rate / 1e12:.3g} TFLOP/s", torch.__version__)
-    prompts = [prompt_of(policy.encoder, args.prompt_tokens, i) for i in range(args.prompts)]
-    lengths = draw_lengths(args.prompts * args.group_size, args.mean, args.max_new_tokens).view(
-        args.prompts, -1
-    )
-    clock, tokens, groups, algo, totals = (
-        Clock(device),
-        int(lengths.sum()),
-        [],
-        preset(args.algo),
-        {},
-    )
-    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1e-6)
-    sampling = dict(
-        max_new_tokens=args.max_new_tokens,
-        rollout_batch=args.rollout_batch,
-        top_p=0.99,
-        lengths=lengths,
-    )
+    Every prompt token and image is counted once, every response token once, the head for response
+    tokens only, and no recomputation. Linear layers take 2 per weight and token, attention 4 d per
+    query-key pair.
+    """
+    text, vision = config.get_text_config(), config.vision_config
+    total = 0.0
+    for group in groups:
+        prompt, patches = len(group.prompt), len(group.prompt.pixel_values)
+        lengths = group.response_mask.sum(1).tolist()
+        responses = sum(lengths)
+        linear = linears["text"] * (prompt + responses)
+        linear += linears["head"] * responses
+        linear += linears["vision"] * patches
+        text_pairs = prompt**2 / 2 + sum(n * prompt + n**2 / 2 for n in lengths)
+        text_pairs *= text.num_hidden_layers
+        attention = text.hidden_size * text_pairs
+        attention += vision.hidden_size * vision_pairs(vision, patches)
+        total += 2 * linear + 4 * attention
+    return total
 
-    def report(what: str, took: float, last: str) -> None:
-        line(what, f"{took:.2f} s", f"{clock.peak:.1f} GiB", last)
 
-    rolled = clock(
-        lambda: groups.extend(generate(policy, prompts, args.group_size, progress=True, **sampling))
-    )
-    report(f"rollout, {args.prompts} x {args.group_size}, mean {lengths.float().mean():.0f}", rolled,
-           f"{tokens / rolled:.0f} tokens/s")  # fmt: skip
-    rewards = torch.rand(args.prompts * args.group_size, generator=seeded("rewards"))
-    advantages = group_advantages(rewards, args.group_size).split(args.group_size)
-    for group, own in zip(groups, advantages, strict=True):
-        group.advantages = own.float()
-    flops = forward_flops(policy.model.config, groups, linears)
-    updates = math.ceil(len(groups) / args.mini_batch)
-    warm = groups[:1]  # the first call of every kernel, untimed
-    prepare(policy, reference, warm, algo, args.tokens_per_forward, 2, (0, 0))
-    update(policy, optimizer, warm, algo, args.mini_batch, args.tokens_per_forward)
-    for one in ("grpo", args.algo):
-        algo = preset(one)
-        passes = (updates > 1) + bool(algo.kl_ref_coef) + algo.needs_masked_view
-        before = clock(
-            partial(
-                prepare, policy, reference, groups, algo, args.tokens_per_forward, updates, (0, 0)
-            )
-        )
-        report(
-            f"{one}: {passes} passes of log-probs",
-            before,
-            f"MFU {passes * flops / before / rate:.1%}",
-        )
-        trained = clock(
-            partial(
-                update, policy, optimizer, groups, algo, args.mini_batch, args.tokens_per_forward
-            )
-        )
-        report(f"{one}: {updates} updates", trained, f"MFU {3 * flops / trained / rate:.1%}")
-        totals[one] = rolled + before + trained
-        line(f"{one}: the step", f"{totals[one]:.1f} s", "", "")
-    line(
-        f"{args.algo} over grpo at equal rollouts",
-        f"{totals[args.algo] / totals['grpo'] - 1:+.1%}",
-        "",
-        "",
-    )
-    torch.distributed.destroy_process_group()
+def vision_pairs(vision, patches: int) -> int:
+    """Query-key pairs of all vision blocks; most blocks see a window, some the whole image."""
+    window = (vision.window_size // vision.patch_size) ** 2
+    full_blocks = len(vision.fullatt_block_indexes)
+    window_blocks = vision.depth - full_blocks
+    return patches * (full_blocks * patches + window_blocks * min(window, patches))
 
 
 def numerics(args, folder: str) -> None:
-    """Log-probs in half precision, packed and plain, against packed fp32: ||diff|| / ||ref|| and the worst token."""
+    """Half-precision log-probs, packed and padded, against packed fp32.
+
+    Prints ||difference|| / ||fp32|| and the worst token's difference.
+    """
     half = torch.bfloat16 if args.device == "cuda" else torch.float32
     policy = make_policy(args.model.removeprefix("random:"), folder, args.device)
-    prompts = [prompt_of(policy.encoder, args.prompt_tokens, i) for i in range(2)]
-    lengths = draw_lengths(2 * args.group_size, args.mean, args.max_new_tokens).view(2, -1)
-    groups = [random_group(policy, p, n) for p, n in zip(prompts, lengths, strict=True)]
+    lengths = torch.empty(2, args.group_size).geometric_(1 / args.mean, generator=seeded("lengths"))
+    lengths = lengths.long().clamp(max=args.max_new_tokens)
+    prompts = noise_prompts(policy.encoder, args.prompt_tokens, 2)
+    groups = [random_group(p, n) for p, n in zip(prompts, lengths, strict=True)]
     with torch.no_grad():
-        exact = [policy.log_probs([g]) for g in groups]
+        exact = [policy.log_probs([group]) for group in groups]
         policy.model.to(half)
-        packed = policy.log_probs(groups)
-        policy.model.set_attn_implementation({"text_config": "sdpa", "vision_config": "sdpa"})
-        plain = [plain_log_probs(policy, g) for g in groups]
-    packed = [x[:, : e.shape[1]] for x, e in zip(packed.split(args.group_size), exact, strict=True)]
-    for what, values in (("packed", packed), ("plain padded", plain)):
-        diff = torch.cat([(a - b).flatten() for a, b in zip(values, exact, strict=True)])
-        norm = diff.norm() / torch.cat([e.flatten() for e in exact]).norm()
-        line(
-            f"{what} {half} against packed fp32", f"{norm:.2e}", f"worst {diff.abs().max():.2e}", ""
-        )
+        together = policy.log_probs(groups).split(args.group_size)
+        packed = [x[:, : e.shape[1]] for x, e in zip(together, exact, strict=True)]
+        policy.model.set_attn_implementation(STOCK_ATTENTION)
+        padded = [padded_log_probs(policy, group) for group in groups]
+    norm = torch.cat([e.flatten() for e in exact]).norm()
+    for what, values in (("packed", packed), ("padded", padded)):
+        differences = torch.cat([(a - b).flatten() for a, b in zip(values, exact, strict=True)])
+        relative = f"{differences.norm() / norm:.2e}"
+        worst = f"worst {differences.abs().max():.2e}"
+        print_row(f"{what} {half} against packed fp32", relative, worst)
 
 
-PARTS = {"rollouts": rollouts, "forwards": forwards, "memory": memory, "papo": extra_cost, "data": data_ahead,
-         "growth": growth}  # fmt: skip
+# Command line
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Measure speed and memory against stock Hugging Face.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    # The last two are the processes that `memory` starts.
+    parts = [*PARTS, "memory-tied", "memory-untied"]
+    add = parser.add_argument
+    add("--only", nargs="+", default=list(PARTS), choices=parts, help="parts of the table")
+    add(
+        "--repeats", type=int, default=3, help="per comparison; rollouts of 1,200 tokens: 2 at most"
+    )
+    add("--device", default="cpu", choices=("cpu", "cuda"), help="where --model runs")
+    add("--model", default="", choices=SIZES, help="measure one step of such a model instead")
+    add("--numerics", action="store_true", help="with --model: compare log-probs, bf16 and fp32")
+    add("--profile", default="", help="with --model: write the profiler's table to this file")
+    add("--algo", default="papo_g", help="with --model: the preset to compare with grpo")
+    sizes = {
+        "prompts": (192, "prompts per step"),
+        "group_size": (5, "responses per prompt"),
+        "prompt_tokens": (1200, "tokens per prompt, about"),
+        "mean": (350, "mean response length, about"),
+        "max_new_tokens": (2048, "longest response"),
+        "rollout_batch": (320, "responses sampled at a time"),
+        "mini_batch": (64, "prompts per update"),
+        "tokens_per_forward": (16_384, "tokens per training forward"),
+    }
+    for name, (value, meaning) in sizes.items():
+        add(f"--{name}", type=int, default=value, help=f"with --model: {meaning}")
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and not args.model:
+        parser.error(f"--device cuda: needs --model, one of {', '.join(SIZES)}")
+    if args.model and torch.cuda.is_available() != (args.device == "cuda"):
+        found = "no" if args.device == "cuda" else "a"
+        parser.error(f"--device {args.device}: torch sees {found} CUDA device here")
+    return args
+
+
+def measure_model(args, folder: str) -> None:
+    measure = numerics if args.numerics else one_step
+    if not args.profile:
+        measure(args, folder)
+        return
+    with torch.profiler.profile() as profile:
+        measure(args, folder)
+    order = "self_cuda_time_total" if args.device == "cuda" else "self_cpu_time_total"
+    Path(args.profile).write_text(profile.key_averages().table(sort_by=order, row_limit=60))
+
+
+def print_table(args, folder: str) -> None:
+    threads = torch.get_num_threads()
+    print(f"torch {torch.__version__}, {threads} threads, {args.repeats} repeats")
+    print_row("what", "this code", "baseline", "baseline / this code")
+    start = time.perf_counter()
+    for name in args.only:
+        PARTS[name](folder, args.repeats)
+    print_row("total", f"{time.perf_counter() - start:.0f} s")
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parts = [
-        *PARTS,
-        "memory-tied",
-        "memory-untied",
-    ]  # the last two: what `memory` starts, a process each
-    parser.add_argument(
-        "--only", nargs="+", default=list(PARTS), choices=parts, help="parts of the table"
-    )
-    parser.add_argument(
-        "--repeats", type=int, default=3, help="of each comparison; at 1,200 tokens at most 2"
-    )
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    sizes = ("random:qwen2.5-vl-3b", "random:qwen2.5-vl-7b", "random:tiny")
-    parser.add_argument(
-        "--model", default="", choices=sizes, help="measure one step of such a model"
-    )
-    parser.add_argument(
-        "--numerics",
-        action="store_true",
-        help="with --model: log-probs in bf16, packed, plain, fp32",
-    )
-    parser.add_argument(
-        "--profile",
-        default="",
-        help="with --model: write a table of the device's time to this file",
-    )
-    parser.add_argument("--algo", default="papo_g", help="of the step, compared with grpo")
-    for name, value in dict(
-        prompts=192, group_size=5, prompt_tokens=1200, mean=350, max_new_tokens=2048, rollout_batch=320, mini_batch=64,
-        tokens_per_forward=16_384,
-    ).items():  # fmt: skip
-        parser.add_argument(f"--{name}", type=int, default=value, help="of the step with --model")
-    args = parser.parse_args(argv)
+    args = parse_args(argv)
     if args.only in (["memory-tied"], ["memory-untied"]):
-        return print(round(measure_memory(args.only == ["memory-tied"])))
-    if args.device == "cuda" and not args.model:
-        parser.error(f"--device cuda: needs --model, one of {', '.join(sizes)}")
-    if torch.cuda.is_available() != (args.device == "cuda") and args.model:
-        parser.error(
-            f"--device {args.device}: torch sees {'a' if args.device == 'cpu' else 'no'} CUDA device here"
-        )
+        print(round(measure_memory(tied=args.only == ["memory-tied"])))
+        return
     with tempfile.TemporaryDirectory() as folder:
         if args.model:
-            measure = numerics if args.numerics else one_step
-            if not args.profile:
-                return measure(args, folder)
-            with torch.profiler.profile() as profile:
-                measure(args, folder)
-            order = "self_cuda_time_total" if args.device == "cuda" else "self_cpu_time_total"
-            Path(args.profile).write_text(profile.key_averages().table(sort_by=order, row_limit=60))
-            return
-        start = time.perf_counter()
-        print(
-            f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.repeats} repeats"
-        )
-        line("what", "this code", "plain", "plain / this code")
-        for name in args.only:
-            PARTS[name](folder, args.repeats)
-        line("all of it", f"{time.perf_counter() - start:.0f} s", "", "")
+            measure_model(args, folder)
+        else:
+            print_table(args, folder)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""The benchmark runs, in the small; no times are judged."""
+"""The benchmark compares like with like. No times are judged."""
+
+from functools import partial
 
 import pytest
 import torch
@@ -9,42 +11,56 @@ from rollout import generate
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    return bench.policies(str(tmp_path_factory.mktemp("bench")))
+    return bench.make_policies(str(tmp_path_factory.mktemp("bench")))
 
 
-def test_both_ways_give_the_forced_lengths(pair):
-    ours, plain = pair
-    prompts = [bench.prompt_of(ours.encoder, 60, i) for i in range(3)]
-    assert all(50 <= len(p) <= 70 for p in prompts) and len({len(p) for p in prompts}) > 1
-    lengths = bench.draw_lengths(6, 5, 12).view(3, 2)
-    groups = generate(ours, prompts, 2, max_new_tokens=12, lengths=lengths, rollout_batch=4)
-    assert torch.equal(torch.stack([g.response_mask.sum(1) for g in groups]), lengths)
-    out = bench.stock_generate(plain, prompts, lengths)[:, max(map(len, prompts)) :]
-    ended = torch.isin(out, torch.tensor(plain.eos_ids)).int()
-    assert (ended.argmax(1) + 1).tolist() == lengths.flatten().tolist() and ended.any(1).all()
+def test_both_sides_decode_the_same_lengths(pair):
+    ours, stock = pair
+    prompts = bench.noise_prompts(ours.encoder, tokens=60, count=3)
+    assert all(50 <= len(prompt) <= 70 for prompt in prompts)
+    assert len({len(prompt) for prompt in prompts}) > 1
+    sample = partial(generate, ours, prompts, 2, max_new_tokens=12, rollout_batch=4)
+    with bench.random_stops(ours, mean=5):
+        lengths = bench.response_lengths(sample())
+        assert torch.equal(lengths, bench.response_lengths(sample()))
+    assert len(lengths.unique()) > 1
+    tokens = bench.stock_generate(stock, prompts, lengths)[:, max(map(len, prompts)) :]
+    ended = torch.isin(tokens, torch.tensor(stock.eos_ids)).int()
+    assert ended.any(1).all()
+    assert torch.equal(ended.argmax(1) + 1, lengths.flatten())
 
 
-def test_both_ways_give_the_same_log_probs(pair):
-    ours, plain = pair
-    group = bench.random_group(ours, bench.prompt_of(ours.encoder, 60, 0), torch.tensor([5, 1, 9]))
-    torch.testing.assert_close(
-        ours.log_probs([group]), bench.plain_log_probs(plain, group), atol=1e-5, rtol=0
-    )
+def test_a_response_ends_at_each_token_with_the_same_probability(pair):
+    policy, _ = pair
+    hidden = torch.randn(3, 1, 128, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = policy.model.lm_head(hidden).softmax(-1)
+        with bench.random_stops(policy, mean=50):
+            inside = policy.model.lm_head(hidden).softmax(-1)
+        assert torch.equal(policy.model.lm_head(hidden).softmax(-1), before)
+    end_token, *other_ends = policy.eos_ids
+    torch.testing.assert_close(inside[..., end_token], torch.full((3, 1), 1 / 50))
+    assert inside[..., other_ends].eq(0).all()
+    others = [i for i in range(before.shape[-1]) if i not in policy.eos_ids]
+    ratios = (inside / before)[..., others]
+    torch.testing.assert_close(ratios, ratios[..., :1].expand_as(ratios))
 
 
-def test_the_draw_is_recorded():
-    lengths = bench.draw_lengths(10_000, 50, 256)
-    assert torch.equal(lengths, bench.draw_lengths(10_000, 50, 256))
-    assert 45 < lengths.float().mean() < 51 and lengths.min() == 1 and lengths.max() == 256
+def test_both_sides_give_the_same_log_probs(pair):
+    ours, stock = pair
+    prompt = bench.noise_prompt(ours.encoder, 60, 0)
+    group = bench.random_group(prompt, torch.tensor([5, 1, 9]))
+    expected = bench.padded_log_probs(stock, group)
+    torch.testing.assert_close(ours.log_probs([group]), expected, atol=1e-5, rtol=0)
 
 
 def test_flops_count_every_weight_once(pair):
-    """One response token more costs two operations a weight of the language model, and its attention."""
-    ours, _ = pair
-    config, linears = ours.model.config, bench.count_linears(ours.model)
-    prompt = bench.prompt_of(ours.encoder, 60, 0)
+    """One more response token costs two operations per weight, and its attention."""
+    policy, _ = pair
+    config, linears = policy.model.config, bench.count_linears(policy.model)
+    prompt = bench.noise_prompt(policy.encoder, 60, 0)
     one, two = (
-        bench.forward_flops(config, [bench.random_group(ours, prompt, torch.tensor([n]))], linears)
+        bench.forward_flops(config, [bench.random_group(prompt, torch.tensor([n]))], linears)
         for n in (1, 2)
     )
     attention = 4 * 128 * 4 * (len(prompt) + 1.5)
@@ -52,11 +68,22 @@ def test_flops_count_every_weight_once(pair):
     assert linears["text"] == 4 * (128 * 128 * 2 + 2 * 128 * 64 + 3 * 128 * 384)
 
 
-def test_unknown_parts_name_the_choices(capsys):
-    for argv, words in (
-        (["--only", "speed"], "rollouts"),
-        (["--model", "gpt"], "random:qwen2.5-vl-3b"),
-    ):
-        with pytest.raises(SystemExit):
-            bench.main(argv)
-        assert words in capsys.readouterr().err
+def test_one_step_runs_sharded(capsys):
+    """The command of docs/gpu.md in small: under FSDP, too, responses end at random."""
+    flags = "--model random:tiny --prompts 3 --group_size 2 --mini_batch 2 --prompt_tokens 60"
+    flags += " --mean 4 --max_new_tokens 12 --rollout_batch 4 --tokens_per_forward 200"
+    bench.main(flags.split())
+    printed = capsys.readouterr().out
+    assert "mean length" in printed and "mean length 12" not in printed
+    assert "papo_g: 2 updates" in printed
+    assert "papo_g over grpo at equal rollouts" in printed
+
+
+@pytest.mark.parametrize(
+    "flag, value, choice",
+    [("--only", "speed", "rollouts"), ("--model", "gpt", "random:qwen2.5-vl-3b")],
+)
+def test_an_unknown_part_names_the_choices(flag, value, choice, capsys):
+    with pytest.raises(SystemExit):
+        bench.main([flag, value])
+    assert choice in capsys.readouterr().err
