@@ -25,7 +25,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -336,13 +336,10 @@ def without_model(config: EvalConfig) -> None:
         return print(
             *reversed(plots.compare(config.compare, Path(config.out) / "compare.png")), sep="\n"
         )
-    results = predictions.grade_files(config.grade, config)
-    report(
-        config,
-        results,
-        config.baseline and predictions.grade_files([config.baseline], config, results),
-        [],
-    )
+    how = {"n": config.n, "reward": config.reward}
+    results = predictions.grade_files(config.grade, **how)
+    baseline = config.baseline and predictions.grade_files([config.baseline], results, **how)
+    report(config, results, baseline, [])
 
 
 def evaluate(
@@ -380,6 +377,14 @@ def evaluate(
         report(config, results, baseline, notes)
 
 
+def open_output(config: EvalConfig) -> None:
+    """Start the evaluation in --out, or resume the one there; ValueError if its settings differ."""
+    free = "out baseline grade ask image explain row masks compare protocol rollout_batch".split()
+    settings = {name: value for name, value in asdict(config).items() if name not in free}
+    inputs = {name: settings[name] for name in ("model", "data", "benchmarks")}
+    predictions.open_output(Path(config.out), settings, inputs)
+
+
 def run(config: EvalConfig, rank: int, world: int, device: torch.device) -> None:
     """Everything that needs a model."""
     look = bool(config.ask or config.explain)
@@ -400,9 +405,9 @@ def run(config: EvalConfig, rank: int, world: int, device: torch.device) -> None
         if config.explain and prompt.pixel_values is None:
             raise ValueError("--explain: the example has no image to owe anything to")
         if config.out and not look:
-            distributed.on_first_rank(lambda: predictions.open_output(Path(config.out), config))
+            distributed.on_first_rank(lambda: open_output(config))
         baseline = (
-            predictions.grade_files([config.baseline], config, sets)
+            predictions.grade_files([config.baseline], sets, n=config.n, reward=config.reward)
             if config.baseline and rank == 0 and not look
             else None
         )

@@ -1,132 +1,163 @@
-"""PAPO-Eval's files: write, resume, grade."""
+r"""PAPO-Eval's prediction files: written while an evaluation runs, read to resume it, graded again.
+
+The end of the pipeline: evaluate.py samples and grades the responses, and this module keeps them.
+A prediction file NAME.jsonl has one JSON line per response, loop after loop over the whole set,
+with PAPO-Eval's keys `idx`, `id`, `prompt`, `predict` and `label`. Further keys are ours; PAPO-Eval
+does not read them. The folder of an evaluation holds
+
+    evaluation.json           the settings it was started with and the files it reads
+    partial/NAME/RANK.jsonl   the responses of a set that is being evaluated, in no order
+    NAME.jsonl                the responses of a finished set
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 from mathruler.grader import extract_boxed_content
 
-from support import benchmarks, metrics
+from support import metrics
+from support.benchmarks import ALIASES
 from support.data import DataError
 from support.reward import compute_score, rewrite
 from support.sandbox import Grader
 
 
-def boxed(text: str) -> str | None:
-    """What the last box of a response holds, read as the grader reads it; None where there is no whole box."""
-    content = extract_boxed_content(rewrite(text))
-    return None if content == "None" else content
+def boxed(response: str) -> str | None:
+    r"""The content of the last \boxed{...}, as the grader reads it; None without a complete box."""
+    content = extract_boxed_content(rewrite(response))
+    return None if content == "None" else content  # mathruler's word for a missing box
 
 
-def grade_files(paths, config, names=()) -> dict[str, list[dict]]:
-    """Name -> records, graded anew, of files of predictions or folders of such: all, or `names`.
+def grade_files(
+    paths: Iterable, names: Iterable[str] = (), *, n: int, reward: str = ""
+) -> dict[str, list[dict]]:
+    """Grade prediction files, or folders of them, again. Returns the records of each set by name.
 
-    ValueError, in one line, where one of these is missing or a question's count is no multiple of n.
+    `names`: the sets to grade; by default all that are found. `reward`: "path/file.py:function", by
+    default the released rule. ValueError if a set is missing or present twice, or if a question's
+    number of responses is not a multiple of n.
     """
-    files = [
-        file
-        for p in map(Path, paths)
-        for file in (sorted(p.glob("*.jsonl")) if p.is_dir() else [p])
-    ]
-    found = {benchmarks.ALIASES.get(file.stem, file.stem): file for file in files}
-    if not files or len(found) < len(files) or not {*names} <= {*found}:
-        wanted, there = (
-            ", ".join(names or found or ["a set"]),
-            ", ".join(file.name for file in files),
-        )
-        raise ValueError(
-            f"{' '.join(map(str, paths))}: one NAME.jsonl for {wanted} expected, found {there or 'none'}"
-        )
-    results = {name: read_predictions(found[name]) for name in names or found}
-    with Grader(config.reward or compute_score, budget=1e6) as grader:
+    results = {
+        name: read_predictions(path) for name, path in find_predictions(paths, names).items()
+    }
+    with Grader(reward or compute_score, budget=1e6) as grader:
         for name, records in results.items():
-            metrics.in_questions(name, records, config.n)
-            scores = grader([r["predict"] for r in records], [r["label"] for r in records])
+            metrics.in_questions(name, records, n)  # checks the counts before the slow part
+            responses = [record["predict"] for record in records]
+            scores = grader(responses, [record["label"] for record in records])
             for record, score in zip(records, scores, strict=True):
-                record |= score | {"unboxed": boxed(record["predict"]) is None}
+                record |= score
+                record["unboxed"] = boxed(record["predict"]) is None
     return results
 
 
-def open_output(out: Path, config) -> None:
-    """Make --out this evaluation's, or go on with it; ValueError where it holds one with other settings."""
-    free = "out baseline grade ask image explain row masks compare protocol rollout_batch".split()
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in free}
-    for name in ("model", "data", "benchmarks"):  # the same name, but other files?
-        path = Path(getattr(config, name)).expanduser()
-        files = [f for f in (sorted(path.glob("*")) if path.is_dir() else [path]) if f.is_file()]
-        settings[f"files of {name}"] = [
-            [f.name, f.stat().st_size, f.stat().st_mtime] for f in files
-        ]
+def find_predictions(paths: Iterable, names: Iterable[str]) -> dict[str, Path]:
+    """Set name -> its prediction file, among files and folders. No names: all sets found there."""
+    files = []
+    for path in map(Path, paths):
+        files += sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
+    found = {ALIASES.get(file.stem, file.stem): file for file in files}
+    wanted = list(names) or list(found)
+    missing = [name for name in wanted if name not in found]
+    if not files or missing or len(found) < len(files):
+        expected = ", ".join(wanted) or "a set"
+        present = ", ".join(file.name for file in files) or "none"
+        where = " ".join(map(str, paths))
+        raise ValueError(f"{where}: one NAME.jsonl for {expected} expected, found {present}")
+    return {name: found[name] for name in wanted}
+
+
+def read_predictions(path: Path) -> list[dict]:
+    """The records of a prediction file; a missing id or prompt is "".
+
+    DataError names the first line that is not a prediction.
+    """
+    records = []
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                record = {"id": "", "prompt": ""} | json.loads(line)
+                record |= {"predict": str(record["predict"]), "label": str(record["label"])}
+            except (ValueError, TypeError, KeyError) as error:
+                problem = f"line {number} is not a prediction ({type(error).__name__}: {error})"
+                raise DataError(f"{path}: {problem}") from error
+            records.append(record)
+    return records
+
+
+def open_output(out: Path, settings: dict, inputs: dict[str, str]) -> None:
+    """Start an evaluation in the folder `out`, or resume the one that is there.
+
+    To be resumed, an evaluation must have the same `settings` and the same `inputs`: name -> path
+    of what it reads. The files at these paths are compared by name, size and modification time, as
+    the path may be the same and its content new. ValueError if `out` holds another evaluation, or
+    other JSON files.
+    """
+    current = dict(settings)
+    for name, path in inputs.items():
+        current[f"files of {name}"] = file_stamps(Path(path).expanduser())
     out.mkdir(parents=True, exist_ok=True)
     file = out / "evaluation.json"
-    if not file.exists() and (others := sorted(p.name for p in out.glob("*.json*"))):
-        raise ValueError(f"--out {out} holds {others[0]} and no evaluation: choose another folder")
-    saved = json.loads(file.read_text()) if file.exists() else settings
-    if changed := [
-        f"{name} {str(saved.get(name))[:60]}"
-        for name in settings
-        if settings[name] != saved.get(name)
-    ]:
-        raise ValueError(
-            f"--out {out} holds an evaluation with {', '.join(changed)}: choose another folder"
-        )
-    file.write_text(json.dumps(settings, indent=1) + "\n")
+    if not file.exists():
+        others = sorted(path.name for path in out.glob("*.json*"))
+        if others:
+            problem = f"holds {others[0]} and no evaluation"
+            raise ValueError(f"--out {out} {problem}: choose another folder")
+        file.write_text(json.dumps(current, indent=1) + "\n")
+        return
+    saved = json.loads(file.read_text())
+    changed = [name for name in current if current[name] != saved.get(name)]
+    if changed:
+        values = ", ".join(f"{name} {str(saved.get(name))[:60]}" for name in changed)
+        raise ValueError(f"--out {out} holds an evaluation with {values}: choose another folder")
 
 
-def load_partial(out: Path, name: str, n: int) -> list[dict]:
-    """The records that --out keeps of a set, of questions with all n: what there is after an interruption."""
-    found = {}
-    for file in (out / f"{name}.jsonl", *(out / "partial" / name).glob("*.jsonl")):
-        for line in (
-            file.read_text(encoding="utf-8", errors="replace").split("\n") if file.exists() else []
-        ):
-            with suppress(json.JSONDecodeError):  # a killed run's last line
-                record = json.loads(line)
-                found[record["row"], record["loop"]] = record
-    counts = Counter(row for row, _ in found)
-    return [record for (row, _), record in found.items() if counts[row] == n]
+def file_stamps(path: Path) -> list[list]:
+    """[name, bytes, modification time] of the file `path`, or of each file in the folder `path`."""
+    candidates = sorted(path.glob("*")) if path.is_dir() else [path]
+    files = [file for file in candidates if file.is_file()]
+    return [[file.name, file.stat().st_size, file.stat().st_mtime] for file in files]
 
 
 def append_partial(out: Path, name: str, rank: int, records: list[dict]) -> None:
-    """Append to this rank's part: on the disk before the next question is asked."""
+    """Append new records of a set to this rank's part. They are on disk when this returns."""
     file = out / "partial" / name / f"{rank}.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(file, "a", encoding="utf-8") as part:
-        part.write(
-            "\n" + "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
-        )  # "\n": after a torn line
+        part.write("\n")  # ends a line that a killed process left incomplete
+        part.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         part.flush()
         os.fsync(part.fileno())
 
 
+def load_partial(out: Path, name: str, n: int) -> list[dict]:
+    """The records of a set that `out` holds already, for the questions with all n responses."""
+    files = [out / f"{name}.jsonl", *(out / "partial" / name).glob("*.jsonl")]
+    records = {}
+    for file in filter(Path.exists, files):
+        with open(file, encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                with suppress(json.JSONDecodeError):  # blank or incomplete, see append_partial
+                    record = json.loads(line)
+                    records[record["row"], record["loop"]] = record
+    responses = Counter(row for row, _ in records)
+    return [record for (row, _), record in records.items() if responses[row] == n]
+
+
 def write_predictions(out: Path, name: str, records: list[dict]) -> None:
-    """Write NAME.jsonl as PAPO-Eval does, loop after loop over the whole set, idx counting the lines."""
-    half = out / f".{name}.half"
-    lines = (json.dumps(r | {"idx": i}, ensure_ascii=False) + "\n" for i, r in enumerate(records))
-    half.write_text("".join(lines), encoding="utf-8")
-    os.replace(half, out / f"{name}.jsonl")
+    """Write the finished set's records, ordered loop after loop, and delete its partial files."""
+    temporary = out / f".{name}.tmp"
+    with open(temporary, "w", encoding="utf-8") as lines:
+        for idx, record in enumerate(records):
+            lines.write(json.dumps(record | {"idx": idx}, ensure_ascii=False) + "\n")
+    os.replace(temporary, out / f"{name}.jsonl")
     shutil.rmtree(out / "partial" / name, ignore_errors=True)
-
-
-def read_predictions(path: Path) -> list[dict]:
-    """The records of a file of predictions, evaluate.py's or PAPO-Eval's: dicts with id, prompt, predict and label, all
-    but id text. DataError names a line that is none."""
-    records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        try:
-            if line.strip():
-                record = {"id": "", "prompt": ""} | json.loads(line)
-                records.append(
-                    record | {"predict": str(record["predict"]), "label": str(record["label"])}
-                )
-        except (ValueError, TypeError, KeyError) as error:
-            raise DataError(
-                f"{path}: line {number} is no prediction ({type(error).__name__}: {error})"
-            ) from error
-    return records

@@ -534,7 +534,7 @@ def test_compare(tmp_path, capsys):
         ),
         (["--explain", "--row", "x:1"], "--row x:1: choose one of general:0"),
         (["--grade", "nowhere.jsonl"], "No such file or directory: 'nowhere.jsonl'"),
-        (["--grade", "README.md"], "README.md: line 1 is no prediction (JSONDecodeError"),
+        (["--grade", "README.md"], "README.md: line 1 is not a prediction (JSONDecodeError"),
         (["--grade", "tests"], "tests: one NAME.jsonl for a set expected, found none"),
         (
             ["--baseline", "tests"],
