@@ -255,13 +255,13 @@ def explain(policy: Policy, prompt: Prompt, config: EvalConfig) -> None:
         example.images, hits[0].split([h * w * m * m for h, w in shapes]), shapes, strict=True
     )
     pictures = example.images_aug or [  # undoing the order of the merger
-        plots.blacken(image, hit.view(h, w, m, m).transpose(1, 2).reshape(h * m, w * m))
+        plots.black_out_patches(image, hit.view(h, w, m, m).transpose(1, 2).reshape(h * m, w * m))
         for image, hit, (h, w) in parts
     ]
     tokens = [encoder.tokenizer.decode([token]) for token in group.tokens[0].tolist()]
-    files = [out / "perception_gain.png", out / "perception_gain.html"]
     texts = dict(question=example.question.replace("<image>", ""), answer=example.answer)
-    plots.perception_gain(example.images, pictures, tokens, clean, masked, *files, **texts)
+    gains = plots.perception_gain(example.images, pictures, tokens, clean, masked, out, **texts)
+    files = list(gains)
     for i, heat in enumerate(torch.stack(drops).split([h * w for h, w in shapes])):
         files.append(
             plots.heat_map(example.images[i], heat.view(shapes[i]), out / f"heat_map{i}.png", HEAT)

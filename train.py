@@ -42,6 +42,7 @@ from support.cli import exit_with_error, flag, model_folder, parse_flags, resolv
 from support.distributed import (
     reduce,
 )
+from support.loggers import LOGGERS
 from support.metrics import collapse_warning, read_metrics
 from support.qwen_vl import PROMPT_SUFFIX, Encoder, Policy
 from support.reward import compute_score
@@ -336,7 +337,7 @@ class Run:
             return None
         if toy.setting_of(self.config.data):
             return toy.saliency
-        from masking import dino_saliency
+        from support.saliency import dino_saliency
 
         return dino_saliency()
 
@@ -383,7 +384,7 @@ class Run:
                 f"{self.folder} is not the first rank's folder: all machines must share it"
             )
         wanted = [
-            make for name, make in plots.LOGGERS.items() if getattr(config, name) and self.rank == 0
+            make for name, make in LOGGERS.items() if getattr(config, name) and self.rank == 0
         ]
         self.loggers = [make(self.folder) for make in wanted]
         return position

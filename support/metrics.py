@@ -1,50 +1,49 @@
-"""Tables, intervals, the collapse warning."""
+"""What the numbers of a run say: its log, its evaluation table, early signs of collapse.
+
+train.py asks for the collapse warning at every step, evaluate.py prints the table, plots.py draws
+what `read_metrics` returns. Not in the paper: t intervals over seeds, bootstrap intervals over
+questions and the rule in `collapse_warning` (the paper names the signs).
+"""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
-# Sign of collapse -> least factor and least rise from the reference window's median to the last window's.
-SIGNS = {
+# Metric -> (factor, rise): by how much its median must have grown to count as a sign of collapse.
+COLLAPSE_SIGNS = {
     "kl_prcp": (1.5, 0.05),
     "clip_frac": (1.5, 0.005),
     "entropy": (1.25, 0.02),
     "masked_entropy": (1.25, 0.02),
 }
 
+# 97.5% quantiles of Student's t for 1 to 9 degrees of freedom. No library we require has them.
+T_TABLE = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
 
-T_TABLE = [
-    12.7062,
-    4.3027,
-    3.1824,
-    2.7764,
-    2.5706,
-    2.4469,
-    2.3646,
-    2.3060,
-    2.2622,
-]  # Student's t, 97.5%, df 1 to 9
-
-
-RESAMPLES = 1000  # of the bootstrap
+RESAMPLES = 1000  # bootstrap samples per evaluation set
 
 
 def read_metrics(path) -> tuple[list[dict], list[dict]]:
-    """metrics.jsonl, or the run folder that holds it -> (training lines, evaluation lines), each sorted by step.
+    """Read metrics.jsonl, or the one in a run's folder: (training lines, evaluation lines).
 
-    A later training line replaces an earlier one of its step (a resumed run repeats some); evaluation lines, those with
-    an "eval/..." key, are merged. A line that does not parse, as a killed run leaves one, is ignored.
+    Both are sorted by step. A resumed run repeats steps: the later training line of a step
+    replaces the earlier one. Lines with an "eval/..." key are evaluations; those of one step are
+    merged. A line that is no JSON is skipped: a killed run may leave half a line.
     """
-    path = Path(path) / "metrics.jsonl" if Path(path).is_dir() else Path(path)
+    path = Path(path)
+    if path.is_dir():
+        path = path / "metrics.jsonl"
     if not path.is_file():
         raise FileNotFoundError(
             f"no metrics file at {path}: give a run folder or its metrics.jsonl"
         )
-    steps, evals = {}, {}
+    steps: dict[int, dict] = {}
+    evals: dict[int, dict] = {}
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             line = json.loads(text)
@@ -52,174 +51,202 @@ def read_metrics(path) -> tuple[list[dict], list[dict]]:
             continue
         if not isinstance(line, dict) or not isinstance(line.get("step"), int):
             raise ValueError(f"{path}: a line without an integer step: {text[:60]!r}")
-        if any(key.startswith("eval/") for key in line):
+        if eval_keys([line]):
             evals.setdefault(line["step"], {}).update(line)
         else:
             steps[line["step"]] = line
-    return [steps[s] for s in sorted(steps)], [evals[s] for s in sorted(evals)]
+    return [steps[step] for step in sorted(steps)], [evals[step] for step in sorted(evals)]
 
 
-def _series(lines: list[dict], key: str) -> dict[int, float]:
-    """{step: value} of the lines with a finite number under key (None and NaN are left out)."""
-    return {
-        x["step"]: float(x[key])
-        for x in lines
-        if isinstance(x.get(key), (int, float)) and math.isfinite(x[key])
-    }
+def eval_keys(lines: Iterable[dict]) -> list[str]:
+    """The names of all evaluation metrics ("eval/SET") in these lines, sorted."""
+    return sorted({key for line in lines for key in line if key.startswith("eval/")})
 
 
-def _splits(evals) -> list[str]:
-    return sorted({key for line in evals for key in line if key.startswith("eval/")})
+def finite_series(lines: list[dict], metric: str) -> dict[int, float]:
+    """{step: value} of the lines in which the metric is a finite number."""
+    series = {}
+    for line in lines:
+        value = line.get(metric)
+        if isinstance(value, (int, float)) and math.isfinite(value):
+            series[line["step"]] = float(value)
+    return series
 
 
 def collapse_warning(steps: list[dict], window: int = 7) -> str | None:
     """One line when the paper's early signs of collapse appear together, else None.
 
-    The last `window` training lines are compared with the `window` before them. A sign shows when half of the last
-    window lies above ALL of the reference window and the median has grown by SIGNS' factor and rise. Every measured
-    sign must show at once: KL_prcp, the PPO clip fraction, both entropies. So KL_prcp rising alone, which PAPO wants,
-    never warns; nor a healthy run, whose entropies fall; nor noise. (The numbers are from the experiments' runs, where
-    it comes in the midst of the plainest collapse and in no healthy run.) A slower collapse needs a larger window. Not
-    measured: masked_entropy where not logged, the clip fraction where 0 throughout (one update a step).
-    KL_prcp, the entropy and one sign more must be; lines without these two are skipped, and fewer than two windows of
-    the rest give None.
+    Compares the last `window` training lines with the `window` lines before them. A metric shows
+    a sign if half of its last window lies above its whole earlier window and its median has grown
+    by the factor and the rise in COLLAPSE_SIGNS. Every measured metric must show one at once.
+    KL_prcp rising alone, which PAPO wants, therefore never warns; neither does a healthy run,
+    whose entropies fall, nor independent noise.
+
+    Not measured are masked_entropy where it is not logged and the clip fraction where it is 0
+    throughout (one update per step). At least three metrics must be measured, among them KL_prcp
+    and the entropy; lines without these two are skipped. The thresholds are fitted to the runs in
+    experiments/: the warning comes halfway through the plainest collapse and in no healthy run. A
+    slower collapse needs a larger window.
     """
-    recent = [x for x in steps if _series([x], "kl_prcp") and _series([x], "entropy")][
-        -2 * window :
+    usable = [
+        line
+        for line in steps
+        if finite_series([line], "kl_prcp") and finite_series([line], "entropy")
     ]
-    found = []
-    for key, (factor, rise) in SIGNS.items():
-        values = np.array(list(_series(recent, key).values()))
-        if len(values) < 2 * window or (key == "clip_frac" and not values.any()):
+    recent = usable[-2 * window :]
+    signs = []
+    for metric, (factor, rise) in COLLAPSE_SIGNS.items():
+        values = np.array(list(finite_series(recent, metric).values()))
+        measured = len(values) == 2 * window and (metric != "clip_frac" or values.any())
+        if not measured:
             continue
-        before, after = np.median(values[:window]), np.median(values[window:])
-        if after <= values[:window].max() or after < factor * before or after < before + rise:
+        earlier, last = values[:window], values[window:]
+        before, after = np.median(earlier), np.median(last)
+        if after <= earlier.max() or after < factor * before or after < before + rise:
             return None
-        found.append(f"{key} {before:.3g} -> {after:.3g}")
-    if len(found) < 3:
+        signs.append(f"{metric} {before:.3g} -> {after:.3g}")
+    if len(signs) < 3:
         return None
-    return (
-        f"step {recent[-1]['step']}: early signs of collapse over the last {window} steps: "
-        + ", ".join(found)
-    )
+    step = recent[-1]["step"]
+    return f"step {step}: early signs of collapse over the last {window} steps: {', '.join(signs)}"
 
 
-def mean_interval(values) -> tuple[float, float]:
-    """(mean, half width of the 95% t interval) of independent values; the half width is NaN for a single one."""
+def mean_interval(values: Iterable[float]) -> tuple[float, float]:
+    """(mean, half width of its 95% t interval) of independent values; NaN wide for a single one."""
     values = np.asarray(list(values), dtype=float)
     df = len(values) - 1
     if df < 1:
         return float(values[0]), math.nan
-    t = (
-        T_TABLE[df - 1] if df < 10 else 1.95996 + 2.37227 / df + 2.8225 / df**2
-    )  # Cornish-Fisher, within 0.2%
-    return float(values.mean()), float(t * values.std(ddof=1) / math.sqrt(df + 1))
+    if df <= len(T_TABLE):
+        t = T_TABLE[df - 1]
+    else:  # Cornish-Fisher expansion, within 0.2%
+        t = 1.95996 + 2.37227 / df + 2.8225 / df**2
+    return float(values.mean()), float(t * values.std(ddof=1) / math.sqrt(len(values)))
 
 
 def in_questions(name: str, records: list[dict], n: int) -> list[list[dict]]:
-    """Evaluation records by question, n each, grouped by id, prompt and label as PAPO-Eval groups them.
+    """Group the records of evaluation set `name` into questions of n responses each.
 
-    A question that is asked k times has k * n records, loop after loop, so every k-th belongs together. ValueError,
-    naming the question, where a count is no multiple of n.
+    As in PAPO-Eval, records with equal id, prompt and label belong together. ValueError, naming
+    the question, where their number is not a multiple of n.
     """
     groups: dict[tuple, list[dict]] = {}
     for record in records:
         groups.setdefault((record["id"], record["prompt"], record["label"]), []).append(record)
-    for (number, prompt, label), group in groups.items():
-        if len(group) % n:
-            question = " ".join(prompt.split("user\n")[-1].split())[:80]
-            told = f"{name}: {len(group)} responses to question {number!r} ({question!r}, answer {label!r})"
-            raise ValueError(f"{told} are no multiple of n={n}")
-    return [
-        group[i :: len(group) // n] for group in groups.values() for i in range(len(group) // n)
-    ]
-
-
-def _measure(name: str, records: list[dict], n: int) -> dict:
-    """A row of `summarise`, with bootstrap draws [RESAMPLES] of the accuracy: questions drawn anew, fixed seed."""
-    accuracies = [[r["accuracy"] for r in question] for question in in_questions(name, records, n)]
-    means, rng = (
-        np.array(accuracies).reshape(-1, n).mean(1),
-        np.random.default_rng([0, *name.encode()]),
-    )
-    columns = {"accuracy": means, "pass": [max(a) > 0 for a in accuracies]}
-    for key in ("unboxed", "truncated"):  # PAPO-Eval's files do not say whether a response was cut
-        columns[key] = [r[key] for r in records if key in r]
-    row = {
-        key: 100 * float(np.mean(values)) if len(values) else math.nan
-        for key, values in columns.items()
-    }
-    draws = (
-        [100 * rng.choice(means, len(means)).mean() for _ in range(RESAMPLES)]
-        if len(means)
-        else [math.nan]
-    )
-    return {
-        "name": name,
-        "questions": len(means),
-        "delta": math.nan,
-        **row,
-        "draws": np.array(draws),
-    }
+    questions = []
+    for (row, prompt, label), group in groups.items():
+        repeats, remainder = divmod(len(group), n)
+        if remainder:
+            text = " ".join(prompt.split("user\n")[-1].split())[:80]
+            raise ValueError(
+                f"{name}: {len(group)} responses to question {row!r} ({text!r}, answer {label!r}) "
+                f"are not a multiple of n={n}"
+            )
+        # A set may hold a question several times. Records come loop after loop over the set, so
+        # the n responses to one of its copies are `repeats` apart.
+        questions += [group[copy::repeats] for copy in range(repeats)]
+    return questions
 
 
 def summarise(
     results: dict[str, list[dict]], n: int, groups: dict[str, tuple], baseline=None
 ) -> list[dict]:
-    """The rows of an evaluation's table, in %: each set, then the averages of `groups`, plain means over their sets.
+    """The rows of an evaluation's table, in %: one per set, then one average per group of sets.
 
-    results, baseline: name -> graded records. accuracy: avg@n; low, high: its bootstrap 95% interval over questions;
-    pass: questions with a right answer among n; delta: Delta_rel, a set's gain relative to its baseline, and the mean
-    of these over an average's sets (the paper's definition). An average over the same sets as another is left out.
+    results, baseline: set name -> graded records. groups: label -> set names. Columns:
+    accuracy   avg@n; low and high: its bootstrap 95% interval over questions
+    pass       questions with at least one correct response among n
+    unboxed    responses without a complete \\boxed{}; truncated: cut at max_new_tokens
+    delta      Delta_rel, the relative gain over the baseline
+    An average is the plain mean over its sets, of delta too (the paper's definition); an average
+    over the same sets as an earlier one is left out. NaN: unknown.
     """
-    rows, averages = [_measure(name, records, n) for name, records in results.items()], {}
-    for row in rows if baseline else []:
-        before = _measure(row["name"], baseline[row["name"]], n)["accuracy"]
-        row["delta"] = 100 * (row["accuracy"] / before - 1) if before else math.nan
+    rows = [_set_row(name, records, n) for name, records in results.items()]
+    if baseline:
+        for row in rows:
+            before = _set_row(row["name"], baseline[row["name"]], n)["accuracy"]
+            row["delta"] = 100 * (row["accuracy"] / before - 1) if before else math.nan
+    averages: dict[tuple, dict] = {}
     for label, names in groups.items():
-        part = [row for row in rows if row["name"] in names]
-        if len(part) > 1:
-            missing = f" ({len(part)} of {len(names)})" if len(part) < len(names) else ""
-            mean = {
-                key: sum(row[key] for row in part) / len(part) for key in part[0] if key != "name"
-            }
-            mean |= {
-                "name": f"{label} average{missing}",
-                "questions": sum(row["questions"] for row in part),
-            }
-            averages.setdefault(tuple(row["name"] for row in part), mean)
+        members = [row for row in rows if row["name"] in names]
+        if len(members) > 1:
+            key = tuple(row["name"] for row in members)
+            averages.setdefault(key, _average_row(label, members, len(names)))
     rows += averages.values()
     for row in rows:
-        row["low"], row["high"] = map(float, np.quantile(row.pop("draws"), [0.025, 0.975]))
+        low, high = np.quantile(row.pop("resampled"), [0.025, 0.975])
+        row["low"], row["high"] = float(low), float(high)
     return rows
 
 
+def _set_row(name: str, records: list[dict], n: int) -> dict:
+    """One set's row, with bootstrap samples of its accuracy [RESAMPLES] under "resampled".
+
+    The samples depend on the name and the accuracies alone.
+    """
+    questions = in_questions(name, records, n)
+    accuracies = np.array([[r["accuracy"] for r in question] for question in questions])
+    per_question = accuracies.reshape(-1, n).mean(1)
+    resampled = np.array([math.nan])
+    if len(questions):
+        rng = np.random.default_rng([0, *name.encode()])
+        resampled = 100 * rng.choice(per_question, (RESAMPLES, len(questions))).mean(1)
+    return {
+        "name": name,
+        "questions": len(questions),
+        "delta": math.nan,
+        "accuracy": _percent(per_question),
+        "pass": _percent((accuracies.reshape(-1, n) > 0).any(1)),
+        # PAPO-Eval's own files do not say whether a response was cut.
+        "unboxed": _percent([r["unboxed"] for r in records if "unboxed" in r]),
+        "truncated": _percent([r["truncated"] for r in records if "truncated" in r]),
+        "resampled": resampled,
+    }
+
+
+def _percent(values) -> float:
+    return 100 * float(np.mean(values)) if len(values) else math.nan
+
+
+def _average_row(label: str, rows: list[dict], n_sets: int) -> dict:
+    """The mean of these rows; the name says so where the group has sets that were not evaluated."""
+    missing = f" ({len(rows)} of {n_sets})" if len(rows) < n_sets else ""
+    row = {key: sum(r[key] for r in rows) / len(rows) for key in rows[0] if key != "name"}
+    return row | {
+        "name": f"{label} average{missing}",
+        "questions": sum(r["questions"] for r in rows),
+    }
+
+
 def table(rows: list[dict], n: int) -> str:
-    """The rows of `summarise` as plain text; a dash where there is nothing to say."""
-    heads = [
-        "",
-        "questions",
-        f"avg@{n} %",
-        "95% interval",
-        f"pass@{n} %",
-        "unboxed %",
-        "truncated %",
-        "Delta_rel %",
-    ]
-    lines = [heads[: 7 + any(math.isfinite(row["delta"]) for row in rows)]]
+    """The rows of `summarise` as plain text; a dash stands for NaN."""
+    percentages = {
+        "pass": f"pass@{n} %",
+        "unboxed": "unboxed %",
+        "truncated": "truncated %",
+    }
+    if any(math.isfinite(row["delta"]) for row in rows):
+        percentages["delta"] = "Delta_rel %"
+    lines = [["", "questions", f"avg@{n} %", "95% interval", *percentages.values()]]
     for row in rows:
-        numbers = [
-            f"{row[key]:.2f}" for key in ("accuracy", "pass", "unboxed", "truncated", "delta")
-        ]
-        line = [
-            row["name"],
-            str(row["questions"]),
-            numbers[0],
-            f"{row['low']:.2f} to {row['high']:.2f}",
-            *numbers[1:],
-        ]
-        lines.append(["-" if cell.startswith("nan") else cell for cell in line[: len(lines[0])]])
+        interval = "-"
+        if math.isfinite(row["low"]):
+            interval = f"{row['low']:.2f} to {row['high']:.2f}"
+        line = [row["name"], str(row["questions"]), _cell(row["accuracy"]), interval]
+        lines.append(line + [_cell(row[key]) for key in percentages])
+    return align_columns(lines, left=1)
+
+
+def _cell(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.2f}"
+
+
+def align_columns(lines: list[list[str]], left: int) -> str:
+    """Lines of cells as text: the first `left` columns are flush left, the others flush right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join([x[0].ljust(widths[0]), *map(str.rjust, x[1:], widths[1:])]) for x in lines
-    )
+    text = []
+    for line in lines:
+        names = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
+        numbers = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
+        text.append("  ".join(names[:left] + numbers[left:]).rstrip())
+    return "\n".join(text)

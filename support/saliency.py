@@ -1,4 +1,7 @@
-"""DINOv2 attention, for semantic masks."""
+"""DINOv2 attention as image saliency, for masking.py's strategy "semantic".
+
+The most salient patches turn black. The paper reports that random masks work better.
+"""
 
 from __future__ import annotations
 
@@ -8,30 +11,29 @@ from torch import Tensor
 
 
 def dino_saliency(model: str = "facebook/dinov2-base"):
-    """A saliency function image -> [h, w]: how much a DINOv2's class token attends to each patch, mean over heads.
+    """Load a DINOv2 (hub id or local folder) on the CPU; returns a function image -> [h, w].
 
-    `model`: a hub id or a local folder. The transformers class does the work, on the CPU.
+    Its values say how much the class token attends to each patch in the last layer, averaged over
+    heads.
     """
     from transformers import AutoModel, BitImageProcessorPil
 
     processor = BitImageProcessorPil.from_pretrained(model)
-    whole = {
-        "size": {"height": 224, "width": 224},
-        "do_center_crop": False,
-    }  # a crop would leave the edges unscored
-    dino = AutoModel.from_pretrained(
-        model, attn_implementation="eager"
-    ).eval()  # only eager returns attentions
+    # Only eager attention returns its weights.
+    dino = AutoModel.from_pretrained(model, attn_implementation="eager").eval()
 
     @torch.no_grad()
     def saliency(image: Image.Image) -> Tensor:
-        pixels = processor(image.convert("RGB"), return_tensors="pt", **whole)[
-            "pixel_values"
-        ]  # [1, 3, H, W]
+        inputs = processor(
+            image.convert("RGB"),
+            size={"height": 224, "width": 224},
+            do_center_crop=False,  # a crop would leave the edges without a score
+            return_tensors="pt",
+        )
+        pixels = inputs["pixel_values"]  # [1, 3, H, W]
         attention = dino(pixels, output_attentions=True).attentions[-1]  # [1, heads, 1 + n, 1 + n]
         h, w = (side // dino.config.patch_size for side in pixels.shape[-2:])
-        return (
-            attention[0, :, 0, -h * w :].mean(0).view(h, w)
-        )  # the class token's row, patches only
+        class_to_patches = attention[0, :, 0, -h * w :]  # [heads, h * w]
+        return class_to_patches.mean(0).view(h, w)
 
     return saliency

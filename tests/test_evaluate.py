@@ -170,7 +170,7 @@ def test_a_count_that_does_not_divide_names_the_question(tmp_path, capsys):
         evaluate.main(["--grade", str(tmp_path / "a.jsonl")])
     [line] = capsys.readouterr().err.splitlines()
     assert (
-        "a: 7 responses to question 'test_3' ('Frage ß 3? assistant', answer '90') are no multiple of n=8"
+        "a: 7 responses to question 'test_3' ('Frage ß 3? assistant', answer '90') are not a multiple of n=8"
         in line
     )
 
