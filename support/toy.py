@@ -1,21 +1,25 @@
-r"""The embedded default: a picture task and a tiny Qwen2.5-VL that sees it imperfectly, both made on the spot.
+r"""The default task and model: counting dots in an image, and a tiny Qwen2.5-VL.
 
-Place in the pipeline: first. `example` draws the rows data.py hands out; `build` makes the model, a plain Hugging Face
-folder in the hub's shape, from there on a model like any other. The paper and the released code start from
-Qwen2.5-VL-Instruct and real benchmarks, so all of this is ours.
+Place in the pipeline: first. `example` makes the rows that support/data.py hands out. `build` makes
+the model, a Hugging Face folder in the hub's layout, which everything downstream treats like any
+other. The paper starts from Qwen2.5-VL-Instruct and real benchmarks; nothing here comes from it.
 
-The task: a grid of tinted cells, some with a coloured dot, and a question with a shortcut in it, "A note says 3. How
-many red dots are there?" The note is right half the time in `train` and `general` (copying it pays) and never in
-`vision_dependent` (only looking pays). A dot lies inside one 14-px patch, so the mask of PAPO, which blackens a patch
-with probability 0.6, hides it with probability 0.6; across four patches it would nearly always show. A response names
-each cell's colour and counts the asked one as it goes, which keeps counting easy, so that what goes wrong is seeing:
+The task: an image is a grid of tinted cells, some with a coloured dot. The question offers a
+shortcut: "A note says 3. How many red dots are there?" The note is right half the time in `train`
+and `general`, where copying it pays, and never in `vision_dependent`, where only looking pays. Each
+dot lies inside one 14-px patch. PAPO's mask blackens a patch with probability 0.6, so it hides a
+dot with probability 0.6; a dot across four patches would nearly always stay visible.
+
+A response names each cell's colour and keeps a running count of the colour asked for. That makes
+counting easy, so errors come from seeing:
 
     <think> a1 green 0 a2 none 0 a3 red 1 b1 ... </think> \boxed{1}
 
-The start: a random model of the real class learns to read the cells, then imitates responses with cells misread and
-notes copied into the box. It knows what it sees but samples carelessly, and RL has something to sharpen.
+The model: random weights first learn to read the cells, then to imitate flawed responses, with
+cells misread and notes copied. The result knows what it sees but samples carelessly, which leaves
+RL something to improve.
 
-    python toy.py --out toy.png        # a contact sheet of pictures, questions and answers; trains nothing
+    python -m support.toy --out toy.png     # draws some examples; builds and trains nothing
 """
 
 from __future__ import annotations
@@ -30,11 +34,14 @@ import random
 import tempfile
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
 from tqdm import tqdm
 from transformers import (
     PreTrainedTokenizerFast,
@@ -45,58 +52,59 @@ from transformers import (
 from support.batch import Example
 from support.qwen_vl import Encoder
 
-SPLITS = (
-    "train",
-    "general",
-    "vision_dependent",
-)  # and "warm", the warm start's own, so that RL meets new pictures
+SPLITS = ("train", "general", "vision_dependent")
+WARM_SPLIT = "warm"  # rows of the warm start, so that the images of RL are new
 
+PATCH = 14  # pixels per side; 2 x 2 patches become one image token
 
-PATCH = 14  # pixels; 2 x 2 patches become one image token
-
-
-COLOURS = {"red": (215, 25, 30), "green": (20, 145, 40), "blue": (30, 60, 220), "orange": (240, 130, 0),
-           "purple": (130, 30, 170), "cyan": (0, 175, 190)}  # fmt: skip
-
+COLOURS = {
+    "red": (215, 25, 30),
+    "green": (20, 145, 40),
+    "blue": (30, 60, 220),
+    "orange": (240, 130, 0),
+    "purple": (130, 30, 170),
+    "cyan": (0, 175, 190),
+}
+NO_DOT = "none"  # the word for a cell without a dot
 
 QUESTION = "A note says {note}. How many {asked} dots are there?"
-
-
 SUFFIX = "Think in <think> </think>, then answer in \\boxed{}."
-
 
 # Which of train.py's defaults (the paper's, for 3B and 7B models) the toy overrides, and why.
 OVERRIDES = {
     "steps": 50,  # enough to learn the task
-    "prompts_per_step": 16,  # with 8 responses each 128 a step: a few seconds on two cores
-    "group_size": 8,  # more than 5 because they are cheap
-    "mini_batch": 16,  # one optimiser step a batch
-    "lr": 2e-4,  # a million parameters bear, and need, far more than 1e-6
+    "prompts_per_step": 16,  # x 8 responses = 128 per step, a few seconds on two cores
+    "group_size": 8,  # more than the paper's 5, because responses are cheap
+    "mini_batch": 16,  # one optimizer step per batch
+    "lr": 2e-4,  # a million parameters tolerate, and need, far more than 1e-6
     "max_prompt_tokens": 128,  # a prompt has 55 tokens
-    "max_new_tokens": 40,  # a response has 31 (see `overrides` for another grid)
-    "prompt_suffix": SUFFIX,  # the released one in a third of the tokens
-    "min_pixels": 56 * 56,  # or the 84 x 84 pictures would be enlarged
+    "max_new_tokens": 40,  # a response has 31; `overrides` adapts both to the grid
+    "prompt_suffix": SUFFIX,  # says what the released suffix says in a third of the tokens
+    "min_pixels": 56 * 56,  # a larger minimum would enlarge the 84 x 84 images
     "max_pixels": 336 * 336,
     "eval_every": 10,
-    "eval_rows": 128,  # a split; seconds
+    "eval_rows": 128,  # per split; takes seconds
     "save_every": 25,
 }
 
 
+# ------------------------------------------------------------------------------------- settings
+
+
 @dataclass(frozen=True)
 class Setting:
-    """How hard the task is, and how carelessly the warm start responds. ValueError where a field is out of range."""
+    """Difficulty of the task, carelessness of the start model. ValueError outside the ranges."""
 
-    grid: int = 3  # cells a side
-    cell: int = 28  # pixels a side: one image token
+    grid: int = 3  # cells per side
+    cell: int = 28  # pixels per side of a cell: one image token
     colours: int = 3  # the first so many of COLOURS
-    most: int = 5  # the largest answer; all of 0..most are as likely
-    filled: float = 0.6  # chance of another colour's dot in a cell without the asked one
-    radius: int = 6  # pixels; 6 is the most that fits inside a patch
-    note_right: float = 0.5  # in train and general; at 0.6 copying was a trap that RL did not leave
+    most: int = 5  # the largest answer; 0..most are equally likely
+    filled: float = 0.6  # chance that a cell without the asked colour holds another one
+    radius: int = 6  # of a dot, in pixels; 6 is the largest that fits inside a patch
+    note_right: float = 0.5  # in train and general; at 0.6, RL never stopped copying
     misread: float = 0.12  # warm-start labels: chance that a cell's colour is wrong
     copy_note: float = 0.4  # warm-start labels: chance that the box copies the note
-    warm_steps: int = 250  # of the warm start; a larger grid needs more before it begins to see
+    warm_steps: int = 250  # a larger grid needs more before the model begins to see
 
     def __post_init__(self):
         limits = {
@@ -104,13 +112,15 @@ class Setting:
             "colours": (2, len(COLOURS)),
             "most": (1, self.grid**2),
             "radius": (1, 6),
+            "filled": (0, 1),
+            "note_right": (0, 1),
+            "misread": (0, 1),
+            "copy_note": (0, 1),
         }
-        limits |= dict.fromkeys(("filled", "note_right", "misread", "copy_note"), (0, 1))
         for name, (low, high) in limits.items():
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(
-                    f"toy setting {name}={getattr(self, name)}: must be in {low}..{high}"
-                )
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise ValueError(f"toy setting {name}={value}: must be in {low}..{high}")
         if self.cell < 1 or self.cell % (2 * PATCH):
             raise ValueError(f"toy setting cell={self.cell}: must be a multiple of {2 * PATCH}")
 
@@ -118,362 +128,508 @@ class Setting:
 DEFAULT = Setting()
 
 
-def setting_of(spec: str) -> Setting | None:
-    """What train.py calls the model and the data: "toy", or "toy:grid=4,colours=4" with fields of a Setting; None for
-    any other name. ValueError where a field is unknown or its value no number."""
-    spec = str(spec)  # a path is no toy's name
-    if spec != "toy" and not spec.startswith("toy:"):
+def setting_of(spec: str | Path) -> Setting | None:
+    """Parse the name of a model or data set: "toy" or "toy:grid=4,colours=4"; None for other names.
+
+    ValueError for a field that Setting does not have or a value of the wrong type.
+    """
+    name, _, assignments = str(spec).partition(":")
+    if name != "toy":
         return None
-    kinds, values = {f.name: type(f.default) for f in fields(Setting)}, {}
-    for part in filter(None, spec.removeprefix("toy").removeprefix(":").split(",")):
-        name, _, value = part.partition("=")
+    kinds = {field.name: type(field.default) for field in fields(Setting)}
+    values = {}
+    for assignment in filter(None, assignments.split(",")):
+        name, _, text = assignment.partition("=")
         if name not in kinds:
             raise ValueError(f"{spec}: no toy setting {name!r}: choose from {', '.join(kinds)}")
         try:
-            values[name] = kinds[name](value)
+            values[name] = kinds[name](text)
         except ValueError:
-            raise ValueError(f"{spec}: {name}={value!r} is not {kinds[name].__name__}") from None
+            raise ValueError(f"{spec}: {name}={text!r} is not {kinds[name].__name__}") from None
     return Setting(**values)
 
 
 def overrides(setting: Setting = DEFAULT) -> dict:
-    """OVERRIDES for a setting: a response has three tokens a cell and four more."""
-    return OVERRIDES | {
-        "max_new_tokens": 3 * setting.grid**2 + 13,
-        "max_prompt_tokens": 119 + setting.grid**2,
-    }
+    """OVERRIDES with lengths that fit the setting's grid: a response has three tokens per cell."""
+    cells = setting.grid**2
+    return OVERRIDES | {"max_new_tokens": 3 * cells + 13, "max_prompt_tokens": cells + 119}
 
 
-def draw(cells: list[str], rng: random.Random, setting: Setting = DEFAULT) -> Image.Image:
-    """Colour names (or "none") in reading order -> an RGB picture; each dot inside one of its cell's patches. Tints by
-    row and column give a cell an address that can be seen: between white cells words did not bind to places."""
-    grid, cell = setting.grid, setting.cell
-    image = Image.new("RGB", (grid * cell, grid * cell))
+# ----------------------------------------------------------------------------------------- rows
+
+
+class Scene(NamedTuple):
+    """What a row is made of."""
+
+    cells: list[str]  # a colour or NO_DOT per cell, in reading order
+    asked: str  # the colour to count
+    note: int  # the number the note claims
+    image: Image.Image
+
+
+def make_scene(split: str, row: int, seed: int = 0, setting: Setting = DEFAULT) -> Scene:
+    """The scene of one row, a function of the arguments alone."""
+    rng = random.Random(f"toy {split} {seed} {row}")  # strings seed alike on every machine
+    asked = rng.choice(colours_of(setting))
+    answer = rng.randint(0, setting.most)
+    cells = place_dots(asked, answer, rng, setting)
+    note = answer
+    if split == "vision_dependent" or rng.random() >= setting.note_right:
+        note = rng.choice([n for n in range(setting.most + 1) if n != answer])
+    return Scene(cells, asked, note, render(cells, rng, setting))
+
+
+def colours_of(setting: Setting) -> list[str]:
+    return list(COLOURS)[: setting.colours]
+
+
+def place_dots(asked: str, answer: int, rng: random.Random, setting: Setting) -> list[str]:
+    """Cells with `answer` dots of the asked colour and some of other colours, shuffled."""
+    others = [colour for colour in colours_of(setting) if colour != asked]
+    cells = []
+    for _ in range(setting.grid**2 - answer):
+        cells.append(rng.choice(others) if rng.random() < setting.filled else NO_DOT)
+    cells += [asked] * answer
+    rng.shuffle(cells)
+    return cells
+
+
+def render(cells: list[str], rng: random.Random, setting: Setting = DEFAULT) -> Image.Image:
+    """Draw the cells as an RGB image, each dot at a random place inside one patch of its cell.
+
+    Tints by row and column show a cell's address. Between white cells the warm start did not learn
+    which cell a name like "b2" means.
+    """
+    grid, size = setting.grid, setting.cell
+    image = Image.new("RGB", (grid * size, grid * size))
     pen = ImageDraw.Draw(image)
     shade = 80 // max(grid - 1, 1)
     for i, colour in enumerate(cells):
         row, column = divmod(i, grid)
-        x, y = column * cell, row * cell
-        pen.rectangle(
-            (x, y, x + cell - 1, y + cell - 1), fill=(255 - shade * row, 255 - shade * column, 215)
-        )
-        if colour != "none":
-            size = 2 * setting.radius
-            x += PATCH * rng.randrange(cell // PATCH) + rng.randrange(PATCH - size)
-            y += PATCH * rng.randrange(cell // PATCH) + rng.randrange(PATCH - size)
-            pen.ellipse((x, y, x + size, y + size), fill=COLOURS[colour])
+        left, top = column * size, row * size
+        tint = (255 - shade * row, 255 - shade * column, 215)
+        pen.rectangle((left, top, left + size - 1, top + size - 1), fill=tint)
+        if colour != NO_DOT:
+            x = left + dot_offset(rng, setting)
+            y = top + dot_offset(rng, setting)
+            width = 2 * setting.radius
+            pen.ellipse((x, y, x + width, y + width), fill=COLOURS[colour])
     return image
 
 
+def dot_offset(rng: random.Random, setting: Setting) -> int:
+    """Pixels along one axis from a cell's edge to its dot: a random patch, a random place in it."""
+    patch = rng.randrange(setting.cell // PATCH)
+    return PATCH * patch + rng.randrange(PATCH - 2 * setting.radius)
+
+
 def cell_names(setting: Setting = DEFAULT) -> list[str]:
-    return [
-        f"{chr(97 + row)}{column + 1}"
-        for row in range(setting.grid)
-        for column in range(setting.grid)
-    ]
+    """a1 a2 a3 b1 ...: a letter per row, a number per column, in reading order."""
+    rows = "abcdefghi"[: setting.grid]
+    return [f"{row}{column + 1}" for row in rows for column in range(setting.grid)]
 
 
-def reading(
+def write_response(
     cells: list[str], asked: str, box: int | None = None, setting: Setting = DEFAULT
 ) -> str:
-    """The response that reads the cells, tallies the asked colour and boxes `box` (None: the tally)."""
-    words, tally = [], 0
+    """The response that reads `cells`, counting `asked`, and boxes `box`, or its count if None."""
+    words, count = [], 0
     for name, colour in zip(cell_names(setting), cells, strict=True):
-        tally += colour == asked
-        words += [name, colour, str(tally)]
-    return f"<think> {' '.join(words)} </think> \\boxed{{{tally if box is None else box}}}"
+        count += colour == asked
+        words += [name, colour, str(count)]
+    boxed = count if box is None else box
+    return f"<think> {' '.join(words)} </think> \\boxed{{{boxed}}}"
 
 
-def layout(
-    split: str, i: int, seed: int = 0, setting: Setting = DEFAULT
-) -> tuple[list[str], str, int, Image.Image]:
-    """Behind row i of a split: the cells' colours, the asked colour, the note's number, the picture."""
-    rng = random.Random(f"toy {split} {seed} {i}")  # strings seed alike on every machine
-    colours = list(COLOURS)[: setting.colours]
-    asked = rng.choice(colours)
-    answer = rng.randint(0, setting.most)
-    others = [c for c in colours if c != asked]
-    cells = [
-        rng.choice(others) if rng.random() < setting.filled else "none"
-        for _ in range(setting.grid**2 - answer)
-    ]
-    cells += [asked] * answer
-    rng.shuffle(cells)
-    right = split != "vision_dependent" and rng.random() < setting.note_right
-    note = answer if right else rng.choice([n for n in range(setting.most + 1) if n != answer])
-    return cells, asked, note, draw(cells, rng, setting)
-
-
-def example(split: str, i: int, seed: int = 0, setting: Setting = DEFAULT) -> Example:
-    """Row i of a split, the same for the same arguments everywhere. ValueError for an unknown split."""
-    if split not in (*SPLITS, "warm"):
+def example(split: str, row: int, seed: int = 0, setting: Setting = DEFAULT) -> Example:
+    """One row of a split, a function of the arguments alone. ValueError for an unknown split."""
+    if split not in (*SPLITS, WARM_SPLIT):
         raise ValueError(f"unknown toy split {split!r}: choose from {', '.join(SPLITS)}")
-    cells, asked, note, image = layout(split, i, seed, setting)
+    cells, asked, note, image = make_scene(split, row, seed, setting)
     question = "<image>" + QUESTION.format(note=note, asked=asked)
-    return Example(question, str(cells.count(asked)), [image], id=f"toy-{split}-{seed}-{i}")
+    answer = str(cells.count(asked))
+    return Example(question, answer, [image], id=f"toy-{split}-{seed}-{row}")
 
 
-def saliency(image: Image.Image) -> torch.Tensor:
-    """RGB picture -> [h, w] float: 1 on a dot, 0 elsewhere, read off the picture (dots are vivid, cells are pale)."""
+def saliency(image: Image.Image) -> Tensor:
+    """Image -> [h, w] float: 1 on dots, which are vivid, and 0 on the pale cells around them."""
     pixels = torch.from_numpy(np.array(image.convert("RGB"))).float()  # [h, w, 3]
-    return ((pixels.amax(-1) - pixels.amin(-1)) > 105).float()
+    vividness = pixels.amax(-1) - pixels.amin(-1)
+    return (vividness > 105).float()
 
 
+# ---------------------------------------------------------------------- the files of a hub model
+
+# Qwen's special tokens in Qwen's order.
 SPECIAL = (
-    "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
-    "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>"
+    "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> "
+    "<|box_start|> <|box_end|> <|quad_start|> <|quad_end|> "
+    "<|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>"
 ).split()
-
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
-    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-
 PREPROCESSOR = {
-    "image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor",
-    "min_pixels": 3136, "max_pixels": 12845056, "patch_size": PATCH, "temporal_patch_size": 2, "merge_size": 2,
-    "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
-}  # fmt: skip
+    "image_processor_type": "Qwen2VLImageProcessor",
+    "processor_class": "Qwen2_5_VLProcessor",
+    "min_pixels": 3136,
+    "max_pixels": 12845056,
+    "patch_size": PATCH,
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+
+WEIGHTS = "model.safetensors"
+
+# The tiny model, about a million parameters: hub_config's text, vision, full_attention and mrope.
+TINY = ((128, 384, 4, 4, 2), (2, 64, 128, 2), [1], [4, 6, 6])
 
 
 def hub_config(
-    text, vision, full_attention, mrope, vocab_size: int, tied: bool, dtype: str, special: int
+    text: tuple,
+    vision: tuple,
+    full_attention: list[int],
+    mrope: list[int],
+    vocab_size: int,
+    tied: bool,
+    dtype: str,
+    special: int,
 ) -> dict:
-    """The hub's flat config.json. text: hidden, mlp, layers, heads, kv heads; vision: depth, hidden, mlp, heads;
-    full_attention: the vision blocks that look beyond their window; special: the id of SPECIAL[0]."""
-    names = (
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-    )
-    vision = dict(
-        zip(("depth", "hidden_size", "intermediate_size", "num_heads"), vision, strict=True)
-    )
-    ids = {
-        "bos": 0,
-        "eos": 2,
-        "vision_start": 9,
-        "vision_end": 10,
-        "vision": 11,
-        "image": 12,
-        "video": 13,
+    """The content of config.json in the hub's flat shape.
+
+    text: hidden size, MLP size, layers, heads, key-value heads; vision: depth, hidden size, MLP
+    size, heads; full_attention: the vision blocks that attend beyond their window; mrope: sections
+    for time, height and width; tied: input and output embeddings; special: the id of SPECIAL[0].
+    """
+    hidden_size, mlp_size, layers, heads, key_value_heads = text
+    depth, vision_hidden_size, vision_mlp_size, vision_heads = vision
+    vision_config = {
+        "model_type": "qwen2_5_vl",
+        "depth": depth,
+        "hidden_size": vision_hidden_size,
+        "intermediate_size": vision_mlp_size,
+        "num_heads": vision_heads,
+        "out_hidden_size": hidden_size,
+        "in_chans": 3,
+        "patch_size": PATCH,
+        "spatial_patch_size": PATCH,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "window_size": 112,
+        "fullatt_block_indexes": full_attention,
+        "tokens_per_second": 2,
+        "hidden_act": "silu",
     }
-    ids = {f"{name}_token_id": special + i for name, i in ids.items()}
-    return dict(zip(names, text, strict=True)) | ids | {
-        "architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl", "torch_dtype": dtype,
-        "vocab_size": vocab_size, "tie_word_embeddings": tied, "hidden_act": "silu", "rms_norm_eps": 1e-6,
-        "rope_theta": 1e6, "rope_scaling": {"type": "mrope", "mrope_section": mrope}, "attention_dropout": 0.0,
-        "max_position_embeddings": 128000, "max_window_layers": 70, "use_sliding_window": False,
-        "sliding_window": 32768, "initializer_range": 0.02, "use_cache": True,
-        "vision_config": vision | {
-            "model_type": "qwen2_5_vl", "out_hidden_size": text[0], "in_chans": 3, "patch_size": PATCH,
-            "spatial_patch_size": PATCH, "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 112,
-            "fullatt_block_indexes": full_attention, "tokens_per_second": 2, "hidden_act": "silu",
-        },
-    }  # fmt: skip
+    return {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "model_type": "qwen2_5_vl",
+        "torch_dtype": dtype,
+        "vocab_size": vocab_size,
+        "tie_word_embeddings": tied,
+        "hidden_size": hidden_size,
+        "intermediate_size": mlp_size,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_value_heads,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "initializer_range": 0.02,
+        "attention_dropout": 0.0,
+        "rope_theta": 1e6,
+        "rope_scaling": {"type": "mrope", "mrope_section": mrope},
+        "max_position_embeddings": 128000,
+        "max_window_layers": 70,
+        "use_sliding_window": False,
+        "sliding_window": 32768,
+        "use_cache": True,
+        "bos_token_id": special + SPECIAL.index("<|endoftext|>"),
+        "eos_token_id": special + SPECIAL.index("<|im_end|>"),
+        "vision_start_token_id": special + SPECIAL.index("<|vision_start|>"),
+        "vision_end_token_id": special + SPECIAL.index("<|vision_end|>"),
+        "vision_token_id": special + SPECIAL.index("<|vision_pad|>"),
+        "image_token_id": special + SPECIAL.index("<|image_pad|>"),
+        "video_token_id": special + SPECIAL.index("<|video_pad|>"),
+        "vision_config": vision_config,
+    }
 
 
 def random_config(name: str) -> Qwen2_5_VLConfig:
-    """The published sizes, for random weights: "qwen2.5-vl-3b" or "qwen2.5-vl-7b". ValueError for another name."""
-    sizes = {"qwen2.5-vl-3b": ((2048, 11008, 36, 16, 2), 151936, True),
-             "qwen2.5-vl-7b": ((3584, 18944, 28, 28, 4), 152064, False)}  # fmt: skip
+    """The config of a published size, for random weights. ValueError for an unknown name."""
+    sizes = {
+        "qwen2.5-vl-3b": ((2048, 11008, 36, 16, 2), 151936, True),
+        "qwen2.5-vl-7b": ((3584, 18944, 28, 28, 4), 152064, False),
+    }
     if name not in sizes:
         raise ValueError(f"unknown model size {name!r}: choose from {', '.join(sizes)}")
-    vision, full, mrope = (32, 1280, 3420, 16), [7, 15, 23, 31], [16, 24, 24]
-    text, vocab, tied = sizes[name]
-    return Qwen2_5_VLConfig(
-        **hub_config(text, vision, full, mrope, vocab, tied, "bfloat16", 151643)
+    text, vocab_size, tied = sizes[name]
+    config = hub_config(
+        text,
+        vision=(32, 1280, 3420, 16),
+        full_attention=[7, 15, 23, 31],
+        mrope=[16, 24, 24],
+        vocab_size=vocab_size,
+        tied=tied,
+        dtype="bfloat16",
+        special=151643,
     )
+    return Qwen2_5_VLConfig(**config)
 
 
 def make_tokenizer(setting: Setting = DEFAULT) -> PreTrainedTokenizerFast:
-    """Byte-level BPE: a word of the toy is one token (a cell's reading three), any other text is made of bytes."""
-    words = [*cell_names(setting), *COLOURS, "none"]
-    words += [
-        form.format(n) for n in range(setting.grid**2 + 1) for form in ("{}", "\\boxed{{{}}}")
+    """Byte-level BPE. Words of the toy are one token each; any other text falls back to bytes."""
+    numbers = []
+    for n in range(setting.grid**2 + 1):
+        numbers += [f"{n}", f"\\boxed{{{n}}}"]
+    words = [*cell_names(setting), *COLOURS, NO_DOT, *numbers]
+    texts = [
+        f"<think> {' '.join(words)} </think>",
+        f"You are a helpful assistant.\n\n{QUESTION} {SUFFIX}",
+        "system\nuser\nassistant\n",
     ]
-    prompt = f"You are a helpful assistant.\n\n{QUESTION} {SUFFIX}"
-    bpe = Tokenizer(models.BPE())
-    to_words = pre_tokenizers.Split(Regex(r" ?[^\s.?,]+|[.?,]|\s+"), "isolated")
+    split_words = pre_tokenizers.Split(Regex(r" ?[^\s.?,]+|[.?,]|\s+"), "isolated")
     to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([to_words, to_bytes])
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([split_words, to_bytes])
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(initial_alphabet=sorted(to_bytes.alphabet()), show_progress=False)
-    bpe.train_from_iterator(
-        [f"<think> {' '.join(words)} </think>", prompt, "system\nuser\nassistant\n"], trainer
-    )
+    bpe.train_from_iterator(texts, trainer)
     bpe.add_special_tokens(SPECIAL)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-                                   chat_template=CHAT_TEMPLATE, model_max_length=131072)  # fmt: skip
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=131072,
+    )
+
+
+def write_configs(folder: Path, tokenizer: PreTrainedTokenizerFast) -> dict:
+    """Write every file of the tiny model but its weights. Returns the content of config.json."""
+    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+    config = hub_config(*TINY, vocab_size=len(tokenizer), tied=True, dtype="float32", special=pad)
+    chat_defaults = {  # Qwen's own, so that tests meet them; our samplers must not inherit them
+        "bos_token_id": pad,
+        "pad_token_id": pad,
+        "eos_token_id": [end, pad],
+        "do_sample": True,
+        "repetition_penalty": 1.05,
+        "temperature": 1e-6,
+    }
+    files = {
+        "config.json": config,
+        "generation_config.json": chat_defaults,
+        "preprocessor_config.json": PREPROCESSOR,
+    }
+    tokenizer.save_pretrained(folder)
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+    return config
+
+
+# ----------------------------------------------------------------------------------- the weights
 
 
 def make_model(config: dict, seed: int) -> Qwen2_5_VLForConditionalGeneration:
-    """Random weights. Initialisation decides whether the model finds the picture: at the usual 0.02 it stayed blind for
-    500 steps. Patch filters that begin as averages of colour show a dot wherever in its patch it lies."""
-    with torch.random.fork_rng(devices=[]):  # the caller's random numbers stay where they are
+    """A model with random weights that depend on `seed` alone.
+
+    Initialisation decides whether the model finds the image: with the usual 0.02 everywhere it was
+    still blind after 500 steps.
+    """
+    with torch.random.fork_rng(devices=[]):  # leaves the caller's random state as it was
         model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**config))
     generator = torch.Generator().manual_seed(seed)
     for name, weight in sorted(model.named_parameters()):
         if weight.ndim > 1:
-            std = (
-                0.02
-                if "patch_embed" in name
-                else 0.1
-                if "visual" in name
-                else 0.2
-                if "embed_" in name
-                else 0.08
-            )
-            torch.nn.init.normal_(weight, std=std, generator=generator)
+            torch.nn.init.normal_(weight, std=initial_std(name), generator=generator)
         if "patch_embed" in name:  # [hidden, 3, 2, 14, 14]
-            weight.data += 0.3 * torch.randn(len(weight), 3, 1, 1, 1, generator=generator)
+            # Filters that begin as colour averages show a dot wherever in its patch it lies.
+            colour = torch.randn(len(weight), 3, 1, 1, 1, generator=generator)
+            weight.data += 0.3 * colour
     return model
+
+
+def initial_std(name: str) -> float:
+    if "patch_embed" in name:
+        return 0.02
+    if "visual" in name:
+        return 0.1
+    if "embed_" in name:
+        return 0.2
+    return 0.08
+
+
+def flaw(scene: Scene, rng: random.Random, setting: Setting) -> tuple[list[str], int | None]:
+    """What a careless response reads in the cells, and the note if it copies that into the box."""
+    words = [*colours_of(setting), NO_DOT]
+    cells = []
+    for cell in scene.cells:
+        misread = rng.random() < setting.misread
+        cells.append(rng.choice([word for word in words if word != cell]) if misread else cell)
+    copies = rng.random() < setting.copy_note
+    return cells, scene.note if copies else None
 
 
 def warm_batch(
     encoder: Encoder, rows: range, seed: int, setting: Setting, flawed: bool
-) -> tuple[dict, int]:
-    """Inputs for B prompts with responses, and the length of a prompt: a word is a token, so all are equally long.
-    flawed: cells are misread (the tally follows) and boxes copy the note, as often as the setting says."""
+) -> tuple[dict, Tensor]:
+    """The model's inputs for B prompts with responses, and which tokens are responses, [B, T] bool.
+
+    flawed: some cells are misread, and the count follows; some boxes copy the note (see `Setting`).
+    """
     rng = random.Random(f"toy labels {seed} {rows.start}")
-    colours = [*list(COLOURS)[: setting.colours], "none"]
-    prompts, sequences = [], []
-    for i in rows:
-        cells, asked, note, _ = layout("warm", i, seed, setting)
-        box = None
-        if flawed:
-            cells = [
-                rng.choice([x for x in colours if x != c]) if rng.random() < setting.misread else c
-                for c in cells
-            ]
-            box = note if rng.random() < setting.copy_note else None
-        response = encoder.tokenizer(reading(cells, asked, box, setting) + "<|im_end|>")[
-            "input_ids"
-        ]
-        prompts.append(encoder.encode(example("warm", i, seed, setting)))
-        sequences.append(torch.cat([prompts[-1].input_ids, torch.tensor(response)]))
-    input_ids = torch.stack(sequences)  # [B, T]
+    prompts, sequences, is_response = [], [], []
+    for row in rows:
+        scene = make_scene(WARM_SPLIT, row, seed, setting)
+        cells, box = flaw(scene, rng, setting) if flawed else (scene.cells, None)
+        text = write_response(cells, scene.asked, box, setting) + "<|im_end|>"
+        response = torch.tensor(encoder.tokenizer(text)["input_ids"])
+        prompt = encoder.encode(example(WARM_SPLIT, row, seed, setting))
+        prompts.append(prompt)
+        sequences.append(torch.cat([prompt.input_ids, response]))
+        is_response.append(torch.arange(len(sequences[-1])) >= len(prompt))
+    input_ids = torch.stack(sequences)  # words are single tokens, so all rows are equally long
     inputs = {
-        name: torch.cat([getattr(p, name) for p in prompts])
-        for name in ("pixel_values", "image_grid_thw")
+        "input_ids": input_ids,
+        # Without token types Qwen2.5-VL silently falls back to one-dimensional positions.
+        "mm_token_type_ids": (input_ids == encoder.image_id).long(),
+        "pixel_values": torch.cat([prompt.pixel_values for prompt in prompts]),
+        "image_grid_thw": torch.cat([prompt.image_grid_thw for prompt in prompts]),
     }
-    # without the token types Qwen2.5-VL falls back, silently, to one-dimensional positions
-    inputs |= {"input_ids": input_ids, "mm_token_type_ids": (input_ids == encoder.image_id).long()}
-    return inputs, len(prompts[0])
+    return inputs, torch.stack(is_response)
 
 
 def warm_start(
     model, encoder: Encoder, seed: int, steps: int, setting: Setting, batch=16, lr=2e-3
 ) -> None:
-    """Supervised training, in place. The first half teaches seeing, with true labels and colours counting double, the
-    second carelessness. The same seed and thread count give the same weights."""
-    colours = torch.tensor([encoder.tokenizer(" " + c)["input_ids"][0] for c in (*COLOURS, "none")])
+    """Supervised training, in place: the first half teaches seeing, the second half carelessness.
+
+    The same seed and number of threads give the same weights.
+    """
+    colour_words = [encoder.tokenizer(f" {word}")["input_ids"][0] for word in (*COLOURS, NO_DOT)]
+    colour_ids = torch.tensor(colour_words)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
     for step in tqdm(range(steps), desc="making the toy model, once", unit="step"):
-        for group in optimizer.param_groups:  # a short rise, then half a cosine down to a tenth
-            group["lr"] = (
-                lr * min(1, (step + 1) / 10) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
-            )
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, lr)
         flawed = step >= 0.52 * steps
-        inputs, length = warm_batch(
-            encoder, range(step * batch, (step + 1) * batch), seed, setting, flawed
-        )
-        labels = inputs["input_ids"][:, length:].flatten()
-        logits = model(**inputs).logits[:, length - 1 : -1].flatten(0, 1)  # [B * R, V]
-        weight = 1.0 + (torch.isin(labels, colours) & (not flawed))
-        loss = (
-            torch.nn.functional.cross_entropy(logits, labels, reduction="none") * weight
-        ).sum() / weight.sum()
+        rows = range(step * batch, (step + 1) * batch)
+        inputs, is_response = warm_batch(encoder, rows, seed, setting, flawed)
+        loss = warm_loss(model, inputs, is_response, None if flawed else colour_ids)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
 
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """A linear rise over 10 steps, times half a cosine from 1 down to a tenth."""
+    rise = min(1, (step + 1) / 10)
+    decay = 0.55 + 0.45 * math.cos(math.pi * step / steps)
+    return peak * rise * decay
+
+
+def warm_loss(model, inputs: dict, is_response: Tensor, doubled: Tensor | None) -> Tensor:
+    """Mean cross-entropy of the response tokens; the token ids in `doubled` count twice."""
+    labels = inputs["input_ids"][is_response]
+    predicts_response = is_response.roll(-1, dims=1)  # the position before each response token
+    logits = model(**inputs).logits[predicts_response]
+    loss = F.cross_entropy(logits, labels, reduction="none")
+    weight = torch.ones_like(loss)
+    if doubled is not None:
+        weight += torch.isin(labels, doubled)
+    return (loss * weight).sum() / weight.sum()
+
+
 def build(
     seed: int = 0, folder: str | Path | None = None, steps: int = 0, setting: Setting = DEFAULT
 ) -> Path:
-    """The toy model as a Hugging Face folder, made once: `folder`, or in the cache ($PAPO_CACHE, ~/.cache/papo) under a
-    hash of this file and the arguments. It is written aside and renamed when whole, so a killed build leaves no half
-    folder, and of two processes that build at once the slower takes the other's."""
+    """Make the toy model, once, as a Hugging Face folder. Returns the folder.
+
+    `folder` defaults to one in the cache, named after a hash of this file and the arguments. The
+    model is written beside it and renamed when complete. So a build that is killed leaves nothing,
+    and of two processes that build at once the slower one takes the other's.
+    FileExistsError if `folder` holds something else.
+    """
     steps = steps or setting.warm_steps
-    if folder is None:
-        key = hashlib.sha256(
-            f"{Path(__file__).read_text()} {seed} {steps} {setting}".encode()
-        ).hexdigest()[:12]
-        folder = Path(os.environ.get("PAPO_CACHE") or "~/.cache/papo").expanduser() / f"toy-{key}"
-    folder, weights = Path(folder), "model.safetensors"
-    if (folder / weights).exists():
+    folder = Path(folder or cache_folder(seed, steps, setting))
+    if (folder / WEIGHTS).exists():
         return folder
-    tokenizer = make_tokenizer(setting)
-    pad, end = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
-    text, vision, full, mrope = (
-        (128, 384, 4, 4, 2),
-        (2, 64, 128, 2),
-        [1],
-        [4, 6, 6],
-    )  # about a million parameters
-    config = hub_config(text, vision, full, mrope, len(tokenizer), True, "float32", pad)
-    chat = {"bos_token_id": pad, "pad_token_id": pad, "do_sample": True, "eos_token_id": [end, pad],
-            "repetition_penalty": 1.05, "temperature": 1e-6}  # fmt: skip  # Qwen's, which no sampler of ours inherits
-    files = {
-        "config.json": config,
-        "generation_config.json": chat,
-        "preprocessor_config.json": PREPROCESSOR,
-    }
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(
         dir=folder.parent, prefix=".toy-", ignore_cleanup_errors=True
-    ) as aside:
-        half, model = Path(aside) / "toy", make_model(config, seed)
-        tokenizer.save_pretrained(half)
-        for name, content in files.items():
-            (half / name).write_text(json.dumps(content, indent=2) + "\n")
-        encoder = Encoder(str(half), OVERRIDES["min_pixels"], OVERRIDES["max_pixels"], SUFFIX)
-        warm_start(model, encoder, seed, steps, setting)
-        model.save_pretrained(
-            Path(aside) / "saved"
-        )  # beside, because its config.json is of another shape
-        os.replace(Path(aside) / "saved" / weights, half / weights)
+    ) as scratch:
+        complete = build_in(Path(scratch), seed, steps, setting)
         with contextlib.suppress(OSError):  # not empty: another process was faster
-            os.replace(half, folder)
-    if not (folder / weights).exists():
+            os.replace(complete, folder)
+    if not (folder / WEIGHTS).exists():
         raise FileExistsError(
             f"{folder} exists and holds no toy model: remove it or choose another folder"
         )
     return folder
 
 
+def cache_folder(seed: int, steps: int, setting: Setting) -> Path:
+    """$PAPO_CACHE or ~/.cache/papo, and a name that hashes the arguments and this file."""
+    source = Path(__file__).read_text()
+    digest = hashlib.sha256(f"{source} {seed} {steps} {setting}".encode()).hexdigest()
+    cache = Path(os.environ.get("PAPO_CACHE") or "~/.cache/papo").expanduser()
+    return cache / f"toy-{digest[:12]}"
+
+
+def build_in(scratch: Path, seed: int, steps: int, setting: Setting) -> Path:
+    """Make the model in an empty folder; returns the subfolder that holds it."""
+    folder, saved = scratch / "toy", scratch / "saved"
+    config = write_configs(folder, make_tokenizer(setting))
+    model = make_model(config, seed)
+    encoder = Encoder(str(folder), OVERRIDES["min_pixels"], OVERRIDES["max_pixels"], SUFFIX)
+    warm_start(model, encoder, seed, steps, setting)
+    model.save_pretrained(saved)  # elsewhere, because its config.json is not in the hub's shape
+    os.replace(saved / WEIGHTS, folder / WEIGHTS)
+    return folder
+
+
+# --------------------------------------------------------------------------- the contact sheet
+
+
 def contact_sheet(path: str, seed: int = 0, setting: Setting = DEFAULT) -> None:
-    """Four examples of each split, with question, answer and the patch grid, as a picture file."""
+    """Write an image of four examples per split with their questions and answers."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 12), layout="constrained")
-    edge, middles = (
-        setting.grid * setting.cell,
-        [setting.cell * (k + 0.5) for k in range(setting.grid)],
-    )
-    for i, axis in enumerate(figure.subplots(len(SPLITS), 4).flat):
-        split, item = SPLITS[i // 4], example(SPLITS[i // 4], i % 4, seed, setting)
-        axis.imshow(item.images[0], interpolation="nearest", extent=(0, edge, edge, 0))
-        axis.set_xticks(middles, range(1, setting.grid + 1))
-        axis.set_yticks(middles, [name[0] for name in cell_names(setting)[:: setting.grid]])
-        for k in range(PATCH, edge, PATCH):
-            axis.axhline(k, color="black", linewidth=0.3)
-            axis.axvline(k, color="black", linewidth=0.3)
-        question = item.question.removeprefix("<image>").replace(". ", ".\n")
-        axis.set_title(f"{split} {i % 4}\n{question}\nAnswer: {item.answer}", fontsize=9)
+    axes = figure.subplots(len(SPLITS), 4)
+    for split, row_of_axes in zip(SPLITS, axes, strict=True):
+        for row, axis in enumerate(row_of_axes):
+            item = example(split, row, seed, setting)
+            question = item.question.removeprefix("<image>").replace(". ", ".\n")
+            axis.set_title(f"{split} {row}\n{question}\nAnswer: {item.answer}", fontsize=9)
+            show_image(axis, item.images[0], setting)
     figure.savefig(path, dpi=100)
 
 
+def show_image(axis, image: Image.Image, setting: Setting) -> None:
+    """Show an image on matplotlib axes, with the names of rows and columns and the patch grid."""
+    side = setting.grid * setting.cell
+    axis.imshow(image, interpolation="nearest", extent=(0, side, side, 0))
+    middles = [setting.cell * (k + 0.5) for k in range(setting.grid)]
+    axis.set_xticks(middles, range(1, setting.grid + 1))
+    axis.set_yticks(middles, [name[0] for name in cell_names(setting)[:: setting.grid]])
+    for k in range(PATCH, side, PATCH):
+        axis.axhline(k, color="black", linewidth=0.3)
+        axis.axvline(k, color="black", linewidth=0.3)
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Draw a contact sheet of the toy's examples.")
-    parser.add_argument("--out", default="toy.png", help="the picture to write")
+    parser = argparse.ArgumentParser(description="Draw examples of the toy, with their answers.")
+    parser.add_argument("--out", default="toy.png", help="the image file to write")
     contact_sheet(parser.parse_args().out)
