@@ -1,4 +1,7 @@
-"""What a run needs of disk and device memory."""
+"""What a run needs of disk and device memory, estimated before it starts, and why memory ran out.
+
+train.py prints `resource_report` once everything is loaded. None of the estimates steers the run.
+"""
 
 from __future__ import annotations
 
@@ -13,86 +16,117 @@ from support.distributed import fsdp_blocks
 
 GIB = 2**30
 
+# Phase of a step -> what makes room for it.
+ROOM_FOR = {
+    "sampling": "lower --rollout_batch or set --offload_optimizer",
+    "an update": "lower --tokens_per_forward, add ranks or set --freeze_vision",
+}
+
+
+def resource_report(folder: Path, model, config, world: int, reference: bool, device) -> str:
+    """Whether the run will fit: a line on disk and, on CUDA, two on device memory.
+
+    model: the policy's, loaded. config: train.Config. reference: whether there is a reference
+    model.
+    """
+    lines = [disk_line(folder, model, config.keep)]
+    if device.type == "cuda":
+        capacity = torch.cuda.get_device_properties(device).total_memory
+        usual = memory_table(model, config, world, reference, length=0.3)
+        greatest = memory_table(model, config, world, reference, length=1.0)
+        lines.append(device_line("30% of the length limits", usual, capacity))
+        lines.append(device_line("the length limits", greatest, capacity))
+    return "\n".join(lines)
+
 
 def disk_line(folder: Path, model, keep: int) -> str:
-    """One line: the size of a checkpoint (fp32 weights, two moments of what is trained) and the room there is."""
-    size = sum(4 * w.numel() for w in model.state_dict().values())
-    size += sum(8 * w.numel() for w in model.parameters() if w.requires_grad)
-    need, free = (keep + 1) * size, shutil.disk_usage(folder).free
-    line = f"checkpoints: {size / GIB:.3g} GiB each, up to {need / GIB:.3g} GiB with --keep {keep} while one is saved"
-    return f"{line}; {free / GIB:.3g} GiB free in {folder}" + (
-        ": NOT ENOUGH" if free < need else ""
+    """The size of a checkpoint (fp32 weights and two moments of each trained one) and the room."""
+    size = sum(4 * weight.numel() for weight in model.state_dict().values())
+    size += sum(8 * weight.numel() for weight in model.parameters() if weight.requires_grad)
+    need = (keep + 1) * size
+    free = shutil.disk_usage(folder).free
+    line = (
+        f"checkpoints: {size / GIB:.3g} GiB each, up to {need / GIB:.3g} GiB with --keep {keep} "
+        f"while one is saved; {free / GIB:.3g} GiB free in {folder}"
+    )
+    return line if need <= free else f"{line}: NOT ENOUGH"
+
+
+def device_line(lengths: str, table: dict[str, float], capacity: int) -> str:
+    """The two peaks of a memory table against the device's capacity in bytes."""
+    peaks = []
+    for phase, advice in ROOM_FOR.items():
+        peak = table[f"PEAK of {phase}"]
+        problem = f" (does not fit: {advice})" if peak > capacity else ""
+        peaks.append(f"{phase} {peak / GIB:.1f} GiB{problem}")
+    return (
+        f"device memory at {lengths}, estimated: {', '.join(peaks)}; "
+        f"each device has {capacity / GIB:.1f} GiB"
     )
 
 
 def memory_table(
-    model, world: int, reference: bool, group_size: int, tokens_per_forward: int, rollout_batch: int,
-    max_prompt_tokens: int, max_new_tokens: int, offload_optimizer: bool = False, length: float = 1.0,
-) -> dict[str, float]:  # fmt: skip
-    """Bytes on each of `world` CUDA devices: what stays, what sampling adds, what an update adds, and the two peaks.
+    model, config, world: int, reference: bool, length: float = 1.0
+) -> dict[str, float]:
+    """Estimate the bytes on each of `world` CUDA devices: part by part, then the two peaks.
 
-    model: with its requires_grad flags set; sharded or not, or on the meta device. reference: whether there is one.
-    offload_optimizer: the moments are away while sampling. length: the share of the longest prompts and responses to
-    reckon with. Parameters are counted, the shapes of caches and stored layer inputs follow from the config; what one
-    layer holds while it runs, and the logits, are estimates (marked ~). The allocator's fragments and CUDA's own
-    gigabyte come on top.
+    model: with its requires_grad flags set; plain, sharded or on the meta device. config:
+    train.Config. reference: whether there is a reference model. length: prompts and responses as
+    a share of their limits.
+
+    Parameters are counted; caches and stored layer inputs follow from their shapes. Parts marked ~
+    (activations within a layer, logits) are estimates. The allocator's fragmentation and the CUDA
+    context, about 1 GiB, come on top.
     """
     text, vision = model.config.get_text_config(), model.config.vision_config
-    sizes = [sum(p.numel() for p in block.parameters()) for block in fsdp_blocks(model)]
+    blocks = [sum(p.numel() for p in block.parameters()) for block in fsdp_blocks(model)]
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    root = total - sum(sizes)
+    root = total - sum(blocks)  # embeddings and head
+
+    prompt, response = length * config.max_prompt_tokens, length * config.max_new_tokens
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    prompt, response = length * max_prompt_tokens, length * max_new_tokens
-    inside = 2 * (6 * text.hidden_size + 4 * text.intermediate_size)  # of a layer, bytes a token
-    patches = vision.spatial_merge_size**2 * tokens_per_forward / 2  # half of a row is pictures
-    table = {
+    cache_per_token = 4 * text.num_hidden_layers * text.num_key_value_heads * head_dim
+    layer_per_token = 2 * (6 * text.hidden_size + 4 * text.intermediate_size)
+    prefill = min(config.rollout_batch / config.group_size * prompt, PREFILL_TOKENS)
+    row = config.tokens_per_forward
+    patches = vision.spatial_merge_size**2 * row / 2  # half of a row is images
+    layer_inputs = row * text.num_hidden_layers * text.hidden_size
+    layer_inputs += patches * vision.depth * vision.hidden_size
+
+    moments = 8 * trained / world
+    full_weights = 2 * total
+    cache = cache_per_token * config.rollout_batch * (prompt + response)
+    sampling_logits = 40 * config.rollout_batch * text.vocab_size
+    encoding = prefill * layer_per_token
+    resident = {
         "parameters, fp32, sharded": 4 * total / world,
-        "AdamW's moments, fp32, sharded": 8 * trained / world,
+        "AdamW's moments, fp32, sharded": moments,
         "reference model, bf16, sharded": 2 * total / world * reference,
-        "sampling: whole weights, bf16": 2 * total,
-        "sampling: key-value cache": 4 * rollout_batch * (prompt + response) * text.num_hidden_layers
-        * text.num_key_value_heads * head_dim,
-        "sampling: ~logits": 40 * rollout_batch * text.vocab_size,
-        "sampling: ~encoding prompts": min(rollout_batch / group_size * prompt, PREFILL_TOKENS) * inside,
-        "update: gradients, fp32, sharded": 4 * trained / world,
-        "update: embeddings and head, bf16, whole, and their gradients": 8 * root,
-        "update: two layers, bf16, whole, and their gradients": 2 * 8 * max(sizes),
-        "update: layer inputs, bf16": 2 * (tokens_per_forward * text.num_hidden_layers * text.hidden_size
-                                           + patches * vision.depth * vision.hidden_size),
-        "update: ~inside a layer, and logits": 2 * tokens_per_forward * inside + 12 * 256 * text.vocab_size,
-    }  # fmt: skip
-    kinds = {
-        kind: [v for k, v in table.items() if k.startswith(kind)] for kind in ("sampling", "update")
     }
-    stays = sum(table.values()) - sum(map(sum, kinds.values()))
-    whole, cache, logits, encoding = kinds[
-        "sampling"
-    ]  # the cache is fanned out once the prompts are encoded
-    away = offload_optimizer * table["AdamW's moments, fp32, sharded"]
-    table["PEAK of sampling"] = (
-        stays - away + whole + max(cache + logits, encoding + cache / group_size)
-    )
-    table["PEAK of an update"] = stays + sum(kinds["update"])
-    return table
-
-
-def resource_report(folder: Path, model, config, world: int, reference: bool, device) -> str:
-    """disk_line and, on CUDA, the memory table for usual and for greatest lengths. config: train.Config."""
-    lines = [disk_line(folder, model, config.keep)]
-    if device.type == "cuda":
-        names = ("group_size", "tokens_per_forward", "rollout_batch", "max_prompt_tokens", "max_new_tokens",
-                 "offload_optimizer")  # fmt: skip
-        flags = {name: getattr(config, name) for name in names}
-        usual, most = (
-            memory_table(model, world, reference, **flags, length=share) for share in (0.3, 1.0)
-        )
-        capacity = torch.cuda.get_device_properties(device).total_memory / GIB
-        lines.append(
-            f"{'GiB a device, estimated':<62} {'usual':>7} {'at most':>7}   of {capacity:.1f}"
-        )
-        lines += [f"{name:<62} {usual[name] / GIB:>7.1f} {most[name] / GIB:>7.1f}" for name in most]
-    return "\n".join(lines)
+    sampling = {
+        "sampling: full weights, bf16": full_weights,
+        "sampling: key-value cache": cache,
+        "sampling: ~logits": sampling_logits,
+        "sampling: ~encoding prompts": encoding,
+    }
+    update = {
+        "update: gradients, fp32, sharded": 4 * trained / world,
+        "update: full embeddings and head, bf16, and their gradients": 8 * root,
+        "update: two full layers, bf16, and their gradients": 2 * 8 * max(blocks),
+        "update: layer inputs, bf16": 2 * layer_inputs,
+        "update: ~inside a layer, and logits": 2 * row * layer_per_token
+        + 12 * 256 * text.vocab_size,
+    }
+    stays = sum(resident.values())
+    offloaded = moments if config.offload_optimizer else 0
+    # Prompts are encoded once per group; then the cache is repeated for each of its responses.
+    peak_cache = max(cache + sampling_logits, encoding + cache / config.group_size)
+    peaks = {
+        "PEAK of sampling": stays - offloaded + full_weights + peak_cache,
+        "PEAK of an update": stays + sum(update.values()),
+    }
+    return resident | sampling | update | peaks
 
 
 # Which of our functions an error came through -> what was going on, and what to turn. The innermost decides.

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,10 +17,8 @@ from test_train import ENV, ROOT, TINY, lines, reader, run, steady  # noqa: F401
 from transformers import AutoModelForImageTextToText
 
 import train
-from support import checkpoint, decoding, distributed, memory, toy
+from support import checkpoint, distributed
 from support import run as run_files
-
-GIB = 2**30
 
 
 @pytest.fixture()
@@ -192,54 +189,6 @@ def test_out_of_memory_names_the_phase_and_the_flag(run, folder, monkeypatch, ph
     monkeypatch.setattr(target, name, broken) if name else monkeypatch.setattr(target, broken)
     with pytest.raises(SystemExit, match=f"rank 0: out of memory in .*{flag}.*20.00 GiB"):
         run("oom", "--steps", "1", "--eval_every", "0")
-
-
-def test_disk_line(alone, tmp_path):
-    model = torch.nn.Linear(512, 512)
-    optimizer = torch.optim.AdamW(model.parameters())
-    place = checkpoint.save(tmp_path, model, optimizer, {"step": 1}, keep=1)
-    size = 3 * 4 * (512 * 512 + 512)
-    assert (
-        size < sum(f.stat().st_size for f in place.iterdir()) < size + 50_000
-    )  # and torch's headers
-    line = memory.disk_line(
-        tmp_path, torch.nn.Linear(2**14, 2**14, bias=False, device="meta"), keep=2
-    )
-    assert (
-        line.startswith("checkpoints: 3 GiB each, up to 9 GiB with --keep 2")
-        and "GiB free in" in line
-    )
-    huge = SimpleNamespace(
-        state_dict=dict, parameters=lambda: [torch.empty(2**50, device="meta").requires_grad_()]
-    )
-    assert memory.disk_line(tmp_path, huge, keep=2).endswith("NOT ENOUGH")
-
-
-def test_memory_table():
-    """The parts that can be counted, against the published sizes."""
-    flags = dict(reference=True, group_size=5, tokens_per_forward=16_384, rollout_batch=320,
-                 max_prompt_tokens=4096, max_new_tokens=2048)  # fmt: skip
-    sizes = ("3b", 3_754_622_976, 2, 36 * 2 * 2 * 128), ("7b", 8_292_166_656, 4, 28 * 2 * 4 * 128)
-    for size, count, world, kv in sizes:
-        with torch.device("meta"):
-            model = AutoModelForImageTextToText.from_config(toy.random_config(f"qwen2.5-vl-{size}"))
-        table = memory.memory_table(model, world, **flags)
-        assert table["parameters, fp32, sharded"] == 4 * count / world
-        assert table["AdamW's moments, fp32, sharded"] == 8 * count / world
-        assert table["reference model, bf16, sharded"] == 2 * count / world
-        assert table["sampling: whole weights, bf16"] == 2 * count
-        assert checkpoint.PREFILL_TOKENS == decoding.PREFILL_TOKENS
-        assert table["sampling: key-value cache"] == 2 * kv * 320 * 6144
-        usual = memory.memory_table(model, world, **flags, length=0.3)
-        assert all(usual[name] < 79 * GIB for name in ("PEAK of sampling", "PEAK of an update"))
-        away = memory.memory_table(model, world, **flags, length=0.3, offload_optimizer=True)
-        assert usual["PEAK of sampling"] - away["PEAK of sampling"] == 8 * count / world
-        assert usual["PEAK of an update"] == away["PEAK of an update"]
-        model.model.visual.requires_grad_(False)
-        frozen = memory.memory_table(model, world, **flags | {"reference": False})
-        assert frozen["reference model, bf16, sharded"] == 0
-        vision = sum(p.numel() for p in model.model.visual.parameters())
-        assert frozen["update: gradients, fp32, sharded"] == 4 * (count - vision) / world
 
 
 # ------------------------------------------------------------------------------------------------------- several ranks
