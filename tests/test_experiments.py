@@ -1,76 +1,84 @@
-"""The experiments' bookkeeping: what is run, what counts as misread, the statistics, tables from results alone."""
+"""The experiments' bookkeeping: jobs, misread answers, statistics, tables from results alone."""
 
 import json
 from pathlib import Path
 
 import pytest
 
+import train
 from experiments import report, run
 from support import toy
 
 ROOT = Path(__file__).parent.parent
-
 SETTING = toy.setting_of(run.SPEC)
 
 
-def test_every_run_is_one_job_and_starts_come_first():
-    jobs = run.jobs_of(list(run.EXPERIMENTS), None)
-    assert len(jobs) == len(set(jobs)) and all(variant in run.VARIANTS for variant, _ in jobs)
-    starts = [variant == "start" for variant, _ in jobs]
-    assert starts == sorted(starts, reverse=True) and not {seed for _, seed in jobs} & {0, 1, 2}
-    assert run.jobs_of(["gamma"], [11, 99]) == [(name, 11) for name in run.EXPERIMENTS["gamma"][0]]
-    assert set(report.GAMMAS) == set(run.EXPERIMENTS["gamma"][0])
-    assert set(report.LARGE) == set(run.EXPERIMENTS["regularisation"][0])
+def test_every_run_is_one_job_and_start_models_come_first():
+    jobs = run.list_jobs(list(run.EXPERIMENTS), seeds=None)
+    assert len(jobs) == len(set(jobs))
+    assert {variant for variant, _ in jobs} == set(run.VARIANTS)
+    is_start = [variant == "start" for variant, _ in jobs]
+    assert is_start == sorted(is_start, reverse=True)
+    assert not {seed for _, seed in jobs} & {0, 1, 2}  # the seeds that found the setting
+    assert run.list_jobs(["estimator"], seeds=[11, 99]) == [
+        ("papo_g", 11),
+        ("estimator_paper", 11),
+        ("masked_grad", 11),
+    ]
 
 
-def test_every_variant_is_something_train_takes(tmp_path):
-    import train
+def test_the_report_shows_every_variant():
+    for title, (names, base) in report.EXPERIMENTS.items():
+        variants, _ = run.EXPERIMENTS[title]
+        assert set(names) == set(variants) and base in variants
+    assert ["start", *report.TABLE1] == run.EXPERIMENTS["table1"][0]
 
+
+def test_train_accepts_the_flags_of_every_variant(tmp_path):
     for name, flags in run.VARIANTS.items():
-        if name != "start":
-            words = [
-                f"--{k}" if v is True else f"--{k}={v}" for k, v in (run.TRAINING | flags).items()
-            ]
-            config, algo = train.settings(
-                [*words, "--model", run.SPEC, "--out", str(tmp_path / name)]
-            )
-            train.dataclasses.replace(train.preset(config.algo), **algo)
-            assert config.data == run.SPEC and config.max_new_tokens == 61
+        words = ["--model", run.SPEC, "--out", str(tmp_path / name)]
+        for flag, value in (run.TRAINING | flags).items():
+            words.append(f"--{flag}" if value is True else f"--{flag}={value}")
+        config, algo = train.settings(words)
+        train.dataclasses.replace(train.preset(config.algo), **algo)
+        assert config.data == run.SPEC
 
 
-def test_a_reading_is_misread_where_its_count_is_off():
-    cells, asked, note, _ = toy.layout("general", 3, setting=SETTING)
-    true = toy.reading(cells, asked, setting=SETTING)
-    assert run.read_cells(true, SETTING) == cells
-    copied = toy.reading(cells, asked, box=note, setting=SETTING)  # a true reading, another box
-    assert (
-        not run.misread(copied, "general", 3, SETTING)
-        and run.cells_right(copied, "general", 3, SETTING) == 1
+def test_a_response_is_misread_where_its_count_is_wrong():
+    scene = toy.make_scene("general", 3, setting=SETTING)
+    place = next(i for i, colour in enumerate(scene.cells) if colour != scene.asked)
+    counted_one_more = [*scene.cells]
+    counted_one_more[place] = scene.asked
+    same_count = [*scene.cells]
+    same_count[place] = next(
+        word for word in (*toy.COLOURS, toy.NO_DOT) if word not in (scene.asked, scene.cells[place])
     )
-    other = next(c for c in toy.COLOURS if c != asked)
-    swapped = [*cells]
-    place = next(i for i, c in enumerate(cells) if c != asked)
-    swapped[place] = asked
-    assert run.misread(toy.reading(swapped, asked, setting=SETTING), "general", 3, SETTING)
-    harmless = [*cells]
-    harmless[place] = (
-        other if cells[place] == "none" else "none"
-    )  # wrong, but the count is the picture's
-    wrong = toy.reading(harmless, asked, setting=SETTING)
-    assert (
-        not run.misread(wrong, "general", 3, SETTING)
-        and run.cells_right(wrong, "general", 3, SETTING) == 15 / 16
-    )
-    assert run.misread("no reading at all", "general", 3, SETTING) == (cells.count(asked) > 0)
+
+    def judge(cells, box=None):
+        response = toy.write_response(cells, scene.asked, box, SETTING)
+        assert run.read_cells(response, SETTING) == cells
+        return (
+            run.is_misread(response, "general", 3, SETTING),
+            run.share_of_cells_right(response, "general", 3, SETTING),
+        )
+
+    assert judge(scene.cells) == (False, 1)
+    assert judge(scene.cells, box=scene.note) == (False, 1)
+    assert judge(counted_one_more) == (True, 15 / 16)
+    assert judge(same_count) == (False, 15 / 16)
+    silent = run.is_misread("no reading at all", "general", 3, SETTING)
+    assert silent == (scene.cells.count(scene.asked) > 0)
 
 
-def test_sign_flip_is_exact():
-    assert report.sign_flip([1.0] * 8) == 2 / 256
-    assert report.sign_flip([1.0, -1.0]) == 1.0 and report.sign_flip([3.0, -1.0]) == 0.5 * 2
+def test_the_sign_flip_test_is_exact():
+    assert report.sign_flip_p([1.0] * 8) == 2 / 256
+    assert report.sign_flip_p([1.0, -1.0]) == 1.0
+    assert report.sign_flip_p([3.0, -1.0]) == 1.0
+    assert report.sign_flip_p([3.0, 1.0]) == 0.5
 
 
-def result(variant, seed, accuracy):
-    part = {
+def fake_result(variant, seed, accuracy):
+    final = {
         "accuracy": accuracy,
         "responses": 100,
         "wrong": 40,
@@ -78,62 +86,55 @@ def result(variant, seed, accuracy):
         "cells_right": 0.9,
         "unboxed": 0.0,
     }
-    found = {"variant": variant, "seed": seed, "commit": "x", "spec": run.SPEC, "evaluation": {}}
-    found["final"] = {"general": part, "vision_dependent": part | {"accuracy": accuracy / 2}}
+    result = {
+        "variant": variant,
+        "seed": seed,
+        "commit": "abc1234",
+        "final": {"general": final, "vision_dependent": final | {"accuracy": accuracy / 2}},
+    }
     if variant != "start":
-        names = ("kl_prcp", "entropy", "masked_entropy", "clip_frac", "seconds")
-        found["metrics"] = {name: [0.1, 0.2 + seed / 100] for name in names}
-        values = {"0": (0.1, 0.1), "2": (0.5, 0.3)}
-        found["curve"] = {
-            at: {"general": a, "vision_dependent": b} for at, (a, b) in values.items()
+        result["metrics"] = {name: [0.1, 0.2 + seed / 100] for name in run.METRICS}
+        result["curve"] = {
+            "0": {"general": 0.1, "vision_dependent": 0.1},
+            "2": {"general": 0.5, "vision_dependent": 0.3},
         }
-    return found
+    return result
 
 
-def test_the_report_is_drawn_from_results_alone(tmp_path, monkeypatch):
+def test_the_report_needs_results_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "HERE", tmp_path)
     (tmp_path / "results").mkdir()
-    for seed in (10, 11):
-        for variant, accuracy in {
-            "start": 0.2,
-            "grpo": 0.5,
-            "papo_g": 0.6,
-            "gamma_0.1": 0.4,
-            "mask_1.0": 0.5,
-        }.items():
-            file = tmp_path / "results" / f"{variant}-s{seed}.json"
-            file.write_text(json.dumps(result(variant, seed, accuracy + seed / 1000)))
+    accuracies = {"start": 0.2, "grpo": 0.5, "papo_g": 0.6, "gamma_0.1": 0.4, "mask_1.0": 0.5}
+    for variant, accuracy in accuracies.items():
+        for seed in (10, 11):
+            result = fake_result(variant, seed, accuracy + seed / 1000)
+            (tmp_path / "results" / f"{variant}-s{seed}.json").write_text(json.dumps(result))
     report.main()
     text = (tmp_path / "report.md").read_text()
-    assert (
-        "| papo_g | 2 | 61.0 +- 0.6 | 30.5 +- 0.3 | 45.8 +- 0.5 | 40.0 +- 0.0 | +19.6 +- " in text
-    )
-    assert "| gamma 0.1 | 2 | 41.0" in text and "-7.5 +- 0.0 |" in text and "(not run yet)" in text
-    drawn = {path.name for path in (tmp_path / "figures").iterdir()}
-    assert drawn == {
-        "table1.png",
-        "gamma.png",
-        "masking.png",
-        "no_kl_ref.png",
-    }  # of what has two variants
+    assert "from 10 results of commit abc1234" in text
+    cells = "61.0 +- 0.6 | 30.5 +- 0.3 | 45.8 +- 0.5 | 40.0 +- 0.0 | +19.6 +- "
+    assert f"| papo_g | 2 | {cells}" in text
+    assert "| gamma 0.1 | 2 | 41.0" in text and "-7.5 +- 0.0 |" in text
+    assert "(not run yet)" in text
+    figures = {path.stem for path in (tmp_path / "figures").iterdir()}
+    # A figure takes two variants.
+    assert figures == {"table1", "gamma", "masking", "no_kl_ref"}
     found = report.load()
-    assert report.delta_rel(found["papo_g"][10], found["grpo"][10]) == pytest.approx(
-        100 * (0.61 / 0.51 - 1)
-    )
+    relative = report.delta_rel(found["papo_g"][10], found["grpo"][10])
+    assert relative == pytest.approx(100 * (0.61 / 0.51 - 1))
 
 
 def test_the_readme_quotes_the_results():
-    """Its Table 1 is report.py's, from the committed results; PAPO is ahead at every seed, as it says."""
-    found, readme = report.load(), (ROOT / "README.md").read_text()
-    for variant in ("grpo", "papo_g", "dapo", "papo_d"):
-        assert sorted(found[variant]) == list(run.MANY)
-        runs = found[variant].values()
-        cells = [report.pm([report.score(each, split) for each in runs]) for split in report.SPLITS]
-        assert f"| `{variant}` | {cells[0]} | {cells[1]} |" in readme
-    for variant, base in (("papo_g", "grpo"), ("papo_d", "dapo")):
-        gains = report.paired(found, variant, base, lambda a, b: report.score(a) - report.score(b))
-        assert min(gains) > 0 and report.sign_flip(gains) == 2 / 256
-        assert (
-            report.pm(report.paired(found, variant, base, report.delta_rel), sign=True) + " %"
-            in readme
-        )
+    """Its table's rows hold the accuracies and Delta_rel of the committed results."""
+    found = report.load()
+    lines = (ROOT / "README.md").read_text().replace("±", "+-").splitlines()
+    for variant in report.TABLE1:
+        runs = found[variant]
+        assert sorted(runs) == list(run.EIGHT_SEEDS)
+        *cells, _ = report.accuracy_cells(list(runs.values()))
+        if variant in report.BASELINES:
+            changes = report.paired(found, variant, report.BASELINES[variant], report.delta_rel)
+            cells.append(report.interval(changes, sign=True))
+        rows = [line for line in lines if line.startswith(f"| `{variant}` | {cells[0]}")]
+        assert len(rows) == 1, f"README: no row with the results of {variant}"
+        assert all(cell in rows[0] for cell in cells), rows[0]
