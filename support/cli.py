@@ -99,6 +99,6 @@ def resolve_config(cls, given: dict):
     """The config of a command: given flags over the toy's own defaults (where the data is the toy) over cls's."""
     defaults, spec = {}, data_of(given)
     if setting := toy.setting_of(spec):
-        defaults = toy.overrides(setting) | {"data": spec, "val_data": spec}
+        defaults = toy.task_defaults(setting) | toy.MODEL_DEFAULTS | {"data": spec, "val_data": spec}
     names = {f.name for f in dataclasses.fields(cls)}
     return cls(**{k: v for k, v in (defaults | given).items() if k in names})

@@ -70,21 +70,24 @@ NO_DOT = "none"  # the word for a cell without a dot
 QUESTION = "A note says {note}. How many {asked} dots are there?"
 SUFFIX = "Think in <think> </think>, then answer in \\boxed{}."
 
-# Which of train.py's defaults (the paper's, for 3B and 7B models) the toy overrides, and why.
-OVERRIDES = {
+# train.py's defaults are the paper's, for 3B and 7B models. Two sets go over them: one belongs to
+# the task, whatever model learns it, the other to the tiny model, whatever it learns.
+TASK_DEFAULTS = {
     "steps": 50,  # enough to learn the task
     "prompts_per_step": 16,  # x 8 responses = 128 per step, a few seconds on two cores
     "group_size": 8,  # more than the paper's 5, because responses are cheap
     "mini_batch": 16,  # one optimizer step per batch
-    "lr": 2e-4,  # a million parameters tolerate, and need, far more than 1e-6
     "max_prompt_tokens": 128,  # a prompt has 55 tokens
-    "max_new_tokens": 40,  # a response has 31; `overrides` adapts both to the grid
+    "max_new_tokens": 40,  # a response has 31; `task_defaults` fits both to the grid
     "prompt_suffix": SUFFIX,  # says what the released suffix says in a third of the tokens
     "min_pixels": 56 * 56,  # a larger minimum would enlarge the 84 x 84 images
     "max_pixels": 336 * 336,
     "eval_every": 10,
     "eval_rows": 128,  # per split; takes seconds
     "save_every": 25,
+}
+MODEL_DEFAULTS = {
+    "lr": 2e-4,  # a million parameters tolerate, and need, far more than 1e-6
 }
 
 
@@ -149,10 +152,10 @@ def setting_of(spec: str | Path) -> Setting | None:
     return Setting(**values)
 
 
-def overrides(setting: Setting = DEFAULT) -> dict:
-    """OVERRIDES with lengths that fit the setting's grid: a response has three tokens per cell."""
+def task_defaults(setting: Setting = DEFAULT) -> dict:
+    """TASK_DEFAULTS with lengths that fit the grid: a response has three tokens per cell."""
     cells = setting.grid**2
-    return OVERRIDES | {"max_new_tokens": 3 * cells + 13, "max_prompt_tokens": cells + 119}
+    return TASK_DEFAULTS | {"max_new_tokens": 3 * cells + 13, "max_prompt_tokens": cells + 119}
 
 
 # ----------------------------------------------------------------------------------------- rows
@@ -592,7 +595,7 @@ def build_in(scratch: Path, seed: int, steps: int, setting: Setting) -> Path:
     folder, saved = scratch / "toy", scratch / "saved"
     config = write_configs(folder, make_tokenizer(setting))
     model = make_model(config, seed)
-    encoder = Encoder(str(folder), OVERRIDES["min_pixels"], OVERRIDES["max_pixels"], SUFFIX)
+    encoder = Encoder(str(folder), TASK_DEFAULTS["min_pixels"], TASK_DEFAULTS["max_pixels"], SUFFIX)
     warm_start(model, encoder, seed, steps, setting)
     model.save_pretrained(saved)  # elsewhere, because its config.json is not in the hub's shape
     os.replace(saved / WEIGHTS, folder / WEIGHTS)

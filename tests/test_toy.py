@@ -7,7 +7,7 @@ import os
 import random
 import re
 from collections import Counter
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
+import train
 from support import toy
 from support.qwen_vl import Encoder
 
@@ -25,7 +26,7 @@ NINE_CELLS = ["red", "none", "blue"] * 3
 
 
 def make_encoder(folder: Path) -> Encoder:
-    pixels = toy.OVERRIDES["min_pixels"], toy.OVERRIDES["max_pixels"]
+    pixels = toy.TASK_DEFAULTS["min_pixels"], toy.TASK_DEFAULTS["max_pixels"]
     return Encoder(str(folder), *pixels, toy.SUFFIX)
 
 
@@ -212,7 +213,7 @@ def test_any_text_survives_the_tokenizer(tokenizer, text):
 def test_a_response_takes_three_tokens_per_cell(tokenizer):
     tokens = tokenizer(toy.write_response(NINE_CELLS, "red"))["input_ids"]
     assert len(tokens) == 9 * 3 + 3
-    assert len(tokens) + 1 <= toy.OVERRIDES["max_new_tokens"]
+    assert len(tokens) + 1 <= toy.TASK_DEFAULTS["max_new_tokens"]
 
 
 def test_special_tokens_are_single_and_in_qwens_order(tokenizer):
@@ -279,15 +280,20 @@ def test_a_prompt_has_one_image_token_per_cell(folder):
 def test_prompts_and_responses_fit_the_default_lengths(tmp_path, grid):
     setting = toy.Setting(grid=grid, most=1)
     encoder = make_encoder(toy.build(0, tmp_path / "model", steps=1, setting=setting))
-    limits = toy.overrides(setting)
+    limits = toy.task_defaults(setting)
     prompt = encoder.encode(toy.example("train", 0, setting=setting))
     assert len(prompt) <= limits["max_prompt_tokens"]
     response = toy.write_response(["red"] * grid**2, "red", setting=setting) + "<|im_end|>"
     assert len(encoder.tokenizer(response)["input_ids"]) <= limits["max_new_tokens"]
 
 
-def test_the_default_lengths_are_those_of_the_default_grid():
-    assert toy.overrides() == toy.OVERRIDES
+def test_defaults_of_the_task_and_of_the_model_are_separate_flags_of_train():
+    """A large model on the toy must not get the tiny one's learning rate, nor the reverse."""
+    flags = {field.name for field in fields(train.Config)}
+    assert toy.task_defaults() == toy.TASK_DEFAULTS
+    assert set(toy.MODEL_DEFAULTS) == {"lr"}
+    assert not set(toy.TASK_DEFAULTS) & set(toy.MODEL_DEFAULTS)
+    assert set(toy.TASK_DEFAULTS) | set(toy.MODEL_DEFAULTS) <= flags
 
 
 # ------------------------------------------------------------------------------------ the weights
