@@ -152,6 +152,20 @@ def setting_of(spec: str | Path) -> Setting | None:
     return Setting(**values)
 
 
+def spec_of(setting: Setting) -> str:
+    """The shortest spec that setting_of turns into `setting`; "toy" for the default."""
+    assignments = []
+    for field in fields(Setting):
+        value = type(field.default)(
+            getattr(setting, field.name)
+        )  # 0.0 for 0, as setting_of reads it
+        if value != field.default:
+            assignments.append(f"{field.name}={value}")
+    if not assignments:
+        return "toy"
+    return "toy:" + ",".join(assignments)
+
+
 def task_defaults(setting: Setting = DEFAULT) -> dict:
     """TASK_DEFAULTS with lengths that fit the grid: a response has three tokens per cell."""
     cells = setting.grid**2
@@ -417,8 +431,12 @@ def make_tokenizer(setting: Setting = DEFAULT) -> PreTrainedTokenizerFast:
     )
 
 
-def write_configs(folder: Path, tokenizer: PreTrainedTokenizerFast) -> dict:
-    """Write every file of the tiny model but its weights. Returns the content of config.json."""
+def write_configs(folder: Path, setting: Setting) -> dict:
+    """Write every file of the tiny model but its weights. Returns the content of config.json.
+
+    task.json names the task, so that a command given the model alone can find its data.
+    """
+    tokenizer = make_tokenizer(setting)
     pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
     config = hub_config(*TINY, vocab_size=len(tokenizer), tied=True, dtype="float32", special=pad)
     chat_defaults = {  # Qwen's own, so that tests meet them; our samplers must not inherit them
@@ -433,6 +451,7 @@ def write_configs(folder: Path, tokenizer: PreTrainedTokenizerFast) -> dict:
         "config.json": config,
         "generation_config.json": chat_defaults,
         "preprocessor_config.json": PREPROCESSOR,
+        "task.json": {"data": spec_of(setting)},
     }
     tokenizer.save_pretrained(folder)
     for name, content in files.items():
@@ -585,7 +604,7 @@ def build(
 def cache_folder(seed: int, steps: int, setting: Setting) -> Path:
     """$PAPO_CACHE or ~/.cache/papo, and a name that hashes the arguments and this file."""
     source = Path(__file__).read_text()
-    digest = hashlib.sha256(f"{source} {seed} {steps} {setting}".encode()).hexdigest()
+    digest = hashlib.sha256(f"{source} {seed} {steps} {spec_of(setting)}".encode()).hexdigest()
     cache = Path(os.environ.get("PAPO_CACHE") or "~/.cache/papo").expanduser()
     return cache / f"toy-{digest[:12]}"
 
@@ -593,7 +612,7 @@ def cache_folder(seed: int, steps: int, setting: Setting) -> Path:
 def build_in(scratch: Path, seed: int, steps: int, setting: Setting) -> Path:
     """Make the model in an empty folder; returns the subfolder that holds it."""
     folder, saved = scratch / "toy", scratch / "saved"
-    config = write_configs(folder, make_tokenizer(setting))
+    config = write_configs(folder, setting)
     model = make_model(config, seed)
     encoder = Encoder(str(folder), TASK_DEFAULTS["min_pixels"], TASK_DEFAULTS["max_pixels"], SUFFIX)
     warm_start(model, encoder, seed, steps, setting)

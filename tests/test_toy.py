@@ -77,6 +77,19 @@ def test_a_spec_names_a_setting():
 
 
 @pytest.mark.parametrize(
+    ("setting", "spec"),
+    [
+        (toy.DEFAULT, "toy"),
+        (toy.Setting(grid=4, colours=4), "toy:grid=4,colours=4"),
+        (toy.Setting(misread=1, filled=0.1 + 0.2), "toy:filled=0.30000000000000004,misread=1.0"),
+    ],
+)
+def test_a_setting_has_one_spec_which_names_it(setting, spec):
+    assert toy.spec_of(setting) == spec
+    assert toy.setting_of(spec) == setting
+
+
+@pytest.mark.parametrize(
     ("spec", "message"),
     [
         ("toy:size=4", "no toy setting 'size': choose from grid"),
@@ -254,6 +267,7 @@ def test_the_folder_has_the_hubs_files(folder):
     assert chat["eos_token_id"] == [config["eos_token_id"], chat["pad_token_id"]]
     assert chat["repetition_penalty"] == 1.05
     assert images["image_processor_type"] == "Qwen2VLImageProcessor"
+    assert json.loads((folder / "task.json").read_text()) == {"data": "toy"}
     assert os.listdir(folder.parent) == [folder.name], "something was left beside the folder"
 
 
@@ -277,9 +291,12 @@ def test_a_prompt_has_one_image_token_per_cell(folder):
 
 
 @pytest.mark.parametrize("grid", [1, 3, 4, 7])
-def test_prompts_and_responses_fit_the_default_lengths(tmp_path, grid):
+def test_the_folder_names_its_task_whose_default_lengths_fit(tmp_path, grid):
     setting = toy.Setting(grid=grid, most=1)
-    encoder = make_encoder(toy.build(0, tmp_path / "model", steps=1, setting=setting))
+    folder = toy.build(0, tmp_path / "model", steps=1, setting=setting)
+    task = json.loads((folder / "task.json").read_text())
+    assert toy.setting_of(task["data"]) == setting
+    encoder = make_encoder(folder)
     limits = toy.task_defaults(setting)
     prompt = encoder.encode(toy.example("train", 0, setting=setting))
     assert len(prompt) <= limits["max_prompt_tokens"]
