@@ -27,19 +27,76 @@ from PIL import Image
 
 from support.metrics import align_columns, eval_keys, finite_series, mean_interval, read_metrics
 
-EVALUATION = "evaluation accuracy"
 
-PANELS = {  # title -> {metric: label}
-    "reward on training prompts": {"reward": "reward", "accuracy": "accuracy", "format": "format"},
-    EVALUATION: {},  # one line per evaluation set found in the log
-    "KL_prcp: clean view against masked view": {"kl_prcp": "KL_prcp"},
-    "KL_ref: distance from the starting model": {"kl_ref": "KL_ref"},
-    "entropy (minus mean log-prob)": {"entropy": "clean image", "masked_entropy": "masked image"},
-    "share of tokens clipped": {"clip_frac": "PPO clip", "clip_frac_dual": "dual clip"},
-    "response length": {"response_length": "tokens"},
-    "responses cut off": {"truncated": "share"},
-    "gradient norm": {"grad_norm": "before clipping"},
-}
+class Axis(NamedTuple):
+    """How far a metric's axis reaches at least, so that noise does not fill the panel."""
+
+    least_span: float = 0.0
+    least_relative_span: float = 0.0  # as a share of the value in the middle of the axis
+    from_zero: bool = False
+    highest: float = math.inf  # the metric's own maximum; its minimum is 0
+
+    def limits(self, low: float, high: float) -> tuple[float, float]:
+        """The axis for values from `low` to `high`: widened evenly on both sides, but not across 0
+        or `highest`."""
+        if self.from_zero:
+            low = min(low, 0.0)
+        middle = (low + high) / 2
+        least_span = max(self.least_span, self.least_relative_span * abs(middle))
+        missing = max(least_span - (high - low), 0.0)
+        below = min(missing / 2, max(low, 0.0))
+        above = min(missing - below, max(self.highest - high, 0.0))
+        return low - (missing - above), high + above
+
+
+SHARE = Axis(least_span=0.1, highest=1.0)
+
+
+class Panel(NamedTuple):
+    """A panel of a run's curves."""
+
+    title: str
+    labels: dict[str, str]  # metric -> label in the legend
+    axis: Axis
+
+
+EVALUATION = Panel("evaluation accuracy", {}, SHARE)  # a line per evaluation set in the log
+
+PANELS = (
+    Panel(
+        "reward on training prompts",
+        {"reward": "reward", "accuracy": "accuracy", "format": "format"},
+        SHARE,
+    ),
+    EVALUATION,
+    Panel(
+        "KL_prcp: clean view against masked view",
+        {"kl_prcp": "KL_prcp"},
+        Axis(least_span=0.01, from_zero=True),
+    ),
+    Panel(
+        "KL_ref: distance from the starting model",
+        {"kl_ref": "KL_ref"},
+        Axis(least_span=0.01, from_zero=True),
+    ),
+    Panel(
+        "entropy (minus mean log-prob)",
+        {"entropy": "clean image", "masked_entropy": "masked image"},
+        Axis(least_span=0.1),
+    ),
+    Panel(
+        "share of tokens clipped",
+        {"clip_frac": "PPO clip", "clip_frac_dual": "dual clip"},
+        Axis(least_span=0.01, from_zero=True),
+    ),
+    Panel(
+        "response length",
+        {"response_length": "tokens"},
+        Axis(least_span=4, least_relative_span=0.1),
+    ),
+    Panel("responses cut off", {"truncated": "share"}, SHARE),
+    Panel("gradient norm", {"grad_norm": "before clipping"}, Axis(from_zero=True)),
+)
 
 COMPARED = (
     "reward",
@@ -61,24 +118,28 @@ Series = dict[int, float]  # step -> value
 
 
 def curves(run_folder, out=None) -> Path:
-    """Draw the metrics of one run; `out` defaults to curves.png in its folder.
+    """Draw the metrics of one run that move; `out` defaults to curves.png in its folder.
 
-    ValueError if nothing has been logged.
+    ValueError if there are none.
     """
     folder = Path(run_folder)
     steps, evals = read_metrics(folder)
     lines = steps + evals
     panels = {}
-    for title, labels in PANELS.items():
-        if title == EVALUATION:
+    for panel in PANELS:
+        labels = panel.labels
+        if panel is EVALUATION:
             labels = {key: key.removeprefix("eval/") for key in eval_keys(evals)}
-        series = {label: finite_series(lines, metric) for metric, label in labels.items()}
-        panels[title] = {label: [values] for label, values in series.items() if values}
+        series = {metric: [finite_series(lines, metric)] for metric in labels}
+        panels[panel.title] = {
+            labels[metric]: runs for metric, runs in series.items() if _worth_drawing(metric, runs)
+        }
     config = _config(folder)
     heading = [config["algo"], Path(config.get("model", "")).name]
     if "seed" in config:
         heading.append(f"seed {config['seed']}")
-    return draw(panels, ", ".join(filter(None, heading)), out or folder / "curves.png")
+    axes = {panel.title: panel.axis for panel in PANELS}
+    return draw(panels, ", ".join(filter(None, heading)), out or folder / "curves.png", axes=axes)
 
 
 def compare(run_folders, out) -> tuple[Path, str]:
@@ -86,19 +147,47 @@ def compare(run_folders, out) -> tuple[Path, str]:
 
     Runs that agree in all settings but the seed form a group. A group is drawn as the mean over
     the runs that logged a step, with a 95% t interval where all of its runs (two or more) did.
+    Metrics that move in no run and are the same in all are left out of the figure.
     """
     groups = {}
     for label, folders in _groups([Path(folder) for folder in run_folders]).items():
         groups[label] = [steps + evals for steps, evals in map(read_metrics, folders)]
     sets = eval_keys(line for runs in groups.values() for lines in runs for line in lines)
-    panels = {}
-    for metric in [*sets, *COMPARED]:
-        panels[metric] = {}
+    metrics = [*sets, *COMPARED]
+    series = {}  # metric -> {label: one series per run}
+    for metric in metrics:
+        series[metric] = {}
         for label, runs in groups.items():
-            series = [finite_series(lines, metric) for lines in runs]
-            panels[metric][label] = [values for values in series if values]
-    figure = draw(panels, "mean over seeds; band: 95% interval", out, shared_legend=True)
-    return figure, _comparison_table(panels, list(groups), [*sets, "reward", "kl_prcp"])
+            of_runs = [finite_series(lines, metric) for lines in runs]
+            series[metric][label] = [values for values in of_runs if values]
+    panels = {
+        metric: by_label
+        for metric, by_label in series.items()
+        if _worth_drawing(metric, sum(by_label.values(), []))
+    }
+    heading = "mean over seeds; band: 95% interval"
+    axes = {metric: axis_of(metric) for metric in metrics}
+    figure = draw(panels, heading, out, shared_legend=True, axes=axes)
+    return figure, _comparison_table(series, list(groups), [*sets, "reward", "kl_prcp"])
+
+
+def axis_of(metric: str) -> Axis:
+    """The axis of the panel in which `curves` draws this metric."""
+    if metric.startswith("eval/"):
+        return EVALUATION.axis
+    [axis] = [panel.axis for panel in PANELS if metric in panel.labels]
+    return axis
+
+
+def _worth_drawing(metric: str, runs: list[Series]) -> bool:
+    """Whether a metric takes more than one value in these runs.
+
+    A reward or an evaluation that does not move is news, and drawn all the same.
+    """
+    values = {value for run in runs for value in run.values()}
+    if metric == "reward" or metric.startswith("eval/"):
+        return len(values) > 0
+    return len(values) > 1
 
 
 def _config(folder: Path) -> dict:
@@ -128,12 +217,12 @@ def _groups(folders: list[Path]) -> dict[str, list[Path]]:
     return groups
 
 
-def _comparison_table(panels: dict, labels: list[str], metrics: list[str]) -> str:
+def _comparison_table(series: dict, labels: list[str], metrics: list[str]) -> str:
     """Plain text: per group and metric, the means of its runs' first and last values."""
     lines = [["runs", "measure", "seeds", "first", "at step", "last", "at step"]]
     for label in labels:
         for metric in metrics:
-            runs = panels[metric][label]
+            runs = series[metric][label]
             if runs:
                 first = _mean_at([min(run) for run in runs], runs)
                 last = _mean_at([max(run) for run in runs], runs)
@@ -150,16 +239,20 @@ def _mean_at(steps: list[int], runs: list[Series]) -> tuple[str, str]:
 
 
 def draw(
-    panels: dict[str, dict[str, list[Series]]], heading: str, out, shared_legend: bool = False
+    panels: dict[str, dict[str, list[Series]]],
+    heading: str,
+    out,
+    shared_legend: bool = False,
+    axes: dict[str, Axis] | None = None,
 ) -> Path:
     """Draw {title: {label: one series per run}}, three panels per row; empty panels are left out.
 
     Each label is drawn as the mean of its runs with a 95% interval. With a shared legend a label
-    has the same colour in all panels.
+    has the same colour in all panels. axes: title -> Axis; matplotlib scales the others.
     """
     panels = {title: lines for title, lines in panels.items() if any(lines.values())}
     if not panels:
-        raise ValueError(f"nothing to draw in {out}: no finite metric was logged")
+        raise ValueError(f"nothing to draw in {out}: no metric that moves was logged")
     rows = math.ceil(len(panels) / 3)
     figure = Figure(figsize=(13.8, 2.9 * rows + 0.6), layout="constrained")
     figure.suptitle(heading, fontsize=12, parse_math=False)  # a "$" in a name starts no formula
@@ -174,6 +267,10 @@ def draw(
         for index, (label, runs) in enumerate(lines.items()):
             colour = all_labels.index(label) if shared_legend else index
             handles[label] = _plot_mean(ax, runs, label, f"C{colour % 10}")
+        if axes and title in axes:
+            low, high = axes[title].limits(*ax.dataLim.intervaly)
+            margin = 0.05 * (high - low)
+            ax.set_ylim(low - margin, high + margin)
         if not shared_legend:
             ax.legend(fontsize=7.5, framealpha=0.6)
     if shared_legend:

@@ -111,7 +111,7 @@ def test_curves_draws_every_panel(tmp_path, figures):
     assert out == tmp_path / "run" / "curves.png"
     assert_drawn(out, (1000, 700))
     [figure] = figures
-    assert titles(figure) == list(plots.PANELS)
+    assert titles(figure) == [panel.title for panel in plots.PANELS]
     assert figure.get_suptitle() == "papo_g, Qwen2.5-VL-3B-Instruct, seed 0"
     legends = [text.get_text() for ax in figure.axes for text in ax.get_legend().get_texts()]
     assert {"reward", "accuracy", "format", "general", "vision_dependent"} <= set(legends)
@@ -129,6 +129,68 @@ def test_curves_leaves_out_what_was_not_logged(tmp_path, figures):
     [figure] = figures
     assert len(titles(figure)) == len(plots.PANELS) - 2 and "KL_ref" not in str(titles(figure))
     assert figure.get_suptitle() == "papo_g, $\\frac$, seed 0"  # as math it would not parse
+
+
+def test_curves_leaves_out_what_does_not_move(tmp_path, figures):
+    """One update per step clips nothing; a toy's format and length never change. The reward and the
+    evaluations stay: that they do not move is news."""
+    still = {"clip_frac": 0.0, "clip_frac_dual": 0.0, "truncated": 0.0, "response_length": 31.0}
+    lines = []
+    for step in range(1, 6):
+        moving = {"entropy": 0.1 * step, "masked_entropy": 0.9, "accuracy": 0.1 * step}
+        lines.append({"step": step, "reward": 0.5, "format": 1.0} | still | moving)
+    lines += [{"step": step, "eval/general": 0.25} for step in (0, 5)]
+    plots.curves(write_log(tmp_path, lines))
+    [figure] = figures
+    drawn = {ax.get_title(): [line.get_label() for line in ax.lines] for ax in figure.axes}
+    assert drawn == {
+        "reward on training prompts": ["reward", "accuracy"],
+        "evaluation accuracy": ["general"],
+        "entropy (minus mean log-prob)": ["clean image"],
+    }
+
+
+@pytest.mark.parametrize(
+    "metric, low, high, axis_low, axis_high",
+    [
+        ("response_length", 30.95, 31.10, 29, 33.1),  # 4 tokens
+        ("response_length", 500, 510, 480, 530),  # 10% of the mean
+        ("reward", 0.990, 0.995, 0.9, 1.0),  # 0.1, within [0, 1]
+        ("reward", 0.2, 0.8, 0.2, 0.8),
+        ("eval/general", 0.0, 0.002, 0.0, 0.1),
+        ("eval/general", 0.2, 1.2, 0.2, 1.2),  # an interval over seeds may leave [0, 1]
+        ("eval/general", 2.0, 2.001, 1.901, 2.001),  # so may a custom reward
+        ("entropy", 0.30, 0.32, 0.26, 0.36),  # 0.1
+        ("grad_norm", 0.50, 0.52, 0.0, 0.52),  # from 0
+        ("kl_ref", 0.0, 0.0001, 0.0, 0.01),
+        ("clip_frac", 0.003, 0.004, 0.0, 0.01),
+    ],
+)
+def test_an_axis_spans_more_than_noise(metric, low, high, axis_low, axis_high):
+    limits = plots.axis_of(metric).limits(low, high)
+    assert limits == pytest.approx((axis_low, axis_high), rel=0.01, abs=1e-9)
+
+
+def test_noise_does_not_fill_a_panel(tmp_path, figures):
+    lines = [{"step": step, "response_length": 31 + 0.1 * (step % 2)} for step in range(5)]
+    run = write_log(tmp_path, lines, algo="grpo")
+    plots.curves(run)
+    plots.compare([run], tmp_path / "compare.png")
+    for figure in figures:
+        low, high = figure.axes[0].get_ylim()
+        assert low < 29.1 and high > 33
+
+
+def test_compare_leaves_out_what_moves_in_no_run(tmp_path, figures):
+    folders = []
+    for algo, clipped in (("grpo", 0.0), ("papo_g", 0.1)):
+        lines = [
+            {"step": step, "reward": 0.5, "entropy": 0.3, "clip_frac": clipped, "kl_ref": step}
+            for step in (1, 2)
+        ]
+        folders.append(write_log(tmp_path / algo, lines, algo=algo))
+    plots.compare(folders, tmp_path / "compare.png")
+    assert titles(figures[0]) == ["reward", "kl_ref", "clip_frac"]
 
 
 def test_curves_of_one_step_with_gaps_and_no_config(tmp_path, figures):
