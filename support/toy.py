@@ -91,7 +91,7 @@ MODEL_DEFAULTS = {
 }
 
 
-# ------------------------------------------------------------------------------------- settings
+# ----------------------------------------------------------------------------------------- settings
 
 
 @dataclass(frozen=True)
@@ -156,9 +156,8 @@ def spec_of(setting: Setting) -> str:
     """The shortest spec that setting_of turns into `setting`; "toy" for the default."""
     assignments = []
     for field in fields(Setting):
-        value = type(field.default)(
-            getattr(setting, field.name)
-        )  # 0.0 for 0, as setting_of reads it
+        kind = type(field.default)
+        value = kind(getattr(setting, field.name))  # 0 becomes 0.0, as setting_of reads it
         if value != field.default:
             assignments.append(f"{field.name}={value}")
     if not assignments:
@@ -172,7 +171,7 @@ def task_defaults(setting: Setting = DEFAULT) -> dict:
     return TASK_DEFAULTS | {"max_new_tokens": 3 * cells + 13, "max_prompt_tokens": cells + 119}
 
 
-# ----------------------------------------------------------------------------------------- rows
+# --------------------------------------------------------------------------------------------- rows
 
 
 class Scene(NamedTuple):
@@ -275,7 +274,7 @@ def saliency(image: Image.Image) -> Tensor:
     return (vividness > 105).float()
 
 
-# ---------------------------------------------------------------------- the files of a hub model
+# ------------------------------------------------------------------------- the files of a hub model
 
 # Qwen's special tokens in Qwen's order.
 SPECIAL = (
@@ -459,7 +458,7 @@ def write_configs(folder: Path, setting: Setting) -> dict:
     return config
 
 
-# ----------------------------------------------------------------------------------- the weights
+# -------------------------------------------------------------------------------------- the weights
 
 
 def make_model(config: dict, seed: int) -> Qwen2_5_VLForConditionalGeneration:
@@ -536,7 +535,7 @@ def warm_start(
 ) -> None:
     """Supervised training, in place: the first half teaches seeing, the second half carelessness.
 
-    The same seed and number of threads give the same weights.
+    The weights depend on the seed and, in their last digits, on the number of torch threads.
     """
     colour_words = [encoder.tokenizer(f" {word}")["input_ids"][0] for word in (*COLOURS, NO_DOT)]
     colour_ids = torch.tensor(colour_words)
@@ -580,8 +579,8 @@ def build(
 
     `folder` defaults to one in the cache, named after a hash of this file and the arguments. The
     model is written beside it and renamed when complete. So a build that is killed leaves nothing,
-    and of two processes that build at once the slower one takes the other's.
-    FileExistsError if `folder` holds something else.
+    and of two processes that build at once the slower one takes the other's. The weights do not
+    depend on the number of cores. FileExistsError if `folder` holds something else.
     """
     steps = steps or setting.warm_steps
     folder = Path(folder or cache_folder(seed, steps, setting))
@@ -615,13 +614,25 @@ def build_in(scratch: Path, seed: int, steps: int, setting: Setting) -> Path:
     config = write_configs(folder, setting)
     model = make_model(config, seed)
     encoder = Encoder(str(folder), TASK_DEFAULTS["min_pixels"], TASK_DEFAULTS["max_pixels"], SUFFIX)
-    warm_start(model, encoder, seed, steps, setting)
+    with one_thread():
+        warm_start(model, encoder, seed, steps, setting)
     model.save_pretrained(saved)  # elsewhere, because its config.json is not in the hub's shape
     os.replace(saved / WEIGHTS, folder / WEIGHTS)
     return folder
 
 
-# --------------------------------------------------------------------------- the contact sheet
+@contextlib.contextmanager
+def one_thread():
+    """Limit torch to one thread: the order in which threads add up decides the last digits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+# -------------------------------------------------------------------------------- the contact sheet
 
 
 def contact_sheet(path: str, seed: int = 0, setting: Setting = DEFAULT) -> None:

@@ -347,6 +347,18 @@ def test_a_build_is_reproducible_and_leaves_the_callers_generator_alone(folder, 
     assert (other / toy.WEIGHTS).read_bytes() != (folder / toy.WEIGHTS).read_bytes()
 
 
+def test_a_build_does_not_depend_on_the_number_of_threads(folder, tmp_path):
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 4):
+            torch.set_num_threads(threads)
+            again = toy.build(3, tmp_path / f"threads{threads}", steps=2)
+            assert torch.get_num_threads() == threads
+            assert (again / toy.WEIGHTS).read_bytes() == (folder / toy.WEIGHTS).read_bytes()
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_build_is_made_once_and_cached_under_its_arguments(tmp_path, monkeypatch):
     monkeypatch.setenv("PAPO_CACHE", str(tmp_path / "cache"))
     first = toy.build(0, steps=1)
