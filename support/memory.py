@@ -1,10 +1,12 @@
-"""What a run needs of disk and device memory, estimated before it starts, and why memory ran out.
+"""What a run needs of disk, host and device memory, and why memory ran out.
 
-train.py prints `resource_report` once everything is loaded. None of the estimates steers the run.
+`resource_report` is printed once everything is loaded. None of the estimates steers the run.
 """
 
 from __future__ import annotations
 
+import math
+import os
 import shutil
 import traceback
 from pathlib import Path
@@ -24,12 +26,13 @@ ROOM_FOR = {
 
 
 def resource_report(folder: Path, model, config, world: int, reference: bool, device) -> str:
-    """Whether the run will fit: a line on disk and, on CUDA, two on device memory.
+    """Whether the run will fit: a line on disk, one on host memory and, on CUDA, two on devices.
 
     model: the policy's, loaded. config: train.Config. reference: whether there is a reference
     model.
     """
     lines = [disk_line(folder, model, config.keep)]
+    lines.append(host_line(host_memory(model, config, world, device)))
     if device.type == "cuda":
         capacity = torch.cuda.get_device_properties(device).total_memory
         usual = memory_table(model, config, world, reference, length=0.3)
@@ -50,6 +53,58 @@ def disk_line(folder: Path, model, keep: int) -> str:
         f"while one is saved; {free / GIB:.3g} GiB free in {folder}"
     )
     return line if need <= free else f"{line}: NOT ENOUGH"
+
+
+def host_line(host: dict[str, float]) -> str:
+    """The peak of `host_memory`, its parts (not all at once), and what the machine has left."""
+    parts = [f"{name} {size / GIB:.3g}" for name, size in host.items() if size and name != "PEAK"]
+    line = f"host memory, estimated: {host['PEAK'] / GIB:.3g} GiB per machine ({', '.join(parts)})"
+    available = available_host_memory()
+    if available is None:
+        return line
+    line += f"; {available / GIB:.3g} GiB available"
+    if host["PEAK"] > available:
+        line += ": NOT ENOUGH; lower --prompts_per_step or --max_pixels for fewer images"
+    return line
+
+
+def available_host_memory() -> int | None:
+    """Bytes that Linux can still hand out, whatever a container's own limit; None elsewhere."""
+    try:
+        text = Path("/proc/meminfo").read_text()
+    except OSError:
+        return None
+    [kilobytes] = [line.split()[1] for line in text.splitlines() if "MemAvailable:" in line]
+    return int(kilobytes) * 1024
+
+
+def host_memory(model, config, world: int, device) -> dict[str, float]:
+    """Estimate the bytes a loaded run will still take on this machine: the parts and their peak.
+
+    config: train.Config. Images are counted at --max_pixels, one per prompt: the clean and the
+    masked view of a step's, and the next round's, which the stream encodes ahead. Decoded images
+    (3 bytes per pixel of the file) and the libraries' own memory come on top.
+
+    On CUDA, moments may be offloaded while sampling. The export at the end gathers the weights in
+    fp32 on the first rank and converts them to bf16; only the images read ahead are left then.
+    Loading took less, one fp32 copy at a time.
+    """
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    vision = model.config.vision_config
+    bytes_per_pixel = 4 * vision.in_channels * vision.temporal_patch_size
+    prompts = math.ceil(config.prompts_per_step / world) * ranks
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    read_ahead = prompts * config.max_pixels * bytes_per_pixel
+    images = 3 * read_ahead
+    if device.type != "cuda":
+        update = 12 * trained * ranks / world
+        parts = {"encoded images": images, "gradients and moments": update}
+        return parts | {"PEAK": images + update}
+    moments = 8 * trained * ranks / world if config.offload_optimizer else 0
+    export = 6 * total
+    parts = {"encoded images": images, "offloaded moments": moments, "export": export}
+    return parts | {"PEAK": max(images + moments, read_ahead + export)}
 
 
 def device_line(lengths: str, table: dict[str, float], capacity: int) -> str:

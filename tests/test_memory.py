@@ -1,11 +1,16 @@
 """memory.py: the estimates against published sizes and against a checkpoint on disk."""
 
+import os
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from PIL import Image
 from transformers import AutoModelForImageTextToText
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from support import checkpoint, memory, toy
 
@@ -22,6 +27,8 @@ def paper_config(**changes):
         "max_new_tokens": 2048,
         "offload_optimizer": False,
         "keep": 2,
+        "prompts_per_step": 384,
+        "max_pixels": 1_003_520,
     }
     return SimpleNamespace(**values | changes)
 
@@ -88,3 +95,50 @@ def test_device_line_says_what_does_not_fit_and_which_flag_helps():
     line = memory.device_line("the length limits", table, 80 * GIB)
     assert "sampling 100.0 GiB (does not fit: lower --rollout_batch" in line
     assert "an update 40.0 GiB; each device has 80.0 GiB" in line
+
+
+def test_host_memory(monkeypatch):
+    """Images of the largest size, three copies each: two views of a step's, one of the next's."""
+    model, config = qwen("3b"), paper_config(offload_optimizer=True)
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    size = {"shortest_edge": 200_704, "longest_edge": config.max_pixels}
+    largest = Image.fromarray(np.zeros((896, 1120, 3), dtype=np.uint8))
+    pixels = Qwen2VLImageProcessorPil(size=size)(largest, return_tensors="pt")["pixel_values"]
+    assert pixels.nbytes == 24 * config.max_pixels
+
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    host = memory.host_memory(model, config, 2, cuda)
+    assert host["encoded images"] == 3 * 384 * pixels.nbytes
+    assert host["offloaded moments"] == 8 * 3_754_622_976
+    assert host["export"] == 6 * 3_754_622_976
+    assert host["PEAK"] == host["encoded images"] + host["offloaded moments"]
+    config.offload_optimizer = False
+    host = memory.host_memory(model, config, 2, cuda)
+    assert host["PEAK"] == host["encoded images"] / 3 + host["export"]
+
+    half = memory.host_memory(model, config, 4, cuda)  # two ranks on each of two machines
+    assert half["encoded images"] == host["encoded images"] / 2
+    on_cpu = memory.host_memory(model, config, 2, cpu)
+    assert on_cpu["gradients and moments"] == 12 * 3_754_622_976
+
+
+def test_the_report_compares_host_memory_with_the_machines(tmp_path, monkeypatch):
+    model, config, cpu = qwen("3b"), paper_config(prompts_per_step=4), torch.device("cpu")
+
+    def host_line():
+        report = memory.resource_report(tmp_path, model, config, 1, reference=True, device=cpu)
+        [line] = [line for line in report.splitlines() if line.startswith("host memory")]
+        return line
+
+    monkeypatch.setattr(memory, "available_host_memory", lambda: 2**40)
+    assert host_line().endswith("1.02e+03 GiB available")
+    monkeypatch.setattr(memory, "available_host_memory", lambda: 2**30)
+    assert "1 GiB available: NOT ENOUGH; lower --prompts_per_step or --max_pixels" in host_line()
+    monkeypatch.setattr(memory, "available_host_memory", lambda: None)
+    assert "available" not in host_line()
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="Linux only")
+def test_available_host_memory():
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 2**20 < memory.available_host_memory() <= total
