@@ -57,12 +57,6 @@ ROOT = Path(__file__).resolve().parent.parent
 SIZES = ("random:qwen2.5-vl-3b", "random:qwen2.5-vl-7b", "random:tiny")
 STOCK_ATTENTION = {"text_config": "sdpa", "vision_config": "sdpa"}
 
-# The toy's architecture, as toy.hub_config takes it.
-TINY_TEXT = (128, 384, 4, 4, 2)
-TINY_VISION = (2, 64, 128, 2)
-TINY_FULL_ATTENTION = [1]
-TINY_MROPE = [4, 6, 6]
-
 TOKENS_PER_FORWARD = 16_384  # of the comparisons on a CPU
 MIB = 2**20
 GIB = 2**30
@@ -79,7 +73,9 @@ def make_policy(name: str, folder: str, device="cpu", seed: int = 0) -> Policy:
     """
     tokenizer = toy.make_tokenizer()
     first_special = tokenizer.convert_tokens_to_ids(toy.SPECIAL[0])
-    fields = tiny_config(len(tokenizer), first_special)
+    fields = toy.hub_config(
+        *toy.TINY, vocab_size=len(tokenizer), tied=True, dtype="float32", special=first_special
+    )
     config = Qwen2_5_VLConfig(**fields) if name == "tiny" else toy.random_config(name)
     for key, value in fields.items():
         if key.endswith("_token_id"):
@@ -93,19 +89,6 @@ def make_policy(name: str, folder: str, device="cpu", seed: int = 0) -> Policy:
     with torch.device(device):
         model = Qwen2_5_VLForConditionalGeneration(config)
     return Policy(model, encoder)
-
-
-def tiny_config(vocab_size: int, first_special: int) -> dict:
-    return toy.hub_config(
-        TINY_TEXT,
-        TINY_VISION,
-        TINY_FULL_ATTENTION,
-        TINY_MROPE,
-        vocab_size=vocab_size,
-        tied=True,
-        dtype="float32",
-        special=first_special,
-    )
 
 
 def make_policies(folder: str) -> tuple[Policy, Policy]:
@@ -342,11 +325,12 @@ def measure_memory(tied: bool) -> float:
     Every gradient is written once beforehand, so that the peak holds activations, logits and
     gradients in flight, not parameters and their gradients.
     """
+    _, vision, full_attention, _ = toy.TINY
     config = toy.hub_config(
         (256, 512, 1, 4, 2),
-        TINY_VISION,
-        TINY_FULL_ATTENTION,
-        [8, 12, 12],
+        vision,
+        full_attention,
+        mrope=[8, 12, 12],
         vocab_size=151936,
         tied=tied,
         dtype="float32",
