@@ -399,7 +399,7 @@ def run(config: EvalConfig, rank: int, world: int, device: torch.device) -> None
             max_prompt_tokens=config.max_prompt_tokens,
         )
         sets = (
-            {} if config.ask else benchmarks.eval_sets(config.data, place=config.benchmarks, **how)
+            {} if config.ask else benchmarks.eval_sets(config.data, source=config.benchmarks, **how)
         )
         prompt = encoder.encode(asked(config, sets)) if look else None
         if config.explain and prompt.pixel_values is None:

@@ -1,167 +1,180 @@
-"""The paper's nine evaluation sets."""
+"""The sets that evaluation reads: the paper's nine benchmarks, the toy's two, or the user's own.
+
+A benchmark is a table of sharegpt rows, NAME.json, and the images it names, beside it or in
+NAME_images.zip. All nine are in one data set on the hub, which PAPO-Eval reads too.
+
+    python -c "from support.benchmarks import eval_sets; print(eval_sets('toy')['general'][0])"
+"""
 
 from __future__ import annotations
 
-import itertools
 import re
 import zipfile
 from collections import Counter
 from pathlib import Path, PurePosixPath
+from typing import IO
 
 from support import toy
-from support.data import SPLITS, SUFFIXES, DataError, Rows, find, load, read_files, select
+from support.data import (
+    SPLITS,
+    SUFFIXES,
+    DataError,
+    Rows,
+    load,
+    open_tables,
+    read_files,
+    usable_rows,
+)
 
-# The paper's benchmarks, as PAPO-Eval's data set names its splits, and how else their files are called.
+HUB = "PAPO-Galaxy/PAPO_eval"
 GENERAL = ("hiyouga_geometry3k", "AI4Math_MathVista", "We_Math", "PAPO_MMK12", "AI4Math_MathVerse")
-
-
 VISION = (
     "lscpku_LogicVista",
     "BUAADreamer_clevr_count_70k",
     "MMMU_MMMU_Pro",
     "AI4Math_MathVerse_vision_dependent",
 )
-
-
 BENCHMARKS = {"all": GENERAL + VISION, "general": GENERAL, "vision_dependent": VISION}
+ALIASES = {  # what their files may be called instead
+    "We-Math_We-Math": "We_Math",
+    "PAPO_MMK12_test": "PAPO_MMK12",
+    "AI4Math_MathVerse-vision-dependent": "AI4Math_MathVerse_vision_dependent",
+}
+
+# Where a folder of benchmarks may keep tables, zips and images. papo/ and images/ are PAPO-Eval's.
+SUBFOLDERS = ("", "data", "papo", "images")
 
 
-ALIASES = {"We-Math_We-Math": "We_Math", "PAPO_MMK12_test": "PAPO_MMK12",
-           "AI4Math_MathVerse-vision-dependent": "AI4Math_MathVerse_vision_dependent"}  # fmt: skip
+def eval_sets(spec: str, *, seed: int = 0, source: str = HUB, **limits) -> dict[str, Rows]:
+    """Set name -> its rows. `limits`: limit, length and max_prompt_tokens, as in data.load.
 
-
-HUB = "PAPO-Galaxy/PAPO_eval"
-
-
-PLACES = (
-    "",
-    "data",
-    "papo",
-    "images",
-)  # where in a folder of benchmarks tables, zips and pictures are
-
-
-def eval_sets(
-    spec, split="test", *, seed=0, limit=None, length=None, max_prompt_tokens=None, place=HUB
-) -> dict[str, Rows]:  # fmt: skip
-    """Name -> Rows: the toy's two sets; benchmarks (see `benchmark_names`) of the hub id or folder `place`; the `split`
-    of a hub id or folder, else the first of SPLITS it has; a file, or each file of a folder where none is named after a
-    split. The rest as in `load`."""
+    `spec` is the toy, benchmarks (see `benchmark_names`) that are in the folder or hub id `source`,
+    or a file, a folder or a hub id. A file is one set. So is a folder or a hub id: the first of its
+    SPLITS. Only if the files of a folder are not named after splits, each is a set. DataError if
+    something cannot be read.
+    """
     if toy.setting_of(spec):
-        return {
-            name: load(spec, name, seed=seed, limit=limit)
-            for name in ("general", "vision_dependent")
-        }
-    if names := benchmark_names(spec):
-        place = spec if spec not in BENCHMARKS and Path(spec).expanduser().is_dir() else place
-        return benchmarks(names, place, limit, length, max_prompt_tokens)
-    found = find(spec, (split, *SPLITS), apart=True)
+        splits = ("general", "vision_dependent")
+        return {split: load(spec, split, seed=seed, **limits) for split in splits}
+    names = benchmark_names(spec)
+    if names:
+        is_folder = spec not in BENCHMARKS and Path(spec).expanduser().is_dir()
+        return load_benchmarks(names, spec if is_folder else source, **limits)
+    tables = open_tables(spec, SPLITS, set_per_file=True)
     return {
-        name: select(name, *place, limit, length, max_prompt_tokens)
-        for name, place in found.items()
+        name: usable_rows(name, table, folder, **limits) for name, (table, folder) in tables.items()
     }
 
 
-class Pictures:
-    """folder / path for the image paths of a benchmark: a file beside its table, or in its zip.
-
-    Zips are read in place: nothing is unpacked, so nothing can land outside a folder or be left half done. The first
-    folder of a path need not be called as in the zip, and a leading "images/" (PAPO-Eval unpacks there) may be missing.
-    """
-
-    def __init__(self, folders: list[Path], zips: list[Path]):
-        self.folders, self.members = (
-            folders,
-            {},
-        )  # path in a zip, whole or without its first folder -> (zip, name)
-        for archive in map(zipfile.ZipFile, zips):
-            files = [info.filename for info in archive.infolist() if not info.is_dir()]
-            parts = [PurePosixPath(name.replace("\\", "/")).parts for name in files]
-            for skip in (0, 1):
-                keys = Counter(
-                    p[skip:] for p in parts
-                )  # without its first folder a path may be that of two pictures
-                found = {
-                    p[skip:]: (archive, f)
-                    for p, f in zip(parts, files, strict=True)
-                    if keys[p[skip:]] == 1
-                }
-                self.members = found | self.members
-
-    def __truediv__(self, path: str):
-        for file in (folder / path for folder in self.folders):
-            if file.is_file():
-                return file
-        parts = PurePosixPath(path).parts
-        parts = parts[parts[:1] == ("images",) :]
-        found = self.members.get(parts) or self.members.get(parts[1:])
-        if not found:
-            raise FileNotFoundError("no such picture beside the table or in its zip")
-        return found[0].open(found[1])
+def benchmark_names(spec: str) -> tuple[str, ...]:
+    """The benchmarks meant by "all", a group's or a benchmark's name, or those a folder holds."""
+    if spec in BENCHMARKS:
+        return BENCHMARKS[spec]
+    name = ALIASES.get(spec, spec)
+    if name in BENCHMARKS["all"]:
+        return (name,)
+    folders = [Path(spec).expanduser() / subfolder for subfolder in SUBFOLDERS]
+    return tuple(name for name in BENCHMARKS["all"] if table_files(name, folders))
 
 
-def stems(name: str) -> list[str]:
-    return [name, *(alias for alias, of in ALIASES.items() if of == name)]
+def load_benchmarks(names: tuple[str, ...], source: str, **limits) -> dict[str, Rows]:
+    """Benchmark -> its rows, from a folder or a hub id. DataError if one is missing or broken."""
+    root = Path(source).expanduser()
+    folders = [root / subfolder for subfolder in SUBFOLDERS]
+    if not root.is_dir():
+        root = download(source, names)
+        folders = sorted({path.parent for path in root.rglob("*")})
+    return {name: load_benchmark(name, source, folders, **limits) for name in names}
 
 
-def tables(name: str, places: list[Path]) -> list[Path]:
-    """The table of a benchmark, in the first of `places` that has one: JSON before parquet, whose parts are several."""
-    for place, kind in itertools.product(places, sorted(SUFFIXES)):
-        files = sorted(place.glob(f"*{kind}"))
-        if found := [
-            file for file in files if re.sub(r"-\d+-of-\d+$", "", file.stem) in stems(name)
-        ]:
-            return found
+def load_benchmark(name: str, source: str, folders: list[Path], **limits) -> Rows:
+    tables = table_files(name, folders)
+    if not tables:
+        expected = f"its {name}.json is expected there, in data/ or in papo/"
+        raise DataError(f"no benchmark {name} in {source}: {expected}")
+    candidates = [folder / f"{stem}_images.zip" for folder in folders for stem in file_stems(name)]
+    zips = [path for path in candidates if path.is_file()]
+    try:
+        images = ImageFiles([tables[0].parent, *folders], zips)
+        table = read_files(tables)
+    except Exception as error:  # zipfile, json and pyarrow have classes of their own
+        problem = f"{type(error).__name__}: {error}"
+        raise DataError(f"benchmark {name} in {source} cannot be read: {problem}") from error
+    return usable_rows(name, table, images, **limits)
+
+
+def table_files(name: str, folders: list[Path]) -> list[Path]:
+    """A benchmark's table in the first folder that has it: JSON, or parquet, perhaps in parts."""
+    for folder in folders:
+        for suffix in sorted(SUFFIXES):
+            files = sorted(folder.glob(f"*{suffix}"))
+            stems = [re.sub(r"-\d+-of-\d+$", "", file.stem) for file in files]
+            parts = [
+                file for file, stem in zip(files, stems, strict=True) if stem in file_stems(name)
+            ]
+            if parts:
+                return parts
     return []
 
 
-def benchmark_names(spec: str) -> tuple[str, ...]:
-    """The benchmarks meant: by all, general, vision_dependent, one's name, or a folder that holds some; else ()."""
-    if spec in BENCHMARKS or ALIASES.get(spec, spec) in BENCHMARKS["all"]:
-        return BENCHMARKS.get(spec) or (ALIASES.get(spec, spec),)
-    places = [Path(spec).expanduser() / name for name in PLACES]
-    return tuple(name for name in BENCHMARKS["all"] if tables(name, places))
+def file_stems(name: str) -> list[str]:
+    """What a benchmark's files may be called."""
+    return [name, *(alias for alias, benchmark in ALIASES.items() if benchmark == name)]
 
 
-def benchmarks(names, place, limit=None, length=None, max_prompt_tokens=None) -> dict[str, Rows]:
-    """Name -> Rows of benchmarks. DataError, in one line, where one is missing. The rest as in `load`.
-
-    `place`: a folder with NAME.json, .jsonl or .parquet (there, in data/ or in papo/) and the pictures, or
-    NAME_images.zip; or a hub id of that shape, fetched into the hub's cache, which goes on where a download broke off.
-    """
-    folder = Path(place).expanduser()
-    places, found = [folder / name for name in PLACES], {}
-    if not folder.is_dir():
-        folder = fetch(place, [stem for name in names for stem in stems(name)])
-        places = sorted({file.parent for file in folder.rglob("*")})
-    for name in names:
-        if not (files := tables(name, places)):
-            raise DataError(
-                f"no benchmark {name} in {place}: its {name}.json is expected there, in data/ or in papo/"
-            )
-        zips = [p / f"{stem}_images.zip" for p in places for stem in stems(name)]
-        try:
-            pictures = Pictures(
-                [files[0].parent, *places], [file for file in zips if file.is_file()]
-            )
-            table = read_files(files)
-        except Exception as error:  # zipfile's, json's, pyarrow's
-            raise DataError(
-                f"benchmark {name} in {place} cannot be read: {type(error).__name__}: {error}"
-            ) from error
-        found[name] = select(name, table, pictures, limit, length, max_prompt_tokens)
-    return found
-
-
-def fetch(repo: str, stems: list[str]) -> Path:
-    """The hub data set's snapshot folder, holding the files named after `stems`."""
+def download(repo: str, names: tuple[str, ...]) -> Path:
+    """The folder of the hub data set in the hub's cache, with the benchmarks' files."""
     from huggingface_hub import snapshot_download
 
-    patterns = [f"*{stem}{end}" for stem in stems for end in (*SUFFIXES, "-*-of-*", "_images.zip")]
+    endings = (*SUFFIXES, "-*-of-*", "_images.zip")
+    stems = [stem for name in names for stem in file_stems(name)]
+    patterns = [f"*{stem}{ending}" for stem in stems for ending in endings]
+    options = {"repo_type": "dataset", "allow_patterns": patterns, "etag_timeout": 20}
     try:
-        return Path(
-            snapshot_download(repo, repo_type="dataset", allow_patterns=patterns, etag_timeout=20)
-        )
-    except Exception as error:  # the hub client's, whose classes differ by version
-        message = f"benchmarks {repo!r} is no folder here, and cannot be had from the hub"
-        raise DataError(f"{message}: {type(error).__name__}: {error}") from error
+        return Path(snapshot_download(repo, **options))
+    except Exception as error:  # the hub client's classes differ by version
+        problem = "is not a folder here, and cannot be loaded from the hub"
+        raise DataError(
+            f"benchmarks {repo!r} {problem}: {type(error).__name__}: {error}"
+        ) from error
+
+
+class ImageFiles:
+    """Stands in for the folder that a benchmark's image paths are relative to.
+
+    Images are looked for in folders, then in zips, which are read in place: nothing is unpacked, so
+    nothing can land outside a folder or be left incomplete. A path may begin with "images/", where
+    PAPO-Eval unpacks, and its first folder need not have the zip's name for it.
+    """
+
+    def __init__(self, folders: list[Path], zips: list[Path]):
+        self.folders = folders
+        self.members: dict[tuple[str, ...], tuple[zipfile.ZipFile, str]] = {}  # path -> member
+        for path in zips:
+            archive = zipfile.ZipFile(path)
+            self._add(archive, skip=0)
+            self._add(archive, skip=1)
+
+    def _add(self, archive: zipfile.ZipFile, skip: int) -> None:
+        """Index an archive's files by path, without the first `skip` folders."""
+        names = [info.filename for info in archive.infolist() if not info.is_dir()]
+        paths = [PurePosixPath(name.replace("\\", "/")).parts[skip:] for name in names]
+        count = Counter(paths)
+        for path, name in zip(paths, names, strict=True):
+            is_unique = count[path] == 1  # else two images share it, and neither is meant
+            if path and is_unique:
+                self.members.setdefault(path, (archive, name))
+
+    def joinpath(self, path: str) -> Path | IO[bytes]:
+        """A file, or a member opened in its zip. FileNotFoundError if there is neither."""
+        for folder in self.folders:
+            if (folder / path).is_file():
+                return folder / path
+        parts = PurePosixPath(path).parts
+        if parts[:1] == ("images",):
+            parts = parts[1:]
+        for key in (parts, parts[1:]):
+            if key in self.members:
+                archive, name = self.members[key]
+                return archive.open(name)
+        raise FileNotFoundError("no such image beside the table or in its zip")

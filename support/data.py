@@ -1,27 +1,29 @@
-"""Rows -> examples (the toy, a hub id, a parquet, JSON or JSONL file, a folder of them), and the stream a rank reads.
+"""Rows -> examples, and the shuffled stream of them that each rank reads.
 
-Place in the pipeline: `load` (training), `eval_sets` and `benchmarks` (evaluation: the paper's nine) give `Rows`;
-`Stream` shuffles and encodes them.
-A row is `problem` (or `question`), `answer`, `images`, perhaps `images_aug` and `id`; or sharegpt: `messages` of a user
-(the question) and an assistant (the answer), and `images`. The question's `<image>` markers, one an image, say where
-they go. An image is {bytes, path}, bytes, a path (relative ones start at the data file's folder) or a PIL image.
-A row that cannot be used is skipped and counted; the first of each kind is named on stderr. Row numbers start at 0.
+The start of the pipeline. `load` returns the usable rows of a training set: the toy, a hub id, a
+parquet, JSON or JSONL file, or a folder of such files. (benchmarks.py does so for evaluation.)
+`Stream` shuffles and encodes them, and splits them over the ranks.
 
-Against the released loader:
-1. Broken, empty and mismatched rows are left out; there they end the run or slip in. Images without any marker are a
-   mismatch, too: guessing where they go could change what the question means.
-2. Overlong prompts are found from image headers alone, and images are not decoded before their row is asked for.
-3. Images become RGB as there, by PIL's convert: transparency is dropped, not laid over white. But 16-bit grey is scaled
-   to 8 bits (PIL clips it), EXIF orientation is applied, and resizing is the image processor's alone.
-4. As there, the parquet files of a hub id that `datasets` cannot read (before 4 it does not know the feature type
-   "List") are read directly, by their plain Arrow types. Local files always are.
-5. The order depends on seed and epoch alone: a round is the same prompts on any number of ranks.
+A row has `problem` (or `question`), `answer` and `images`, and may have `images_aug` (pre-masked
+images) and `id`. A sharegpt row has `messages` instead: the question is the user's message, the
+answer the assistant's. Each `<image>` marker in the question stands for one image. An image is
+{bytes, path}, bytes, a path (relative to the data file's folder) or a PIL image. Unusable rows are
+skipped and counted, and the first of each kind is reported on stderr.
 
-    python -c "import data; rows = data.load('toy'); print(len(rows), rows[0])"
+Differences from the released loader:
+1. Broken, empty and mismatched rows are skipped; there they end the run or go unnoticed. Images
+   without markers count as mismatched, because guessing where they go could change the question.
+2. Prompts that are too long are found from image headers. Pixels are decoded when a row is read.
+3. Both make images RGB with PIL's convert, which drops transparency. Here 16-bit grey is scaled to
+   8 bits (PIL clips it), EXIF orientation is applied, and only the image processor resizes.
+4. A round has the same prompts on any number of ranks: the order depends on seed and epoch alone.
+
+    python -c "from support import data; rows = data.load('toy'); print(len(rows), rows[0])"
 """
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import random
@@ -34,6 +36,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from io import BytesIO
@@ -46,129 +49,179 @@ from support import toy
 from support.batch import Example
 
 SUFFIXES = (".parquet", ".json", ".jsonl")
+SPLITS = ("test", "validation", "val", "train")  # in the order in which evaluation prefers them
+TOY_TRAIN_ROWS, TOY_EVAL_ROWS = 4096, 256
+MAX_ASPECT_RATIO = 200  # Qwen's image processor refuses images beyond it
+MAX_CONSECUTIVE_BAD_ROWS = 64  # while streaming; then something else is wrong
+
+# What PIL raises on broken files, and on more than twice Image.MAX_IMAGE_PIXELS (179 megapixels).
+IMAGE_ERRORS = (
+    ArithmeticError,
+    EOFError,
+    LookupError,
+    OSError,
+    SyntaxError,
+    TypeError,
+    ValueError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+    Image.DecompressionBombError,
+)
 
 
-SPLITS = ("test", "validation", "val", "train")  # where evaluation looks, in this order
+# ------------------------------------------------------------------------------------------- errors
 
 
-GIVE_UP = 64  # unusable prompts in a row end the run
-
-
-# What PIL raises on broken files. More than twice Image.MAX_IMAGE_PIXELS (179 megapixels) is a decompression bomb.
-IMAGE_ERRORS = (OSError, ValueError, SyntaxError, TypeError, IndexError, KeyError, EOFError, OverflowError,
-                struct.error, zlib.error, zipfile.BadZipFile,
-                Image.DecompressionBombError, Image.DecompressionBombWarning)  # fmt: skip
+def one_line(message: str) -> str:
+    return " ".join(message.split())[:300]
 
 
 class DataError(ValueError):
-    """A data set that cannot be used, in one line."""
+    """A data set that cannot be used. The message is a single line."""
 
     def __init__(self, message: str):
-        super().__init__(" ".join(message.split())[:300])
+        super().__init__(one_line(message))
 
 
-class BadRow(DataError):
-    """A row that cannot be used; `kind` is what it is counted under."""
+class BadRowError(DataError):
+    """A row that cannot be used. `kind` is the reason it is counted under."""
 
     def __init__(self, kind: str, message: str):
         super().__init__(f"{kind}: {message}")
         self.kind = kind
 
 
-def count_skip(skipped: Counter, where: str, error: ValueError, say: bool = True) -> None:
-    """Count a row under its error's kind ("refused" if the encoder raised it); name the first of a kind on stderr."""
+def count_skip(skipped: Counter, where: str, error: ValueError, report: bool = True) -> None:
+    """Count a skipped row by kind, or "refused" by the encoder. Report the first of each kind."""
     kind = getattr(error, "kind", "refused")
-    if say and not skipped[kind]:
-        print(DataError(f"{where} is skipped, {error}"), file=sys.stderr)
+    if report and not skipped[kind]:
+        print(one_line(f"{where} is skipped, {error}"), file=sys.stderr)
     skipped[kind] += 1
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    image.load()
-    try:
-        image = ImageOps.exif_transpose(image)
-    except IMAGE_ERRORS:
-        pass  # broken metadata on a good picture
-    if image.mode.startswith("I"):  # 16-bit grey
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
-    return image.convert("RGB")
+# ------------------------------------------------------------------------------------------- images
 
 
-def read_image(source, folder: Path, read: Callable = to_rgb):
-    """`read` of the image, opened but its pixels not touched; BadRow if it is broken. `source`: see the header."""
+def read_image(source, folder: Path, read: Callable | None = None):
+    """The image in RGB, or `read` of the opened image; BadRowError if it is broken.
+
+    `source` is {bytes, path}, bytes, a path relative to `folder`, or a PIL image. PIL opens it by
+    its header and decodes the pixels only when `read` asks for them.
+    """
+    read = read or to_rgb
     if isinstance(source, dict):
         source = source.get("path") if source.get("bytes") is None else source["bytes"]
     try:
         if isinstance(source, Image.Image):
             return read(source)
-        with Image.open(BytesIO(source) if isinstance(source, bytes) else folder / source) as image:
+        file = BytesIO(source) if isinstance(source, bytes) else folder.joinpath(source)
+        with Image.open(file) as image:
             return read(image)
     except IMAGE_ERRORS as error:
-        where = f"{len(source)} bytes" if isinstance(source, bytes) else source
-        raise BadRow("broken image", f"{where}: {error}") from error
+        name = f"{len(source)} bytes" if isinstance(source, bytes) else source
+        raise BadRowError("broken image", f"{name}: {error}") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    image.load()
+    with suppress(*IMAGE_ERRORS):  # broken metadata does not make the pixels unusable
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16-bit grey
+        pixels = np.asarray(image).clip(0, 65535) // 256
+        image = Image.fromarray(pixels.astype(np.uint8))
+    return image.convert("RGB")
+
+
+def image_size(source, folder: Path) -> tuple[int, int]:
+    """(width, height), from the header alone."""
+    return read_image(source, folder, read=lambda image: image.size)
+
+
+# --------------------------------------------------------------------------------------------- rows
+
+
+def parse_row(row, number: int) -> Example:
+    """A row as an example, its images as they are stored. BadRowError if the row is unusable."""
+    row = as_dict(row)
+    if row.get("messages") is not None:
+        row = from_messages(row)
+    question_column = "problem"
+    if row.get("problem") is None and "question" in row:
+        question_column = "question"
+    missing = [column for column in (question_column, "answer") if column not in row]
+    if missing:
+        raise BadRowError("missing column", f"{', '.join(missing)}; the row has {', '.join(row)}")
+    question = as_text(row[question_column], "question")
+    answer = as_text(row["answer"], "answer")
+    images = as_list(row.get("images"))
+    images_aug = as_list(row.get("images_aug"))
+    markers = question.count("<image>")
+    if markers != len(images):
+        raise BadRowError(
+            "markers", f"{markers} <image> markers for {len(images)} images: {question}"
+        )
+    if images_aug and len(images_aug) != len(images):
+        raise BadRowError(
+            "images_aug", f"{len(images_aug)} pre-masked images for {len(images)} images"
+        )
+    row_id = number if row.get("id") is None else row["id"]
+    return Example(question, answer, images, images_aug or None, str(row_id))
+
+
+def as_dict(row) -> dict:
+    """A row as a dict. Tables hand out dicts, lines of JSON, or Arrow tables of one row."""
+    if hasattr(row, "to_pylist"):
+        [row] = row.to_pylist()
+    if isinstance(row, str):
+        try:
+            row = json.loads(row)
+        except ValueError as error:
+            raise BadRowError("not JSON", f"{error}: {row}") from error
+    if not isinstance(row, dict):
+        raise BadRowError("not a row", repr(row))
+    return row
+
+
+def from_messages(row: dict) -> dict:
+    """A sharegpt row with `problem` and `answer` from its two turns."""
+    turns = as_list(row["messages"])
+    roles = [isinstance(turn, dict) and turn.get("role") for turn in turns]
+    if roles != ["user", "assistant"]:
+        raise BadRowError("messages", f"a user's and then an assistant's are expected: {turns}")
+    user, assistant = turns
+    return row | {"problem": user.get("content"), "answer": assistant.get("content")}
 
 
 def as_text(value, name: str) -> str:
-    """A question or answer as a non-empty string: 3 and 3.0 (an int column with gaps) are "3", true is "True"."""
+    """A question or an answer as text that is not empty. 3 and 3.0 are "3", true is "True"."""
     if isinstance(value, (list, dict, bytes)):
-        raise BadRow(f"{name} is no text", repr(value))
-    if isinstance(value, float) and value.is_integer():
+        raise BadRowError(f"{name} is not text", repr(value))
+    if isinstance(value, float) and value.is_integer():  # an integer column with gaps
         value = int(value)
-    text = "" if value is None or value != value else str(value)  # NaN is pandas' None
-    if not text.strip():
-        raise BadRow(f"empty {name}", repr(value))
-    return text
+    is_missing = value is None or value != value  # pandas stores a missing value as NaN
+    if is_missing or not str(value).strip():
+        raise BadRowError(f"empty {name}", repr(value))
+    return str(value)
 
 
 def as_list(value) -> list:
-    """A column that should be a list; one thing is a list of it, and gaps are left out."""
-    return [x for x in (value if isinstance(value, (list, tuple)) else [value]) if x is not None]
+    """A column that should be a list, without its gaps. A single value is a list of one."""
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return [value for value in values if value is not None]
 
 
-def parse(row, number: int) -> Example:
-    """A dict, JSON text or one-row Arrow table, its images as they are stored; BadRow if something does not fit."""
-    row = row.to_pylist()[0] if hasattr(row, "to_pylist") else row
-    try:
-        row = json.loads(row) if isinstance(row, str) else row
-    except ValueError as error:
-        raise BadRow("not JSON", f"{error}: {row}") from error
-    if not isinstance(row, dict):
-        raise BadRow("not a row", repr(row))
-    if row.get("messages") is not None:
-        turns = [
-            turn if isinstance(turn, dict) else {"role": turn} for turn in as_list(row["messages"])
-        ]
-        if [turn.get("role") for turn in turns] != ["user", "assistant"]:
-            raise BadRow(
-                "messages", f"one of the user and one of the assistant are expected: {turns}"
-            )
-        row = {**row, "problem": turns[0].get("content"), "answer": turns[1].get("content")}
-    name = "question" if row.get("problem") is None and "question" in row else "problem"
-    if missing := [column for column in (name, "answer") if column not in row]:
-        raise BadRow("missing column", f"{', '.join(missing)}; the row has {', '.join(row)}")
-    question, answer = as_text(row[name], "question"), as_text(row["answer"], "answer")
-    images, images_aug = as_list(row.get("images")), as_list(row.get("images_aug"))
-    if (markers := question.count("<image>")) != len(images):
-        raise BadRow("markers", f"{markers} <image> markers for {len(images)} images: {question}")
-    if images_aug and len(images_aug) != len(images):
-        raise BadRow("images_aug", f"{len(images_aug)} pre-masked images for {len(images)} images")
-    return Example(
-        question,
-        answer,
-        images,
-        images_aug or None,
-        str(number if row.get("id") is None else row["id"]),
-    )
+# ---------------------------------------------------------------------------------- the usable rows
 
 
 @dataclass
 class Rows:
-    """The usable rows of a data set. rows[i] decodes its images, and raises BadRow where only the pixels are broken."""
+    """The usable rows of a data set. rows[i] decodes its images: BadRowError on broken pixels."""
 
     name: str
     get: Callable[[int], Example]  # by the row's number in the data set
-    numbers: Sequence[int]  # of the usable rows
-    skipped: Counter = field(default_factory=Counter)  # kind -> rows left out by `load`
+    numbers: Sequence[int]  # of the usable rows, from 0
+    skipped: Counter = field(default_factory=Counter)  # kind -> rows that `load` left out
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -177,178 +230,218 @@ class Rows:
         return self.get(self.numbers[i])
 
 
-def select(name: str, table, folder: Path, limit=None, length=None, max_prompt_tokens=None) -> Rows:
-    """The usable rows of `table`, which has a len and gives what `parse` takes; the other arguments as in `load`."""
+def load(spec, split="train", *, seed=0, limit=None, length=None, max_prompt_tokens=None) -> Rows:
+    """The usable rows of a training set. DataError if it cannot be read or no row is usable.
 
-    def get(number: int) -> Example:
-        example = parse(table[number], number)
-        images, aug = (
-            [read_image(s, folder) for s in part or ()]
-            for part in (example.images, example.images_aug)
-        )
-        return replace(example, images=images, images_aug=aug or None)
+    `spec`: "toy" or "toy:grid=4,..." (see toy.setting_of; `seed` is the toy's), a file (one split,
+    whatever `split` says), a folder of files, or a hub id.
+    `limit`: read only this many usable rows. None and 0 mean all, or the toy's default number.
+    `length(question, [(width, height), ...])` is the number of prompt tokens. Prompts longer than
+    `max_prompt_tokens` are skipped. The toy's are short and not measured.
+    """
+    setting = toy.setting_of(spec)
+    if setting:
+        if split not in toy.SPLITS:
+            choices = ", ".join(toy.SPLITS)
+            raise DataError(f"the toy has no split {split!r}: choose one of {choices}")
+        default = TOY_TRAIN_ROWS if split == "train" else TOY_EVAL_ROWS
+        numbers = range(limit or default)
+        return Rows(f"toy/{split}", lambda i: toy.example(split, i, seed, setting), numbers)
+    [(table, folder)] = open_tables(str(spec), (split,)).values()
+    return usable_rows(
+        str(spec),
+        table,
+        folder,
+        limit=limit,
+        length=length,
+        max_prompt_tokens=max_prompt_tokens,
+    )
 
-    def check(number: int) -> None:
-        example = parse(table[number], number)
-        sizes = [
-            read_image(s, folder, lambda image: image.size)
-            for s in example.images + (example.images_aug or [])
-        ]
-        if thin := [f"{w} x {h}" for w, h in sizes if max(w, h) > 200 * min(w, h)]:
-            raise BadRow("aspect ratio", f"an image of {thin[0]} pixels, more than 200 to 1")
-        tokens = length(example.question, sizes[: len(example.images)]) if max_prompt_tokens else 0
-        if max_prompt_tokens and tokens > max_prompt_tokens:
-            raise BadRow(
-                "overlong",
-                f"{tokens} prompt tokens, more than {max_prompt_tokens}: {example.question}",
-            )
 
+def usable_rows(
+    name: str, table, folder: Path, limit=None, length=None, max_prompt_tokens=None
+) -> Rows:
+    """The usable rows of a table, which is a sequence of what `as_dict` takes. See `load`."""
     numbers, skipped = [], Counter()
+    is_first_rank = os.environ.get("RANK", "0") == "0"
     for number in range(len(table)):
         if limit and len(numbers) >= limit:
             break
         try:
-            check(number)
+            check(parse_row(table[number], number), folder, length, max_prompt_tokens)
             numbers.append(number)
-        except ValueError as error:  # a BadRow, or the question is one that `length` refuses
-            count_skip(
-                skipped, f"{name}: row {number}", error, say=os.environ.get("RANK", "0") == "0"
-            )
+        except ValueError as error:  # a BadRowError, or `length` refuses the question
+            count_skip(skipped, f"{name}: row {number}", error, report=is_first_rank)
     if not numbers:
-        counts = ", ".join(f"{kind} {n}" for kind, n in skipped.items())
-        raise DataError(
-            f"data {name!r}: none of its {len(table)} rows can be used ({counts or 'it is empty'})"
-        )
+        counts = ", ".join(f"{kind} {count}" for kind, count in skipped.items())
+        reason = counts or "it is empty"
+        raise DataError(f"data {name!r}: none of its {len(table)} rows can be used ({reason})")
+
+    def get(number: int) -> Example:
+        return decode(parse_row(table[number], number), folder)
+
     return Rows(name, get, numbers, skipped)
 
 
-def of_split(files: list[Path], splits: tuple) -> tuple[list[Path], bool]:
-    """The files of the first split that any is named after (train.json, train-00000-of-00002.parquet); else all."""
-    named = {
-        split: [f for f in files if re.match(rf"{re.escape(split)}[-_.]", f.name)]
-        for split in splits + SPLITS
-    }
-    have = [split for split in named if named[split]]
-    if have and have[0] not in splits:
-        raise ValueError(f"no split {splits[0]!r}: choose one of {', '.join(have)}")
-    return (named[have[0]], True) if have else (files, False)
+def check(example: Example, folder: Path, length: Callable | None, max_prompt_tokens) -> None:
+    """BadRowError for a broken or too thin image, or a too long prompt, as far as headers tell."""
+    sizes = [image_size(source, folder) for source in example.images]
+    sizes_aug = [image_size(source, folder) for source in example.images_aug or []]
+    for width, height in sizes + sizes_aug:
+        if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+            limit = f"more than {MAX_ASPECT_RATIO} to 1"
+            raise BadRowError("aspect ratio", f"an image of {width} x {height} pixels, {limit}")
+    if max_prompt_tokens:
+        tokens = length(example.question, sizes)
+        if tokens > max_prompt_tokens:
+            excess = f"{tokens} prompt tokens, more than {max_prompt_tokens}"
+            raise BadRowError("overlong", f"{excess}: {example.question}")
 
 
-def read_files(files: list[Path]):
-    """The table of parquet files, mapped; of JSON lists, their rows; of other JSON files, the lines, for `parse`."""
-    if files[0].suffix == ".parquet":
-        import datasets  # slow to import, and needed for parquet and the hub only
-        import pyarrow.parquet
-
-        features = datasets.Features.from_arrow_schema(
-            pyarrow.parquet.read_schema(files[0]).remove_metadata()
-        )
-        paths = [
-            re.sub(r"([*?[])", r"[\1]", str(file.absolute())) for file in files
-        ]  # they are taken as patterns
-        return datasets.load_dataset(
-            "parquet", data_files=paths, split="train", features=features
-        ).with_format("arrow")
-    rows = []
-    for file in files:
-        text = file.read_text(encoding="utf-8-sig")
-        lines = [
-            line for line in text.split("\n") if line.strip()
-        ]  # splitlines() would also split at U+2028
-        rows += json.loads(text) if text.lstrip().startswith("[") else lines
-    return rows
+def decode(example: Example, folder: Path) -> Example:
+    """The example with its images decoded."""
+    images = [read_image(source, folder) for source in example.images]
+    images_aug = [read_image(source, folder) for source in example.images_aug or []]
+    return replace(example, images=images, images_aug=images_aug or None)
 
 
-def read_hub(spec: str, splits: tuple):
-    """The table of the first of `splits` that the hub's data set has."""
-    import datasets
-    from huggingface_hub import HfApi, constants, hf_hub_download
-
-    if not constants.HF_HUB_OFFLINE:  # offline, `datasets` looks into its cache
-        HfApi().dataset_info(
-            spec, timeout=20
-        )  # fails at once where `datasets` would try for minutes
-    try:
-        tables = datasets.load_dataset(spec)
-    except Exception as error:  # as the released loader does, whatever it is
-        names = [Path(name) for name in HfApi().list_repo_files(spec, repo_type="dataset")]
-        names, _ = of_split(
-            [n for n in names if n.suffix == ".parquet" and str(n.parent) in (".", "data")], splits
-        )
-        if not names:
-            raise
-        print(
-            DataError(f"data {spec!r}: its parquet files are read directly ({error})"),
-            file=sys.stderr,
-        )
-        return read_files(
-            [Path(hf_hub_download(spec, str(name), repo_type="dataset")) for name in names]
-        )
-    if not (found := [split for split in splits if split in tables]):
-        raise ValueError(f"no split {splits[0]!r}: choose one of {', '.join(tables)}")
-    return tables[found[0]].with_format("arrow")
+# -------------------------------------------------------------------------------- files and the hub
 
 
-def find(spec: str, splits: tuple, apart: bool = False) -> dict:
-    """Name -> (table, folder of relative image paths). `apart`: files not named after splits are a set each."""
+def open_tables(spec: str, splits: tuple, set_per_file: bool = False) -> dict[str, tuple]:
+    """Set name -> (table, folder of its relative image paths), of the first of `splits` there is.
+
+    DataError if `spec` cannot be read. `set_per_file`: see `group_files`.
+    """
     path = Path(spec).expanduser()
-    if path.is_file() and path.suffix not in SUFFIXES:
-        raise DataError(
-            f"data {spec!r}: unknown extension {path.suffix!r}: choose one of {', '.join(SUFFIXES)}"
-        )
-    # JSON beside parquet describes it
-    places = [
-        (folder, kinds)
-        for kinds in (SUFFIXES[:1], SUFFIXES[1:])
-        for folder in (path, path / "data")
-    ]
-    found = (
-        sorted(file for file in folder.glob("*") if file.suffix in kinds)
-        for folder, kinds in places
-    )
-    files = [path] if path.is_file() else next(filter(None, found), [])
-    if not files and (
-        path.exists() or path.suffix in SUFFIXES or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", spec)
-    ):
-        choices = f"'toy', a {', '.join(SUFFIXES)} file, a folder of such, or a hub id (owner/name)"
-        raise DataError(f"data {spec!r}: no such file or folder: choose {choices}")
+    files = list_files(spec)
     try:
         if not files:
             return {path.name: (read_hub(spec, splits), Path())}
-        if path.is_dir():
-            files, named = of_split(files, splits)
-            apart = apart and not named
-        name = path.stem if path.is_file() else path.resolve().name
-        parts = {file.stem: [file] for file in files} if apart else {name: files}
-        return {name: (read_files(part), part[0].parent) for name, part in parts.items()}
-    except (
-        Exception
-    ) as error:  # datasets', pyarrow's, the hub client's: their classes differ by version
-        what = (
-            "cannot be read"
-            if files
-            else "is no file or folder here, and cannot be had from the hub"
-        )
-        raise DataError(f"data {spec!r} {what}: {type(error).__name__}: {error}") from error
+        sets = group_files(path, files, splits, set_per_file)
+        return {name: (read_files(group), group[0].parent) for name, group in sets.items()}
+    except Exception as error:  # datasets, pyarrow and the hub client have classes of their own
+        problem = "cannot be read"
+        if not files:
+            problem = "is not a file or folder here, and cannot be loaded from the hub"
+        raise DataError(f"data {spec!r} {problem}: {type(error).__name__}: {error}") from error
 
 
-def load(spec, split="train", *, seed=0, limit=None, length=None, max_prompt_tokens=None) -> Rows:
-    """The usable rows of a data set. DataError, in one line, if there is none, or no such file, split or hub id.
-
-    `spec`: "toy" or "toy:grid=4,..." (toy.setting_of; drawn from `seed`), a file (one split, whatever `split` says), a
-    folder of files, or a hub id. `limit`: the first so many usable rows (0, None: all; of the toy, 4,096 or 256).
-    `length(question, [(width, height), ...])` -> tokens: rows with more than `max_prompt_tokens` are left out; the
-    toy's prompts are short, and not measured.
-    """
-    if setting := toy.setting_of(spec):
-        if split not in toy.SPLITS:
+def list_files(spec: str) -> list[Path]:
+    """The file `spec`, or the files in the folder `spec` or its data/; none for a hub id."""
+    path = Path(spec).expanduser()
+    if path.is_file():
+        if path.suffix not in SUFFIXES:
+            choices = ", ".join(SUFFIXES)
             raise DataError(
-                f"the toy has no split {split!r}: choose one of {', '.join(toy.SPLITS)}"
+                f"data {spec!r}: unknown extension {path.suffix!r}: choose one of {choices}"
             )
-        numbers = range(limit or (4096 if split == "train" else 256))
-        return Rows(f"toy/{split}", lambda i: toy.example(split, i, seed, setting), numbers)
-    [(table, folder)] = find(spec, (split,)).values()
-    return select(spec, table, folder, limit, length, max_prompt_tokens)
+        return [path]
+    for suffixes in ((".parquet",), (".json", ".jsonl")):  # JSON beside parquet files is metadata
+        for folder in (path, path / "data"):
+            files = sorted(file for file in folder.glob("*") if file.suffix in suffixes)
+            if files:
+                return files
+    is_hub_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", spec) and path.suffix not in SUFFIXES
+    if path.exists() or not is_hub_id:
+        choices = f"'toy', a {', '.join(SUFFIXES)} file, a folder of such, or a hub id (owner/name)"
+        raise DataError(f"data {spec!r}: no such file or folder: choose {choices}")
+    return []
+
+
+def group_files(path: Path, files: list[Path], splits: tuple, set_per_file: bool) -> dict:
+    """Set name -> its files. `path` is the file or the folder that the files come from.
+
+    A folder's files are one set if some are named after splits, and else with `set_per_file` many.
+    """
+    if path.is_file():
+        return {path.stem: files}
+    named = files_of_split(files, splits)
+    if set_per_file and not named:
+        return {file.stem: [file] for file in files}
+    return {path.resolve().name: named or files}
+
+
+def files_of_split(files: list[Path], splits: tuple) -> list[Path]:
+    """The files named after the first of `splits` there is, such as train-00000-of-00002.parquet.
+
+    None of them if no file is named after a split; ValueError if they are named after other splits.
+    """
+    named = {}
+    for split in (*splits, *SPLITS):
+        matching = [file for file in files if re.match(rf"{re.escape(split)}[-_.]", file.name)]
+        if matching:
+            named[split] = matching
+    return choose_split(named, splits) if named else []
+
+
+def choose_split(parts: dict, splits: tuple):
+    """The part under the first of `splits` there is."""
+    for split in splits:
+        if split in parts:
+            return parts[split]
+    raise ValueError(f"no split {splits[0]!r}: choose one of {', '.join(parts)}")
+
+
+def read_files(files: list[Path]):
+    """The rows of files of one kind, as `as_dict` takes them."""
+    if files[0].suffix == ".parquet":
+        return read_parquet(files)
+    # datasets' own JSON reader would refuse a file in which 3 and "three" are both answers.
+    rows = []
+    for file in files:
+        text = file.read_text(encoding="utf-8-sig")
+        if text.lstrip().startswith("["):
+            rows += json.loads(text)
+        else:
+            # splitlines() would also split at U+2028, which JSON allows within a string.
+            rows += [line for line in text.split("\n") if line.strip()]
+    return rows
+
+
+def read_parquet(files: list[Path]):
+    """The files as one memory-mapped table, its columns typed as Arrow has them.
+
+    datasets would type them by the files' metadata, and fails on types that its version lacks, such
+    as "List" before 4. It would decode images, too, whose headers are enough for `check`.
+    """
+    import datasets  # slow to import, and only needed for parquet and the hub
+    import pyarrow.parquet
+
+    schema = pyarrow.parquet.read_schema(files[0]).remove_metadata()
+    features = datasets.Features.from_arrow_schema(schema)
+    patterns = [glob.escape(str(file.absolute())) for file in files]
+    return datasets.Dataset.from_parquet(patterns, features=features).with_format("arrow")
+
+
+def read_hub(spec: str, splits: tuple):
+    """The table of the first of `splits` in a data set on the hub."""
+    import datasets
+    from huggingface_hub import HfApi, constants, hf_hub_download
+
+    if not constants.HF_HUB_OFFLINE:  # offline, datasets uses its cache
+        # Without a connection this fails at once; datasets would retry for minutes.
+        HfApi().dataset_info(spec, timeout=20)
+    try:
+        tables = datasets.load_dataset(spec)
+    except Exception as error:  # like the released loader, whatever the error is
+        names = map(Path, HfApi().list_repo_files(spec, repo_type="dataset"))
+        parquet = [
+            name
+            for name in names
+            if name.suffix == ".parquet" and str(name.parent) in (".", "data")
+        ]
+        names = files_of_split(parquet, splits) or parquet
+        if not names:
+            raise
+        warning = f"data {spec!r}: its parquet files are read directly ({error})"
+        print(one_line(warning), file=sys.stderr)
+        files = [hf_hub_download(spec, str(name), repo_type="dataset") for name in names]
+        return read_parquet([Path(file) for file in files])
+    return choose_split(tables, splits).with_format("arrow")
+
+
+# --------------------------------------------------------------------------------------- the stream
 
 
 @lru_cache(maxsize=4)
@@ -358,63 +451,66 @@ def shuffled(n: int, seed: int, epoch: int) -> list[int]:
     return order
 
 
-class Stream:
-    """One rank's share of an endless shuffled stream of prompts: next(stream) -> [(index in the round, encoded), ...].
+def encode_row(rows: Rows, encode: Callable, i: int):
+    """A worker's task. It holds no reference to the Stream, so that a dropped Stream is freed."""
+    return encode(rows[i])
 
-    The round is positions `position` to `position + prompts_per_round - 1` of all epochs' permutations laid end to end;
-    this rank takes every world-th. Prompts that turn out broken, or that `encode` refuses with a ValueError, are left
-    out and counted in `skipped`. While the caller works on a round the next one is loaded, so two are in memory.
-    `position` counts the prompts that next() has passed, on all ranks: a checkpoint saves it. Without close() the
-    interpreter finishes the round under way before it exits.
+
+class Stream:
+    """A rank's share of an endless shuffled stream: next(stream) -> [(index in round, prompt)].
+
+    The permutations of all epochs are laid end to end. A round is the next `prompts_per_round` rows
+    of that sequence, and this rank takes every world-th of them. Rows whose images turn out broken,
+    or that `encode` refuses with a ValueError, are left out and counted in `skipped`. While the
+    caller works on a round, the next one is encoded: two rounds are in memory.
+
+    `position` is the number of rows that next() has passed on all ranks; a checkpoint saves it.
+    Without close(), the interpreter finishes the round it is encoding before it exits.
+
+    torch's DataLoader prefetches too, but a bad row ends it, and it cannot start within an epoch.
     """
 
     def __init__(
         self, rows, encode, prompts_per_round, rank=0, world=1, seed=0, position=0, workers=4
     ):
-        assert len(rows) and prompts_per_round > 0 and 0 <= rank < world, (
-            len(rows),
-            prompts_per_round,
-            rank,
-            world,
-        )
+        assert len(rows) > 0 and prompts_per_round > 0, (len(rows), prompts_per_round)
+        assert 0 <= rank < world, (rank, world)
         self.rows, self.encode, self.prompts_per_round = rows, encode, prompts_per_round
-        self.rank, self.world, self.seed, self.position = rank, world, seed, position
-        self.skipped, self._failures = Counter(), 0  # kind -> prompts left out; how many in a row
+        self.rank, self.world, self.seed = rank, world, seed
+        self.position = position
+        self.skipped = Counter()  # kind -> prompts left out
+        self._consecutive_bad_rows = 0
         self._pool = ThreadPoolExecutor(workers)
         self.close = weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True)
-        self._share = self._start(position)
+        self._share = self._start_round(position)
 
-    @property
-    def epoch(self) -> float:
-        return self.position / len(self.rows)
-
-    def _start(self, position: int) -> list[tuple[int, int, Future]]:
-        """Begin this rank's share of the round at `position`: (index in the round, row, its future)."""
-        rows, encode, share = (
-            self.rows,
-            self.encode,
-            [],
-        )  # a task that held the stream would keep it alive
-        for i in range(self.rank, self.prompts_per_round, self.world):
-            epoch, offset = divmod(position + i, len(rows))
-            row = shuffled(len(rows), self.seed, epoch)[offset]
-            share.append((i, row, self._pool.submit(lambda row=row: encode(rows[row]))))
+    def _start_round(self, position: int) -> list[tuple[int, int, Future]]:
+        """Start encoding this rank's share: (index in the round, row, the prompt's future)."""
+        share = []
+        for index in range(self.rank, self.prompts_per_round, self.world):
+            epoch, offset = divmod(position + index, len(self.rows))
+            row = shuffled(len(self.rows), self.seed, epoch)[offset]
+            future = self._pool.submit(encode_row, self.rows, self.encode, row)
+            share.append((index, row, future))
         return share
 
     def __next__(self) -> list[tuple[int, object]]:
-        share, after = self._share, self.position + self.prompts_per_round
-        self._share = self._start(after)
+        share, end = self._share, self.position + self.prompts_per_round
+        self._share = self._start_round(end)
         prompts = []
-        for i, row, future in share:
+        for index, row, future in share:
             try:
-                prompts.append((i, future.result()))
-                self._failures = 0
+                prompts.append((index, future.result()))
+                self._consecutive_bad_rows = 0
             except ValueError as error:
-                count_skip(self.skipped, f"{self.rows.name}: row {self.rows.numbers[row]}", error)
-                self._failures += 1
-                if self._failures >= GIVE_UP:
-                    raise DataError(
-                        f"{self.rows.name}: {GIVE_UP} prompts in a row cannot be used, {error}"
-                    ) from error
-        self.position = after
+                self._skip(row, error)
+        self.position = end
         return prompts
+
+    def _skip(self, row: int, error: ValueError) -> None:
+        name = self.rows.name
+        count_skip(self.skipped, f"{name}: row {self.rows.numbers[row]}", error)
+        self._consecutive_bad_rows += 1
+        if self._consecutive_bad_rows >= MAX_CONSECUTIVE_BAD_ROWS:
+            count = self._consecutive_bad_rows
+            raise DataError(f"{name}: {count} prompts in a row cannot be used, {error}") from error

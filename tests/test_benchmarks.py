@@ -1,4 +1,4 @@
-"""support/benchmarks.py: the nine evaluation sets, found by name, and their images, in folders, zips and the hub."""
+"""support/benchmarks.py: the nine evaluation sets by name, and their images in folders and zips."""
 
 import json
 import zipfile
@@ -16,7 +16,8 @@ def colour(i):
 
 
 def png(i, size=(60, 40)):
-    Image.new("RGB", size, colour(i)).save(buffer := BytesIO(), "PNG")
+    buffer = BytesIO()
+    Image.new("RGB", size, colour(i)).save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -26,99 +27,95 @@ def row(question, answer, *images, **more):
 
 
 def split_rows(name):
-    """The shape of PAPO_eval: several images, none, unicode, sub-folders with one name in two of them."""
+    """The shape of PAPO_eval: several images, none, Unicode, one file name in two folders."""
     top = f"{name}_images"
+    two_images = [f"{top}/b/1.png", f"{top}/größe/图.png"]
     return [
         row("<image>How many?", "1", f"{top}/a/1.png"),
-        row(
-            "<image>Und <image>, wie groß ist ∠ABC?", "90°", f"{top}/b/1.png", f"{top}/größe/图.png"
-        ),
+        row("<image>Und <image>, wie groß ist ∠ABC?", "90°", *two_images),
         row("What is 2 + 2?", "4"),
         row("<image>Which?", "B", f"{top}/2.png", id="own"),
     ]
 
 
-def write_split(folder, name, rows=None, stem=None, top=None):
-    """NAME.json and NAME_images.zip, as on the hub; `stem`: what both are called; `top`: the zip's first folder."""
-    stem, top = stem or name, f"{name}_images" if top is None else top
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{stem}.json").write_text(
-        json.dumps(rows or split_rows(name), ensure_ascii=False), encoding="utf-8"
-    )
-    with zipfile.ZipFile(folder / f"{stem}_images.zip", "w") as archive:
-        archive.mkdir(top) if hasattr(archive, "mkdir") else None
-        for i, path in enumerate(("a/1.png", "b/1.png", "größe/图.png", "2.png")):
-            archive.writestr(f"{top}/{path}", png(i))
-        archive.writestr(f"{top}/cut.png", png(9, (300, 300))[:-400])
-    return folder
-
-
-def pictures(rows):
-    return [[image.getpixel((0, 0)) for image in rows[i].images] for i in range(len(rows))]
-
-
 EXPECTED = [[colour(0)], [colour(1), colour(2)], [], [colour(3)]]
 
 
-# ------------------------------------------------------------------------------------------------- the nine splits
+def colours(rows):
+    """The colour of each row's images."""
+    return [[image.getpixel((0, 0)) for image in example.images] for example in rows]
 
 
-def test_splits_by_name(tmp_path):
+def write_split(folder, name, rows=None, stem=None, top=None):
+    """NAME.json and NAME_images.zip, as on the hub.
+
+    stem: what both files are called instead of `name`. top: the zip's first folder, with its slash.
+    """
+    stem = stem or name
+    top = f"{name}_images/" if top is None else top
+    folder.mkdir(parents=True, exist_ok=True)
+    table = json.dumps(rows or split_rows(name), ensure_ascii=False)
+    (folder / f"{stem}.json").write_text(table, encoding="utf-8")
+    with zipfile.ZipFile(folder / f"{stem}_images.zip", "w") as archive:
+        if top:
+            archive.writestr(top, b"")  # the folder's own entry
+        for i, path in enumerate(("a/1.png", "b/1.png", "größe/图.png", "2.png")):
+            archive.writestr(f"{top}{path}", png(i))
+        archive.writestr(f"{top}cut.png", png(9, (300, 300))[:-400])
+    return folder
+
+
+def test_sets_by_name(tmp_path):
     stems = {name: alias for alias, name in benchmarks.ALIASES.items()}
     for name in benchmarks.BENCHMARKS["all"]:
         write_split(tmp_path, name, stem=stems.get(name))
-    for spec in ("all", "general", "vision_dependent", "We_Math", "We-Math_We-Math"):
-        sets = benchmarks.eval_sets(spec, place=str(tmp_path))
-        names = {"We-Math_We-Math": ("We_Math",), "We_Math": ("We_Math",)}.get(
-            spec
-        ) or benchmarks.BENCHMARKS[spec]
+    one = ("We_Math",)
+    meant = benchmarks.BENCHMARKS | {"We_Math": one, "We-Math_We-Math": one}
+    for spec, names in meant.items():
+        sets = benchmarks.eval_sets(spec, source=str(tmp_path))
         assert tuple(sets) == names
-        assert all(pictures(rows) == EXPECTED for rows in sets.values())
+        assert all(colours(rows) == EXPECTED for rows in sets.values())
     rows = sets["We_Math"]
-    assert [rows[i].id for i in range(4)] == ["0", "1", "2", "own"]
-    assert rows[1].question == "<image>Und <image>, wie groß ist ∠ABC?" and rows[1].answer == "90°"
-    assert (
-        tuple(benchmarks.eval_sets(str(tmp_path))) == benchmarks.BENCHMARKS["all"]
-    )  # a folder that holds some
-    assert {len(benchmarks.BENCHMARKS[spec]) for spec in ("general", "vision_dependent")} == {5, 4}
+    assert [example.id for example in rows] == ["0", "1", "2", "own"]
+    assert rows[1].question == "<image>Und <image>, wie groß ist ∠ABC?"
+    assert rows[1].answer == "90°"
+    in_folder = benchmarks.eval_sets(str(tmp_path))
+    assert tuple(in_folder) == benchmarks.BENCHMARKS["all"]
+    assert (len(benchmarks.GENERAL), len(benchmarks.VISION)) == (5, 4)
 
 
-@pytest.mark.parametrize("layout", ["papo-eval", "beside", "other top folder", "no top folder"])
-def test_where_pictures_lie(tmp_path, layout):
-    name = "We_Math"
-    rows = split_rows(name)
-    if (
-        layout == "papo-eval"
-    ):  # papo/NAME.json, images/NAME_images/..., as its preparation leaves them
-        write_split(tmp_path, name, rows)
-        zipfile.ZipFile(tmp_path / f"{name}_images.zip").extractall(tmp_path / "images")
-        (tmp_path / f"{name}_images.zip").unlink()
-        (tmp_path / "papo").mkdir()
-        (tmp_path / f"{name}.json").rename(tmp_path / "papo" / f"{name}.json")
-    elif layout == "beside":
-        write_split(
-            tmp_path, name, [r | {"images": [f"images/{p}" for p in r["images"]]} for r in rows]
-        )
-    else:
-        write_split(
-            tmp_path,
-            name,
-            rows,
-            top="We-Math_We-Math_images" if layout == "other top folder" else "./",
-        )
-    assert pictures(benchmarks.eval_sets(name, place=str(tmp_path))[name]) == EXPECTED
+@pytest.mark.parametrize("top", [None, "We-Math_We-Math_images/", "", "./"])
+def test_where_images_lie_in_a_zip(tmp_path, top):
+    write_split(tmp_path, "We_Math", top=top)
+    assert colours(benchmarks.eval_sets("We_Math", source=str(tmp_path))["We_Math"]) == EXPECTED
 
 
-def test_a_picture_is_never_guessed(tmp_path):
-    """Two pictures of one name in two folders: a path that is in neither is broken, not one of them."""
-    rows = [
-        row("<image>?", "1", "We_Math_images/c/1.png"),
-        row("<image>?", "1", "1.png"),
-        row("2 + 2?", "4"),
-    ]
-    write_split(tmp_path, "We_Math", rows)
-    found = benchmarks.eval_sets("We_Math", place=str(tmp_path))["We_Math"]
-    assert list(found.numbers) == [2] and found.skipped == {"broken image": 2}
+def test_images_unpacked_as_papo_eval_does(tmp_path):
+    """papo/NAME.json and images/NAME_images/..., or paths with images/ in front and a zip."""
+    rows = split_rows("We_Math")
+    for one in rows:
+        one["images"] = [f"images/{path}" for path in one["images"]]
+    zipped = write_split(tmp_path / "zipped", "We_Math", rows)
+    unpacked = write_split(tmp_path / "unpacked", "We_Math")
+    archive = unpacked / "We_Math_images.zip"
+    zipfile.ZipFile(archive).extractall(unpacked / "images")
+    archive.unlink()
+    (unpacked / "papo").mkdir()
+    (unpacked / "We_Math.json").rename(unpacked / "papo" / "We_Math.json")
+    for folder in (zipped, unpacked):
+        assert colours(benchmarks.eval_sets("We_Math", source=str(folder))["We_Math"]) == EXPECTED
+
+
+def test_an_image_is_never_guessed(tmp_path):
+    """A path that is nowhere is a broken image, not another image of that name or the only one."""
+    paths = ["We_Math_images/c/1.png", "1.png", "3.png"]
+    rows = [row("<image>?", "1", path) for path in paths]
+    write_split(tmp_path, "We_Math", [*rows, row("2 + 2?", "4")])
+    with zipfile.ZipFile(tmp_path / "We_Math_images.zip", "a") as archive:
+        archive.writestr("only.png", png(5))
+    found = benchmarks.eval_sets("We_Math", source=str(tmp_path))["We_Math"]
+    assert found.numbers == [3]
+    assert found.skipped == {"broken image": 3}
 
 
 def test_a_zip_is_read_in_place(tmp_path):
@@ -128,38 +125,32 @@ def test_a_zip_is_read_in_place(tmp_path):
         archive.writestr("../outside.png", png(5))
         archive.writestr("/outside.png", png(5))
     before = sorted(tmp_path.rglob("*"))
-    assert len(benchmarks.eval_sets("We_Math", place=str(folder))["We_Math"]) >= 1
+    assert len(benchmarks.eval_sets("We_Math", source=str(folder))["We_Math"]) >= 1
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_from_the_hub_cache(tmp_path, monkeypatch):
-    """What hf's client has fetched is used without a network; a split that it has not is one line."""
+    """What the hub's client has downloaded is used offline; a missing set gives one line."""
     repo = tmp_path / "datasets--PAPO-Galaxy--PAPO_eval"
     write_split(repo / "snapshots" / "abc" / "sub", "We_Math", stem="We-Math_We-Math")
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text("abc")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert pictures(benchmarks.eval_sets("We_Math")["We_Math"]) == EXPECTED
-    with pytest.raises(
-        data.DataError, match="no benchmark hiyouga_geometry3k in PAPO-Galaxy/PAPO_eval"
-    ):
+    assert colours(benchmarks.eval_sets("We_Math")["We_Math"]) == EXPECTED
+    missing = "no benchmark hiyouga_geometry3k in PAPO-Galaxy/PAPO_eval"
+    with pytest.raises(data.DataError, match=missing):
         benchmarks.eval_sets("general")
-    with pytest.raises(
-        data.DataError,
-        match="^benchmarks 'no/such' is no folder here, and cannot be had from the hub",
-    ):
-        benchmarks.eval_sets("We_Math", place="no/such")
+    unknown = "^benchmarks 'no/such' is not a folder here, and cannot be loaded from the hub"
+    with pytest.raises(data.DataError, match=unknown):
+        benchmarks.eval_sets("We_Math", source="no/such")
 
 
-@pytest.mark.parametrize("broken", ["table", "zip"])
-def test_broken_benchmark_files(tmp_path, broken):
+@pytest.mark.parametrize("broken", ["We_Math.json", "We_Math_images.zip"])
+def test_broken_files_give_one_line(tmp_path, broken):
     folder = write_split(tmp_path, "We_Math")
-    (folder / {"table": "We_Math.json", "zip": "We_Math_images.zip"}[broken]).write_bytes(
-        b"[PK\x03\x04 nothing"
-    )
-    with pytest.raises(
-        data.DataError, match=f"^benchmark We_Math in {tmp_path} cannot be read: "
-    ) as error:
-        benchmarks.eval_sets("We_Math", place=str(folder))
+    (folder / broken).write_bytes(b"[PK\x03\x04 nothing")
+    message = f"^benchmark We_Math in {tmp_path} cannot be read: "
+    with pytest.raises(data.DataError, match=message) as error:
+        benchmarks.eval_sets("We_Math", source=str(folder))
     assert "\n" not in str(error.value)
