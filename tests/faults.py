@@ -1,11 +1,12 @@
-r"""Kill a run again and again, resume it each time, and compare what comes out with a run that nobody touched.
+r"""Kill a run again and again, resume it each time, and compare it with a run that was left alone.
 
-    python tests/faults.py --kills 20                   one process, SIGKILL
-    python tests/faults.py --kills 20 --ranks 2         torchrun with two workers; one, or all of it, is killed
+    python tests/faults.py --kills 20              one process, SIGKILL
+    python tests/faults.py --kills 20 --ranks 2    torchrun with two workers
 
-Every other kill waits for a checkpoint that is just being written, the rest fall anywhere from the start-up on.
-Printed: a line a kill, then whether metrics.jsonl has every step once and whether metrics and weights are those of the
-untouched run, bit for bit. Exit status 1 if they are not. Minutes: most of them are start-ups.
+Every other kill waits for a checkpoint that is being written; the others come at any moment from
+the start on. Under torchrun half of them hit the whole job, half one worker. Prints one line per
+kill, then whether metrics.jsonl holds every step once and whether metrics and weights equal those
+of the untouched run bit for bit. Exit status 1 if they do not. Takes minutes.
 """
 
 from __future__ import annotations
@@ -20,154 +21,182 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-TINY = (
-    "--data toy --val_data toy --prompts_per_step 5 --mini_batch 3 --group_size 3 --max_new_tokens 6 --eval_rows 4 "
-    "--eval_every 3 --tokens_per_forward 150 --rollout_batch 6 --lr 1e-3 --save_every 1"
+
+from support import checkpoint, toy  # noqa: E402  (needs the line above)
+
+FLAGS = (
+    "--data toy --val_data toy --prompts_per_step 5 --mini_batch 3 --group_size 3 "
+    "--max_new_tokens 6 --eval_rows 4 --eval_every 3 --tokens_per_forward 150 --rollout_batch 6 "
+    "--lr 1e-3 --save_every 1"
 ).split()
-ENV = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+TIMED_METRICS = ("seconds", "tokens_per")  # prefixes of metrics that a clock decides
 
 
 def launch(ranks: int, *flags: str) -> subprocess.Popen:
-    """A run as its user starts it: plain Python for one rank, torchrun for more."""
+    """Start a run as a user would: plain Python for one rank, torchrun for more."""
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks)] if ranks > 1 else []
-    command = [sys.executable, *torchrun, str(ROOT / "train.py"), *flags]
     return subprocess.Popen(
-        command, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        [sys.executable, *torchrun, str(ROOT / "train.py"), *flags],
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
-def family(pid: int) -> list[int]:
-    """A process and all below it."""
+def process_tree(pid: int) -> list[int]:
+    """A process and all its descendants."""
     children = Path(f"/proc/{pid}/task/{pid}/children")
-    below = [int(child) for child in children.read_text().split()] if children.exists() else []
-    return [pid, *(p for child in below for p in family(child))]
+    pids = [pid]
+    if children.exists():
+        for child in children.read_text().split():
+            pids += process_tree(int(child))
+    return pids
 
 
-def kill(process: subprocess.Popen, whole: bool) -> None:
-    """SIGKILL to the process and everything it started, or to one worker of torchrun's, which then ends the rest."""
-    pids = family(process.pid)
-    workers = [
-        p
-        for p in pids
-        if p != process.pid and b"train.py" in Path(f"/proc/{p}/cmdline").read_bytes()
-    ]
-    for pid in pids if whole or not workers else workers[-1:]:
+def kill(process: subprocess.Popen, all_of_it: bool) -> None:
+    """SIGKILL the process and its descendants, or one torchrun worker, which then ends the rest."""
+    pids = process_tree(process.pid)
+    if not all_of_it:
+        workers = [pid for pid in pids[1:] if b"train.py" in command_line(pid)]
+        pids = workers[-1:] or pids
+    for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     process.communicate()
 
 
-def lines(folder: Path) -> list[dict]:
-    """The whole lines of a run's metrics, without what a clock decides."""
-    path = folder / "metrics.jsonl"
-    texts = path.read_text().split("\n")[:-1] if path.exists() else []
-    clock = ("seconds", "tokens_per")
+def command_line(pid: int) -> bytes:
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+def metric_lines(run_dir: Path) -> list[dict]:
+    """The complete lines of a run's metrics, without the timed ones."""
+    path = run_dir / "metrics.jsonl"
+    if not path.exists():
+        return []
+    complete_lines = path.read_text().split("\n")[:-1]
+    parsed = [json.loads(text) for text in complete_lines]
     return [
-        {k: v for k, v in json.loads(text).items() if not k.startswith(clock)} for text in texts
+        {key: value for key, value in line.items() if not key.startswith(TIMED_METRICS)}
+        for line in parsed
     ]
 
 
-def half_written(out: Path) -> set:
-    """The folders of saves or deletions under way, or left by a kill; the time tells a new one from an old one."""
+def partial_checkpoints(run_dir: Path) -> set[tuple[str, int]]:
+    """Folders of saves or deletions that are under way or were killed.
+
+    Their time of change tells a new one from an old one of the same name.
+    """
     found = set()
-    for path in (out / "checkpoints").glob(".step_*"):
+    for path in (run_dir / "checkpoints").glob(".step_*"):
         with contextlib.suppress(FileNotFoundError):
             found.add((path.name, path.stat().st_ctime_ns))
     return found
 
 
-def wait(process: subprocess.Popen, out: Path, mid_save: bool, rng: random.Random) -> str:
-    """Until the moment of the kill; says what the run was doing."""
-    start, before, left = time.time(), len(lines(out)), half_written(out)
-    more, early = (
-        rng.randrange(3),
-        rng.choice([1e9, 1e9, 15 * rng.random()]),
-    )  # a third: perhaps before the first step
+def wait_for_kill(
+    process: subprocess.Popen, run_dir: Path, during_save: bool, rng: random.Random
+) -> str:
+    """Wait until the moment of the kill. Returns what the run was doing."""
+    start = time.time()
+    lines_before, partial_before = len(metric_lines(run_dir)), partial_checkpoints(run_dir)
+    enough_lines = lines_before + rng.randrange(3)
+    # One time in three an unaimed kill may come before the first step.
+    latest = rng.choice([1e9, 1e9, 15 * rng.random()])
     while process.poll() is None:
-        if mid_save and len(lines(out)) >= before + more and half_written(out) - left:
-            time.sleep(rng.random() * 0.02)
-            break
-        if not mid_save and len(lines(out)) > before + more:
+        lines = len(metric_lines(run_dir))
+        if during_save:
+            if lines >= enough_lines and partial_checkpoints(run_dir) - partial_before:
+                time.sleep(rng.random() * 0.02)
+                break
+        elif lines > enough_lines:
             time.sleep(rng.random())
             break
-        if not mid_save and time.time() - start > early:
+        elif time.time() - start > latest:
             break
         time.sleep(0.002)
-    assert process.poll() is None, f"the run ended by itself: {process.stderr.read()[-2000:]}"
-    return (
-        "saving" if half_written(out) - left else "at work" if lines(out)[before:] else "starting"
-    )
+    if process.poll() is not None:
+        raise AssertionError(f"the run ended by itself: {process.stderr.read()[-2000:]}")
+    if partial_checkpoints(run_dir) - partial_before:
+        return "saving"
+    return "at work" if len(metric_lines(run_dir)) > lines_before else "starting"
 
 
-def weights(folder: Path) -> dict:
-    from safetensors.torch import load_file
-
-    return load_file(folder / "model" / "model.safetensors")
+def weights(run_dir: Path) -> dict:
+    return load_file(run_dir / "model" / "model.safetensors")
 
 
-def ordeal(model: str, scratch: Path, kills: int, ranks: int, steps: int, seed: int = 0) -> dict:
-    """The untouched run and the killed one, compared; the table is printed on the way."""
-    from support import checkpoint
+def compare_with_killed(
+    model: str, scratch: Path, kills: int, ranks: int, steps: int, seed: int = 0
+) -> dict:
+    """Run once untouched and once with kills. Returns what the kills hit, and what is equal."""
+    flags = [*FLAGS, "--model", model, "--steps", str(steps)]
+    untouched, killed = scratch / "untouched", scratch / "killed"
+    reference = launch(ranks, *flags, "--out", str(untouched))
+    moments = kill_repeatedly(killed, flags, kills, ranks, random.Random(seed))
+    last = launch(ranks, "--resume", str(killed))
+    _, errors = last.communicate()
+    assert last.returncode == 0, errors[-3000:]
+    reference.communicate()
+    steps_logged = [line["step"] for line in metric_lines(killed) if "reward" in line]
+    expected, resumed = weights(untouched), weights(killed)
+    return {
+        "during": moments,
+        "every step once": steps_logged == list(range(1, steps + 1)),
+        "metrics equal": metric_lines(untouched) == metric_lines(killed),
+        "weights equal": all(expected[name].equal(resumed[name]) for name in expected),
+        "nothing partial is left": not partial_checkpoints(killed),
+    }
 
-    rng, flags = random.Random(seed), [*TINY, "--model", model, "--steps", str(steps)]
-    whole, killed = scratch / "whole", scratch / "killed"
-    reference = launch(ranks, *flags, "--out", str(whole))
-    print(
-        f"{'kill':>4} {'after s':>8}  {'while':<9} {'whole checkpoints':<26} {'lines':>5}  half-written",
-        flush=True,
-    )
-    during = []
+
+def kill_repeatedly(
+    run_dir: Path, flags: list[str], kills: int, ranks: int, rng: random.Random
+) -> list[str]:
+    """Start or resume the run and kill it, `kills` times. Returns what each kill interrupted."""
+    print(f"{'kill':>4} {'after s':>8}  {'while':<9} {'checkpoints':<26} {'lines':>5}  partial")
+    moments = []
     for number in range(kills):
         start = time.time()
-        again = (
-            ["--resume", str(killed)]
-            if (killed / "config.json").exists()
-            else [*flags, "--out", str(killed)]
+        if (run_dir / "config.json").exists():
+            process = launch(ranks, "--resume", str(run_dir))
+        else:
+            process = launch(ranks, *flags, "--out", str(run_dir))
+        moment = wait_for_kill(process, run_dir, during_save=number % 2 == 0, rng=rng)
+        kill(process, all_of_it=ranks == 1 or number % 4 < 2)
+        moments.append(moment)
+        complete = " ".join(path.name for path in checkpoint.complete(run_dir))
+        partial = " ".join(sorted(name for name, _ in partial_checkpoints(run_dir)))
+        print(
+            f"{number + 1:>4} {time.time() - start:>8.1f}  {moment:<9} {complete:<26} "
+            f"{len(metric_lines(run_dir)):>5}  {partial}",
+            flush=True,
         )
-        process = launch(ranks, *again)
-        during.append(wait(process, killed, number % 2 == 0, rng))
-        kill(process, whole=ranks == 1 or number % 4 < 2)
-        found = [p.name for p in checkpoint.complete(killed)]
-        seconds, left = (
-            time.time() - start,
-            " ".join(sorted(name for name, _ in half_written(killed))),
-        )
-        text = f"{number + 1:>4} {seconds:>8.1f}  {during[-1]:<9} {' '.join(found):<26} {len(lines(killed)):>5}  {left}"
-        print(text, flush=True)
-    process = launch(ranks, "--resume", str(killed))
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors[-3000:]
-    reference.communicate()
-    one, other = weights(whole), weights(killed)
-    return {
-        "during": during,
-        "every step once": [m["step"] for m in lines(killed) if "reward" in m]
-        == list(range(1, steps + 1)),
-        "metrics equal": lines(whole) == lines(killed),
-        "weights equal": all(one[name].equal(other[name]) for name in one),
-        "nothing half-written is left": not half_written(killed),
-    }
+    return moments
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--ranks", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
-    given = parser.parse_args()
-    import toy
-
+    parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
+    args = parser.parse_args()
+    steps = 2 * args.kills + 4
     with tempfile.TemporaryDirectory() as scratch:
         model = toy.build(seed=0, folder=Path(scratch) / "model", steps=2)
-        result = ordeal(
-            str(model), Path(scratch), given.kills, given.ranks, 2 * given.kills + 4, given.seed
+        result = compare_with_killed(
+            str(model), Path(scratch), args.kills, args.ranks, steps, args.seed
         )
-    during = result.pop("during")
-    print(", ".join(f"{during.count(what)} while {what}" for what in dict.fromkeys(during)))
+    moments = Counter(result.pop("during"))
+    print(", ".join(f"{times} while {moment}" for moment, times in moments.items()))
     for what, holds in result.items():
         print(f"{what}: {'yes' if holds else 'NO'}")
     sys.exit(not all(result.values()))
