@@ -173,10 +173,7 @@ def run(variant: str, seed: int, work: Path) -> Path:
 
 
 def build_start_model(seed: int, log: Path) -> Path:
-    """The toy model of a seed, from the cache or built on one thread.
-
-    The number of threads decides the last digits of the weights, hence a process of its own.
-    """
+    """The toy model of a seed, from the cache or built in a process of its own."""
     build = f"from support import toy; toy.build({seed}, setting=toy.setting_of({SPEC!r}))"
     run_python(["-c", build], {}, log)
     return toy.build(seed, setting=toy.setting_of(SPEC))
