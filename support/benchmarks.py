@@ -46,12 +46,12 @@ SUBFOLDERS = ("", "data", "papo", "images")
 
 
 def eval_sets(spec: str, *, seed: int = 0, source: str = HUB, **limits) -> dict[str, Rows]:
-    """Set name -> its rows. `limits`: limit, length and max_prompt_tokens, as in data.load.
+    """Set name -> its rows. DataError if a set cannot be read.
 
-    `spec` is the toy, benchmarks (see `benchmark_names`) that are in the folder or hub id `source`,
-    or a file, a folder or a hub id. A file is one set. So is a folder or a hub id: the first of its
-    SPLITS. Only if the files of a folder are not named after splits, each is a set. DataError if
-    something cannot be read.
+    `spec` may be the toy; benchmarks (see `benchmark_names`), read from the folder or hub id
+    `source`; a file; or a folder or hub id, of which the first of SPLITS is read. The files of a
+    folder are a set each if none is named after a split. `limits` are the arguments limit, length
+    and max_prompt_tokens of data.load.
     """
     if toy.setting_of(spec):
         splits = ("general", "vision_dependent")
@@ -108,17 +108,18 @@ def table_files(name: str, folders: list[Path]) -> list[Path]:
     for folder in folders:
         for suffix in sorted(SUFFIXES):
             files = sorted(folder.glob(f"*{suffix}"))
-            stems = [re.sub(r"-\d+-of-\d+$", "", file.stem) for file in files]
-            parts = [
-                file for file, stem in zip(files, stems, strict=True) if stem in file_stems(name)
-            ]
-            if parts:
-                return parts
+            tables = [file for file in files if without_part(file.stem) in file_stems(name)]
+            if tables:
+                return tables
     return []
 
 
+def without_part(stem: str) -> str:
+    return re.sub(r"-\d+-of-\d+$", "", stem)
+
+
 def file_stems(name: str) -> list[str]:
-    """What a benchmark's files may be called."""
+    """The names that a benchmark's files may have."""
     return [name, *(alias for alias, benchmark in ALIASES.items() if benchmark == name)]
 
 
@@ -161,8 +162,8 @@ class ImageFiles:
         paths = [PurePosixPath(name.replace("\\", "/")).parts[skip:] for name in names]
         count = Counter(paths)
         for path, name in zip(paths, names, strict=True):
-            is_unique = count[path] == 1  # else two images share it, and neither is meant
-            if path and is_unique:
+            is_ambiguous = count[path] > 1  # two images share the path, and neither is meant
+            if path and not is_ambiguous:  # the path is empty if there was no folder to skip
                 self.members.setdefault(path, (archive, name))
 
     def joinpath(self, path: str) -> Path | IO[bytes]:

@@ -188,7 +188,7 @@ def from_messages(row: dict) -> dict:
     turns = as_list(row["messages"])
     roles = [isinstance(turn, dict) and turn.get("role") for turn in turns]
     if roles != ["user", "assistant"]:
-        raise BadRowError("messages", f"a user's and then an assistant's are expected: {turns}")
+        raise BadRowError("messages", f"expected the user's, then the assistant's: {turns}")
     user, assistant = turns
     return row | {"problem": user.get("content"), "answer": assistant.get("content")}
 
@@ -216,7 +216,10 @@ def as_list(value) -> list:
 
 @dataclass
 class Rows:
-    """The usable rows of a data set. rows[i] decodes its images: BadRowError on broken pixels."""
+    """The usable rows of a data set.
+
+    rows[i] decodes the images of an example. BadRowError if their pixels turn out broken.
+    """
 
     name: str
     get: Callable[[int], Example]  # by the row's number in the data set
@@ -247,9 +250,10 @@ def load(spec, split="train", *, seed=0, limit=None, length=None, max_prompt_tok
         default = TOY_TRAIN_ROWS if split == "train" else TOY_EVAL_ROWS
         numbers = range(limit or default)
         return Rows(f"toy/{split}", lambda i: toy.example(split, i, seed, setting), numbers)
-    [(table, folder)] = open_tables(str(spec), (split,)).values()
+    name = str(spec)
+    [(table, folder)] = open_tables(name, (split,)).values()
     return usable_rows(
-        str(spec),
+        name,
         table,
         folder,
         limit=limit,
@@ -284,7 +288,7 @@ def usable_rows(
 
 
 def check(example: Example, folder: Path, length: Callable | None, max_prompt_tokens) -> None:
-    """BadRowError for a broken or too thin image, or a too long prompt, as far as headers tell."""
+    """Reads headers only. BadRowError if an image is broken or too thin, or the prompt too long."""
     sizes = [image_size(source, folder) for source in example.images]
     sizes_aug = [image_size(source, folder) for source in example.images_aug or []]
     for width, height in sizes + sizes_aug:
@@ -352,7 +356,8 @@ def list_files(spec: str) -> list[Path]:
 def group_files(path: Path, files: list[Path], splits: tuple, set_per_file: bool) -> dict:
     """Set name -> its files. `path` is the file or the folder that the files come from.
 
-    A folder's files are one set if some are named after splits, and else with `set_per_file` many.
+    A folder is one set. With `set_per_file` each of its files is one, unless some are named after
+    splits.
     """
     if path.is_file():
         return {path.stem: files}
@@ -365,7 +370,7 @@ def group_files(path: Path, files: list[Path], splits: tuple, set_per_file: bool
 def files_of_split(files: list[Path], splits: tuple) -> list[Path]:
     """The files named after the first of `splits` there is, such as train-00000-of-00002.parquet.
 
-    None of them if no file is named after a split; ValueError if they are named after other splits.
+    Empty if no file is named after a split. ValueError if files are named after other splits only.
     """
     named = {}
     for split in (*splits, *SPLITS):
@@ -424,14 +429,11 @@ def read_hub(spec: str, splits: tuple):
         HfApi().dataset_info(spec, timeout=20)
     try:
         tables = datasets.load_dataset(spec)
-    except Exception as error:  # like the released loader, whatever the error is
-        names = map(Path, HfApi().list_repo_files(spec, repo_type="dataset"))
-        parquet = [
-            name
-            for name in names
-            if name.suffix == ".parquet" and str(name.parent) in (".", "data")
-        ]
-        names = files_of_split(parquet, splits) or parquet
+    except Exception as error:  # whatever the error is, like the released loader
+        listed = [Path(name) for name in HfApi().list_repo_files(spec, repo_type="dataset")]
+        names = [path for path in listed if str(path.parent) in (".", "data")]
+        names = [path for path in names if path.suffix == ".parquet"]
+        names = files_of_split(names, splits) or names
         if not names:
             raise
         warning = f"data {spec!r}: its parquet files are read directly ({error})"
