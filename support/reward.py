@@ -1,20 +1,19 @@
-"""The reward: a response and the true answer -> format, accuracy and their weighted sum.
+r"""The scoring rule: a response and the true answer -> format, accuracy and their weighted sum.
 
-Place in the pipeline: rollout.py samples the responses, a Grader scores them, losses.py makes advantages of a group's
-scores. A policy in training writes anything at all, so this is the one step whose input is not trusted.
+rollout.py samples the responses, support/sandbox.py applies this rule to them in processes that can
+be killed, and losses.py turns the scores of a group into advantages. A policy in training writes
+anything at all, so this is the one step whose input is not trusted.
 
-The rule is the released one (EasyR1's math reward), and mathruler 0.1.0 decides accuracy. We differ in:
+The rule is the released one (EasyR1's math reward); mathruler 0.1.0 decides accuracy. Differences:
 
-1. An unboxed response is never accurate. (mathruler puts "None" for the missing answer, and so accepts every unboxed
-   response when the true answer is the word None.)
-2. The rewrite and the format test are the released regular expressions as linear scans: those take quadratic time and
-   worse on long runs of blanks or tags.
-3. mathruler gives the boxed text to sympy's parser, which calls eval on it, and its own check (at most two different
-   letters) can be got round: frac('...') with the string in octal runs any Python. We check the syntax tree first.
-4. The released trainer grades in its own process, where one `\\boxed{99999999!}` hangs it. Grader uses processes that
-   can be killed, with a deadline a response and a budget a batch.
+1. A response without a box is never accurate. mathruler reads a missing answer as the word "None",
+   and so the release accepts every unboxed response where the true answer is that word.
+2. White space and the format are checked by linear scans. The released regular expressions, which
+   they equal, take quadratic time or worse on long runs of blanks or tags.
+3. Only formulas are evaluated. mathruler passes the boxed text to sympy, which calls eval on it.
+   mathruler's own check, at most two different letters, lets frac('...') run any Python in octal.
 
-    python -c "import reward; print(reward.compute_score(r'<think>1 + 1</think> \\boxed{2}', '2'))"
+    python -c "from support import reward; print(reward.compute_score(r'\boxed{2}', '2'))"
 """
 
 from __future__ import annotations
@@ -31,112 +30,124 @@ from sympy.parsing import sympy_parser
 
 
 def rewrite(response: str) -> str:
-    r"""Remove white space around <, > and /, as re.sub(r"\s*(<|>|/)\s*", r"\1", response) does, in linear time."""
-    first, *rest = re.split("([<>/])", response)
-    return (
-        "".join([first.rstrip(), *(piece.strip() for piece in rest[:-1]), rest[-1].lstrip()])
-        if rest
-        else first
-    )
+    r"""Strip white space around <, > and /.
+
+    Equals re.sub(r"\s*(<|>|/)\s*", r"\1", response), in linear time.
+    """
+    parts = re.split("([<>/])", response)
+    last = len(parts) - 1
+    for i, part in enumerate(parts):
+        if i > 0:
+            part = part.lstrip()
+        if i < last:
+            part = part.rstrip()
+        parts[i] = part
+    return "".join(parts)
 
 
 def format_reward(response: str) -> float:
-    r"""1.0 when the whole rewritten response matches `<think>.*</think>.*\boxed{.*}.*` (a dot matches anything)."""
-    text, end = rewrite(response), 0
-    # The leftmost place of each piece leaves the most room for the next, so no backtracking is needed.
-    for piece in ("<think>", "</think>", r"\boxed{", "}"):
-        start = text.find(piece, end)
-        if start < 0 or (end == 0 and start > 0):
+    r"""1.0 if all of the rewritten response matches <think>.*</think>.*\boxed{.*}.*, else 0.0.
+
+    The dots match line breaks too.
+    """
+    text = rewrite(response)
+    if not text.startswith("<think>"):
+        return 0.0
+    # The leftmost match of each tag leaves the most room for the next: no backtracking is needed.
+    position = len("<think>")
+    for tag in ("</think>", r"\boxed{", "}"):
+        start = text.find(tag, position)
+        if start < 0:
             return 0.0
-        end = start + len(piece)
+        position = start + len(tag)
     return 1.0
 
 
 def accuracy_reward(response: str, answer: str) -> float:
-    """1.0 when mathruler takes the last boxed content of the rewritten response for the answer, else 0.0.
+    """1.0 if mathruler finds the content of the response's last box equal to the answer, else 0.0.
 
-    Executes nothing the response says. It runs here and now, though, and some answers take for ever: see Grader.
+    Runs no code from the response. It has no time limit, though, and some responses take forever:
+    see support/sandbox.py.
     """
-    text = rewrite(response)
-    boxed = mathruler.extract_boxed_content(text)
-    # "None" means that there is no box, or that the last one holds this word.
-    if boxed == "None" and not re.match(
-        r"\\boxed\{\s*None\s*\}", text[max(text.rfind(r"\boxed{"), 0) :]
-    ):
+    content = _last_box(rewrite(response))
+    if content is None:
         return 0.0
-    return float(mathruler.grade_answer(boxed, answer))
+    return float(mathruler.grade_answer(content, answer))
+
+
+def _last_box(text: str) -> str | None:
+    r"""The content of the last \boxed{...}, or None where there is none or it is not closed."""
+    content = mathruler.extract_boxed_content(text)
+    if content != "None":
+        return content
+    # "None" stands for no box, unless a box holds that very word.
+    _, box, inside = text.rpartition(r"\boxed{")
+    holds_none = box and re.match(r"\s*None\s*\}", inside)
+    return content if holds_none else None
 
 
 def compute_score(response: str, answer: str, format_weight: float = 0.1) -> dict[str, float]:
-    """{"overall", "format", "accuracy"}, each in [0, 1]. No deadline, like accuracy_reward."""
-    return _combine(format_reward(response), accuracy_reward(response, answer), format_weight)
+    """The scores "overall", "format" and "accuracy", each in [0, 1]. No time limit either."""
+    return weigh(format_reward(response), accuracy_reward(response, answer), format_weight)
 
 
-def _combine(form: float, accuracy: float, format_weight: float = 0.1) -> dict[str, float]:
+def weigh(format_score: float, accuracy: float, format_weight: float = 0.1) -> dict[str, float]:
+    """The dict that compute_score returns, from its two parts."""
     return {
-        "overall": (1 - format_weight) * accuracy + format_weight * form,
-        "format": form,
+        "overall": (1 - format_weight) * accuracy + format_weight * format_score,
+        "format": format_score,
         "accuracy": accuracy,
     }
 
 
-# The names that parse_expr puts in reach of its eval: sympy's, and the built-in functions, here mere placeholders.
-_NAMES = {name: getattr(sympy, name) for name in sympy.__all__}
+# ---------------------------------------------------------------------- only formulas are evaluated
 
+# No attribute, lambda, comprehension, f-string or assignment.
+_OPERANDS = (ast.Constant, ast.Name, ast.Tuple, ast.List, ast.Subscript, ast.Slice)
+_OPERATIONS = (ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.IfExp, ast.Call, ast.keyword)
+_OPERATORS = (ast.operator, ast.unaryop, ast.boolop, ast.cmpop, ast.expr_context)
+FORMULA_SYNTAX = (ast.Expression, *_OPERANDS, *_OPERATIONS, *_OPERATORS)
 
-_NAMES |= {
-    name: object
-    for name, value in vars(builtins).items()
-    if isinstance(value, types.BuiltinFunctionType)
-}
-
-
-_NAMES |= {"max": sympy.Max, "min": sympy.Min, "__builtins__": {}}
-
-
-_TRANSFORMS = (
+TRANSFORMATIONS = (
     *sympy_parser.standard_transformations,
     sympy_parser.implicit_multiplication_application,
 )
 
 
-_FORMULA = (  # the syntax of a formula: no attribute, lambda, comprehension, f-string or assignment
-    *(
-        ast.Expression,
-        ast.BinOp,
-        ast.UnaryOp,
-        ast.BoolOp,
-        ast.Compare,
-        ast.IfExp,
-        ast.Call,
-        ast.keyword,
-        ast.Name,
-    ),
-    *(ast.Constant, ast.Tuple, ast.List, ast.Subscript, ast.Slice),
-    *(ast.operator, ast.unaryop, ast.boolop, ast.cmpop, ast.expr_context),
-)
+def _formula_names() -> dict:
+    """The names that sympy's parse_expr offers to eval, with Python's built-in functions disarmed.
+
+    The parser takes an unknown name for a symbol. The names of built-ins therefore have to stay
+    known: "id" is not the product of i and d.
+    """
+    names = {name: getattr(sympy, name) for name in sympy.__all__}
+    for name, value in vars(builtins).items():
+        if isinstance(value, types.BuiltinFunctionType):
+            names[name] = object
+    return names | {"max": sympy.Max, "min": sympy.Min, "__builtins__": {}}
 
 
-def _parse(text: str):
-    """Stands in for mathruler's _sympy_parse: the same value for a formula, ValueError for any other Python.
+FORMULA_NAMES = _formula_names()
 
-    Quotes are refused in the text itself, since sympy's functions eval a string they are given; those in the code come
-    from the parser, around names and digits. mathruler takes every exception from here for "not equal".
+
+def _parse_formula(text: str):
+    """Replaces mathruler's _sympy_parse: the same value for a formula, an exception for other code.
+
+    mathruler reads every exception as "not equal". Quotes are refused in the text itself, since
+    sympy's functions evaluate strings; the quotes in `code` are the parser's own, around names and
+    digits.
     """
     if "'" in text or '"' in text:
         raise ValueError("not a formula: quotes in an answer")
-    code = sympy_parser.stringify_expr(text.replace("^", "**"), {}, _NAMES, _TRANSFORMS)
+    code = sympy_parser.stringify_expr(text.replace("^", "**"), {}, FORMULA_NAMES, TRANSFORMATIONS)
     for node in ast.walk(ast.parse(code, mode="eval")):
-        if not isinstance(node, _FORMULA):
+        if not isinstance(node, FORMULA_SYNTAX):
             raise ValueError(f"not a formula: {type(node).__name__} in an answer")
-    return sympy_parser.eval_expr(code, {}, _NAMES)
+    return sympy_parser.eval_expr(code, {}, FORMULA_NAMES)
 
 
-if not hasattr(mathruler, "_sympy_parse"):  # another version would go unguarded
+if not hasattr(mathruler, "_sympy_parse"):
     raise ImportError("this mathruler has no _sympy_parse to guard: pip install mathruler==0.1.0")
+mathruler._sympy_parse = _parse_formula
 
-
-mathruler._sympy_parse = _parse
-
-
-logging.getLogger("pylatexenc").setLevel(logging.ERROR)  # it would warn of every \frac cut short
+logging.getLogger("pylatexenc").setLevel(logging.ERROR)  # it warns about every unfinished \frac
