@@ -1,94 +1,113 @@
-r"""Every equation of PAPO (arXiv 2507.06448) as a pure function of tensors: no model, no device, no logging, no state.
+r"""Every equation of PAPO (arXiv 2507.06448) as a pure function of tensors.
 
     minimise   L  =  L_pg  +  beta KL_ref  -  gamma KL_prcp  +  eta1 H  +  eta2 H_mask
 
-Shapes: B = sequences (responses), T = response positions, right-padded; P = prompts, G = responses of one prompt.
-`mask[B, T]` is 1 on a response's tokens, its first end token included, and 0 after it. Nothing here reads a padded
-position: whatever stands there (NaN too) changes no loss, no metric and no gradient.
+Shapes: B = responses, T = response positions, right-padded; P = prompts, G = responses per prompt.
+`mask[B, T]` is True on a response's tokens, up to and including its first end token. Padding is
+never read: whatever stands there, even NaN, changes no loss, no metric and no gradient.
 
 Where the paper, the released code and this file differ:
-1. KL_prcp: the paper writes r - log r - 1 with r = pi / pi_mask, the released code has r = pi_mask / pi. Samples come
-   from pi, so the code's form is the unbiased k3 estimate of KL(pi || pi_mask) and the paper's is not. Default: the
-   code's; `Algo.kl_prcp_estimator = "paper"` takes the literal one.
-2. H and H_mask are minus the mean log-prob of the sampled tokens, not entropies over the vocabulary (as released).
-3. The masked log-probs normally come without gradient, so H_mask is a constant: it moves the loss and no weight
-   (as released). Pass log-probs that carry gradient (`--masked_grad`) and it is alive, and KL_prcp has two branches.
-4. The release averages each micro-batch and then averages those means. Here the denominators are the counts of the
-   whole mini-batch over all ranks, so the parts of any split add up to the same loss and the same gradient.
+1. KL_prcp: the paper writes r - log r - 1 with r = pi / pi_mask, the released code has
+   r = pi_mask / pi. Samples come from pi, so the code's form is the unbiased k3 estimate of
+   KL(pi || pi_mask) and the paper's is not. Default: the code's form;
+   `Algo.kl_prcp_estimator = "paper"` takes the literal one.
+2. H and H_mask are minus the mean log-prob of the sampled tokens, not entropies over the
+   vocabulary (as released).
+3. The masked log-probs normally carry no gradient, so H_mask is a constant: it changes the loss and
+   no weight (as released). With `--masked_grad` they carry one, H_mask becomes a real term, and
+   KL_prcp's gradient reaches both views.
+4. The release averages each micro-batch and then averages those means. Here every mean divides by a
+   count over the whole mini-batch on all ranks (`denominator`). So the losses of any split add up
+   to the loss of the whole, and a token weighs the same however long its neighbours are.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-KL_CLAMP = 10.0  # k3, which is never below 0, stays below 10, as released: one wild token cannot own the gradient
-LOG_RATIO_CLAMP = 20.0  # exp() of a log-ratio stays finite in fp32
+KL_CLAMP = 10.0  # upper bound of k3, as released: one wild token cannot dominate the gradient
+LOG_RATIO_CLAMP = 20.0  # keeps exp() of a log-ratio finite in fp32, as released
+
+
+# -------------------------------------------------------------------------------------------- means
 
 
 class Counts(NamedTuple):
-    """What the means divide by: response tokens, sequences, and tokens of the sequences whose prompt has an image."""
+    """What means divide by. Counts of the parts of a batch add up to those of the batch."""
 
-    tokens: float
-    sequences: float
-    image_tokens: float
+    tokens: float  # response tokens
+    sequences: float  # responses
+    image_tokens: float  # response tokens whose prompt has an image
 
 
 def count(mask: Tensor, has_image: Tensor | None = None) -> Counts:
-    """Counts of mask[B, T]; has_image[B] bool marks sequences with a picture (None: all). Counts of parts add up."""
-    per_row = mask.bool().sum(-1)
-    image = per_row if has_image is None else per_row * has_image
-    return Counts(float(per_row.sum()), float(len(mask)), float(image.sum()))
+    """Counts of mask[B, T]. has_image[B]: whether a response's prompt has an image (None: all)."""
+    lengths = mask.bool().sum(-1)
+    with_image = lengths if has_image is None else lengths * has_image
+    return Counts(float(lengths.sum()), float(len(mask)), float(with_image.sum()))
 
 
 def masked_mean(
     values: Tensor, mask: Tensor, denominator: float | None = None, average: str = "token"
 ) -> Tensor:
-    """Mean of values[B, T] over mask[B, T], as a scalar; 0 where nothing is left to average, never NaN.
+    """Scalar mean of values[B, T] where mask[B, T] is True; 0, never NaN, where it is nowhere True.
 
-    "token": sum over all tokens / number of tokens (the released configs). "seq": the mean inside each sequence, then
-    over sequences (the paper's Eq. 2). `denominator` replaces this batch's own number of tokens or sequences.
+    average "token": over all tokens (the released configs). "seq": within each response, then over
+    responses (the paper's Eq. 2). `denominator` replaces the batch's own number of tokens or
+    responses.
     """
     mask = mask.bool()
     values = values.masked_fill(~mask, 0.0)  # not values * mask: padding may hold inf or NaN
     if average == "token":
-        total, own = values.sum(), mask.sum()
+        total, number = values.sum(), mask.sum()
     elif average == "seq":
-        total, own = (values.sum(-1) / mask.sum(-1).clamp(min=1)).sum(), len(mask)
+        per_response = values.sum(-1) / mask.sum(-1).clamp(min=1)
+        total, number = per_response.sum(), len(mask)
     else:
         raise ValueError(f"average={average!r}: choose 'token' or 'seq'")
-    return total / max(float(own if denominator is None else denominator), 1.0)
+    divisor = float(number if denominator is None else denominator)
+    return total / max(divisor, 1.0)
+
+
+# --------------------------------------------------------------------------------------- advantages
 
 
 def group_advantages(rewards: Tensor, group_size: int, eps: float = 1e-6) -> Tensor:
-    """A_i = (R_i - mean R) / (std R + eps) inside each group; rewards[P*G], groups adjacent -> advantages[P*G].
+    """A_i = (R_i - mean R) / (std R + eps) within each group.
 
-    std is unbiased (as released); a group of one has nothing to be compared with and gets 0. In float64 inside: five
-    equal rewards of 0.9 leave a rounding residue in fp32 that eps = 1e-6 would blow up to advantages of 0.05.
+    rewards[P * G], groups adjacent -> advantages[P * G]. std is unbiased (as released). A group of
+    one has nothing to be compared with and gets 0. Computed in float64: five equal rewards of 0.9
+    leave a rounding residue in float32 that eps = 1e-6 would turn into advantages of 0.05.
     """
     if rewards.dim() != 1 or group_size < 1 or len(rewards) % group_size:
-        raise ValueError(
-            f"rewards of shape {tuple(rewards.shape)} do not divide into groups of {group_size}"
-        )
+        shape = tuple(rewards.shape)
+        raise ValueError(f"rewards of shape {shape} do not divide into groups of {group_size}")
     if group_size == 1:
         return torch.zeros_like(rewards)
     groups = rewards.double().view(-1, group_size)  # [P, G]
     centred = groups - groups.mean(1, keepdim=True)
-    return (centred / (groups.std(1, keepdim=True) + eps)).view(-1).to(rewards.dtype)
+    advantages = centred / (groups.std(1, keepdim=True) + eps)
+    return advantages.view(-1).to(rewards.dtype)
+
+
+# -------------------------------------------------------------------------------------------- terms
 
 
 def kl_k3(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
-    """Schulman's k3 at each sampled token: exp(d) - d - 1, d = log_ref - log_pi; [B, T], [B, T] -> [B, T], >= 0.
+    """Schulman's k3 at each sampled token: exp(d) - d - 1 with d = log pi_ref - log pi; [B, T].
 
-    Its expectation under pi is KL(pi || ref). Clamped as released; outside the clamps value is bounded, gradient 0.
+    Never negative; its expectation under pi is KL(pi || pi_ref). Clamped as released: outside the
+    clamps the value is bounded and the gradient is 0.
     """
     d = (ref_log_probs - log_probs).clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
     return (d.exp() - d - 1).clamp(-KL_CLAMP, KL_CLAMP)
 
 
-def policy_loss(
+def policy_loss(  # noqa: PLR0913  (one argument per symbol of the equation)
     log_probs: Tensor,
     old_log_probs: Tensor,
     advantages: Tensor,
@@ -97,17 +116,24 @@ def policy_loss(
     clip_high: float,
     clip_dual: float = 3.0,
     average: str = "token",
-    denominator: float | Counts | None = None,
+    denominator: Counts | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """L_pg, the clipped policy gradient of GRPO and DAPO with the dual clip; scalar and metrics.
+    """L_pg: the clipped policy gradient of GRPO and DAPO with the dual clip. Scalar and metrics.
 
-    log_probs, old_log_probs, mask [B, T]; advantages [B], the same for every token of a response. Metrics: pg_loss,
-    ppo_kl (mean of log pi_old - log pi), clip_frac (tokens where clip(r) decides, either side; the paper's "clip ratio
-    high"), clip_frac_dual (tokens of negative advantage where the bound -A * clip_dual decides).
+    With the ratio r = pi / pi_old, per token: max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)),
+    but at most -A clip_dual where A < 0. log_probs, old_log_probs, mask[B, T]; advantages[B], or
+    [B, T] where a variant weights tokens. `denominator`: as in papo_loss.
+
+    Metrics: pg_loss; ppo_kl (mean log pi_old - log pi); clip_frac (share of tokens where the clip
+    decides, on either side); clip_frac_dual (share where the dual clip decides).
     """
-    counts = resolve_counts(denominator, mask, None, average)
-    log_probs, old_log_probs = _hide_padding(mask, log_probs, old_log_probs)
-    advantages = advantages.to(log_probs.dtype).unsqueeze(-1)  # [B, 1]
+    counts = count(mask) if denominator is None else denominator
+    log_probs = _zero_padding(log_probs, mask)
+    old_log_probs = _zero_padding(old_log_probs, mask)
+    advantages = advantages.to(log_probs.dtype)
+    if advantages.dim() == 1:
+        advantages = advantages.unsqueeze(-1)  # [B, 1]: the same for every token of a response
+
     log_ratio = (log_probs - old_log_probs).clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
     ratio = log_ratio.exp()  # [B, T]
     unclipped = -advantages * ratio
@@ -115,17 +141,23 @@ def policy_loss(
     ppo = torch.maximum(unclipped, clipped)
     bound = -advantages * clip_dual
     dual = (advantages < 0) & (ppo > bound)
-    loss = masked_mean(torch.where(dual, bound, ppo), mask, _denominator(counts, average), average)
+    per_token = torch.where(dual, bound, ppo)
+
+    token_mean = partial(masked_mean, mask=mask, denominator=counts.tokens)
+    loss = masked_mean(per_token, mask, _denominator(counts, average), average)
     metrics = {
-        "pg_loss": loss,
-        "clip_frac": masked_mean((clipped > unclipped).to(ratio.dtype), mask, counts.tokens),
-        "clip_frac_dual": masked_mean(dual.to(ratio.dtype), mask, counts.tokens),
-        "ppo_kl": masked_mean(-log_ratio, mask, counts.tokens),
+        "pg_loss": loss.detach(),
+        "clip_frac": token_mean((clipped > unclipped).to(ratio.dtype)).detach(),
+        "clip_frac_dual": token_mean(dual.to(ratio.dtype)).detach(),
+        "ppo_kl": token_mean(-log_ratio).detach(),
     }
-    return loss, {k: v.detach() for k, v in metrics.items()}
+    return loss, metrics
 
 
-def papo_loss(
+# ---------------------------------------------------------------------------------------- objective
+
+
+def papo_loss(  # noqa: PLR0913  (one argument per symbol of the equation)
     log_probs: Tensor,
     old_log_probs: Tensor,
     advantages: Tensor,
@@ -133,88 +165,76 @@ def papo_loss(
     algo,
     ref_log_probs: Tensor | None = None,
     masked_log_probs: Tensor | None = None,
-    denominator: float | Counts | None = None,
+    denominator: Counts | None = None,
     has_image: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The whole objective L of the header, term by term; scalar and metrics, each the mean it says.
+    """The objective L of the header, term by term. Scalar, and each term's value as a metric.
 
-    Log-probs and mask [B, T], advantages [B], algo: papo.Algo. `ref_log_probs` is needed where algo.kl_ref_coef is not
-    0, `masked_log_probs` where kl_prcp_coef or masked_entropy_coef is not 0 (ValueError otherwise); given without need,
-    they are measured and add nothing. Rows where has_image[B] is False have no masked view: KL_prcp is 0 there in value
-    and gradient, and they do not count in masked_entropy.
-    `denominator`: the counts of the whole mini-batch over all ranks. A plain number is its token count (its sequence
-    count under average = "seq") and scales this batch's other counts alike. Default: this batch's own.
+    Log-probs and mask[B, T], advantages[B] or [B, T], algo: papo.Algo. ref_log_probs are needed
+    where algo.kl_ref_coef is not 0, masked_log_probs where kl_prcp_coef or masked_entropy_coef is
+    not 0 (else ValueError); given without need they are measured and add nothing. A response whose
+    has_image[B] is False has no masked view: its KL_prcp is 0 in value and gradient, and
+    masked_entropy leaves it out. `denominator`: where this batch is part of a mini-batch, the
+    Counts of the whole over all ranks; default: this batch's own.
     """
-    counts = resolve_counts(denominator, mask, has_image, algo.average)
-    loss, metrics = policy_loss(
-        log_probs, old_log_probs, advantages, mask,
-        algo.clip_low, algo.clip_high, algo.clip_dual, algo.average, counts,
-    )  # fmt: skip
-    log_probs, ref_log_probs, masked_log_probs = _hide_padding(
-        mask, log_probs, ref_log_probs, masked_log_probs
-    )
-    over = _denominator(counts, algo.average)
+    _check_inputs(algo, ref_log_probs, masked_log_probs)
+    counts = count(mask, has_image) if denominator is None else denominator
+    average = algo.average
+    mean = partial(masked_mean, denominator=_denominator(counts, average), average=average)
+    clips = (algo.clip_low, algo.clip_high, algo.clip_dual)
+    policy_args = (log_probs, old_log_probs, advantages, mask)
+    loss, metrics = policy_loss(*policy_args, *clips, average=average, denominator=counts)
 
+    log_probs = _zero_padding(log_probs, mask)
+    terms = {}  # name -> (coefficient, value); L is their sum
     if ref_log_probs is not None:
-        kl_ref = masked_mean(kl_k3(log_probs, ref_log_probs), mask, over, algo.average)
-        loss, metrics["kl_ref"] = _add(loss, algo.kl_ref_coef, kl_ref)
-    elif algo.kl_ref_coef:
-        raise ValueError(f"kl_ref_coef={algo.kl_ref_coef} needs ref_log_probs")
+        ref_log_probs = _zero_padding(ref_log_probs, mask)
+        terms["kl_ref"] = algo.kl_ref_coef, mean(kl_k3(log_probs, ref_log_probs), mask)
 
     if masked_log_probs is not None:
-        seen = mask.new_ones(len(mask), dtype=torch.bool) if has_image is None else has_image.bool()
-        masked_log_probs = torch.where(seen[:, None], masked_log_probs, log_probs.detach())
-        kl_prcp = masked_mean(_kl_prcp(log_probs, masked_log_probs, algo), mask, over, algo.average)
-        loss, metrics["kl_prcp"] = _add(
-            loss, -algo.kl_prcp_coef, kl_prcp
-        )  # maximised: the sign is minus
-        masked_entropy = masked_mean(
-            -masked_log_probs, mask.bool() & seen[:, None], counts.image_tokens
-        )
-        loss, metrics["masked_entropy"] = _add(loss, algo.masked_entropy_coef, masked_entropy)
-    elif algo.kl_prcp_coef or algo.masked_entropy_coef:
-        needs = f"kl_prcp_coef={algo.kl_prcp_coef}, masked_entropy_coef={algo.masked_entropy_coef}"
-        raise ValueError(f"{needs} need masked_log_probs")
+        masked_log_probs = _zero_padding(masked_log_probs, mask)
+        image_mask = mask.bool()  # the tokens that have a masked view
+        if has_image is not None:
+            image_mask = image_mask & has_image.bool()[:, None]
+            masked_log_probs = torch.where(
+                has_image.bool()[:, None], masked_log_probs, log_probs.detach()
+            )
+        kl_prcp = mean(_kl_prcp(log_probs, masked_log_probs, algo), mask)
+        terms["kl_prcp"] = -algo.kl_prcp_coef, kl_prcp  # maximised: the sign is minus
+        masked_entropy = masked_mean(-masked_log_probs, image_mask, counts.image_tokens)
+        terms["masked_entropy"] = algo.masked_entropy_coef, masked_entropy
 
-    entropy = masked_mean(-log_probs, mask, counts.tokens)
-    loss, metrics["entropy"] = _add(loss, algo.entropy_coef, entropy)
+    terms["entropy"] = algo.entropy_coef, masked_mean(-log_probs, mask, counts.tokens)
+
+    for name, (coefficient, value) in terms.items():
+        metrics[name] = value.detach()
+        if coefficient:  # at 0 the graph stays exactly what it would be without the term
+            loss = loss + coefficient * value
     return loss, metrics
 
 
 def _kl_prcp(log_probs: Tensor, masked_log_probs: Tensor, algo) -> Tensor:
-    """KL_prcp at each token, [B, T]: k3 with the masked view as the other distribution."""
+    """The Implicit Perception Loss at each token, [B, T]: k3 against the masked view."""
     if algo.kl_prcp_estimator == "k3":
         kl = kl_k3(log_probs, masked_log_probs)
-    elif (
-        algo.kl_prcp_estimator == "paper"
-    ):  # r - log r - 1, r = pi / pi_mask: the roles change places
+    elif algo.kl_prcp_estimator == "paper":  # r - log r - 1, r = pi / pi_mask: the roles swap
         kl = kl_k3(masked_log_probs, log_probs)
     else:
         raise ValueError(f"kl_prcp_estimator={algo.kl_prcp_estimator!r}: choose 'k3' or 'paper'")
     return kl.clamp(max=algo.kl_prcp_clip) if algo.kl_prcp_clip else kl
 
 
-def _add(loss: Tensor, coefficient: float, term: Tensor) -> tuple[Tensor, Tensor]:
-    """loss + coefficient * term and the term's value; at coefficient 0 the graph is left bit for bit as it was."""
-    return (loss + coefficient * term if coefficient else loss), term.detach()
+def _check_inputs(algo, ref_log_probs: Tensor | None, masked_log_probs: Tensor | None) -> None:
+    if algo.kl_ref_coef and ref_log_probs is None:
+        raise ValueError(f"kl_ref_coef={algo.kl_ref_coef} needs ref_log_probs")
+    if masked_log_probs is None and (algo.kl_prcp_coef or algo.masked_entropy_coef):
+        given = f"kl_prcp_coef={algo.kl_prcp_coef}, masked_entropy_coef={algo.masked_entropy_coef}"
+        raise ValueError(f"{given} need masked_log_probs")
 
 
-def _hide_padding(mask: Tensor, *log_probs: Tensor | None) -> list[Tensor | None]:
-    """0 at padded positions, before any arithmetic: exp(NaN) * 0 is NaN, in the gradient too."""
-    return [None if x is None else x.masked_fill(~mask.bool(), 0.0) for x in log_probs]
-
-
-def resolve_counts(
-    denominator: float | Counts | None, mask: Tensor, has_image: Tensor | None, average: str
-) -> Counts:
-    """The Counts that `denominator` stands for: see papo_loss."""
-    if isinstance(denominator, Counts):
-        return denominator
-    own = count(mask, has_image)
-    if denominator is None:
-        return own
-    scale = float(denominator) / max(_denominator(own, average), 1.0)
-    return Counts(*(n * scale for n in own))
+def _zero_padding(log_probs: Tensor, mask: Tensor) -> Tensor:
+    """0 at padding, before any arithmetic: exp(NaN) * 0 is NaN, in the gradient too."""
+    return log_probs.masked_fill(~mask.bool(), 0.0)
 
 
 def _denominator(counts: Counts, average: str) -> float:

@@ -1,275 +1,272 @@
-r"""PAPO, the algorithm: presets, the policy (load, encode, token log-probs), and the update over one rollout batch.
+r"""PAPO, the algorithm: presets, and the update on one batch of rollouts.
 
-Read losses.py for the equations and masking.py for the corrupted view; rollout.py fills the groups that `prepare` and
-`update` train on; train.py is the loop around them.
+Read losses.py for the equations and masking.py for the masked view. rollout.py fills the groups
+that `prepare` and `update` train on; train.py is the loop around them.
 
-Where this differs from the released code (see also losses.py and masking.py):
-1. A group (one prompt, its G responses) is one row of the forward, the prompt and its picture once (packing.py), and
-   logits exist for a chunk of response tokens at a time. The log-probs and gradients are those of the plain way.
-2. Rows are packed by a token budget, and every mean is taken over the whole mini-batch on all ranks: neither the
-   budget nor the number of ranks changes the update.
-3. A response that holds an image placeholder is text: pictures are placed by their position in the prompt, not by
-   looking for token ids.
+    prepare   mask the images; record old, reference and masked log-probs, without gradient
+    update    one optimizer step per mini-batch on losses.papo_loss
+
+Every mean is taken over the whole mini-batch on all ranks: neither how groups are packed into rows
+nor the number of ranks changes the update (see also losses.py and masking.py for differences from
+the paper and the released code).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 
 import torch
-import torch.distributed as dist
-from torch.distributed.fsdp import (
-    FSDPModule,
-)
 
 import masking
 from losses import Counts, count, papo_loss
-from support.batch import Group, empty_group, pad_and_cat, seeded
+from support.batch import Group, pad_and_cat, seeded
 from support.cli import flag
-from support.distributed import (
-    reduce,
-)
+from support.distributed import gather_over_ranks, reshard_root, sum_over_ranks, world_size
+from support.packing import pack_rows
+from support.phases import phase
 from support.qwen_vl import Policy
+
+# ------------------------------------------------------------------------------------------ presets
 
 
 @dataclass(frozen=True)
 class Algo:
-    """The objective of losses.py and what it is fed. A fork makes its own with `dataclasses.replace`."""
+    """The objective of losses.py and its inputs. Every field is a command-line flag."""
 
     name: str = "papo_g"
-    kl_ref_coef: float = flag(
-        0.01, "beta: pull towards the reference model; 0: no reference model is loaded"
-    )
-    kl_prcp_coef: float = flag(0.02, "gamma: KL_prcp, maximised")
-    entropy_coef: float = flag(0.0, "eta1: entropy under the image, pushed down")
+    kl_ref_coef: float = flag(0.01, "beta: weight of KL_ref; 0: load no reference model")
+    kl_prcp_coef: float = flag(0.02, "gamma: weight of KL_prcp, which is maximised")
+    entropy_coef: float = flag(0.0, "eta1: weight of the entropy under the image, pushed down")
     masked_entropy_coef: float = flag(
         0.0, "eta2: the same under the masked image; a constant without --masked_grad"
     )
-    clip_low: float = flag(0.2, "PPO clip below 1")
-    clip_high: float = flag(0.3, "PPO clip above 1")
-    clip_dual: float = flag(3.0, "dual clip: bound of the ratio where the advantage is negative")
-    average: str = flag(
-        "token", "token: over all tokens (released); seq: per response first (paper, Eq. 2)"
-    )
-    dynamic_sampling: bool = flag(False, "drop groups all right or all wrong, and sample on (DAPO)")
-    mask_ratio: float = flag(0.6, "share of patches the masked view changes")
-    mask_strategy: str = flag("random", "random, semantic, noise")
+    clip_low: float = flag(0.2, "PPO clip: the ratio's lower bound is 1 - this")
+    clip_high: float = flag(0.3, "PPO clip: the ratio's upper bound is 1 + this")
+    clip_dual: float = flag(3.0, "dual clip: the ratio's bound where the advantage is negative")
+    average: str = flag("token", "token: over all tokens (released); seq: per response (Eq. 2)")
+    dynamic_sampling: bool = flag(False, "drop groups all right or all wrong, sample more (DAPO)")
+    mask_ratio: float = flag(0.6, "share of patches that the masked view changes")
+    mask_strategy: str = flag("random", "random, semantic or noise")
     mask_sigma: float = flag(1.0, "noise: standard deviation in normalised pixel units")
-    kl_prcp_estimator: str = flag(
-        "k3", "k3: the released code's form; paper: the paper's literal one"
-    )
-    kl_prcp_clip: float = flag(
-        0.0, "clip KL_prcp at each token to [0, this]; 0: off (the release offers 0.2)"
-    )
+    kl_prcp_estimator: str = flag("k3", "k3: the released code's form; paper: the literal one")
+    kl_prcp_clip: float = flag(0.0, "clip KL_prcp per token to [0, this]; 0: off")
     kl_prcp_coef_end: float = flag(
-        -1.0, "anneal gamma, entropies along, linearly to this at the last step; < 0: off"
+        -1.0, "anneal gamma, and the entropies along, to this at the last step; below 0: off"
     )
-    masked_grad: bool = flag(False, "recompute the masked log-probs with gradient in every update")
+    masked_grad: bool = flag(False, "recompute masked log-probs with gradient in every update")
 
     def __post_init__(self):
-        for name, choices in {
+        choices = {
             "average": ("token", "seq"),
             "mask_strategy": masking.STRATEGIES,
             "kl_prcp_estimator": ("k3", "paper"),
-        }.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r}: choose one of {', '.join(choices)}"
-                )
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                given = getattr(self, name)
+                raise ValueError(f"{name}={given!r}: choose one of {', '.join(allowed)}")
         if not 0.0 <= self.mask_ratio <= 1.0:
-            raise ValueError(
-                f"mask_ratio={self.mask_ratio}: choose a share of patches between 0 and 1"
-            )
+            given = self.mask_ratio
+            raise ValueError(f"mask_ratio={given}: choose a share of patches between 0 and 1")
 
     @property
     def needs_masked_view(self) -> bool:
         return bool(self.kl_prcp_coef or self.masked_entropy_coef)
 
     def annealed(self, progress: float) -> Algo:
-        """This algorithm after a share `progress` in [0, 1] of the run."""
+        """This objective after a share `progress` in [0, 1] of training."""
         if self.kl_prcp_coef_end < 0 or not self.kl_prcp_coef:
             return self
         scale = 1 + progress * (self.kl_prcp_coef_end / self.kl_prcp_coef - 1)
-        names = ("kl_prcp_coef", "entropy_coef", "masked_entropy_coef")
-        return replace(self, **{name: getattr(self, name) * scale for name in names})
+        return replace(
+            self,
+            kl_prcp_coef=self.kl_prcp_coef * scale,
+            entropy_coef=self.entropy_coef * scale,
+            masked_entropy_coef=self.masked_entropy_coef * scale,
+        )
 
 
-_DAPO = dict(kl_ref_coef=0.0, clip_high=0.28, dynamic_sampling=True)
-
-
-PRESETS: dict[str, dict] = {
-    "grpo": dict(kl_prcp_coef=0.0),
-    "dapo": dict(kl_prcp_coef=0.0, **_DAPO),
-    "papo_g": dict(),
-    "papo_d": dict(kl_prcp_coef=0.01, entropy_coef=0.03, masked_entropy_coef=0.03, **_DAPO),
-    "grpo_no_kl_ref": dict(kl_prcp_coef=0.0, kl_ref_coef=0.0),
-    "papo_g_no_kl_ref": dict(
-        kl_ref_coef=0.0, kl_prcp_coef=0.01, entropy_coef=0.03, masked_entropy_coef=0.03
-    ),
+_DAPO = {"kl_ref_coef": 0.0, "clip_high": 0.28, "dynamic_sampling": True}
+_PRCP_AND_ENTROPY = {"kl_prcp_coef": 0.01, "entropy_coef": 0.03, "masked_entropy_coef": 0.03}
+PRESETS: dict[str, dict] = {  # the released scripts' settings; the rest are Algo's defaults
+    "grpo": {"kl_prcp_coef": 0.0},
+    "dapo": {"kl_prcp_coef": 0.0, **_DAPO},
+    "papo_g": {},
+    "papo_d": {**_PRCP_AND_ENTROPY, **_DAPO},
+    "grpo_no_kl_ref": {"kl_prcp_coef": 0.0, "kl_ref_coef": 0.0},
+    "papo_g_no_kl_ref": {**_PRCP_AND_ENTROPY, "kl_ref_coef": 0.0},
 }
 
 
 def preset(name: str, size: str = "3b") -> Algo:
-    """The released scripts' settings. size "7b" (from a text hidden size of 3,584 on) gives papo_g its entropy loss."""
+    """The objective called `name`. At size "7b" papo_g adds both entropies, as released."""
     if name not in PRESETS:
         raise ValueError(f"algo={name!r}: choose one of {', '.join(PRESETS)}")
     if size not in ("3b", "7b"):
         raise ValueError(f"size={size!r}: choose '3b' or '7b'")
-    fields = dict(PRESETS[name])
+    algo = Algo(name=name, **PRESETS[name])
     if name == "papo_g" and size == "7b":
-        fields.update(entropy_coef=0.05, masked_entropy_coef=0.05)
-    return Algo(name=name, **fields)
+        algo = replace(algo, entropy_coef=0.05, masked_entropy_coef=0.05)
+    return algo
 
 
-def pack(groups: list[Group], budget: int) -> list[list[Group]]:
-    """Groups into rows of at most `budget` tokens (a larger group gets a row of its own), in order.
-
-    Every rank gets as many rows as the rank with the most: under FSDP each forward is a meeting of all ranks.
-    """
-    rows: list[list[Group]] = []
-    room = 0
-    for group in groups:
-        if not rows or group.n_tokens > room:
-            rows.append([])
-            room = budget
-        rows[-1].append(group)
-        room -= group.n_tokens
-    most = int(reduce([len(rows)], "max")[0])
-    return rows + [[empty_group()] for _ in range(most - len(rows))]
-
-
-@torch.no_grad()
-def fill(policy: Policy, groups: list[Group], name: str, budget: int, masked: bool = False) -> None:
-    """Put the policy's log-probs of every response into the groups' field `name`, [G, T] on the CPU."""
-    rows = pack(groups, budget)
-    for row in rows:
-        per_row = policy.log_probs(row, masked).cpu().split([len(g.tokens) for g in row])
-        for group, values in zip(row, per_row, strict=True):
-            setattr(group, name, values[:, : group.tokens.shape[1]])
-    if rows and isinstance(
-        policy.model, FSDPModule
-    ):  # a backward would, and the reference model never sees one
-        policy.model.reshard()
-
-
-def prepare(
-    policy: Policy, reference: Policy | None, groups: list[Group], algo: Algo, budget: int, updates: int, key: tuple,
-    saliency=None,
-) -> dict[str, float]:  # fmt: skip
-    """What the updates need of the policy before it moves: masks, and old, reference and masked log-probs.
-
-    No pass is wasted: no reference at beta 0, no masked pass where neither KL_prcp nor its entropy counts, and no old
-    log-probs where one update is all there is (they are that update's own, detached). `key` seeds the masks, together
-    with the prompt's index. Returns {"mask_ratio"}, the share of patches hit over all ranks.
-    """
-    if updates > 1:
-        fill(policy, groups, "old_log_probs", budget)
-    if algo.kl_ref_coef:
-        fill(reference, groups, "ref_log_probs", budget)
-    if not algo.needs_masked_view:
-        return {}
-    seen = [g for g in groups if g.has_image]
-    for g in groups:
-        g.masked_log_probs = torch.zeros_like(
-            g.sample_log_probs
-        )  # what a group without an image keeps, unread
-    for g in seen:
-        generator = seeded("mask", *key, g.prompt.index)
-        g.masked_pixel_values, g.patch_mask = masking.mask_prompt(
-            g.prompt, algo, policy.encoder, generator, saliency
-        )
-    if not algo.masked_grad:
-        fill(policy, seen, "masked_log_probs", budget, masked=True)
-    hit, patches = reduce(
-        [sum(int(g.patch_mask.sum()) for g in seen), sum(len(g.patch_mask) for g in seen)]
-    )
-    return {"mask_ratio": hit / max(patches, 1.0)}
+# ------------------------------------------------------------------------------- before the updates
 
 
 def mini_batches(groups: list[Group], size: int) -> list[list[Group]]:
-    """This rank's share of each mini-batch of `size` prompts; all ranks together hold the groups of the step.
+    """This rank's share of each mini-batch of `size` prompts.
 
-    Groups are counted in the order of their prompts' index over all ranks, so no group moves and membership does not
-    depend on the number of ranks.
+    Groups are numbered by Prompt.index over all ranks. So no group moves between ranks, and which
+    mini-batch it is in does not depend on the number of ranks.
     """
-    indices = [g.prompt.index for g in groups]
-    if dist.is_initialized():
-        gathered = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, indices)
-        indices = [i for part in gathered for i in part]
-    place = {index: n // size for n, index in enumerate(sorted(indices))}
-    return [
-        [g for g in groups if place[g.prompt.index] == n] for n in range(-(-len(indices) // size))
-    ]
+    indices = []
+    for rank_indices in gather_over_ranks([group.prompt.index for group in groups]):
+        indices += rank_indices
+    number = {index: i // size for i, index in enumerate(sorted(indices))}
+    batches = [[] for _ in range(math.ceil(len(indices) / size))]
+    for group in groups:
+        batches[number[group.prompt.index]].append(group)
+    return batches
 
 
-def row_loss(policy: Policy, row: list[Group], algo: Algo, counts: Counts | None = None):
-    """papo_loss of one row of groups that `prepare` has seen: scalar with gradient, and metrics."""
-    device = policy.device
-    log_probs = policy.log_probs(row)  # [B, T]
-    known = all(g.old_log_probs is not None for g in row)
-    old = pad_and_cat(row, "old_log_probs", device) if known else log_probs.detach()
-    ref = pad_and_cat(row, "ref_log_probs", device) if algo.kl_ref_coef else None
-    masked = None
-    if algo.needs_masked_view:
-        live = algo.masked_grad
-        masked = (
-            policy.log_probs(row, masked=True)
-            if live
-            else pad_and_cat(row, "masked_log_probs", device)
-        )
-    advantages = torch.cat([g.advantages for g in row]).to(device)  # [B]
-    has_image = torch.tensor([g.has_image for g in row for _ in g.tokens], device=device)  # [B]
-    mask = pad_and_cat(row, "response_mask", device).bool()
-    return papo_loss(log_probs, old, advantages, mask, algo, ref, masked, counts, has_image)
-
-
-def update(
-    policy: Policy,
-    optimizer,
-    groups: list[Group],
-    algo: Algo,
-    mini_batch: int,
-    budget: int,
-    max_grad_norm: float = 1.0,
+@phase("log-probs")
+def prepare(
+    policy: Policy, reference: Policy | None, batches: list[list[Group]], algo: Algo, key: tuple
 ) -> dict[str, float]:
-    """One pass over the step's groups, an optimiser step a mini-batch; returns the means of the metrics over them.
+    """Record in the groups what the updates compare with, while the policy has not moved yet.
 
-    A mini-batch's denominators are counted over all ranks before its first backward, so its rows, on whatever rank and
-    in whatever number, add up to one gradient. FSDP averages gradients over ranks: hence `* world`. A gradient norm
-    that is not finite skips that optimiser step (as released) and is counted in `skipped_updates`.
+    batches: see mini_batches. Only what the objective needs is computed: no reference pass at
+    beta 0, no masked pass without KL_prcp and H_mask. With a single update per step the old
+    log-probs are that update's own, detached, and need no pass either. `key` and Prompt.index seed
+    the masks. Returns the share of patches masked over all ranks as {"mask_ratio"}.
     """
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    history: list[dict[str, float]] = []
+    groups = list(itertools.chain.from_iterable(batches))
+    if len(batches) > 1:
+        compute_log_probs(policy, groups, "old_log_probs")
+    if algo.kl_ref_coef:
+        compute_log_probs(reference, groups, "ref_log_probs")
+    if not algo.needs_masked_view:
+        return {}
+
+    with_image = [group for group in groups if group.has_image]
+    for group in groups:
+        group.masked_log_probs = torch.zeros_like(group.sample_log_probs)  # unread without image
+    for group in with_image:
+        generator = seeded("mask", *key, group.prompt.index)
+        group.masked_pixel_values, group.patch_mask = masking.mask_prompt(
+            group.prompt, algo, policy.encoder, generator, policy.saliency
+        )
+    if not algo.masked_grad:
+        compute_log_probs(policy, with_image, "masked_log_probs", masked=True)
+    n_masked = sum(int(group.patch_mask.sum()) for group in with_image)
+    n_patches = sum(len(group.patch_mask) for group in with_image)
+    n_masked, n_patches = sum_over_ranks([n_masked, n_patches])
+    return {"mask_ratio": n_masked / max(n_patches, 1.0)}
+
+
+@torch.no_grad()
+def compute_log_probs(policy: Policy, groups: list[Group], name: str, masked: bool = False) -> None:
+    """Store the policy's log-probs of every response in the groups' field `name`, [G, T] on CPU."""
+    rows = pack_rows(groups, policy.tokens_per_forward)
+    for row in rows:
+        log_probs = policy.log_probs(row, masked).cpu()
+        per_group = log_probs.split([len(group.tokens) for group in row])
+        for group, values in zip(row, per_group, strict=True):
+            setattr(group, name, values[:, : group.tokens.shape[1]])
+    if rows:
+        reshard_root(policy.model)
+
+
+# --------------------------------------------------------------------------------------- the update
+
+
+@phase("update")
+def update(
+    policy: Policy, optimizer, batches: list[list[Group]], algo: Algo, max_grad_norm: float = 1.0
+) -> dict[str, float]:
+    """One optimizer step per mini-batch. Returns the metrics' means over mini-batches.
+
+    A gradient norm that is not finite skips that step (as released), counted in skipped_updates.
+    """
+    history = []
     policy.model.train()
-    for batch in mini_batches(groups, mini_batch):
-        own = [count(g.response_mask, torch.full((len(g.tokens),), g.has_image)) for g in batch]
-        counts = Counts(*reduce([sum(c[i] for c in own) for i in range(3)]))
-        rows = pack(batch, budget)
-        sums: dict[str, float] = {}
-        for row in (
-            rows
-        ):  # gradients are reduced row by row: unreduced ones would be a whole model on every rank
-            loss, metrics = row_loss(policy, row, algo, counts)
-            (loss * world).backward()
-            sums = {name: sums.get(name, 0.0) + float(value) for name, value in metrics.items()}
-        # The optimiser's weights, not the model's: after a forward without a backward FSDP leaves the root's whole, and
-        # the model names those, whose gradients nobody fills.
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-        if finite := math.isfinite(norm):
+    for batch in batches:
+        metrics = accumulate_gradients(policy, batch, algo)
+        norm = clip_gradients(optimizer, max_grad_norm)
+        finite = math.isfinite(norm)
+        if finite:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        sums = dict(zip(sums, reduce(sums.values()), strict=True))
-        history.append(
-            sums | {"grad_norm": norm if finite else 0.0, "skipped_updates": float(not finite)}
-        )
+        metrics["grad_norm"] = norm if finite else 0.0
+        metrics["skipped_updates"] = float(not finite)
+        history.append(metrics)
     policy.model.eval()
-    means = (
-        {name: sum(h[name] for h in history) / len(history) for name in history[0]}
-        if history
-        else {}
+    means = {}
+    for name in history[0] if history else ():
+        means[name] = sum(metrics[name] for metrics in history) / len(history)
+    skipped = sum(metrics["skipped_updates"] for metrics in history)
+    return means | {"skipped_updates": skipped}
+
+
+def accumulate_gradients(policy: Policy, batch: list[Group], algo: Algo) -> dict[str, float]:
+    """Backward over this rank's rows of a mini-batch. Returns the metrics over all ranks.
+
+    Denominators are counted over all ranks before the first backward. So the rows, whatever their
+    number and wherever they are, add up to one gradient: a token weighs the same in each.
+    """
+    counts = [count(group.response_mask, _has_image([group])) for group in batch]
+    totals = [sum(each[i] for each in counts) for i in range(len(Counts._fields))]
+    denominator = Counts(*sum_over_ranks(totals))
+    sums: dict[str, float] = {}
+    for row in pack_rows(batch, policy.tokens_per_forward):
+        loss, metrics = row_loss(policy, row, algo, denominator)
+        # FSDP averages gradients over ranks, but parts of a mean add up: hence the factor.
+        (loss * world_size()).backward()
+        for name, value in metrics.items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+    return dict(zip(sums, sum_over_ranks(sums.values()), strict=True))
+
+
+def row_loss(policy: Policy, row: list[Group], algo: Algo, denominator: Counts | None = None):
+    """losses.papo_loss of one packed row after `prepare`: a scalar with gradient, and metrics."""
+
+    def recorded(name: str) -> torch.Tensor:
+        return pad_and_cat(row, name, policy.device)  # [B, T]
+
+    log_probs = policy.log_probs(row)  # [B, T]
+    # Without recorded old log-probs this is the step's only update, so the policy has not moved.
+    has_moved = all(group.old_log_probs is not None for group in row)
+    masked = None
+    if algo.needs_masked_view and algo.masked_grad:
+        masked = policy.log_probs(row, masked=True)
+    elif algo.needs_masked_view:
+        masked = recorded("masked_log_probs")
+    return papo_loss(
+        log_probs,
+        old_log_probs=recorded("old_log_probs") if has_moved else log_probs.detach(),
+        advantages=torch.cat([group.advantages for group in row]).to(policy.device),
+        mask=recorded("response_mask").bool(),
+        algo=algo,
+        ref_log_probs=recorded("ref_log_probs") if algo.kl_ref_coef else None,
+        masked_log_probs=masked,
+        denominator=denominator,
+        has_image=_has_image(row).to(policy.device),
     )
-    return means | {"skipped_updates": sum(h["skipped_updates"] for h in history)}
+
+
+def clip_gradients(optimizer, max_norm: float) -> float:
+    """Clip in place; returns the norm before clipping.
+
+    The optimizer's parameters, not the model's: after a forward without a backward FSDP2 leaves the
+    root's weights gathered, and the model would name tensors whose gradients nobody fills.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+
+def _has_image(groups: list[Group]) -> torch.Tensor:
+    """Whether each response's prompt has an image, [B] bool."""
+    return torch.tensor([group.has_image for group in groups for _ in group.tokens])

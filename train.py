@@ -1,576 +1,289 @@
 r"""Train a vision-language model with PAPO, or one of its relatives, on one or many devices.
 
-    torchrun train.py --algo papo_g                                              the toy, on a laptop, minutes
+    torchrun train.py --algo papo_g                               the toy, on a laptop, in minutes
     torchrun --nproc_per_node 2 train.py --algo papo_g --model Qwen/Qwen2.5-VL-3B-Instruct
-    torchrun train.py --resume runs/papo_g-toy-s0 --steps 100                    go on where a run stopped
+    torchrun train.py --resume runs/papo_g-toy-s0 --steps 100     continue a run
 
-Read `train` first: it is the loop of the paper, top to bottom. FSDP2 shards fp32 weights and computes in bf16 on CUDA;
-on a CPU everything is fp32. Each rank keeps its own prompts from sampling to update: no batch ever travels.
+Read `train` first: it is the paper's loop, top to bottom. Every rank runs it on its own share of
+the prompts, from sampling to the update; no batch travels between ranks.
 
-Differences from the released trainer: no Ray, no vLLM: the weights that train are gathered in bf16 while the model
-samples; fp32 master weights in place of bf16 with Kahan compensation; an empty round of dynamic sampling adds nothing,
-and after 20 rounds the step trains on what there is.
+Differences from the released trainer:
+1. No Ray and no vLLM: the weights that train are gathered in bf16 while the model samples.
+2. fp32 master weights, where the release has bf16 weights with Kahan compensation.
+3. Dynamic sampling: a round in which no group survives adds nothing (there it is kept whole), and
+   after 20 rounds the step trains on the groups it has (there: an error).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
-import math
-import os
-import signal
 import sys
-import time
-from collections import Counter
-from contextlib import suppress
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from tqdm import tqdm
 
 from evaluate import mean_accuracy, predict
 from losses import group_advantages
-from papo import Algo, prepare, preset, update
+from papo import Algo, mini_batches, prepare, preset, update
 from rollout import generate
-from support import benchmarks, checkpoint, data, distributed, memory, plots, toy
-from support.batch import Group, Prompt
+from support.batch import Group
 from support.cli import exit_with_error, flag, model_folder, parse_flags, resolve_config
-from support.distributed import (
-    reduce,
-)
-from support.loggers import LOGGERS
-from support.metrics import collapse_warning, read_metrics
-from support.qwen_vl import PROMPT_SUFFIX, Encoder, Policy
-from support.reward import compute_score
-from support.run import append, begin
-from support.sandbox import Grader
+from support.distributed import gather_over_ranks, init_distributed, sum_over_ranks
+from support.phases import out_of_memory_message, phase
+from support.qwen_vl import PROMPT_SUFFIX, Encoder
+from support.run import Run, Stopped, with_saved_config
+from support.stats import RolloutStats
 
-MAX_ROUNDS = 20  # of dynamic sampling, a step
+MAX_ROUNDS = 20  # of dynamic sampling per step
 
 
 @dataclass
 class Config:
-    """The defaults are the paper's; where the data is a toy, toy.OVERRIDES goes over them. A preset's flags follow."""
+    """The defaults are the paper's. A toy has its own (support/toy.py); Algo's flags follow."""
 
-    algo: str = flag("papo_g", "grpo, dapo, papo_g, papo_d, grpo_no_kl_ref, papo_g_no_kl_ref")
-    model: str = flag(
-        "toy", "toy, toy:grid=4,... (toy.Setting), a local Hugging Face folder, or a hub id"
+    algo: str = flag(
+        "papo_g",
+        "grpo, dapo, papo_g, papo_d, grpo_no_kl_ref or papo_g_no_kl_ref",
+        group="what to train",
     )
+    model: str = flag("toy", "toy, toy:grid=4,..., a local Hugging Face folder, or a hub id")
     data: str = flag(
         "PAPOGalaxy/PAPO_ViRL39K_train",
-        "toy or toy:..., a parquet/JSON/JSONL file, a folder, a hub id",
+        "toy, toy:..., a parquet, JSON or JSONL file, a folder of these, or a hub id",
     )
-    val_data: str = flag(
-        "PAPOGalaxy/PAPO_MMK12_test", "the same, for evaluation; none: no evaluation"
-    )
+    val_data: str = flag("PAPOGalaxy/PAPO_MMK12_test", "the same, for evaluation; or none")
     reward: str = flag("", "path/file.py:function(response, answer) instead of the released rule")
-    out: str = flag("", "folder of the run; default runs/ALGO-MODEL-sSEED")
-    resume: str = flag("", "folder of a run to go on with, from its newest checkpoint")
-    seed: int = flag(0, "of everything that is drawn")
-    steps: int = flag(0, "0: as many as the epochs give")
-    epochs: float = flag(2.0, "passes over the data, where steps is 0")
-    prompts_per_step: int = flag(384, "prompts a step, over all ranks")
-    group_size: int = flag(5, "responses a prompt")
+    out: str = flag("", "folder of the run [runs/ALGO-MODEL-sSEED]")
+    resume: str = flag("", "folder of a run to continue from its newest checkpoint")
+    seed: int = flag(0, "random seed")
+    steps: int = flag(0, "training steps; 0: as many as the epochs give")
+
+    epochs: float = flag(2.0, "passes over the data, where steps is 0", group="sizes")
+    prompts_per_step: int = flag(384, "prompts per step, over all ranks")
+    group_size: int = flag(5, "responses per prompt")
     mini_batch: int = flag(
-        128, "prompts an optimiser step, over all ranks; also a round of dynamic sampling"
+        128, "prompts per optimizer step, over all ranks; also per round of dynamic sampling"
     )
-    tokens_per_forward: int = flag(16_384, "a training row holds groups up to this many tokens")
-    rollout_batch: int = flag(320, "responses a rank samples at a time")
     max_prompt_tokens: int = flag(4096, "longer prompts are left out")
     max_new_tokens: int = flag(2048, "longest response")
     min_pixels: int = flag(200_704, "smaller images are enlarged")
     max_pixels: int = flag(1_003_520, "larger images are reduced")
-    temperature: float = flag(1.0, "of sampling and of all log-probs")
+    prompt_suffix: str = flag(
+        PROMPT_SUFFIX, "appended to questions that lack it", shown_default="the released text"
+    )
+
+    temperature: float = flag(1.0, "temperature of sampling and log-probs", group="sampling")
     top_p: float = flag(0.99, "nucleus sampling")
-    top_k: int = flag(0, "0: off")
-    lr: float = flag(1e-6, "AdamW, constant")
-    weight_decay: float = flag(1e-2, "AdamW")
+    top_k: int = flag(0, "top-k sampling; 0: off")
+
+    lr: float = flag(1e-6, "AdamW's learning rate, constant", group="optimizer")
+    weight_decay: float = flag(1e-2, "AdamW's weight decay")
     max_grad_norm: float = flag(1.0, "gradient clipping")
-    offload_optimizer: bool = flag(
-        False, "AdamW's moments wait in host memory while the model samples"
-    )
     freeze_vision: bool = flag(False, "train the language model only")
-    prompt_suffix: str = flag(PROMPT_SUFFIX, "appended to questions that lack it")
+
     eval_every: int = flag(
-        50, "steps between evaluations (also before the first and after the last); 0: never"
+        50,
+        "steps between evaluations, also before the first; 0: never",
+        group="evaluate, save, log",
     )
-    eval_n: int = flag(1, "samples a question in evaluations")
+    eval_n: int = flag(1, "samples per question in evaluations")
     eval_rows: int = flag(500, "questions of each evaluation set")
-    save_every: int = flag(50, "steps between checkpoints (also after the last); 0: never")
-    keep: int = flag(2, "checkpoints kept, the newest")
+    save_every: int = flag(50, "steps between checkpoints, also after the last; 0: never")
+    keep: int = flag(2, "how many checkpoints to keep")
     wandb: bool = flag(False, "log to Weights & Biases too")
     tensorboard: bool = flag(False, "log to TensorBoard too")
 
+    tokens_per_forward: int = flag(
+        16_384, "tokens per packed row in log-probs and updates", group="memory"
+    )
+    rollout_batch: int = flag(320, "responses that a rank samples at a time")
+    offload_optimizer: bool = flag(False, "keep AdamW's state in host memory while sampling")
+
     def __post_init__(self):
-        for name in (
-            "prompts_per_step",
-            "group_size",
-            "mini_batch",
-            "max_new_tokens",
-            "keep",
-            "tokens_per_forward",
-        ):
+        counts = ("prompts_per_step", "group_size", "mini_batch", "max_new_tokens", "keep")
+        for name in (*counts, "tokens_per_forward"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         if not self.temperature > 0:
-            raise ValueError(
-                f"temperature={self.temperature}: must be above 0, log-probs are divided by it"
-            )
+            raise ValueError(f"temperature={self.temperature}: must be above 0")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p}: must be above 0 and at most 1")
 
 
+# ----------------------------------------------------------------------------------------- the loop
+
+
 def train(run: Run) -> None:
-    """The loop: sample, score, compare within groups, update; log, save, evaluate."""
+    """Sample, grade, record what the update compares with, update."""
     config, policy = run.config, run.policy
-    if (
-        run.due(config.eval_every) and not run.evaluated
-    ):  # before the first step; or a run was killed just before one
-        run.evaluate()
-    for step in tqdm(
-        range(run.step, run.steps), initial=run.step, total=run.steps, disable=run.rank > 0
-    ):
-        if run.told_to_stop():
-            break
-        start, position = time.time(), run.stream.position
-        algo = run.algo.annealed(step / max(run.steps - 1, 1))
-        with distributed.optimizer_offloaded(run.optimizer, config.offload_optimizer):
-            groups, metrics = collect(run, step)
-        if (
-            run.told_to_stop()
-        ):  # while sampling, which was cut short: the step will be taken again from its start
-            run.stream.position = position
-            break
-        updates = math.ceil(metrics["groups_kept"] / config.mini_batch)
-        mark = time.time()
-        metrics |= prepare(
-            policy,
-            run.reference,
-            groups,
-            algo,
-            config.tokens_per_forward,
-            updates,
-            (config.seed, step),
-            run.saliency,
-        )
-        metrics |= update(
-            policy,
-            run.optimizer,
-            groups,
-            algo,
-            config.mini_batch,
-            config.tokens_per_forward,
-            config.max_grad_norm,
-        )
-        seconds = time.time() - start
-        metrics |= {
-            "seconds": seconds,
-            "seconds_rollout": mark - start,
-            "seconds_update": time.time() - mark,
-        }
-        metrics["tokens_per_second"] = metrics.pop("response_tokens") / seconds
-        run.step = step + 1
-        run.log(metrics)
-        if run.due(config.save_every):
-            run.save()
-        if run.due(config.eval_every):
-            run.evaluate()
-    if config.save_every and (
-        not run.step or not run.due(config.save_every)
-    ):  # stopped where none was due
-        run.save()
+    evaluate(run)
+    for step in run.steps():
+        algo = run.algo.annealed(run.progress)
+
+        # 1. Sample G responses per prompt, grade them, compare each with its own group.
+        groups, metrics = collect(run, step)
+        batches = mini_batches(groups, config.mini_batch)
+
+        # 2. While the policy is still the one that sampled: mask the images, and record the old,
+        #    reference and masked log-probs that the objective needs.
+        metrics |= prepare(policy, run.reference, batches, algo, key=(config.seed, step))
+
+        # 3. One optimizer step per mini-batch of prompts on losses.papo_loss:
+        #    L = L_pg + beta KL_ref - gamma KL_prcp + eta1 H + eta2 H_mask
+        metrics |= update(policy, run.optimizer, batches, algo, config.max_grad_norm)
+
+        # 4. Log. Save a checkpoint and evaluate where they are due.
+        run.finish_step(metrics)
+        evaluate(run)
 
 
+@phase("rollout")
 def collect(run: Run, step: int) -> tuple[list[Group], dict[str, float]]:
-    """This rank's groups of a step, with responses and advantages, and what was seen while sampling them.
+    """Sample and grade one step's groups on this rank.
 
-    Without dynamic sampling one round gives the step's prompts. With it (DAPO), rounds of `mini_batch` prompts are
-    sampled, groups whose mean accuracy is not strictly inside (0.01, 0.99) are dropped, and sampling goes on until
-    there are `prompts_per_step` groups, or for MAX_ROUNDS; the surplus is cut in the order of sampling.
+    Without dynamic sampling one round gives the step's prompts. With it (DAPO), rounds of
+    `mini_batch` prompts go on until `prompts_per_step` groups are left whose mean accuracy lies
+    strictly inside (0.01, 0.99), or for MAX_ROUNDS; the surplus is cut in the order of sampling.
+    Returns the groups to train on and the step's rollout metrics over all ranks.
     """
-    config, kept, seen = run.config, [], Counter()
-    skipped = run.stream.skipped.total()
-    for turn in itertools.count():
-        prompts = []
-        for index, prompt in next(run.stream):
-            prompt.index = turn * run.stream.prompts_per_round + index
-            prompts.append(prompt)
-        groups = generate(
-            run.policy, prompts, config.group_size, key=(config.seed, step), max_new_tokens=config.max_new_tokens,
-            top_p=config.top_p, top_k=config.top_k, rollout_batch=config.rollout_batch, stop=lambda: run.stopping,
-            progress=run.rank == 0,
-        )  # fmt: skip
-        kept += score(run, groups, seen)
-        total, stop = map(int, reduce([len(kept), run.stopping]))
-        enough = total >= config.prompts_per_step or turn + 1 == MAX_ROUNDS
-        if enough or stop or not run.algo.dynamic_sampling:
+    config, stats = run.config, RolloutStats()
+    skipped_before = run.stream.skipped.total()
+    kept: list[Group] = []
+    for round_index in range(MAX_ROUNDS):
+        with run.sampling():
+            groups = generate(
+                run.policy,
+                run.next_prompts(round_index),
+                config.group_size,
+                key=(config.seed, step),
+                max_new_tokens=config.max_new_tokens,
+                top_p=config.top_p,
+                top_k=config.top_k,
+                rollout_batch=config.rollout_batch,
+                progress=run.rank == 0,
+                stop=lambda: run.stop_requested,
+            )
+        run.raise_if_stopped()
+        kept += score(run, groups, stats)
+        [n_kept] = sum_over_ranks([len(kept)])
+        if n_kept >= config.prompts_per_step or not run.algo.dynamic_sampling:
             break
-    if total > config.prompts_per_step:
-        everyone = [None] * run.world
-        dist.all_gather_object(everyone, [g.prompt.index for g in kept])
-        cut = sorted(i for part in everyone for i in part)[config.prompts_per_step]
-        kept = [g for g in kept if g.prompt.index < cut]
-    seen["skipped_rows"] = run.stream.skipped.total() - skipped
-    seen = dict(zip(SEEN, reduce([seen[name] for name in SEEN]), strict=True))
-    n = max(seen["responses"], 1.0)
-    means = {name: seen[name] / n for name in ("reward", "accuracy", "format", "truncated")}
-    means["response_length"] = seen["response_tokens"] / n
-    counts = {name: seen[name] for name in (*COUNTS, "response_tokens")}
-    counts["unusable_rows"] = run.stream.rows.skipped.total()
-    return kept, means | counts | {
-        "groups_kept": min(total, config.prompts_per_step),
-        "rounds": turn + 1,
+    if n_kept > config.prompts_per_step:
+        kept = cut_surplus(kept, config.prompts_per_step)
+    stats.skipped_rows = run.stream.skipped.total() - skipped_before
+    metrics = stats.metrics() | {
+        "unusable_rows": run.rows.skipped.total(),
+        "groups_kept": min(int(n_kept), config.prompts_per_step),
+        "rounds": round_index + 1,
     }
+    return kept, metrics
 
 
-COUNTS = (
-    "zero_advantage_groups",
-    "skipped_rows",
-    "reward_timeouts",
-    "reward_errors",
-    "reward_unscored",
-)
-
-
-SEEN = ("responses", "reward", "accuracy", "format", "truncated", "response_tokens", *COUNTS)
-
-
-def score(run: Run, groups: list[Group], seen: Counter) -> list[Group]:
-    """Grade one round of groups, give them their advantages, add up what was seen; the groups to train on."""
-    answers = [g.prompt.example.answer for g in groups for _ in g.responses]
-    texts = [text for g in groups for text in g.responses]
-    scores = run.grader(texts, answers)
-    rewards = torch.tensor([s["overall"] for s in scores], dtype=torch.float64)
-    accuracy = torch.tensor([s["accuracy"] for s in scores], dtype=torch.float64)
-    seen["responses"] += len(scores)
-    seen["reward"] += rewards.sum().item()
-    seen["accuracy"] += accuracy.sum().item()
-    seen["format"] += sum(s["format"] for s in scores)
-    for name in ("timeouts", "errors", "unscored"):
-        seen[f"reward_{name}"] += getattr(run.grader, name)
-    kept, size = [], run.config.group_size
+def score(run: Run, groups: list[Group], stats: RolloutStats) -> list[Group]:
+    """Grade groups and set their advantages; returns those to train on."""
+    size = run.config.group_size
+    responses = [text for group in groups for text in group.responses]
+    answers = [group.prompt.example.answer for group in groups for _ in group.responses]
+    scores = run.grader(responses, answers)
+    stats.add_scores(scores, run.grader)
+    rewards = torch.tensor([score["overall"] for score in scores], dtype=torch.float64)
     advantages = group_advantages(rewards, size)
-    whole = torch.tensor(["unscored" not in s for s in scores], dtype=torch.float64)
-    for (
-        group,
-        own,
-        right,
-        graded,
-    ) in zip(  # view, not split: without prompts split gives one empty group
-        groups, *(x.view(-1, size) for x in (advantages, accuracy, whole)), strict=True
-    ):
-        group.advantages = own.float() * bool(
-            graded.all()
-        )  # next to a 0 that nobody graded, no comparison holds
-        seen["truncated"] += group.truncated.sum().item()
-        seen["response_tokens"] += group.response_mask.sum().item()
-        seen["zero_advantage_groups"] += int(
-            group.advantages.abs().max() < 1e-6
-        )  # equal rewards leave 1e-10
-        if not run.algo.dynamic_sampling or (graded.all() and 0.01 < right.mean() < 0.99):
+
+    kept = []
+    for i, group in enumerate(groups):
+        in_group = slice(i * size, (i + 1) * size)
+        correct = [score["accuracy"] for score in scores[in_group]]
+        # An ungraded response has reward 0, which the others must not be compared with.
+        fully_graded = not any("unscored" in score for score in scores[in_group])
+        group.advantages = advantages[in_group].float() * fully_graded
+        stats.add_group(group)
+        informative = fully_graded and 0.01 < sum(correct) / size < 0.99
+        if informative or not run.algo.dynamic_sampling:
             kept.append(group)
     return kept
 
 
-class Run:
-    """Everything a run holds: models, data, grader, files. Building it is the set-up, in order."""
+def cut_surplus(groups: list[Group], n: int) -> list[Group]:
+    """This rank's groups among the first n of all ranks, in the order of sampling."""
+    indices = []
+    for rank_indices in gather_over_ranks([group.prompt.index for group in groups]):
+        indices += rank_indices
+    first_cut = sorted(indices)[n]
+    return [group for group in groups if group.prompt.index < first_cut]
 
-    def __init__(
-        self, config: Config, algo_flags: dict, rank: int, world: int, device: torch.device
-    ):
-        self.config, self.rank, self.world, self.device = config, rank, world, device
-        self.step, self.stopping, self.evaluated = 0, False, False
-        self.unwritten: list[str] = []  # lines of metrics that a full disk refused
-        self.warned = False  # of a collapse
-        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.source = model_folder(config.model, config.seed)
-        encoder = Encoder(self.source, config.min_pixels, config.max_pixels, config.prompt_suffix)
-        self.algo = dataclasses.replace(preset(config.algo, encoder.size), **algo_flags)
-        self.saliency = self._saliency()
-        measure = dict(
-            length=encoder.prompt_length,
-            max_prompt_tokens=config.max_prompt_tokens,
-            seed=config.seed,
-        )
-        rows = data.load(config.data, "train", **measure)
-        self.eval_sets = {}
-        if config.eval_every and config.val_data != "none":
-            self.eval_sets = benchmarks.eval_sets(
-                config.val_data, limit=config.eval_rows, **measure
+
+def evaluate(run: Run) -> None:
+    """If an evaluation is due, log avg@n of each evaluation set and a few decoded responses."""
+    if not run.evaluation_is_due():
+        return
+    config, accuracies, samples = run.config, {}, []
+    for name, rows in run.eval_sets.items():
+        with run.sampling():
+            chunks = predict(
+                run.policy,
+                rows,
+                run.grader,
+                config.eval_n,
+                seed=config.seed,
+                progress=f"evaluate {name}" if run.rank == 0 else "",
+                max_new_tokens=config.max_new_tokens,
+                rollout_batch=config.rollout_batch,
+                stop=lambda: run.stop_requested,
             )
-        same_everywhere(rows, *self.eval_sets.values())
-        per_round = config.mini_batch if self.algo.dynamic_sampling else config.prompts_per_step
-        self.steps = config.steps or max(
-            1, int(config.epochs * len(rows)) // config.prompts_per_step
-        )
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of this machine, who share its cores
-        self.grader = Grader(
-            config.reward or compute_score, workers=max(1, min(4, (os.cpu_count() or 1) // ranks))
-        )
-        self.policy = self._load(encoder, torch.float32)
-        self.reference = self._load(encoder, self.dtype) if self.algo.kl_ref_coef else None
-        trainable = [p for p in self.policy.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            trainable, lr=config.lr, weight_decay=config.weight_decay
-        )
-        self.stream = data.Stream(
-            rows, encoder.encode, per_round, rank, world, config.seed, self._open()
-        )
-        if rank == 0:
-            print(
-                f"data: {len(rows)} rows of {rows.name}; left out: {dict(rows.skipped) or 'none'}"
-            )
-            print(
-                memory.resource_report(
-                    self.folder, self.policy.model, config, world, bool(self.reference), device
-                )
-            )
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._stop)
-
-    def _saliency(self):
-        if self.algo.mask_strategy != "semantic" or not self.algo.needs_masked_view:
-            return None
-        if toy.setting_of(self.config.data):
-            return toy.saliency
-        from support.saliency import dino_saliency
-
-        return dino_saliency()
-
-    def _load(self, encoder: Encoder, dtype: torch.dtype) -> Policy:
-        cuda, mesh = self.device.type == "cuda", init_device_mesh(self.device.type, (self.world,))
-        with distributed.one_rank_at_a_time():  # a machine's memory holds one whole copy at a time
-            policy = Policy.load(
-                self.source, encoder, dtype, self.device, self.config.temperature, cuda
-            )
-            policy.model.model.visual.requires_grad_(not self.config.freeze_vision)
-            distributed.shard(policy.model, mesh, self.dtype)
-        return policy
-
-    def _open(self) -> int:
-        """The run's folder, made or taken up again from its newest checkpoint; returns the position in the data."""
-        config, position = self.config, 0
-        self.folder = Path(
-            distributed.on_first_rank(lambda: config.resume or config.out or free_folder(config))
-        )
-        self.metrics = self.folder / "metrics.jsonl"
-        found = (
-            distributed.on_first_rank(lambda: checkpoint.complete(self.folder)[-1:])
-            if config.resume
-            else []
-        )
-        if found:
-            state = checkpoint.load(found[0], self.policy.model, self.optimizer)
-            self.step, position = state["step"], state["position"]
-        resolved = (
-            asdict(config)
-            | asdict(self.algo)
-            | {"algo": config.algo, "steps": self.steps, "resume": ""}
-        )
-        resolved.pop("name")
-        lines = distributed.on_first_rank(
-            lambda: begin(self.folder, resolved, self.step if found else -1)
-        )
-        self.history = lines
-        self.evaluated = any(
-            m["step"] == self.step and any(k.startswith("eval/") for k in m) for m in lines
-        )
-        if not (self.folder / "config.json").exists():
-            raise OSError(
-                f"{self.folder} is not the first rank's folder: all machines must share it"
-            )
-        wanted = [
-            make for name, make in LOGGERS.items() if getattr(config, name) and self.rank == 0
-        ]
-        self.loggers = [make(self.folder) for make in wanted]
-        return position
-
-    def _stop(self, number, frame) -> None:
-        self.stopping = True  # sampling ends at once, anything else is finished first
-        if number == signal.SIGINT:
-            signal.signal(number, signal.default_int_handler)  # a second Ctrl-C waits for nothing
-
-    def told_to_stop(self) -> bool:
-        """Whether any rank has had a signal; all ranks call it."""
-        return bool(reduce([self.stopping], "max")[0])
-
-    def due(self, every: int) -> bool:
-        return bool(every) and (self.step % every == 0 or self.step == self.steps)
-
-    def log(self, metrics: dict, samples: list[dict] = ()) -> None:
-        """One line of metrics.jsonl, and decoded samples of an evaluation, on the first rank."""
-        if self.rank == 0:
-            line = {"step": self.step} | {
-                k: round(v, 8) if isinstance(v, float) else v for k, v in metrics.items()
-            }
-            self.unwritten = append(self.metrics, [*self.unwritten, json.dumps(line) + "\n"])
-            for logger in self.loggers:
-                logger(line, samples)
-            if samples:
-                append(
-                    self.folder / "samples.jsonl", [json.dumps(sample) + "\n" for sample in samples]
-                )
-            self.history.append(line)
-            if (
-                "reward" in line
-                and not self.warned
-                and (warning := collapse_warning(self.history))
-            ):
-                self.warned = True
-                tqdm.write(warning, file=sys.stderr)
-
-    def save(self) -> None:
-        state = {"step": self.step, "position": self.stream.position}
-        try:
-            checkpoint.save(self.folder, self.policy.model, self.optimizer, state, self.config.keep)
-        except OSError as error:
-            if self.rank == 0:
-                tqdm.write(
-                    f"error: step {self.step} is not saved, training goes on: {error}",
-                    file=sys.stderr,
-                )
-
-    def evaluate(self) -> None:
-        """avg@n of each evaluation set, as a line of its own in metrics.jsonl; nothing where a signal cut it short."""
-        config, line, samples = self.config, {}, []
-        for name, rows in self.eval_sets.items():
-            with distributed.optimizer_offloaded(self.optimizer, config.offload_optimizer):
-                records = predict(
-                    self.policy, rows, self.grader, config.eval_n, self.rank, self.world, config.seed,
-                    f"evaluate {name}" if self.rank == 0 else "",
-                    max_new_tokens=config.max_new_tokens, top_p=1.0, rollout_batch=config.rollout_batch,
-                    stop=lambda: self.stopping,
-                )  # fmt: skip
-            line[f"eval/{name}"] = mean_accuracy(records)
-            samples += [{"step": self.step, "set": name} | record for record in records[:4]]
-        if line and not self.told_to_stop():
-            self.log(line, samples)
-
-    def finish(self) -> None:
-        """Export the weights, draw the curves, and say what came out."""
-        try:
-            checkpoint.export(self.policy.model, self.source, self.folder / "model", self.dtype)
-        except OSError as error:
-            exit_with_error(
-                f"{self.folder}/model is not written: {error}; make room, then --resume {self.folder}"
-            )
-        prompt = first_usable([*self.eval_sets.values(), self.stream.rows][0], self.policy.encoder)
-        [group] = generate(
-            self.policy,
-            [prompt],
-            1,
-            key=("sample", self.config.seed),
-            max_new_tokens=self.config.max_new_tokens,
-        )
-        example = prompt.example
-        if self.rank:
-            return
-        plots.curves(self.folder)
-        steps, evals = read_metrics(self.metrics)
-        for name in [k for k in (evals[0] if evals else {}) if k.startswith("eval/")]:
-            print(
-                f"{name.removeprefix('eval/'):<20} accuracy {evals[0][name]:.3f} before, {evals[-1][name]:.3f} after"
-            )
-        for i, image in enumerate(example.images):
-            image.save(self.folder / f"sample{i}.png")
-            print(f"picture: {self.folder}/sample{i}.png")
-        print(
-            f"question: {example.question}\nresponse: {group.responses[0]}\nanswer: {example.answer}"
-        )
-        print(
-            f"metrics: {self.metrics}\ncurves: {self.folder}/curves.png\nmodel: {self.folder}/model"
-        )
-
-    def close(self) -> None:
-        """End threads and worker processes: the interpreter would wait for them before it exits."""
-        self.stream.close()
-        self.grader.close()
+            records = list(itertools.chain.from_iterable(chunks))
+        accuracies[name] = mean_accuracy(records)
+        samples += [{"set": name} | record for record in records[:4]]
+    run.raise_if_stopped()
+    run.log_evaluation(accuracies, samples)
 
 
-def same_everywhere(*sets: data.Rows) -> None:
-    """ValueError where the ranks read different rows: their shuffles would differ, and prompts be missed, unseen."""
-    read = [None] * dist.get_world_size()
-    dist.all_gather_object(read, [(len(rows), hash(tuple(rows.numbers))) for rows in sets])
-    if any(other != read[0] for other in read):
-        counts = ", ".join(str([n for n, _ in other]) for other in read)
-        raise ValueError(
-            f"the ranks read different rows of {sets[0].name}: usable are {counts} of the sets"
-        )
+# -------------------------------------------------------------------------------------- the command
 
 
-def first_usable(rows: data.Rows, encoder: Encoder) -> Prompt:
-    """The first row whose pictures are whole; ValueError if there is none."""
-    for i in range(len(rows)):
-        with suppress(ValueError):
-            return encoder.encode(rows[i])
-    raise ValueError(f"{rows.name}: no usable row")
-
-
-def free_folder(config: Config) -> str:
-    """runs/ALGO-MODEL-sSEED, or the next free suffix: nothing existing is ever overwritten."""
-    model = Path(config.model.rstrip("/")).name.replace(":", "-")
-    name = f"runs/{config.algo}-{model}-s{config.seed}"
-    names = itertools.chain([name], (f"{name}-{i}" for i in itertools.count(2)))
-    return next(name for name in names if not Path(name).exists())
-
-
-def settings(argv=None) -> tuple[Config, dict]:
-    """The command line, over what a resumed run was started with, over the defaults: Config and preset overrides."""
-    given = parse_flags(__doc__, Config, Algo, argv=argv)
-    algo_names = {f.name for f in dataclasses.fields(Algo)} - {"name"}
-    if given.get("resume"):
-        path = Path(given["resume"]) / "config.json"
-        if not path.is_file():
-            exit_with_error(f"--resume {given['resume']}: no config.json there")
-        saved = json.loads(path.read_text())
-        free = {
-            "resume",
-            "steps",
-            "wandb",
-            "tensorboard",
-            "keep",
-            "save_every",
-            "eval_every",
-            "offload_optimizer",
-        }
-        for name in given.keys() - free:
-            if given[name] != saved[name]:
-                exit_with_error(
-                    f"--resume {given['resume']}: --{name} {given[name]} contradicts the run's {saved[name]}"
-                )
-        given = saved | given
-    elif given.get("out") and Path(given["out"]).exists():
-        exit_with_error(f"--out {given['out']} exists: choose another folder, or --resume it")
+def set_up(argv=None) -> Run:
+    """The run that the command line describes; ends the program with one line if there is none."""
+    given = with_saved_config(parse_flags(__doc__, Config, Algo, argv=argv))
+    algo_fields = {field.name for field in dataclasses.fields(Algo)} - {"name"}
+    algo_flags = {name: value for name, value in given.items() if name in algo_fields}
     try:
         config = resolve_config(Config, given)
-    except (ValueError, OSError) as error:
+        ranks = init_distributed()
+        source = model_folder(config.model, config.seed)
+        encoder = Encoder(source, config.min_pixels, config.max_pixels, config.prompt_suffix)
+        algo = dataclasses.replace(preset(config.algo, encoder.size), **algo_flags)
+        run = Run(config, algo, encoder, ranks)
+        run.start()
+    except (ValueError, OSError, ImportError) as error:
         exit_with_error(error)
-    return config, {k: v for k, v in given.items() if k in algo_names}
+    return run
 
 
 def main(argv=None) -> None:
-    config, algo_flags = settings(argv)
-    rank, world, device = distributed.init_distributed()
+    run = None
     try:
-        run = Run(config, algo_flags, rank, world, device)
-    except (ValueError, OSError, ImportError) as error:
-        exit_with_error(error)
-    except torch.OutOfMemoryError as error:
-        sys.exit(f"rank {rank}: {memory.out_of_memory(error)}")
-    try:
+        run = set_up(argv)
         train(run)
-        if run.step == run.steps:
-            run.finish()
-        elif rank == 0:
-            print(f"stopped behind step {run.step}: --resume {run.folder} goes on")
+        run.export()
+        [sample] = generate(
+            run.policy,
+            [run.sample_prompt()],
+            1,
+            key=("sample", run.config.seed),
+            max_new_tokens=run.config.max_new_tokens,
+        )
+        run.summarise(sample)
+    except Stopped:
+        if run.config.save_every:
+            run.save()
+        if run.rank == 0:
+            print(f"stopped after step {run.step}: --resume {run.folder} continues")
     except torch.OutOfMemoryError as error:
-        sys.exit(f"rank {rank}: {memory.out_of_memory(error)}")
+        sys.exit(f"rank {dist.get_rank()}: {out_of_memory_message(error)}")
     finally:
-        run.close()
+        if run:
+            run.close()
     dist.destroy_process_group()
 
 

@@ -45,7 +45,7 @@ from transformers import (
 )
 
 from losses import group_advantages
-from papo import Algo, prepare, preset, update
+from papo import Algo, mini_batches, prepare, preset, update
 from rollout import generate
 from support import packing, toy
 from support.batch import Example, Group, Prompt, empty_group, seeded
@@ -57,7 +57,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SIZES = ("random:qwen2.5-vl-3b", "random:qwen2.5-vl-7b", "random:tiny")
 STOCK_ATTENTION = {"text_config": "sdpa", "vision_config": "sdpa"}
 
-TOKENS_PER_FORWARD = 16_384  # of the comparisons on a CPU
+
 MIB = 2**20
 GIB = 2**30
 
@@ -363,8 +363,8 @@ def train_step(policy, reference, optimizer, groups: list[Group], algo: Algo) ->
     """Everything a step does after its rollout, with a single update."""
     for group in groups:
         group.old_log_probs = group.masked_log_probs = None
-    prepare(policy, reference, groups, algo, TOKENS_PER_FORWARD, updates=1, key=(0, 0))
-    update(policy, optimizer, groups, algo, mini_batch=len(groups), budget=TOKENS_PER_FORWARD)
+    prepare(policy, reference, [groups], algo, key=(0, 0))
+    update(policy, optimizer, [groups], algo)
 
 
 def extra_cost(folder: str, repeats: int) -> None:
@@ -492,6 +492,7 @@ class OneStep:
             if device.type == "cuda":
                 each.model.gradient_checkpointing_enable({"use_reentrant": False})
             shard(each.model, mesh, self.dtype)
+            each.tokens_per_forward = args.tokens_per_forward
         self.optimizer = torch.optim.AdamW(self.policy.model.parameters(), lr=1e-6)
         self.rate = self.matrix_rate(8192 if device.type == "cuda" else 512)
         self.groups: list[Group] = []
@@ -567,19 +568,11 @@ class OneStep:
         return math.ceil(len(self.groups) / self.args.mini_batch)
 
     def prepare(self, groups: list[Group], algo: Algo) -> None:
-        tokens = self.args.tokens_per_forward
-        prepare(self.policy, self.reference, groups, algo, tokens, updates=self.updates, key=(0, 0))
+        batches = mini_batches(groups, self.args.mini_batch)
+        prepare(self.policy, self.reference, batches, algo, key=(0, 0))
 
     def update(self, groups: list[Group], algo: Algo) -> None:
-        tokens = self.args.tokens_per_forward
-        update(
-            self.policy,
-            self.optimizer,
-            groups,
-            algo,
-            mini_batch=self.args.mini_batch,
-            budget=tokens,
-        )
+        update(self.policy, self.optimizer, mini_batches(groups, self.args.mini_batch), algo)
 
     def print_phase(self, what: str, took: float, last: str) -> None:
         print_row(what, f"{took:.2f} s", f"{self.clock.peak:.1f} GiB", last)

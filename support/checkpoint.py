@@ -1,13 +1,12 @@
-"""Join the ranks, shard, save, resume, export; and what a run takes of disk and memory.
+"""Save, resume and export.
 
-A checkpoint is runs/NAME/checkpoints/step_NNNNNN/: weights and optimiser state in shards (torch.distributed.checkpoint,
-so another number of ranks can load it) and state.json (step, data position). It is written to a folder whose name
-begins with a dot and renamed when every rank is done; an old one is renamed back before it is deleted. So whatever is
-called step_NNNNNN is whole, and a run killed at any moment goes on from the newest of them.
+A checkpoint is checkpoints/step_NNNNNN/ in a run's folder: weights and optimizer state in shards
+(torch.distributed.checkpoint, so another number of ranks can load it), and state.json (step, data
+position). It is written under a name that begins with a dot and renamed once every rank is done;
+an old one is renamed back before it is deleted. So whatever is called step_NNNNNN is complete, and
+a run killed at any moment resumes from the newest.
 
-There is no random state to save: every draw of a run is seeded by what it is for (papo.seeded).
-
-    from checkpoint import complete; print(complete("runs/papo_g-toy-s0"))
+There is no random state to save: every random number is seeded by its purpose (batch.seeded).
 """
 
 from __future__ import annotations
@@ -28,126 +27,158 @@ from transformers.utils import cached_file
 
 from support.distributed import on_first_rank
 
-# What a processor is loaded from: copied as it is, so that the export loads with AutoProcessor.
+# What AutoProcessor reads: copied unchanged, so that the export loads with it.
 PROCESSOR_FILES = (
-    "generation_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json",
-    "chat_template.json", "chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt",
-)  # fmt: skip
+    "generation_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "processor_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
 
 
-def first_failure(error: dcp.api.CheckpointException) -> OSError:
-    """The first rank's failure in a collective save or load as one line; anything but trouble with files is raised."""
-    rank, (cause, _) = sorted(error.failures.items())[0]
-    if not isinstance(
-        cause, (OSError, RuntimeError, EOFError)
-    ):  # torch's writers turn some OSErrors to RuntimeErrors
-        raise error
-    return OSError(f"rank {rank}: {' '.join(f'{type(cause).__name__}: {cause}'.split())[:300]}")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """A file that is the old or the new one, whenever the process is killed."""
-    aside = path.with_name(f".{path.name}")
-    aside.write_text(text)
-    os.replace(aside, path)
+# -------------------------------------------------------------------------------------- checkpoints
 
 
 def complete(folder: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
-    return sorted(
-        p
-        for p in (Path(folder) / "checkpoints").glob("step_[0-9]*")
-        if (p / "state.json").is_file()
-    )
+    """The complete checkpoints of a run, oldest first."""
+    named = (Path(folder) / "checkpoints").glob("step_[0-9]*")
+    return sorted(path for path in named if (path / "state.json").is_file())
 
 
 def clean(folder: Path) -> None:
-    """Delete what a save or a deletion that was cut short has left."""
-    for rest in (Path(folder) / "checkpoints").glob(".step_*"):
-        shutil.rmtree(rest, ignore_errors=True)
-
-
-def state_dicts(model, optimizer) -> tuple[dict, dict]:
-    """The state dicts. torch fills an optimiser that has taken no step yet by a step of nothing: it must not count."""
-    fresh = not optimizer.state
-    weights, moments = get_state_dict(model, optimizer)
-    for state in optimizer.state.values() if fresh else ():
-        state["step"].zero_()  # AdamW's bias correction goes by it
-    return weights, moments
+    """Delete what an interrupted save or deletion has left."""
+    for leftover in (Path(folder) / "checkpoints").glob(".step_*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def save(folder: Path, model, optimizer, state: dict, keep: int) -> Path:
-    """Checkpoint of the step in state["step"]; all ranks call it. The `keep` newest stay, older ones are deleted.
+    """Save the checkpoint of state["step"] and delete all but the `keep` newest; all ranks call it.
 
-    OSError, the same on all ranks, where any of them cannot write (a full disk): what stood there is untouched.
+    Does nothing if that checkpoint exists. OSError, the same on all ranks, if any of them cannot
+    write; earlier checkpoints are untouched then.
     """
-    place = Path(folder) / "checkpoints" / f"step_{state['step']:06d}"
-    aside = place.with_name("." + place.name)
-    if on_first_rank(lambda: clean(folder) or place.exists()):
-        return place
-    weights, moments = state_dicts(model, optimizer)
+    checkpoint_dir = Path(folder) / "checkpoints" / f"step_{state['step']:06d}"
+    partial_dir = _hidden(checkpoint_dir)
 
-    def finish() -> None:
-        write_whole(aside / "state.json", json.dumps(state))
-        os.replace(aside, place)
+    def already_saved() -> bool:
+        clean(folder)
+        return checkpoint_dir.exists()
+
+    def publish() -> None:
+        write_atomically(partial_dir / "state.json", json.dumps(state))
+        os.replace(partial_dir, checkpoint_dir)
         for old in complete(folder)[:-keep]:
-            os.replace(old, old.with_name("." + old.name))
+            os.replace(old, _hidden(old))
         clean(folder)
 
+    if on_first_rank(already_saved):
+        return checkpoint_dir
+    weights, optimizer_state = state_dicts(model, optimizer)
+    content = {"model": weights, "optimizer": optimizer_state}
     try:
-        dcp.save(
-            {"model": weights, "optimizer": moments}, checkpoint_id=aside
-        )  # fails on all ranks or on none
-        on_first_rank(finish)
-    except (OSError, dcp.api.CheckpointException) as error:
+        dcp.save(content, checkpoint_id=partial_dir)  # fails on all ranks or on none
+        on_first_rank(publish)
+    except OSError:
         on_first_rank(lambda: clean(folder))
-        raise (error if isinstance(error, OSError) else first_failure(error)) from None
-    return place
-
-
-def load(place: Path, model, optimizer) -> dict:
-    """Weights and moments of a checkpoint into model and optimiser, on any number of ranks; returns its state.
-
-    OSError where its files are damaged.
-    """
-    weights, moments = state_dicts(model, optimizer)
-    try:
-        dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=place)
+        raise
     except dcp.api.CheckpointException as error:
-        problem = f"{place} cannot be read: delete it to resume from the one before; {first_failure(error)}"
-        raise OSError(problem) from error
-    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
-    return json.loads((Path(place) / "state.json").read_text())
+        on_first_rank(lambda: clean(folder))
+        raise _first_failure(error) from None
+    return checkpoint_dir
+
+
+def load(checkpoint_dir: Path, model, optimizer) -> dict:
+    """Load weights and optimizer state, on any number of ranks; returns the saved state.
+
+    OSError if the files are damaged.
+    """
+    weights, optimizer_state = state_dicts(model, optimizer)
+    content = {"model": weights, "optimizer": optimizer_state}
+    try:
+        dcp.load(content, checkpoint_id=checkpoint_dir)
+    except dcp.api.CheckpointException as error:
+        cause = _first_failure(error)
+        advice = "delete it to resume from the one before"
+        raise OSError(f"{checkpoint_dir} cannot be read: {advice}; {cause}") from error
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=optimizer_state)
+    return json.loads((Path(checkpoint_dir) / "state.json").read_text())
+
+
+def state_dicts(model, optimizer) -> tuple[dict, dict]:
+    """State dicts of model and optimizer.
+
+    torch fills an optimizer that has taken no step by taking an empty one, and leaves its counter
+    at 1. AdamW's bias correction goes by that counter, so it is set back.
+    """
+    untouched = not optimizer.state
+    weights, optimizer_state = get_state_dict(model, optimizer)
+    if untouched:
+        for state in optimizer.state.values():
+            state["step"].zero_()
+    return weights, optimizer_state
+
+
+# ------------------------------------------------------------------------------------------- export
 
 
 def export(model, source: str, folder: Path, dtype) -> Path:
-    """The weights as a plain Hugging Face folder in `dtype`; all ranks call it. `source` gave the processor files.
+    """Write the weights in `dtype` as a plain Hugging Face folder; all ranks call it.
 
-    OSError, the same on all ranks, where it cannot be written.
+    `source`: the folder or hub id that the processor files are copied from. OSError, the same on
+    all ranks, if it cannot be written.
     """
     folder = Path(folder)
-    aside = folder.with_name("." + folder.name)
-    weights = get_model_state_dict(
-        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-    )
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(model, options=options)
 
     def write() -> None:
-        shutil.rmtree(aside, ignore_errors=True)
-        parts = {name: tensor.to(dtype) for name, tensor in weights.items()}
+        partial_dir = _hidden(folder)
+        shutil.rmtree(partial_dir, ignore_errors=True)
+        converted = {name: tensor.to(dtype) for name, tensor in weights.items()}
         if model.lm_head.weight is model.get_input_embeddings().weight:
-            parts.pop(
-                "lm_head.weight", None
-            )  # the embedding is the head: stored once, tied again on loading
-        before, model.config.dtype = model.config.dtype, dtype
-        model.save_pretrained(aside, state_dict=parts)
-        model.config.dtype = before
+            converted.pop("lm_head.weight", None)  # tied: stored once, tied again on loading
+        original_dtype = model.config.dtype
+        model.config.dtype = dtype
+        model.save_pretrained(partial_dir, state_dict=converted)
+        model.config.dtype = original_dtype
         for name in PROCESSOR_FILES:
-            if found := cached_file(source, name, _raise_exceptions_for_missing_entries=False):
-                shutil.copyfile(found, aside / name)
+            path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+            if path:
+                shutil.copyfile(path, partial_dir / name)
         if folder.exists():
             shutil.rmtree(folder)
-        os.replace(aside, folder)
+        os.replace(partial_dir, folder)
 
     on_first_rank(write)
     return folder
+
+
+# ------------------------------------------------------------------------------------------ helpers
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file: whenever the process is killed, it holds the old or the new text."""
+    partial = _hidden(path)
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def _hidden(path: Path) -> Path:
+    return path.with_name(f".{path.name}")
+
+
+def _first_failure(error: dcp.api.CheckpointException) -> OSError:
+    """The first rank's failure as one line. Anything but trouble with files is raised again."""
+    rank, (cause, _) = sorted(error.failures.items())[0]
+    if not isinstance(cause, (OSError, RuntimeError, EOFError)):  # torch wraps some OSErrors
+        raise error
+    text = " ".join(f"{type(cause).__name__}: {cause}".split())
+    return OSError(f"rank {rank}: {text[:300]}")

@@ -1,4 +1,8 @@
-"""Dataclass fields -> command-line flags, and their defaults per task."""
+"""Dataclass fields -> command-line flags, and their defaults per task.
+
+transformers' HfArgumentParser does the first half, but it cannot tell a flag that was given from
+its default, and here a task, a protocol or a resumed run may supply the default instead.
+"""
 
 from __future__ import annotations
 
@@ -11,94 +15,126 @@ import time
 from dataclasses import field
 from pathlib import Path
 
-from transformers import (
-    AutoConfig,
-)
+from transformers import AutoConfig
 
 from support import distributed, toy
-from support.qwen_vl import PROMPT_SUFFIX
+
+# -------------------------------------------------------------------------------------------- flags
 
 
-def flag(default, doc: str):
-    """A dataclass field that is a command-line flag with one line of help."""
-    return field(default=default, metadata={"doc": doc})
+def flag(default, help: str, group: str = "", shown_default: str = ""):
+    """A dataclass field that is a command-line flag.
+
+    `group` starts a section of --help, to which the fields that follow belong too. `shown_default`
+    replaces the default in --help.
+    """
+    metadata = {"help": help, "group": group, "shown_default": shown_default}
+    return field(default=default, metadata=metadata)
 
 
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line that names the choices, printed by one rank."""
 
     def error(self, message: str):
-        if message.startswith("unrecognized arguments: "):
-            name = message.removeprefix("unrecognized arguments: ").split()[0].split("=")[0]
-            flags = sorted(
-                s
-                for s in self._option_string_actions
-                if s.startswith("--") and not s.startswith("--no-")
-            )
-            close = difflib.get_close_matches(name, flags, 1)
-            hint = f"did you mean {close[0]}? " if close else ""
-            message = f"unknown flag {name}: {hint}the flags are {' '.join(flags)}"
+        unknown = "unrecognized arguments: "
+        if message.startswith(unknown):
+            name = message.removeprefix(unknown).split()[0].split("=")[0]
+            message = f"unknown flag {name}: {self._suggest(name)}"
         exit_with_error(message)
+
+    def _suggest(self, name: str) -> str:
+        flags = [f for f in self._option_string_actions if f.startswith("--")]
+        flags = sorted(f for f in flags if not f.startswith("--no-"))
+        close = difflib.get_close_matches(name, flags, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        return f"{hint}the flags are {' '.join(flags)}"
+
+
+def parse_flags(doc: str, *classes, argv=None) -> dict:
+    """The flags that were given, by name. Every field of the dataclasses made with `flag` is one.
+
+    doc: a module's docstring, whose first line heads --help.
+    """
+    parser = Parser(
+        description=doc.strip().splitlines()[0],
+        usage="%(prog)s [--flag value ...]",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    section = parser
+    for cls in classes:
+        for one in dataclasses.fields(cls):
+            if "help" not in one.metadata:
+                continue
+            if one.metadata["group"]:
+                section = parser.add_argument_group(one.metadata["group"])
+            section.add_argument(f"--{one.name}", help=_help_text(one), **_value_options(one))
+    return vars(parser.parse_args(argv))
+
+
+def _value_options(one: dataclasses.Field) -> dict:
+    kind = type(one.default)
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if kind is tuple:
+        return {"nargs": "+", "metavar": ""}
+    return {"type": kind, "metavar": ""}
+
+
+def _help_text(one: dataclasses.Field) -> str:
+    shown = one.metadata["shown_default"]
+    if not shown and one.default not in ("", ()):
+        shown = one.default
+    text = one.metadata["help"]
+    if shown != "":
+        text += f" [{shown}]"
+    return text.replace("%", "%%")
 
 
 def exit_with_error(message) -> None:
     """End the program with one line on standard error and exit status 2."""
-    if (
-        os.environ.get("RANK", "0") != "0"
-    ):  # the first rank says it and torchrun ends this one, unless it is alone
-        time.sleep(3)
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(3)  # the first rank speaks, and torchrun then ends this one
     text = str(message).strip() or repr(message)
-    print(f"{Path(sys.argv[0]).name}: error: {text.splitlines()[0]}", file=sys.stderr, flush=True)
+    program = Path(sys.argv[0]).name
+    print(f"{program}: error: {text.splitlines()[0]}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
-def parse_flags(doc: str, *classes, argv=None) -> dict:
-    """The flags that were given, by name; each field of the dataclasses is one flag."""
-    about = dict(description=doc.strip().splitlines()[0], usage="%(prog)s [--flag value ...]")
-    parser = Parser(**about, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    for cls in classes:
-        for f in (f for f in dataclasses.fields(cls) if f.name != "name"):
-            kind = type(f.default)
-            how = (
-                {"action": argparse.BooleanOptionalAction}
-                if kind is bool
-                else {"type": kind, "metavar": ""}
-            )
-            how = {"nargs": "+", "metavar": ""} if kind is tuple else how
-            text = f.metadata["doc"]
-            shown = (
-                ""
-                if f.default in ("", (), PROMPT_SUFFIX)
-                else f" [{'preset' if cls.__name__ == 'Algo' else f.default}]"
-            )
-            parser.add_argument(f"--{f.name}", help=(text + shown).replace("%", "%%"), **how)
-    return vars(parser.parse_args(argv))
+# ----------------------------------------------------------------------------------------- defaults
 
 
 def model_folder(name: str, seed: int = 0) -> str:
-    """Where a model's name leads: a toy is made (once, by the first rank) and becomes a folder like any other."""
-    if not (setting := toy.setting_of(name)):
+    """The folder or hub id that a model's name stands for. A toy is built first, by one rank."""
+    setting = toy.setting_of(name)
+    if setting is None:
         return name
     distributed.on_first_rank(lambda: toy.build(seed, setting=setting))
     return str(toy.build(seed, setting=setting))
 
 
 def data_of(given: dict) -> str:
-    """The data that the flags mean: where they name none, a toy's for a model of that name or with so few words."""
+    """The data that the flags stand for; "" where they leave it to the program's default."""
     model = given.get("model", "toy")
-    if given.get("data") or toy.setting_of(model):
-        return given.get("data") or model
-    few = (
-        Path(model).is_dir()
-        and AutoConfig.from_pretrained(model).get_text_config().vocab_size < 1000
-    )
-    return "toy" if few else ""
+    if given.get("data"):
+        return given["data"]
+    if toy.setting_of(model):
+        return model
+    if Path(model).is_dir():
+        vocabulary = AutoConfig.from_pretrained(model).get_text_config().vocab_size
+        return "toy" if vocabulary < 1000 else ""
+    return ""
 
 
 def resolve_config(cls, given: dict):
-    """The config of a command: given flags over the toy's own defaults (where the data is the toy) over cls's."""
-    defaults, spec = {}, data_of(given)
-    if setting := toy.setting_of(spec):
-        defaults = toy.task_defaults(setting) | toy.MODEL_DEFAULTS | {"data": spec, "val_data": spec}
-    names = {f.name for f in dataclasses.fields(cls)}
-    return cls(**{k: v for k, v in (defaults | given).items() if k in names})
+    """A config: the given flags, over the toy's defaults where the data is the toy, over cls's."""
+    defaults = {}
+    data = data_of(given)
+    setting = toy.setting_of(data)
+    if setting:
+        defaults = (
+            toy.task_defaults(setting) | toy.MODEL_DEFAULTS | {"data": data, "val_data": data}
+        )
+    names = {one.name for one in dataclasses.fields(cls)}
+    values = {name: value for name, value in (defaults | given).items() if name in names}
+    return cls(**values)

@@ -1,4 +1,13 @@
-"""The process group, FSDP2 sharding and gathering, collectives."""
+"""The ranks: process group, FSDP2 and collectives.
+
+FSDP2 shards every weight over all ranks. Each vision block and each decoder layer is a unit: its
+weights are gathered just before its forward and its backward, in the compute dtype (bf16 on CUDA),
+and dropped after them, while fp32 master weights, gradients and optimizer state stay sharded. What
+is left (embeddings, head, norms) belongs to the root unit. Three consequences reach into other
+files. Every forward is a collective, so all ranks must run equally many (`packing.pack_rows`).
+Generation would gather once per token, so `full_weights` gathers once per rollout instead. And
+FSDP averages gradients over ranks, where a sum is wanted (`papo.update`).
+"""
 
 from __future__ import annotations
 
@@ -17,77 +26,115 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
+# torchrun notices a dead rank by itself. A slow rank (long responses, grading) must be waited for.
+TIMEOUT = timedelta(hours=4)
+
+# -------------------------------------------------------------------------------- the process group
+
 
 def init_distributed() -> tuple[int, int, torch.device]:
-    """(rank, world size, device) of this process; joins the process group torchrun describes, or one of its own."""
-    cuda = torch.cuda.is_available()
-    device = (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        if cuda
-        else torch.device("cpu")
-    )
-    if cuda:
+    """Join torchrun's process group, or make one of a single rank. Returns rank, world, device."""
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    alone = (
-        {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-    )  # plain python
-    # A dead rank is torchrun's to notice; a slow one, with the longest responses of an evaluation, is waited for.
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(hours=4), **alone
-    )
+        backend = "cpu:gloo,cuda:nccl"
+    else:
+        device = torch.device("cpu")
+        backend = "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    else:
+        store = dist.HashStore()
+        dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=0, world_size=1)
     return dist.get_rank(), dist.get_world_size(), device
 
 
+def world_size() -> int:
+    """Number of ranks; 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_world_size() -> int:
+    """Number of ranks on this machine, which share its cores and its memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def on_first_rank(task: Callable):
-    """What `task()` returns on the first rank, told to all; its OSError is raised on all. All ranks call it."""
-    told: list = [None, None]
+    """Run `task` on the first rank and return its result on all; all ranks call it.
+
+    An OSError of the task is raised on all ranks.
+    """
+    result, problem = None, None
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
-            told[0] = task()
+            result = task()
         except OSError as error:
-            told[1] = str(error)
+            problem = str(error)
     if dist.is_initialized():
-        dist.broadcast_object_list(told)
-    if told[1] is not None:
-        raise OSError(told[1])
-    return told[0]
+        message = [result, problem]
+        dist.broadcast_object_list(message)
+        result, problem = message
+    if problem is not None:
+        raise OSError(problem)
+    return result
 
 
 @contextmanager
 def one_rank_at_a_time() -> Iterator[None]:
-    """The ranks of each machine run the block one after the other. All ranks enter it."""
-    rank, ranks = (
-        int(os.environ.get(name, default))
-        for name, default in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
-    )
-    most = [None] * dist.get_world_size()
-    dist.all_gather_object(most, ranks)
-    for _ in range(rank):
+    """The ranks of each machine run the block one after the other; all ranks enter it."""
+    before = int(os.environ.get("LOCAL_RANK", "0"))
+    longest_queue = max(gather_over_ranks(local_world_size()))
+    for _ in range(before):
         dist.barrier()
     try:
         yield
-    finally:  # a rank that fails lets the others go on to their own error
-        for _ in range(max(most) - rank):
+    finally:  # also when this rank fails: the others must reach their own error
+        for _ in range(longest_queue - before):
             dist.barrier()
 
 
-def reduce(values, op: str = "sum") -> list[float]:
-    """Numbers summed (or maximised) over all ranks, in float64; themselves without a process group."""
+# -------------------------------------------------------------------------------------- collectives
+
+
+def gather_over_ranks(value) -> list:
+    """The Python objects that the ranks pass, in the order of the ranks."""
     if not dist.is_initialized():
-        return [float(v) for v in values]
+        return [value]
+    gathered = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def sum_over_ranks(values) -> list[float]:
+    """Sums of the numbers over all ranks, in float64."""
+    return _all_reduce(values, dist.ReduceOp.SUM)
+
+
+def max_over_ranks(value) -> float:
+    """The largest of the ranks' numbers."""
+    return _all_reduce([value], dist.ReduceOp.MAX)[0]
+
+
+def _all_reduce(values, operation) -> list[float]:
+    numbers = [float(value) for value in values]
+    if not dist.is_initialized():
+        return numbers
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    tensor = torch.tensor([float(v) for v in values], dtype=torch.float64, device=device)
-    dist.all_reduce(tensor, dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX)
+    tensor = torch.tensor(numbers, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, operation)
     return tensor.tolist()
 
 
+# --------------------------------------------------------------------------------------------- FSDP
+
+
 def fsdp_blocks(model) -> list:
-    """The blocks that are sharded and full_weights one at a time; the rest (embeddings, head) is the root's."""
+    """The FSDP units below the root: vision blocks and decoder layers."""
     return [*model.model.visual.blocks, *model.model.language_model.layers]
 
 
 def shard(model, mesh, dtype: torch.dtype) -> None:
-    """FSDP2 in place: each vision block and decoder layer is one unit, the rest (embeddings, head) the root."""
+    """Shard a model in place with FSDP2. It computes in `dtype` and reduces gradients in fp32."""
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for block in fsdp_blocks(model):
         fully_shard(block, mesh=mesh, mp_policy=precision)
@@ -96,35 +143,12 @@ def shard(model, mesh, dtype: torch.dtype) -> None:
 
 
 @contextmanager
-def optimizer_offloaded(optimizer, on: bool = True) -> Iterator[None]:
-    """The optimiser's moments wait in host memory while the block samples; their device memory is given back.
-
-    The tensors stay where they are and lose their storage for a while, as FSDP does with full_weights weights.
-    """
-    tensors = [
-        t
-        for state in optimizer.state.values()
-        for t in state.values()
-        if on and isinstance(t, torch.Tensor)
-    ]
-    storages = [(t.to_local() if isinstance(t, DTensor) else t).untyped_storage() for t in tensors]
-    copies = [
-        storage.clone() if storage.device.type == "cpu" else storage.cpu() for storage in storages
-    ]
-    for storage in storages:
-        storage.resize_(0)
-    try:
-        yield
-    finally:
-        for storage, copy in zip(storages, copies, strict=True):
-            storage.resize_(copy.nbytes())
-            storage.copy_(copy)
-
-
-@contextmanager
 def full_weights(model) -> Iterator[None]:
-    """Whole weights on every rank, so that ranks can generate on their own: one gather here, no collective inside."""
-    modules = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    """Hold the whole weights on every rank, so that ranks can generate independently.
+
+    Entering is a collective; forwards inside the block are not.
+    """
+    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in modules:
         module.unshard()
         module.set_reshard_after_forward(False, recurse=False)
@@ -134,7 +158,45 @@ def full_weights(model) -> Iterator[None]:
         for module in modules:
             module.set_reshard_after_forward(module is not model, recurse=False)
             module.reshard()
-        if (
-            torch.cuda.is_available()
-        ):  # the cache's large blocks, or updates would not find room in one piece
+        if torch.cuda.is_available():
+            # The cache leaves large blocks behind, and updates would not find room in one piece.
             torch.cuda.empty_cache()
+
+
+def reshard_root(model) -> None:
+    """Drop the root's gathered weights after a forward without a backward.
+
+    FSDP2 keeps them for the backward that usually follows; the reference model never has one.
+    """
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
+@contextmanager
+def optimizer_offloaded(optimizer, enabled: bool = True) -> Iterator[None]:
+    """Keep the optimizer's state in host memory during the block and give its device memory back.
+
+    The tensors stay in place and lose their storage meanwhile, as FSDP does with its own.
+    """
+    storages = _state_storages(optimizer) if enabled else []
+    copies = []
+    for storage in storages:
+        on_host = storage.device.type == "cpu"
+        copies.append(storage.clone() if on_host else storage.cpu())
+        storage.resize_(0)
+    try:
+        yield
+    finally:
+        for storage, copy in zip(storages, copies, strict=True):
+            storage.resize_(copy.nbytes())
+            storage.copy_(copy)
+
+
+def _state_storages(optimizer) -> list[torch.UntypedStorage]:
+    storages = []
+    for state in optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, torch.Tensor):
+                local = value.to_local() if isinstance(value, DTensor) else value
+                storages.append(local.untyped_storage())
+    return storages

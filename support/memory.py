@@ -1,4 +1,4 @@
-"""What a run needs of disk, host and device memory, and why memory ran out.
+"""What a run needs of disk, host and device memory.
 
 `resource_report` is printed once everything is loaded. None of the estimates steers the run.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import os
 import shutil
-import traceback
 from pathlib import Path
 
 import torch
@@ -182,23 +181,3 @@ def memory_table(
         "PEAK of an update": stays + sum(update.values()),
     }
     return resident | sampling | update | peaks
-
-
-# Which of our functions an error came through -> what was going on, and what to turn. The innermost decides.
-PHASES = {
-    "_load": "loading: more ranks, or a smaller model",
-    "generate": "sampling: lower --rollout_batch (or --max_new_tokens, --max_pixels), or --offload_optimizer",
-    "prepare": "log-probs before the update: lower --tokens_per_forward (or --max_pixels)",
-    "update": "the update: lower --tokens_per_forward (or --max_pixels); more ranks; --freeze_vision",
-    "save": "saving a checkpoint: lower --tokens_per_forward",
-    "export": "exporting: --resume the run on more ranks",
-}
-
-
-def out_of_memory(error: BaseException) -> str:
-    """One line for an out-of-memory error: in which phase, which flag to turn, and what torch says."""
-    names = [
-        frame.name for frame in traceback.extract_tb(error.__traceback__) if frame.name in PHASES
-    ]
-    phase = PHASES[names[-1]] if names else "setting up"
-    return f"out of memory in {phase}. {' '.join(str(error).split())[:300]}"

@@ -1,13 +1,23 @@
-"""Groups -> log-probs, fast: a prompt's responses in one row behind one copy of the prompt, and logits in chunks.
+"""Log-probs of groups, fast: one copy of the prompt per group, logits in chunks.
 
-The plain way gives each of G responses its own copy of prompt and picture. Here a row is
-[prompt | response 1 | ... | response G | next prompt | ...]: a response attends to its prompt and itself, the picture
-is encoded once, nothing is padded, and the log-probs and gradients are those of the plain way (tests/test_papo.py).
+The straightforward forward gives each of a group's G responses its own copy of prompt and image.
+Here all of them share one row:
 
-A file of its own because it is the one place where training touches young interfaces of transformers (registered
-attention, image features, positions handed in), and where kernels are chosen: flash-attn's varlen kernel on CUDA in
-half precision where it is installed, else torch's own, else SDPA. The method can be read without it. Groups are
-papo.Group; this file imports no module of ours.
+    position   0 1 2 3 4 5 6 7 8 9
+    token      P P P P a a a b b c      prompt P, fed tokens of responses a, b and c
+    attends    prompt, causally
+                       prompt and a, causally
+                             prompt and b
+                                 prompt and c
+
+A second group follows in the same row and sees nothing of the first. Position ids restart after
+the prompt for every response, so each token sees exactly what it would see alone, and log-probs
+and gradients equal those of padded rows (tests/test_papo.py). The last token of a response
+predicts nothing and is not fed. The image is encoded once per group.
+
+The method can be read without this file. It is where training touches young interfaces of
+transformers (registered attention, image features) and where attention kernels are chosen: on CUDA
+in half precision flash-attn's varlen kernel if installed, else torch's own, else SDPA.
 """
 
 from __future__ import annotations
@@ -21,290 +31,359 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-)
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import is_flash_attn_2_available
 
-CHUNK = 256  # response tokens whose logits exist at one time: 256 x 151,936 in fp32 is 148 MiB
+from support.batch import Group, empty_group
+from support.distributed import max_over_ranks
+
+# Response tokens whose logits exist at a time: 256 x 151,936 in fp32 take 148 MiB.
+CHUNK = 256
 
 
-class Span(NamedTuple):
-    """Where a group lies in its row: the prompt at [start, start + length), the fed response tokens behind it."""
+# --------------------------------------------------------------------------------- groups into rows
+
+
+def pack_rows(groups: list[Group], max_tokens: int) -> list[list[Group]]:
+    """Split groups, in order, into rows of at most `max_tokens`; a larger group gets its own row.
+
+    Every rank gets as many rows as the rank with the most, since each forward is a collective.
+    """
+    rows: list[list[Group]] = []
+    room = 0
+    for group in groups:
+        if not rows or group.n_tokens > room:
+            rows.append([])
+            room = max_tokens
+        rows[-1].append(group)
+        room -= group.n_tokens
+    missing = int(max_over_ranks(len(rows))) - len(rows)
+    return rows + [[empty_group()] for _ in range(missing)]
+
+
+class GroupSpan(NamedTuple):
+    """Where a group lies in its row: the prompt at [start, start + length), then its responses."""
 
     start: int
     length: int  # P
-    index: Tensor  # [G, R], row positions of the response tokens fed (all but the last), 0 where there are none
-    fed: Tensor  # [G, R] bool
+    index: Tensor  # [G, T - 1], row positions of the fed response tokens, 0 elsewhere
+    fed: Tensor  # [G, T - 1] bool, the fed tokens: all of a response but its last
 
 
-class Layout(NamedTuple):
-    """What attention needs to know of a Row, for SDPA (spans) and for varlen kernels, whose N sequences are the prompt
-    and each response of the first group, then of the next."""
+class RowLayout(NamedTuple):
+    """Who attends to whom in a row: `spans` for SDPA, the rest for varlen kernels.
 
-    spans: list[Span]
-    keys: Tensor  # [K], row positions of what each sequence may see: a prompt itself, a response its prompt and itself
-    q_ends: Tensor  # [N + 1] int32, where the sequences' queries begin and end in the row
-    k_ends: Tensor  # [N + 1] int32, where their keys do in `keys`
+    A varlen kernel sees N sequences: the prompt and each response of the first group, then of the
+    next. A prompt's keys are itself; a response's keys are its prompt and itself.
+    """
+
+    spans: list[GroupSpan]
+    keys: Tensor  # [K], row positions of every sequence's keys, one after the other
+    q_ends: Tensor  # [N + 1] int32, boundaries of the sequences' queries in the row
+    k_ends: Tensor  # [N + 1] int32, boundaries of their keys in `keys`
     longest_q: int
     longest_k: int
 
 
 class Row(NamedTuple):
-    """Several groups as one sequence [prompt | response 1 | ... | response G | prompt | ...] of S tokens."""
+    """Several groups as one sequence of S tokens."""
 
     input_ids: Tensor  # [1, S]
     position_ids: Tensor  # [3, 1, S]
     is_image_token: Tensor  # [1, S] bool
     pixel_values: Tensor  # [N_patch, D_patch]
     image_grid_thw: Tensor  # [n_images, 3]
-    layout: Layout
-    predicts: Tensor  # [n], the row position whose output predicts each response token
+    layout: RowLayout
+    predicts: Tensor  # [n], row positions whose outputs predict the n response tokens
     targets: Tensor  # [n], those tokens, in the order of the [B, T] response mask
 
 
-def build_row(groups: list, masked: bool, black: Tensor, merge: int, device) -> Row:
-    """Groups -> Row, with the pictures as they are or as the masked view; black[D_patch], merge: see papo.Encoder."""
-    ids, positions, images, spans, predicts, targets = [], [], [], [], [], []
+def build_row(groups: list[Group], masked: bool, black: Tensor, merge: int, device) -> Row:
+    """Groups -> Row. masked: use the masked images. black[D_patch], merge: the encoder's."""
+    ids, positions, image_tokens, spans, predicts, targets = [], [], [], [], [], []
     start = 0
     for group in groups:
-        prompt, mask, length = group.prompt, group.response_mask.bool(), len(group.prompt)
-        steps = torch.arange(max(mask.shape[1] - 1, 0))  # [T - 1]
-        fed = steps < mask.sum(1, keepdim=True) - 1  # [G, T - 1]
-        index = (start + length - 1 + fed.flatten().cumsum(0).view_as(fed)).masked_fill(~fed, 0)
-        spans.append(Span(start, length, index, fed))
-        ids += [prompt.input_ids, group.tokens[:, :-1][fed]]
-        after = (
-            prompt.position_ids.max() + 1 + steps
-        )  # a response goes on where its prompt ends, on all three axes
-        positions += [prompt.position_ids, after.expand_as(fed)[fed].expand(3, -1)]
-        images += [prompt.is_image_token, torch.zeros(int(fed.sum()), dtype=torch.bool)]
-        last = torch.full(
-            (len(mask), 1), start + length - 1
-        )  # the prompt's end predicts every first token
-        predicts.append(torch.cat([last, index], 1)[:, : mask.shape[1]][mask])
+        prompt = group.prompt
+        mask = group.response_mask.bool()  # [G, T]
+        span = _place(group, start)
+        spans.append(span)
+        n_fed = int(span.fed.sum())
+        ids += [prompt.input_ids, group.tokens[:, :-1][span.fed]]
+        positions += [prompt.position_ids, _response_positions(group, span)]
+        image_tokens += [prompt.is_image_token, torch.zeros(n_fed, dtype=torch.bool)]
+        # The prompt's last position predicts every first token.
+        prompt_end = torch.full((len(mask), 1), start + len(prompt) - 1)
+        predicts.append(torch.cat([prompt_end, span.index], 1)[:, : mask.shape[1]][mask])
         targets.append(group.tokens[mask])
-        start += length + int(fed.sum())
-    seen = [g for g in groups if g.has_image]
-    if seen:
-        pixel_values = torch.cat(
-            [g.masked_pixel_values if masked else g.prompt.pixel_values for g in seen]
-        )
-        grid = torch.cat([g.prompt.image_grid_thw for g in seen])
-    else:  # one black token that goes nowhere: under FSDP no rank may leave out the vision tower
-        pixel_values, grid = black.expand(merge**2, -1), torch.tensor([[1, merge, merge]])
-    parts = (
-        torch.cat(ids)[None],
-        torch.cat(positions, 1)[:, None],
-        torch.cat(images)[None],
-        pixel_values,
-        grid,
+        start += len(prompt) + n_fed
+    pixel_values, grid = _images(groups, masked, black, merge)
+    return Row(
+        input_ids=torch.cat(ids)[None].to(device),
+        position_ids=torch.cat(positions, 1)[:, None].to(device),
+        is_image_token=torch.cat(image_tokens)[None].to(device),
+        pixel_values=pixel_values.to(device),
+        image_grid_thw=grid.to(device),
+        layout=build_layout(spans, device),
+        predicts=torch.cat(predicts).to(device),
+        targets=torch.cat(targets).to(device),
     )
-    parts += (build_layout(spans, device), torch.cat(predicts), torch.cat(targets))
-    return Row(*(x.to(device) if isinstance(x, Tensor) else x for x in parts))
 
 
-def build_layout(spans: list[Span], device) -> Layout:
-    """The sequences of a row, from its spans."""
-    queries, keys = [], []
+def _place(group: Group, start: int) -> GroupSpan:
+    """Lay a group out from row position `start`."""
+    length = len(group.prompt)
+    mask = group.response_mask
+    steps = torch.arange(max(mask.shape[1] - 1, 0))  # [T - 1]
+    fed = steps < mask.sum(1, keepdim=True) - 1  # [G, T - 1]
+    counted = fed.flatten().cumsum(0).view_as(fed)  # responses follow one another without gaps
+    index = (start + length - 1 + counted).masked_fill(~fed, 0)
+    return GroupSpan(start, length, index, fed)
+
+
+def _response_positions(group: Group, span: GroupSpan) -> Tensor:
+    """Position ids [3, n_fed]: every response goes on where its prompt ends, on all three axes."""
+    steps = torch.arange(span.fed.shape[1])
+    after_prompt = group.prompt.position_ids.max() + 1 + steps  # [T - 1]
+    return after_prompt.expand_as(span.fed)[span.fed].expand(3, -1)
+
+
+def _images(groups: list[Group], masked: bool, black: Tensor, merge: int) -> tuple[Tensor, Tensor]:
+    """Patches and grids of the groups' images, clean or masked."""
+    with_image = [group for group in groups if group.has_image]
+    if not with_image:
+        # Under FSDP no rank may skip the vision tower: one black token whose features go nowhere.
+        return black.expand(merge**2, -1), torch.tensor([[1, merge, merge]])
+    if masked:
+        pixel_values = [group.masked_pixel_values for group in with_image]
+    else:
+        pixel_values = [group.prompt.pixel_values for group in with_image]
+    grids = [group.prompt.image_grid_thw for group in with_image]
+    return torch.cat(pixel_values), torch.cat(grids)
+
+
+def build_layout(spans: list[GroupSpan], device) -> RowLayout:
+    """The attention pattern of a row from its spans."""
+    query_lengths, keys = [], []
     for start, length, index, fed in spans:
         prompt = torch.arange(start, start + length)
-        responses = [own for own in (i[f] for i, f in zip(index, fed, strict=True)) if len(own)]
-        queries += [length, *map(len, responses)]
-        keys += [prompt, *(torch.cat([prompt, own]) for own in responses)]
-    n_keys = [len(k) for k in keys]
-    ends = [
-        torch.tensor([0, *n]).cumsum(0, dtype=torch.int32).to(device) for n in (queries, n_keys)
+        query_lengths.append(length)
+        keys.append(prompt)
+        for positions, is_fed in zip(index, fed, strict=True):
+            response = positions[is_fed]
+            if len(response):
+                query_lengths.append(len(response))
+                keys.append(torch.cat([prompt, response]))
+    key_lengths = [len(sequence) for sequence in keys]
+    on_device = [
+        GroupSpan(start, length, index.to(device), fed.to(device))
+        for start, length, index, fed in spans
     ]
-    spans = [
-        Span(start, length, index.to(device), fed.to(device)) for start, length, index, fed in spans
-    ]
-    return Layout(spans, torch.cat(keys).to(device), *ends, max(queries), max(n_keys))
+    return RowLayout(
+        spans=on_device,
+        keys=torch.cat(keys).to(device),
+        q_ends=_boundaries(query_lengths).to(device),
+        k_ends=_boundaries(key_lengths).to(device),
+        longest_q=max(query_lengths),
+        longest_k=max(key_lengths),
+    )
+
+
+def _boundaries(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+
+
+# ---------------------------------------------------------------------------------------- attention
 
 
 @lru_cache
 def varlen_kernel(device: str, dtype: torch.dtype):
-    """kernel(q[Tq, H, D], k, v[Tk, H_kv, D], q_ends, k_ends, longest_q, longest_k, scale, causal), or None: use SDPA.
+    """The attention kernel for sequences of unequal length, or None where SDPA must do.
 
-    A causal query sees the keys up to the last one from the end it has itself: aligned at the bottom right. flash-attn
-    promises that from 2.1 on; torch's kernel does not say, so it is used only where it agrees with SDPA.
+    kernel(q[Tq, H, D], k, v[Tk, H_kv, D], q_ends, k_ends, longest_q, longest_k, scale, causal).
+    Causal means aligned at the bottom right: a sequence's last query sees its last key. flash-attn
+    promises this from 2.1 on. torch does not document its kernel's alignment, so that kernel is
+    used only if it agrees with SDPA on a small case.
     """
     if device != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return None
     if is_flash_attn_2_available():
         from flash_attn import flash_attn_varlen_func
 
-        return lambda *x, scale, causal: flash_attn_varlen_func(
-            *x, softmax_scale=scale, causal=causal
-        )
+        def flash_attention(*tensors, scale, causal):
+            return flash_attn_varlen_func(*tensors, softmax_scale=scale, causal=causal)
+
+        return flash_attention
+    try:
+        if agrees_with_sdpa(_torch_varlen_attention, device, dtype):
+            return _torch_varlen_attention
+    except RuntimeError:  # a GPU or a build of torch without it
+        pass
+    warnings.warn("no usable varlen attention: falling back to SDPA, which is slower", stacklevel=2)
+    return None
+
+
+def _torch_varlen_attention(q, k, v, *lengths, scale, causal):
     from torch.nn.attention.varlen import varlen_attn
 
-    shared_heads = "enable_gqa" in inspect.signature(varlen_attn).parameters  # from torch 2.12 on
-
-    def kernel(q, k, v, *lengths, scale, causal):
-        extra = {"enable_gqa": True} if shared_heads else {}
-        if not shared_heads:
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-        return varlen_attn(
-            q, k, v, *lengths, scale=scale, window_size=(-1, 0 if causal else -1), **extra
-        )
-
-    try:
-        good = aligned(kernel, device, dtype)
-    except RuntimeError:  # a card or a build without it
-        good = False
-    if not good:
-        warnings.warn(
-            "torch's varlen attention is missing or differs from SDPA, which is used: slower",
-            stacklevel=2,
-        )
-    return kernel if good else None
+    window = (-1, 0 if causal else -1)
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # from torch 2.12 on
+        return varlen_attn(q, k, v, *lengths, scale=scale, window_size=window, enable_gqa=True)
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    v = v.repeat_interleave(q.shape[1] // v.shape[1], 1)
+    return varlen_attn(q, k, v, *lengths, scale=scale, window_size=window)
 
 
 @torch.enable_grad()
-def aligned(kernel, device: str, dtype: torch.dtype) -> bool:
-    """Whether a varlen kernel and its gradient agree with SDPA on fewer queries than keys: 3 of 7, 4 heads on 2."""
-    random, shapes = torch.Generator().manual_seed(0), ((3, 4), (7, 2), (7, 2), (3, 4))
-    q, k, v, weight = (
-        torch.randn(n, h, 64, generator=random).to(device, dtype).requires_grad_()
-        for n, h in shapes
-    )
-    q_ends, k_ends = (torch.tensor([0, n], dtype=torch.int32, device=device) for n in (3, 7))
+def agrees_with_sdpa(kernel, device: str, dtype: torch.dtype) -> bool:
+    """Whether a varlen kernel and its gradient agree with SDPA: 3 queries, 7 keys, 4 heads on 2."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(length: int, heads: int) -> Tensor:
+        values = torch.randn(length, heads, 64, generator=generator)
+        return values.to(device, dtype).requires_grad_()
+
+    def with_gradients(out: Tensor) -> list[Tensor]:
+        return [out, *torch.autograd.grad((out * weight).sum(), (q, k, v))]
+
+    q, k, v, weight = random(3, 4), random(7, 2), random(7, 2), random(3, 4)
+    q_ends = torch.tensor([0, 3], dtype=torch.int32, device=device)
+    k_ends = torch.tensor([0, 7], dtype=torch.int32, device=device)
     mask = torch.ones(3, 7, dtype=torch.bool, device=device).tril(4)
-    heads_first = (x.repeat_interleave(4 // x.shape[1], 1).transpose(0, 1) for x in (q, k, v))
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda x: x, lambda x: x
-    ):  # not those of a checkpoint around this
+    # Identity hooks: a checkpoint around this call must not record these tensors as its own.
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
         ours = kernel(q, k, v, q_ends, k_ends, 3, 7, scale=0.125, causal=True)
-        plain = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=0.125).transpose(
-            0, 1
-        )
-        both = [
-            [out, *torch.autograd.grad((out * weight).sum(), (q, k, v))] for out in (ours, plain)
-        ]
-    # rounding of halves is 0.01, another alignment 1
-    return all(bool((a - b).abs().max() < 0.05) for a, b in zip(*both, strict=True))
+        heads_first = [q.transpose(0, 1)]
+        heads_first += [x.repeat_interleave(2, 1).transpose(0, 1) for x in (k, v)]
+        sdpa = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=0.125)
+        pairs = zip(with_gradients(ours), with_gradients(sdpa.transpose(0, 1)), strict=True)
+        worst = max(float((a - b).detach().abs().max()) for a, b in pairs)
+    return worst < 0.05  # half precision differs by 0.01, another alignment by 1
 
 
 def shared_prompt_attention(
     module, query, key, value, attention_mask, scaling=None, layout=None, **kwargs
 ):
-    """Attention over a Row without a mask of S x S: query[1, H, S, D], key, value[1, H_kv, S, D] -> [1, S, H, D].
+    """Attention over a Row without an S x S mask.
 
-    Without `layout` (prefill, decoding, plain batches) it is transformers' own SDPA attention.
+    query[1, H, S, D], key and value[1, H_kv, S, D] -> [1, S, H, D]. Without `layout` (prefill,
+    decoding, padded batches) this is transformers' own SDPA attention.
     """
     if layout is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
-    if kernel := varlen_kernel(query.device.type, query.dtype):
+    kernel = varlen_kernel(query.device.type, query.dtype)
+    if kernel:
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [S, heads, D]
         k, v = k.index_select(0, layout.keys), v.index_select(0, layout.keys)
         return kernel(q, k, v, *layout[2:], scale=scaling, causal=True)[None], None
-    if (
-        query.is_cuda
-    ):  # with fewer heads of keys and a mask CUDA's SDPA would fall back to its slow formula
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-    attend = partial(
-        F.scaled_dot_product_attention, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
-    )
+    return _span_attention(query, key, value, scaling, layout.spans)[None], None
+
+
+def _span_attention(query, key, value, scaling, spans: list[GroupSpan]) -> Tensor:
+    """SDPA over one prompt, then over its responses, for each group in turn: [S, H, D]."""
+    if query.is_cuda:
+        # With a mask and fewer key heads CUDA's SDPA would fall back to its slow formula.
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+        value = value.repeat_interleave(query.shape[1] // value.shape[1], 1)
+    shared_heads = query.shape[1] != key.shape[1]
+    attend = partial(F.scaled_dot_product_attention, scale=scaling, enable_gqa=shared_heads)
     parts = []
-    for start, length, index, fed in layout.spans:
+    for start, length, index, fed in spans:
         q, k, v = (x[:, :, start : start + length] for x in (query, key, value))  # the prompt
         parts.append(attend(q, k, v, is_causal=True)[0].transpose(0, 1))
-        if index.numel():
-            groups, longest = index.shape
-            q_own, k_own, v_own = (
-                x[0][:, index].transpose(0, 1) for x in (query, key, value)
-            )  # [G, heads, R, D]
-            k = torch.cat([k.expand(groups, -1, -1, -1), k_own], 2)
-            v = torch.cat([v.expand(groups, -1, -1, -1), v_own], 2)
-            causal = torch.ones(longest, length + longest, dtype=torch.bool, device=q.device).tril(
-                length
-            )
-            parts.append(attend(q_own, k, v, attn_mask=causal).transpose(1, 2)[fed])
-    return torch.cat(parts)[None], None
+        if index.numel() == 0:
+            continue
+        responses, longest = index.shape
+        own_q, own_k, own_v = (
+            x[0][:, index].transpose(0, 1) for x in (query, key, value)
+        )  # [G, heads, T - 1, D]
+        k = torch.cat([k.expand(responses, -1, -1, -1), own_k], 2)
+        v = torch.cat([v.expand(responses, -1, -1, -1), own_v], 2)
+        causal = torch.ones(longest, length + longest, dtype=torch.bool, device=q.device)
+        out = attend(own_q, k, v, attn_mask=causal.tril(length))
+        parts.append(out.transpose(1, 2)[fed])
+    return torch.cat(parts)
 
 
 def window_attention(
     module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, **kwargs
 ):
-    """The vision tower's: patches attend within their window or image. query, key, value[1, H, S, D] -> [1, S, H, D].
+    """The vision tower's attention: patches attend within their window, or within their image.
 
-    cu_seq_lens_q[W + 1]: where the windows begin and end. Those of one length make one call of SDPA.
+    query, key, value[1, H, S, D] -> [1, S, H, D]. cu_seq_lens_q[W + 1]: the windows' boundaries.
+    Without a varlen kernel all windows of one length make one SDPA call.
     """
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [S, H, D]
-    lengths = cu_seq_lens_q.diff()
-    if kernel := varlen_kernel(query.device.type, query.dtype):
+    kernel = varlen_kernel(query.device.type, query.dtype)
+    if kernel:
         ends, longest = cu_seq_lens_q.to(torch.int32), kwargs["max_length_q"]
-        return kernel(q, k, v, ends, ends, longest, longest, scale=scaling, causal=False)[
-            None
-        ], None
+        out = kernel(q, k, v, ends, ends, longest, longest, scale=scaling, causal=False)
+        return out[None], None
+    starts, lengths = cu_seq_lens_q[:-1], cu_seq_lens_q.diff()
     parts, order = [], []
-    for n in lengths.unique().tolist():
-        index = cu_seq_lens_q[:-1][lengths == n, None] + torch.arange(
-            n, device=q.device
-        )  # [windows, n]
-        part = F.scaled_dot_product_attention(
-            *(x[index].transpose(1, 2) for x in (q, k, v)), scale=scaling
-        )
-        parts.append(part.transpose(1, 2).flatten(0, 1))
+    for length in lengths.unique().tolist():
+        offsets = torch.arange(length, device=q.device)
+        index = starts[lengths == length, None] + offsets  # [windows, length]
+        windows = [x[index].transpose(1, 2) for x in (q, k, v)]
+        out = F.scaled_dot_product_attention(*windows, scale=scaling)
+        parts.append(out.transpose(1, 2).flatten(0, 1))
         order.append(index.flatten())
     return torch.cat(parts)[torch.cat(order).argsort()][None], None
 
 
 AttentionInterface.register("shared_prompt", shared_prompt_attention)
-
-
-# Without its mask function a registered attention gets no mask at all, and left padding is attended, silently.
+# transformers passes no mask to a custom attention unless its mask function is registered too;
+# without one, left padding would be attended silently.
 AttentionMaskInterface.register("shared_prompt", sdpa_mask)
-
-
-# Only an attention with "flash" in its name is handed all windows at once; any other is called for each in a loop.
+# Only an attention with "flash" in its name gets all windows in one call; any other is called once
+# per window.
 AttentionInterface.register("flash_or_sdpa_windows", window_attention)
+# For model.set_attn_implementation.
+ATTENTION = {"text_config": "shared_prompt", "vision_config": "flash_or_sdpa_windows"}
 
 
-ATTENTION = {
-    "text_config": "shared_prompt",
-    "vision_config": "flash_or_sdpa_windows",
-}  # for set_attn_implementation
-
-
-def chunk_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    logits = (hidden @ weight.t()).float()
-    logits /= temperature  # in place: the logits are the peak of memory
-    return -F.cross_entropy(logits, targets, reduction="none")
+# ---------------------------------------------------------------------------------------- log-probs
 
 
 def row_log_probs(self, row: Row, temperature: float) -> Tensor:
-    """Log-probs [n] of a row's response tokens. Bound to the model as a method, so that FSDP can wrap it."""
+    """Log-probs [n] of a row's response tokens. `self` is the transformers model.
+
+    Logits exist for CHUNK tokens at a time, in the forward and again in the backward.
+    """
     embeds = self.get_input_embeddings()(row.input_ids)  # [1, S, hidden]
     image = self.model.get_image_features(row.pixel_values, row.image_grid_thw, return_dict=True)
-    features = torch.cat(image.pooler_output).to(embeds.dtype)  # [n image tokens, hidden]
-    embeds = embeds.masked_scatter(row.is_image_token[..., None].expand_as(embeds), features)
-    extra = {}
-    if hasattr(
-        image, "deepstack_features"
-    ):  # Qwen3-VL: more image features, added to the first layers
-        levels = [
-            x if isinstance(x, Tensor) else torch.cat(x) for x in image.deepstack_features
-        ]  # a tensor up to 5.17
-        extra = dict(visual_pos_masks=row.is_image_token, deepstack_visual_embeds=levels)
+    features = torch.cat(image.pooler_output).to(embeds.dtype)  # [image tokens, hidden]
+    where = row.is_image_token[..., None].expand_as(embeds)
     hidden = self.model.language_model(
-        inputs_embeds=embeds,
+        inputs_embeds=embeds.masked_scatter(where, features),
         position_ids=row.position_ids,
         use_cache=False,
         layout=row.layout,
-        **extra,
+        **_deepstack_inputs(image, row),
     ).last_hidden_state[0]
-    weight = self.lm_head.weight
+    log_probs = []
     chunks = zip(hidden[row.predicts].split(CHUNK), row.targets.split(CHUNK), strict=True)
-    return torch.cat(
-        [
-            checkpoint(chunk_log_probs, h, weight, t, temperature, use_reentrant=False)
-            for h, t in chunks
-        ]
-    )
+    for states, targets in chunks:
+        inputs = (states, self.lm_head.weight, targets, temperature)
+        log_probs.append(checkpoint(_chunk_log_probs, *inputs, use_reentrant=False))
+    return torch.cat(log_probs)
+
+
+def _deepstack_inputs(image, row: Row) -> dict:
+    """Qwen3-VL adds further image features to its first layers; Qwen2.5-VL has none."""
+    if not hasattr(image, "deepstack_features"):
+        return {}
+    levels = []
+    for level in image.deepstack_features:
+        is_tensor = isinstance(level, Tensor)  # up to transformers 5.17; a tuple later
+        levels.append(level if is_tensor else torch.cat(level))
+    return {"visual_pos_masks": row.is_image_token, "deepstack_visual_embeds": levels}
+
+
+def _chunk_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    logits = (hidden @ weight.t()).float()
+    logits /= temperature  # in place: the logits are the peak of memory
+    return -F.cross_entropy(logits, targets, reduction="none")

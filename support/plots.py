@@ -297,7 +297,7 @@ def _plot_mean(ax, runs: list[Series], label: str, colour: str):
     return line
 
 
-# ------------------------------------------------------------------------- per-token attribution
+# ---------------------------------------------------------------------------- per-token attribution
 
 LINE_WIDTH = 86  # characters per line of the PNG
 CELL_WIDTH, CELL_HEIGHT = 0.0836, 0.21  # inches per character of 10-pt DejaVu Sans Mono
@@ -501,7 +501,7 @@ def _in_font(text: str) -> str:
     return "".join(c if ord(c) in _glyphs() else "□" for c in text)
 
 
-# ------------------------------------------------------------------------- per-patch attribution
+# ---------------------------------------------------------------------------- per-patch attribution
 
 
 def black_out_patches(image: Image.Image, patch_mask) -> Image.Image:

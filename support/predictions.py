@@ -23,6 +23,7 @@ from pathlib import Path
 from mathruler.grader import extract_boxed_content
 
 from support import metrics
+from support.batch import Group
 from support.benchmarks import ALIASES
 from support.data import DataError
 from support.reward import compute_score, rewrite
@@ -161,3 +162,21 @@ def write_predictions(out: Path, name: str, records: list[dict]) -> None:
             lines.write(json.dumps(record | {"idx": idx}, ensure_ascii=False) + "\n")
     os.replace(temporary, out / f"{name}.jsonl")
     shutil.rmtree(out / "partial" / name, ignore_errors=True)
+
+
+def make_record(group: Group, loop: int, prompt_text: str, score: dict) -> dict:
+    """The record of a group's response number `loop`: PAPO-Eval's keys, then ours."""
+    prompt, response = group.prompt, group.responses[loop]
+    return {
+        "idx": prompt.index,
+        "id": prompt.example.id or str(prompt.index),
+        "prompt": prompt_text,
+        "predict": response,
+        "label": prompt.example.answer,
+        "row": prompt.index,
+        "loop": loop,
+        "accuracy": score["accuracy"],
+        "format": score["format"],
+        "unboxed": boxed(response) is None,
+        "truncated": bool(group.truncated[loop]),
+    }

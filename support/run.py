@@ -1,46 +1,430 @@
-"""A run's folder: config, metrics, samples."""
+"""A run: its models and data, its folder, and what is due when.
+
+    config.json     every flag, resolved
+    metrics.jsonl   one line per step, one per evaluation
+    samples.jsonl   decoded responses of evaluations
+    checkpoints/    see checkpoint.py
+    curves.png, model/, sample0.png    written at the end
+
+Resuming drops the log lines after the checkpoint, because their steps are repeated. A signal
+(SIGTERM, Ctrl-C) raises Stopped on every rank at the next opportunity: while sampling at once, else
+when the step is done. The run then saves the state before the interrupted step, which is exact.
+"""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import signal
 import sys
-from contextlib import suppress
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 
-from support.checkpoint import clean, write_whole
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from tqdm import tqdm
+
+from support import benchmarks, checkpoint, data, phases, plots, toy
+from support.batch import Group, Prompt
+from support.cli import exit_with_error
+from support.distributed import (
+    gather_over_ranks,
+    local_world_size,
+    max_over_ranks,
+    on_first_rank,
+    one_rank_at_a_time,
+    optimizer_offloaded,
+    shard,
+)
+from support.loggers import LOGGERS
+from support.memory import resource_report
+from support.metrics import collapse_warning, read_metrics
+from support.phases import phase
+from support.qwen_vl import Encoder, Policy
+from support.reward import compute_score
+from support.sandbox import Grader
+
+# Flags that may change when a run is resumed.
+FREE_ON_RESUME = {
+    "resume",
+    "steps",
+    "wandb",
+    "tensorboard",
+    "keep",
+    "save_every",
+    "eval_every",
+    "offload_optimizer",
+}
 
 
-def begin(folder: Path, config: dict, step: int) -> list[dict]:
-    """Make a run's folder, or take it up again behind `step`; returns the lines of metrics that stay."""
-    folder.mkdir(parents=True, exist_ok=True)
-    clean(folder)
-    write_whole(folder / "config.json", json.dumps(config, indent=1) + "\n")
-    rewind(folder / "samples.jsonl", step)
-    return rewind(folder / "metrics.jsonl", step)
+class Stopped(Exception):  # noqa: N818  (an event, not an error)
+    """A signal has asked the run to stop; raised on all ranks together."""
+
+
+class Run:
+    """What a training run holds. Building one loads data and models; `start` opens the folder.
+
+    config: train.Config; algo: papo.Algo; ranks: (rank, world, device).
+    """
+
+    def __init__(self, config, algo, encoder: Encoder, ranks):
+        self.config, self.algo = config, algo
+        self.rank, self.world, self.device = ranks
+        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.step = 0  # steps completed
+        self.position = 0  # prompts of the data stream used by them
+        self.evaluated_step = None  # the last step that has an evaluation in the log
+        self.stop_requested = False
+        self.warned_of_collapse = False
+        self.history: list[dict] = []  # the lines of metrics.jsonl
+        self.unwritten: list[str] = []  # lines that a full disk refused
+
+        self.rows, self.eval_sets = self._load_data(encoder)
+        epoch_steps = int(config.epochs * len(self.rows)) // config.prompts_per_step
+        self.last_step = config.steps or max(1, epoch_steps)
+        self.policy = self._load_policy(encoder, torch.float32)
+        self.policy.saliency = self._saliency()
+        self.reference = None
+        if algo.kl_ref_coef:
+            self.reference = self._load_policy(encoder, self.dtype)
+        trained = [p for p in self.policy.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay)
+        cores = (os.cpu_count() or 1) // local_world_size()
+        workers = max(1, min(4, cores))
+        self.grader = Grader(config.reward or compute_score, workers=workers)
+        self.stream = None
+
+    # --------------------------------------------------------------------------------------- set-up
+
+    def _load_data(self, encoder: Encoder) -> tuple[data.Rows, dict[str, data.Rows]]:
+        config = self.config
+        options = {
+            "length": encoder.prompt_length,
+            "max_prompt_tokens": config.max_prompt_tokens,
+            "seed": config.seed,
+        }
+        rows = data.load(config.data, "train", **options)
+        eval_sets = {}
+        if config.eval_every and config.val_data != "none":
+            eval_sets = benchmarks.eval_sets(config.val_data, limit=config.eval_rows, **options)
+        check_same_rows(rows, *eval_sets.values())
+        return rows, eval_sets
+
+    @phase("loading")
+    def _load_policy(self, encoder: Encoder, dtype: torch.dtype) -> Policy:
+        config = self.config
+        mesh = init_device_mesh(self.device.type, (self.world,))
+        with one_rank_at_a_time():  # host memory holds one whole copy at a time
+            policy = Policy.load(
+                encoder.source,
+                encoder,
+                dtype=dtype,
+                device=self.device,
+                temperature=config.temperature,
+                checkpointing=self.device.type == "cuda",
+            )
+            policy.tokens_per_forward = config.tokens_per_forward
+            policy.model.model.visual.requires_grad_(not config.freeze_vision)
+            shard(policy.model, mesh, self.dtype)
+        return policy
+
+    def _saliency(self):
+        """The saliency function of semantic masks; None for other masks."""
+        if self.algo.mask_strategy != "semantic" or not self.algo.needs_masked_view:
+            return None
+        if toy.setting_of(self.config.data):
+            return toy.saliency
+        from support.saliency import dino_saliency  # downloads a model
+
+        return dino_saliency()
+
+    def start(self) -> None:
+        """Open the folder, resume from its newest checkpoint, read data ahead, heed signals."""
+        config = self.config
+        self.folder = Path(on_first_rank(lambda: config.resume or config.out or free_name(config)))
+        newest = []
+        if config.resume:
+            newest = on_first_rank(lambda: checkpoint.complete(self.folder)[-1:])
+        if newest:
+            state = checkpoint.load(newest[0], self.policy.model, self.optimizer)
+            self.step, self.position = state["step"], state["position"]
+        self.history = on_first_rank(lambda: self._open_folder(resuming=bool(newest)))
+        if not (self.folder / "config.json").exists():
+            raise OSError(f"{self.folder} is not the first rank's: all machines must share it")
+        if any(line["step"] == self.step and is_evaluation(line) for line in self.history):
+            self.evaluated_step = self.step
+        makers = [make for name, make in LOGGERS.items() if getattr(config, name)]
+        self.loggers = [make(self.folder) for make in makers if self.rank == 0]
+        self.stream = self._open_stream()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+        if self.rank == 0:
+            left_out = dict(self.rows.skipped) or "none"
+            print(f"data: {len(self.rows)} rows of {self.rows.name}; left out: {left_out}")
+            print(self._resource_report())
+
+    def _open_folder(self, resuming: bool) -> list[dict]:
+        """Write config.json and rewind the logs to the checkpoint; returns the lines that stay."""
+        config = asdict(self.config) | asdict(self.algo)
+        config |= {"algo": self.config.algo, "steps": self.last_step, "resume": ""}
+        del config["name"]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        checkpoint.clean(self.folder)
+        text = json.dumps(config, indent=1) + "\n"
+        checkpoint.write_atomically(self.folder / "config.json", text)
+        last_kept = self.step if resuming else -1
+        rewind(self.folder / "samples.jsonl", last_kept)
+        return rewind(self.folder / "metrics.jsonl", last_kept)
+
+    def _open_stream(self) -> data.Stream:
+        config, encode = self.config, self.policy.encoder.encode
+        per_round = config.prompts_per_step
+        if self.algo.dynamic_sampling:
+            per_round = config.mini_batch
+        ranks = {"rank": self.rank, "world": self.world}
+        return data.Stream(
+            self.rows, encode, per_round, **ranks, seed=config.seed, position=self.position
+        )
+
+    def _resource_report(self) -> str:
+        has_reference = self.reference is not None
+        return resource_report(
+            self.folder, self.policy.model, self.config, self.world, has_reference, self.device
+        )
+
+    # ------------------------------------------------------------------------------------- the loop
+
+    def steps(self) -> Iterator[int]:
+        """Yield the number of each step to take, from 0. Raises Stopped after a signal."""
+        with tqdm(initial=self.step, total=self.last_step, disable=self.rank > 0) as bar:
+            while self.step < self.last_step:
+                self.raise_if_stopped()
+                phases.seconds.clear()
+                self.started = time.time()
+                yield self.step
+                bar.update()
+
+    @property
+    def progress(self) -> float:
+        """Share of training behind the current step, in [0, 1]."""
+        return self.step / max(self.last_step - 1, 1)
+
+    def next_prompts(self, round_index: int) -> list[Prompt]:
+        """This rank's prompts of a round of sampling, numbered over all rounds and ranks."""
+        prompts = []
+        for index, prompt in next(self.stream):
+            prompt.index = round_index * self.stream.prompts_per_round + index
+            prompts.append(prompt)
+        return prompts
+
+    @contextmanager
+    def sampling(self) -> Iterator[None]:
+        """Mark a block that samples; --offload_optimizer applies to it."""
+        with (
+            phase("sampling"),
+            optimizer_offloaded(self.optimizer, enabled=self.config.offload_optimizer),
+        ):
+            yield
+
+    def finish_step(self, metrics: dict[str, float]) -> None:
+        """Count a step, log its metrics with its times, save a checkpoint if one is due."""
+        self.step += 1
+        self.position = self.stream.position
+        seconds = time.time() - self.started
+        metrics |= {
+            "seconds": seconds,
+            "seconds_rollout": phases.seconds["rollout"],
+            "seconds_update": phases.seconds["log-probs"] + phases.seconds["update"],
+        }
+        metrics["tokens_per_second"] = metrics.pop("response_tokens") / seconds
+        self.log(metrics)
+        if self.is_due(self.config.save_every):
+            self.save()
+
+    def is_due(self, every: int) -> bool:
+        """Whether something due every so many steps, and after the last, is due now; 0: never."""
+        return bool(every) and (self.step % every == 0 or self.step == self.last_step)
+
+    def evaluation_is_due(self) -> bool:
+        due = self.is_due(self.config.eval_every) and self.evaluated_step != self.step
+        return due and bool(self.eval_sets)
+
+    def log_evaluation(self, accuracies: dict[str, float], samples: list[dict]) -> None:
+        """Log the accuracy of each evaluation set, and decoded responses."""
+        self.evaluated_step = self.step
+        line = {f"eval/{name}": accuracy for name, accuracy in accuracies.items()}
+        self.log(line, [{"step": self.step} | sample for sample in samples])
+
+    def log(self, metrics: dict, samples: list[dict] = ()) -> None:
+        """Write one line of metrics.jsonl, and samples to samples.jsonl, on the first rank."""
+        if self.rank > 0:
+            return
+        line = {"step": self.step}
+        for name, value in metrics.items():
+            line[name] = round(value, 8) if isinstance(value, float) else value
+        lines = [*self.unwritten, json.dumps(line) + "\n"]
+        self.unwritten = append(self.folder / "metrics.jsonl", lines)
+        if samples:
+            append(self.folder / "samples.jsonl", [json.dumps(each) + "\n" for each in samples])
+        for logger in self.loggers:
+            logger(line, samples)
+        self.history.append(line)
+        if not is_evaluation(line):
+            self._warn_of_collapse()
+
+    def _warn_of_collapse(self) -> None:
+        warning = None if self.warned_of_collapse else collapse_warning(self.history)
+        if warning:
+            self.warned_of_collapse = True
+            tqdm.write(warning, file=sys.stderr)
+
+    @phase("saving")
+    def save(self) -> None:
+        """Save a checkpoint of the completed steps. A full disk costs a line, not the run."""
+        state = {"step": self.step, "position": self.position}
+        try:
+            checkpoint.save(
+                self.folder, self.policy.model, self.optimizer, state, keep=self.config.keep
+            )
+        except OSError as error:
+            if self.rank == 0:
+                problem = f"error: step {self.step} is not saved, training goes on: {error}"
+                tqdm.write(problem, file=sys.stderr)
+
+    # -------------------------------------------------------------------------------------- the end
+
+    def _on_signal(self, number, frame) -> None:
+        self.stop_requested = True
+        if number == signal.SIGINT:  # a second Ctrl-C waits for nothing
+            signal.signal(number, signal.default_int_handler)
+
+    def raise_if_stopped(self) -> None:
+        """Raise Stopped if any rank has had a signal; all ranks call it."""
+        if max_over_ranks(self.stop_requested):
+            raise Stopped
+
+    @phase("exporting")
+    def export(self) -> None:
+        """Write model/, a plain Hugging Face folder."""
+        source, model_dir = self.policy.encoder.source, self.folder / "model"
+        try:
+            checkpoint.export(self.policy.model, source, model_dir, self.dtype)
+        except OSError as error:
+            advice = f"make room, then --resume {self.folder}"
+            exit_with_error(f"{model_dir} is not written: {error}; {advice}")
+
+    def sample_prompt(self) -> Prompt:
+        """The first usable prompt of an evaluation set, to show a response to at the end."""
+        rows = [*self.eval_sets.values(), self.rows][0]
+        for i in range(len(rows)):
+            with suppress(ValueError):
+                return self.policy.encoder.encode(rows[i])
+        raise ValueError(f"{rows.name}: no usable row")
+
+    def summarise(self, sample: Group) -> None:
+        """Draw the curves; print accuracies before and after, a sample response and the files."""
+        if self.rank > 0:
+            return
+        curves = plots.curves(self.folder)
+        _, evals = read_metrics(self.folder / "metrics.jsonl")
+        for key in evals[0] if evals else ():
+            if key.startswith("eval/"):
+                name = key.removeprefix("eval/")
+                before, after = evals[0][key], evals[-1][key]
+                print(f"{name:<20} accuracy {before:.3f} before, {after:.3f} after")
+        example = sample.prompt.example
+        for i, image in enumerate(example.images):
+            path = self.folder / f"sample{i}.png"
+            image.save(path)
+            print(f"image: {path}")
+        print(f"question: {example.question}")
+        print(f"response: {sample.responses[0]}")
+        print(f"answer: {example.answer}")
+        print(f"metrics: {self.folder}/metrics.jsonl")
+        print(f"curves: {curves}")
+        print(f"model: {self.folder}/model")
+
+    def close(self) -> None:
+        """End threads and worker processes, which the interpreter would wait for."""
+        if self.stream:
+            self.stream.close()
+        self.grader.close()
+
+
+# -------------------------------------------------------------------------------------------- flags
+
+
+def with_saved_config(given: dict) -> dict:
+    """The given flags, over those of the run that --resume names. Ends the program with one line
+    where they contradict each other or would overwrite a folder."""
+    if not given.get("resume"):
+        if given.get("out") and Path(given["out"]).exists():
+            exit_with_error(f"--out {given['out']} exists: choose another folder, or --resume it")
+        return given
+    path = Path(given["resume"]) / "config.json"
+    if not path.is_file():
+        exit_with_error(f"--resume {given['resume']}: no config.json there")
+    saved = json.loads(path.read_text())
+    for name in given.keys() - FREE_ON_RESUME:
+        if given[name] != saved[name]:
+            conflict = f"--{name} {given[name]} contradicts the run's {saved[name]}"
+            exit_with_error(f"--resume {given['resume']}: {conflict}")
+    return saved | given
+
+
+def free_name(config) -> str:
+    """runs/ALGO-MODEL-sSEED, or the next free suffix: no existing folder is ever overwritten."""
+    model = Path(config.model.rstrip("/")).name.replace(":", "-")
+    name = f"runs/{config.algo}-{model}-s{config.seed}"
+    numbered = (f"{name}-{i}" for i in itertools.count(2))
+    return next(each for each in itertools.chain([name], numbered) if not Path(each).exists())
+
+
+def check_same_rows(*sets: data.Rows) -> None:
+    """ValueError if the ranks read different rows: their shuffles would differ unnoticed."""
+    mine = [(len(rows), hash(tuple(rows.numbers))) for rows in sets]
+    everyone = gather_over_ranks(mine)
+    if any(theirs != everyone[0] for theirs in everyone):
+        counts = ", ".join(str([length for length, _ in theirs]) for theirs in everyone)
+        raise ValueError(
+            f"the ranks read different rows of {sets[0].name}: usable are {counts} of the sets"
+        )
+
+
+# ----------------------------------------------------------------------------------- JSON-line logs
+
+
+def is_evaluation(line: dict) -> bool:
+    return any(key.startswith("eval/") for key in line)
 
 
 def append(path: Path, lines: list[str]) -> list[str]:
-    """Append lines to a file; returns those still to be written. A full disk costs a warning, not the run."""
+    """Append lines to a file. Returns those that a full disk refused, to be tried again later."""
     size = path.stat().st_size if path.exists() else 0
     try:
         with open(path, "a") as file:
             file.write("".join(lines))
-        return []
     except OSError as error:
         print(f"{path.name}: {len(lines)} lines wait to be written: {error}", file=sys.stderr)
         with suppress(OSError):
-            os.truncate(path, size)  # no half line
+            os.truncate(path, size)  # leave no half line
         return lines
+    return []
 
 
 def rewind(path: Path, step: int) -> list[dict]:
-    """Drop the lines of a JSON-lines file behind `step`, whose steps will be taken again, and half a line; the rest."""
+    """Drop the lines of a log after `step`, and a torn last line; returns the rest."""
     kept: list[dict] = []
     if not path.exists():
         return kept
     for text in path.read_text(errors="replace").splitlines():
         with suppress(json.JSONDecodeError):
-            kept += [line for line in [json.loads(text)] if line["step"] <= step]
-    write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
+            line = json.loads(text)
+            if line["step"] <= step:
+                kept.append(line)
+    checkpoint.write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
     return kept

@@ -40,11 +40,17 @@ KEYS = ("overall", "format", "accuracy")
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 LINUX = sys.platform == "linux"
 GIB = 2**30
+MAX_LIMIT = 1e6  # of seconds, GiB and workers alike: waiting for longer overflows
 START_SECONDS = 120.0  # to import sympy (a second) and the user's file, perhaps from a slow disk
+WARN_SHARE = 0.1  # of a call's responses
 RESPONSES_PER_WORKER = 500  # then a new one takes over: memory that stays in use would starve it
 
 # ("score", the scores), ("error", its text), ("timeout", None) or ("unscored", None)
 Outcome = tuple[str, dict | str | None]
+
+
+class RewardError(RuntimeError):
+    """Rewards cannot be computed. The message is one line and says why."""
 
 
 class Grader(AbstractContextManager):
@@ -62,8 +68,9 @@ class Grader(AbstractContextManager):
     0 and what its format earns; 0 under a user's function. Responses left when the budget is spent
     get 0 and a key "unscored". `timeouts`, `errors` and `unscored` count them for the latest call.
 
-    Raises ValueError for bad arguments and a function that does not load, and RuntimeError if the
-    server dies or a user's function fails on every response of a call. Both messages are one line.
+    Warns of errors, and when more than a tenth of the responses time out or are left unscored.
+    Raises ValueError for bad arguments and a function that does not load, and RewardError if the
+    server dies or a user's function scores no response of a call. The messages are one line.
     """
 
     def __init__(
@@ -71,9 +78,9 @@ class Grader(AbstractContextManager):
     ):
         path, name = _locate(function)
         workers = min(4, os.cpu_count() or 1) if workers is None else workers
-        if min(workers, deadline, budget, memory) <= 0:
-            raise ValueError(f"must be positive: {workers=} {deadline=} {budget=} {memory=}")
+        _check_limits(workers, deadline, budget, memory)
         self.spec = f"{path}:{name}"
+        self.deadline = deadline
         self.budget = budget
         self.timeouts = self.errors = self.unscored = 0
         self._is_default = function is reward.compute_score
@@ -94,18 +101,31 @@ class Grader(AbstractContextManager):
         self.timeouts = kinds["timeout"]
         self.errors = kinds["error"]
         self.unscored = kinds["unscored"]
-        self._report_errors(outcomes)
+        problems = self._problems(outcomes)
+        if outcomes and not kinds["score"] and not self._is_default:
+            raise RewardError(f"reward {self.spec} {'; '.join(problems)}")
+        for problem in problems:
+            warnings.warn(f"reward {self.spec} {problem}", stacklevel=2)
         return [self._scores(*pair) for pair in zip(responses, outcomes, strict=True)]
 
-    def _report_errors(self, outcomes: list[Outcome]) -> None:
-        """Warn with the first error's text; raise if a user's function failed on every response."""
-        texts = [text for kind, text in outcomes if kind == "error"]
-        if not texts:
-            return
-        line = f"reward {self.spec} failed on {len(texts)} of {len(outcomes)} responses: {texts[0]}"
-        if len(texts) == len(outcomes) and not self._is_default:
-            raise RuntimeError(line)
-        warnings.warn(line, stacklevel=3)
+    def _problems(self, outcomes: list[Outcome]) -> list[str]:
+        """What the user should know about the latest call."""
+        problems = []
+        total = len(outcomes)
+        if self.errors:
+            first = next(text for kind, text in outcomes if kind == "error")
+            problems.append(f"failed on {self.errors} of {total} responses: {first}")
+        if self.timeouts > WARN_SHARE * total:
+            problems.append(
+                f"took more than {self.deadline:g} s on {self.timeouts} of {total} responses: "
+                "raise --reward_deadline"
+            )
+        if self.unscored > WARN_SHARE * total:
+            problems.append(
+                f"left {self.unscored} of {total} responses unscored after {self.budget:g} s: "
+                "raise --reward_budget"
+            )
+        return problems
 
     def _scores(self, response: str, outcome: Outcome) -> dict[str, float]:
         kind, result = outcome
@@ -123,10 +143,10 @@ class Grader(AbstractContextManager):
             if self._pipe.poll(seconds):
                 return self._pipe.recv()
         except (EOFError, OSError):
-            raise RuntimeError(
+            raise RewardError(
                 f"reward {self.spec}: the scoring server died; stderr may say why"
             ) from None
-        raise RuntimeError(
+        raise RewardError(
             f"reward {self.spec}: no answer from the scoring server in {seconds:.0f} s"
         )
 
@@ -151,6 +171,20 @@ def _locate(function) -> tuple[str, str]:
         problem = f"there is no file {path!r}" if path else "no colon"
         raise ValueError(f"reward {function!r}: {problem}; expected path/file.py:function")
     return os.path.abspath(path), name
+
+
+def _check_limits(workers: int, deadline: float, budget: float, memory: float) -> None:
+    limits = {"workers": workers, "deadline": deadline, "budget": budget, "memory": memory}
+    for name, value in limits.items():
+        if not 0 < value <= MAX_LIMIT:
+            raise ValueError(
+                f"the reward's {name} must be above 0 and at most {MAX_LIMIT:g}, got {value:g}"
+            )
+    if deadline > budget:
+        raise ValueError(
+            f"the reward's deadline of {deadline:g} s exceeds its budget of {budget:g} s per call: "
+            "raise --reward_budget"
+        )
 
 
 def _check_texts(responses: list[str], answers: list[str]) -> None:

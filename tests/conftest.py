@@ -1,11 +1,7 @@
-"""Fixtures: a tiny random Qwen2.5-VL in a plain Hugging Face folder, its encoder, policy and a few prompts."""
+"""Fixtures: a tiny random Qwen2.5-VL as a Hugging Face folder, its encoder, policy and prompts."""
 
+# ruff: noqa: E402  (the environment must be set before the libraries that read it are imported)
 import os
-
-from rollout import generate
-from support import toy
-from support.batch import Example
-from support.qwen_vl import Encoder, Policy
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may touch a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -13,6 +9,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 from PIL import Image
+
+from rollout import generate
+from support import toy
+from support.batch import Example
+from support.qwen_vl import Encoder, Policy
 
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 
@@ -33,7 +34,7 @@ def policy(folder, encoder):
     return Policy.load(folder, encoder)
 
 
-def picture(width, height, seed=0):
+def random_image(width, height, seed=0):
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(0, 256, (height, width, 3), generator=generator, dtype=torch.uint8)
     return Image.fromarray(pixels.numpy())
@@ -42,17 +43,17 @@ def picture(width, height, seed=0):
 def examples():
     """Unequal on purpose: one image, two images, none, an oblong one."""
     return [
-        Example("<image>How many red dots are there?", "1", [picture(84, 84)]),
+        Example("<image>How many red dots are there?", "1", [random_image(84, 84)]),
         Example(
             "<image>and <image>: how many green dots?",
             "2",
-            [picture(56, 84, 1), picture(112, 56, 2)],
+            [random_image(56, 84, 1), random_image(112, 56, 2)],
         ),
         Example("How many dots?", "3", []),
         Example(
             "A note says 3. <image>How many blue dots are there, all in all?",
             "0",
-            [picture(140, 56)],
+            [random_image(140, 56)],
         ),
     ]
 
@@ -64,7 +65,7 @@ def prompts(encoder):
 
 @pytest.fixture()
 def groups(policy, prompts):
-    """Four groups of three responses of unequal lengths (random weights rarely stop, so lengths are cut by hand)."""
+    """Four groups of three responses of unequal lengths, cut by hand."""
     groups = generate(policy, prompts, 3, max_new_tokens=12, key=(0, 0), rollout_batch=5)
     for g, group in enumerate(groups):
         lengths = torch.tensor([12, 1 + g, 7 - g])

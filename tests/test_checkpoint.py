@@ -16,9 +16,11 @@ import torch.distributed as dist
 from test_train import ENV, ROOT, TINY, lines, reader, run, steady  # noqa: F401  (run is a fixture)
 from transformers import AutoModelForImageTextToText
 
+import rollout
 import train
 from support import checkpoint, distributed
 from support import run as run_files
+from support.qwen_vl import Policy
 
 
 @pytest.fixture()
@@ -165,7 +167,7 @@ def test_a_signal_loses_nothing(run, folder, monkeypatch, capsys, moment):  # no
     step = {"sampling": 1, "evaluation": 0}[moment]
     assert (
         names(out) == [f"step_{step:06d}"]
-        and f"stopped behind step {step}" in capsys.readouterr().out
+        and f"stopped after step {step}" in capsys.readouterr().out
     )
     assert not (out / "model").exists()
     train.main(["--resume", str(out)])
@@ -177,17 +179,16 @@ def test_a_signal_loses_nothing(run, folder, monkeypatch, capsys, moment):  # no
 
 
 @pytest.mark.parametrize(
-    "phase, flag", [("log_probs", "--tokens_per_forward"), ("generate", "--rollout_batch")]
+    "phase, flag", [("log-probs", "--tokens_per_forward"), ("sampling", "--rollout_batch")]
 )
 def test_out_of_memory_names_the_phase_and_the_flag(run, folder, monkeypatch, phase, flag):  # noqa: F811
     def broken(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
-    target, name = (
-        (train.Policy, "log_probs") if phase == "log_probs" else ("rollout._sample", None)
-    )
-    monkeypatch.setattr(target, name, broken) if name else monkeypatch.setattr(target, broken)
-    with pytest.raises(SystemExit, match=f"rank 0: out of memory in .*{flag}.*20.00 GiB"):
+    targets = {"log-probs": (Policy, "log_probs"), "sampling": (rollout, "prefill")}
+    monkeypatch.setattr(*targets[phase], broken)
+    expected = f"rank 0: out of memory while {phase}.*{flag}.*20.00 GiB"
+    with pytest.raises(SystemExit, match=expected):
         run("oom", "--steps", "1", "--eval_every", "0")
 
 
@@ -207,11 +208,11 @@ def save_on_a_full_disk(run):
     save(run)
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-def break_down(*arguments):
-    if rank == 1 and arguments[6][1] == 1:
+def break_down(*arguments, key):
+    if rank == 1 and key[1] == 1:
         print("broken at", time.time(), file=sys.stderr)
         raise ZeroDivisionError("something broke on rank 1")
-    return prepare(*arguments)
+    return prepare(*arguments, key=key)
 
 train.Run.save = save_on_a_full_disk
 if os.environ.get("BREAK"):
@@ -304,6 +305,6 @@ def test_kills_at_random_moments(folder, tmp_path):
     """Three SIGKILLs and resumes, one of them in the middle of a save (tests/faults.py does twenty)."""
     import faults
 
-    result = faults.ordeal(folder, tmp_path, kills=3, ranks=1, steps=8)
+    result = faults.compare_with_killed(folder, tmp_path, kills=3, ranks=1, steps=8)
     during = result.pop("during")
     assert during[0] == "saving" and all(result.values()), (during, result)

@@ -382,7 +382,9 @@ def test_ask(folder, images, capsys, question, count):
     flags = ["--image", *images[:count]] if count else []
     evaluate.main(["--model", folder, "--ask", question, *flags, "--max_new_tokens", "12"])
     text = capsys.readouterr().out
-    encoder = Encoder(folder, toy.TASK_DEFAULTS["min_pixels"], toy.TASK_DEFAULTS["max_pixels"], toy.SUFFIX)
+    encoder = Encoder(
+        folder, toy.TASK_DEFAULTS["min_pixels"], toy.TASK_DEFAULTS["max_pixels"], toy.SUFFIX
+    )
     full = question if "<image>" in question else "<image>" * count + question
     prompt = encoder.encode(
         evaluate.Example(full, "", [Image.open(p).convert("RGB") for p in images[:count]])
@@ -415,7 +417,9 @@ def test_explain(folder, tmp_path, monkeypatch, capsys):
     assert all(str(file) in text and file.stat().st_size > 1000 for file in files)
     example = toy.example("vision_dependent", 1)
     assert f"question: {example.question.removeprefix('<image>')}\n" in text
-    encoder = Encoder(folder, toy.TASK_DEFAULTS["min_pixels"], toy.TASK_DEFAULTS["max_pixels"], toy.SUFFIX)
+    encoder = Encoder(
+        folder, toy.TASK_DEFAULTS["min_pixels"], toy.TASK_DEFAULTS["max_pixels"], toy.SUFFIX
+    )
     policy, prompt = Policy.load(folder, encoder), encoder.encode(example)
     [group] = generate(policy, [prompt], 1, temperature=0.0, max_new_tokens=7)
     _, pictures, tokens, clean, masked = drawn["gain"][:5]
@@ -481,7 +485,9 @@ def test_predictions_never_overwrite_data(folder, tmp_path, capsys):
 def test_reading_tokens_light_up():
     """On a toy that sees: colour words owe more to the image than the words of the template."""
     name = str(toy.build(0))
-    encoder = Encoder(name, toy.TASK_DEFAULTS["min_pixels"], toy.TASK_DEFAULTS["max_pixels"], toy.SUFFIX)
+    encoder = Encoder(
+        name, toy.TASK_DEFAULTS["min_pixels"], toy.TASK_DEFAULTS["max_pixels"], toy.SUFFIX
+    )
     policy, reading, template = Policy.load(name, encoder), [], []
     for i in range(8):
         prompt = encoder.encode(toy.example("vision_dependent", i), i)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import examples, picture
+from conftest import examples, random_image
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_papo import gradients, plain_log_probs
@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 import train
 from masking import mask_prompt
-from papo import prepare, preset, update
+from papo import mini_batches, prepare, preset, update
 from rollout import generate
 from support import checkpoint, toy
 from support.batch import Example, pad_and_cat, seeded
@@ -175,7 +175,7 @@ def test_a_hub_folder_trains_and_exports(run, tmp_path, monkeypatch, kind, tied,
         trained["policy"] = self.policy
         with torch.no_grad():
             prompt = self.policy.encoder.encode(
-                Example("<image>How many red dots are there?", "1", [picture(112, 96)])
+                Example("<image>How many red dots are there?", "1", [random_image(112, 96)])
             )
             trained["group"] = generate(self.policy, [prompt], 2, max_new_tokens=5)[0]
             trained["log_probs"] = self.policy.log_probs([trained["group"]])
@@ -278,7 +278,9 @@ def test_qwen3_pictures_matter_in_every_layer(policy, prompts):
 @pytest.mark.parametrize("strategy", ["random", "noise", "semantic"])
 def test_qwen3_masks_16_pixel_patches(policy, strategy):
     encoder = policy.encoder
-    prompt = encoder.encode(Example("<image><image>?", "1", [picture(128, 96), picture(64, 96, 1)]))
+    prompt = encoder.encode(
+        Example("<image><image>?", "1", [random_image(128, 96), random_image(64, 96, 1)])
+    )
     assert prompt.image_grid_thw.tolist() == [
         [1, 6, 8],
         [1, 6, 4],
@@ -303,9 +305,11 @@ def test_qwen3_update(policy, prompts):
     for group in groups:
         group.advantages = torch.tensor([1.0, -0.5, -0.5])
     algo, before = preset("papo_d"), [p.detach().clone() for p in policy.model.parameters()]
-    metrics = prepare(policy, None, groups, algo, 200, 2, (0, 0))
+    policy.tokens_per_forward = 200
+    batches = mini_batches(groups, 2)
+    metrics = prepare(policy, None, batches, algo, key=(0, 0))
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1e-3)
-    metrics |= update(policy, optimizer, groups, algo, mini_batch=2, budget=200)
+    metrics |= update(policy, optimizer, batches, algo)
     assert (
         0.4 < metrics["mask_ratio"] < 0.8
         and metrics["skipped_updates"] == 0

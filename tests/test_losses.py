@@ -290,13 +290,6 @@ def test_micro_batches_add_up(average, size):
     assert metrics == pytest.approx({k: v.item() for k, v in whole_metrics.items()}, rel=1e-5)
 
 
-def test_a_plain_number_is_the_token_count():
-    tensors = batch()
-    own, _, _ = loss_and_grad(preset("papo_d"), tensors)
-    double, _, _ = loss_and_grad(preset("papo_d"), tensors, denominator=2 * int(tensors[-1].sum()))
-    assert double.item() == pytest.approx(own.item() / 2, rel=1e-6)
-
-
 def test_rows_without_an_image():
     """KL_prcp is 0 there in value and gradient, and they do not count in masked_entropy."""
     log_probs, old, ref, masked, advantages, mask = batch()

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import picture
+from conftest import random_image
 from PIL import Image
 
 from masking import mask_patches, mask_prompt, mask_salient, noise_patches, to_patch_order
@@ -18,7 +18,7 @@ from support.saliency import dino_saliency
 def prompt(encoder):
     """Two pictures of different sizes: 16 x 20 and 8 x 12 patches."""
     return encoder.encode(
-        Example("<image><image>?", "1", [picture(280, 224), picture(168, 112, 1)])
+        Example("<image><image>?", "1", [random_image(280, 224), random_image(168, 112, 1)])
     )
 
 
@@ -118,7 +118,7 @@ def test_dino_saliency_of_a_tiny_dino(tmp_path):
         size={"shortest_edge": 256}, crop_size={"height": 224, "width": 224}
     ).save_pretrained(tmp_path)
     saliency = dino_saliency(str(tmp_path))
-    scores = saliency(picture(300, 100))
+    scores = saliency(random_image(300, 100))
     assert scores.shape == (16, 16) and torch.isfinite(scores).all() and (scores > 0).all()
     assert scores.sum() < 1  # the class token attends to itself, too
     assert to_patch_order(scores, 8, 22).shape == (176,)

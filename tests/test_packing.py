@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import picture
+from conftest import random_image
 
 from support import packing
 from support.batch import Example, seeded
@@ -54,23 +54,23 @@ def test_varlen_sequences_equal_sdpa(policy, groups, monkeypatch):
 
 
 def test_a_misaligned_kernel_is_refused():
-    assert packing.aligned(plain_varlen, "cpu", torch.float32)
-    assert not packing.aligned(top_left, "cpu", torch.float32)
+    assert packing.agrees_with_sdpa(plain_varlen, "cpu", torch.float32)
+    assert not packing.agrees_with_sdpa(top_left, "cpu", torch.float32)
 
     def backwards(*x, **how):  # right but for its gradient
         out = plain_varlen(*x, **how)
         return 2 * out.detach() - out
 
-    assert not packing.aligned(backwards, "cpu", torch.float32)
+    assert not packing.agrees_with_sdpa(backwards, "cpu", torch.float32)
     leaf = torch.ones(1, requires_grad=True)
 
     def layer(x):  # asked for the first time inside a checkpointed forward
-        assert packing.aligned(plain_varlen, "cpu", torch.float32)
+        assert packing.agrees_with_sdpa(plain_varlen, "cpu", torch.float32)
         return x * 2
 
     torch.utils.checkpoint.checkpoint(layer, leaf, use_reentrant=False).backward()
     with torch.no_grad():
-        assert packing.aligned(plain_varlen, "cpu", torch.float32) and leaf.grad == 2
+        assert packing.agrees_with_sdpa(plain_varlen, "cpu", torch.float32) and leaf.grad == 2
     assert (
         packing.varlen_kernel("cpu", torch.float32) is None
         and packing.varlen_kernel("cuda", torch.float32) is None
@@ -80,7 +80,7 @@ def test_a_misaligned_kernel_is_refused():
 @pytest.mark.parametrize("sizes", [[(84, 84)], [(336, 252), (56, 56), (140, 420)]])
 def test_windows_in_one_call_equal_windows_in_a_loop(folder, encoder, sizes):
     """Whole windows, cut ones at the edges, several images: image features are those of transformers' loop."""
-    images = [picture(*size, seed=i) for i, size in enumerate(sizes)]
+    images = [random_image(*size, seed=i) for i, size in enumerate(sizes)]
     prompt = encoder.encode(Example("<image>" * len(images), "1", images))
     features = []
     for vision in (packing.ATTENTION["vision_config"], "sdpa"):
@@ -101,7 +101,7 @@ def test_windows_take_few_calls(policy, encoder, monkeypatch):
     monkeypatch.setattr(
         F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or original(*a, **k)
     )
-    prompt = encoder.encode(Example("<image>", "1", [picture(336, 336)]))
+    prompt = encoder.encode(Example("<image>", "1", [random_image(336, 336)]))
     policy.model.model.get_image_features(
         prompt.pixel_values, prompt.image_grid_thw, return_dict=True
     )

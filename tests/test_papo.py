@@ -5,10 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import picture
+from conftest import random_image
 
-from papo import PRESETS, mini_batches, pack, prepare, preset, row_loss, update
+from losses import Counts, count
+from papo import PRESETS, mini_batches, prepare, preset, row_loss, update
 from support.batch import Example, pad_and_cat, seeded
+from support.packing import pack_rows
 from support.qwen_vl import Policy
 
 
@@ -103,15 +105,13 @@ def test_packing_changes_nothing(policy, groups):
     """Rows of any budget give the same gradient: counts are the mini-batch's, not the row's."""
     algo = replace(preset("papo_g", "7b"), average="token")
     reference = copy.deepcopy(policy)
-    prepare(policy, reference, groups, algo, budget=10_000, updates=2, key=(0, 0))
-    from losses import Counts, count
-
+    prepare(policy, reference, mini_batches(groups, 2), algo, key=(0, 0))
     own = [count(g.response_mask, torch.full((len(g.tokens),), g.has_image)) for g in groups]
     counts = Counts(*(sum(c[i] for c in own) for i in range(3)))
     results = []
     for budget in (1, 100, 10_000):
         policy.model.zero_grad()
-        rows = pack(groups, budget)
+        rows = pack_rows(groups, budget)
         losses = []
         for row in rows:
             loss, _ = row_loss(policy, row, algo, counts)
@@ -124,8 +124,8 @@ def test_packing_changes_nothing(policy, groups):
         assert (gradient - results[0][2]).norm() < 1e-5 * gradient.norm()
 
 
-def test_pack_keeps_the_budget(groups):
-    rows = pack(groups, 70)
+def test_rows_keep_to_the_token_limit(groups):
+    rows = pack_rows(groups, 70)
     assert [g.prompt.index for row in rows for g in row] == [0, 1, 2, 3]
     assert all(len(row) == 1 or sum(g.n_tokens for g in row) <= 70 for row in rows)
 
@@ -187,13 +187,12 @@ def test_one_mask_a_prompt_seeded_and_counted(policy, groups):
     pixels = [
         None if g.prompt.pixel_values is None else g.prompt.pixel_values.clone() for g in groups
     ]
-    share = prepare(policy, copy.deepcopy(policy), groups, algo, 10_000, updates=1, key=(3, 4))[
-        "mask_ratio"
-    ]
+    reference = copy.deepcopy(policy)
+    share = prepare(policy, reference, [groups], algo, key=(3, 4))["mask_ratio"]
     views = [g.masked_pixel_values for g in groups]
     hits = torch.cat([g.patch_mask for g in groups if g.has_image])
     assert share == pytest.approx(hits.float().mean().item()) and 0.35 < share < 0.85
-    prepare(policy, copy.deepcopy(policy), groups[::-1], algo, 10_000, updates=1, key=(3, 4))
+    prepare(policy, reference, [groups[::-1]], algo, key=(3, 4))
     for group, view, before in zip(groups, views, pixels, strict=True):
         assert (view is None) == (before is None)
         if view is not None:  # the same mask whatever the order, the clean pixels untouched
@@ -215,18 +214,18 @@ def test_no_wasted_pass(policy, groups, monkeypatch):
     expected = {"grpo_no_kl_ref": 0, "grpo": 1, "papo_g": 2, "papo_g_no_kl_ref": 1}
     for name, passes in expected.items():
         calls.clear()
-        prepare(policy, copy.deepcopy(policy), groups, preset(name), 10_000, updates=1, key=(0, 0))
+        prepare(policy, copy.deepcopy(policy), [groups], preset(name), key=(0, 0))
         assert len(calls) == passes, name
     calls.clear()
-    prepare(policy, None, groups, preset("papo_g_no_kl_ref"), 10_000, updates=3, key=(0, 0))
+    prepare(policy, None, mini_batches(groups, 2), preset("papo_g_no_kl_ref"), key=(0, 0))
     assert len(calls) == 2
 
 
 def test_masked_grad_gives_the_masked_branch_a_gradient(policy, groups):
-    """Only H_mask on: no gradient at all by default, a gradient where the masked log-probs are recomputed."""
+    """With H_mask alone there is no gradient, unless the masked log-probs are recomputed."""
     for live in (False, True):
         algo = replace(preset("grpo"), kl_ref_coef=0.0, masked_entropy_coef=1.0, masked_grad=live)
-        prepare(policy, None, groups, algo, 10_000, updates=2, key=(0, 0))
+        prepare(policy, None, mini_batches(groups, 2), algo, key=(0, 0))
         for g in groups:
             g.advantages = torch.zeros(3)
         policy.model.zero_grad()
@@ -249,8 +248,10 @@ def test_update_moves_the_policy_and_skips_what_is_not_finite(policy, groups, na
     algo = preset(name)
     optimizer = torch.optim.SGD(policy.model.parameters(), lr=0.1)
     before = [p.clone() for p in policy.model.parameters()]
-    prepare(policy, copy.deepcopy(policy), groups, algo, 200, updates=2, key=(0, 0))
-    metrics = update(policy, optimizer, groups, algo, mini_batch=2, budget=200)
+    policy.tokens_per_forward = 200
+    batches = mini_batches(groups, 2)
+    prepare(policy, copy.deepcopy(policy), batches, algo, key=(0, 0))
+    metrics = update(policy, optimizer, batches, algo)
     assert metrics["skipped_updates"] == 0 and metrics["grad_norm"] > 0
     assert ("kl_prcp" in metrics) == algo.needs_masked_view and ("kl_ref" in metrics) == bool(
         algo.kl_ref_coef
@@ -260,14 +261,14 @@ def test_update_moves_the_policy_and_skips_what_is_not_finite(policy, groups, na
     )
     before = [p.clone() for p in policy.model.parameters()]
     groups[0].advantages = torch.full((3,), float("nan"))
-    metrics = update(policy, optimizer, groups, algo, mini_batch=4, budget=200)
+    metrics = update(policy, optimizer, [groups], algo)
     assert metrics["skipped_updates"] == 1
     assert all(torch.equal(a, b) for a, b in zip(before, policy.model.parameters(), strict=True))
 
 
 def test_a_step_without_groups_is_no_error(policy):
-    assert update(policy, None, [], preset("papo_d"), 4, 100) == {"skipped_updates": 0}
-    assert prepare(policy, None, [], preset("papo_d"), 100, 1, (0, 0)) == {"mask_ratio": 0.0}
+    assert update(policy, None, [], preset("papo_d")) == {"skipped_updates": 0}
+    assert prepare(policy, None, [], preset("papo_d"), key=(0, 0)) == {"mask_ratio": 0.0}
 
 
 def test_prompt_length_needs_no_pixels(encoder, prompts):
@@ -282,7 +283,7 @@ def test_encode_errors_name_the_question(encoder):
     with pytest.raises(ValueError, match="spells out an image token"):
         encoder.encode(Example("what is <|image_pad|>?", "1", []))
     with pytest.raises(ValueError, match="(?i)aspect ratio"):
-        encoder.encode(Example("<image>what?", "1", [picture(1, 5000)]))
+        encoder.encode(Example("<image>what?", "1", [random_image(1, 5000)]))
 
 
 def test_the_suffix_is_added_once(encoder):
@@ -292,7 +293,7 @@ def test_the_suffix_is_added_once(encoder):
 
 
 def test_pre_masked_images_are_the_masked_view(encoder, policy):
-    image = picture(84, 84)
+    image = random_image(84, 84)
     black = image.copy()
     black.paste((0, 0, 0), (0, 0, 14, 14))
     prompt = encoder.encode(

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
-from papo import PRESETS, prepare, preset, update
+from papo import PRESETS, mini_batches, prepare, preset, update
 from support import distributed, toy
 from support.batch import Example, Group, seeded
 from support.distributed import init_distributed
@@ -34,6 +34,7 @@ for parameter in reference.model.parameters():  # another policy, so that KL_ref
     parameter.data += 0.01 * torch.randn(parameter.shape, generator=noise)
 for each in (policy, reference):
     distributed.shard(each.model, mesh, torch.float32)
+    each.tokens_per_forward = 200
 
 
 def group(i):
@@ -63,8 +64,9 @@ for name in [*PRESETS, "papo_g live"]:
     if name == "papo_g live":
         algo = preset("papo_d").__class__(masked_grad=True, masked_entropy_coef=0.05, entropy_coef=0.05, average="seq")
     groups = [group(i) for i in (0, 1, 2, 4, 5, 6) if i % world == rank]
-    metrics = prepare(policy, reference, groups, algo, 200, 2, (0, 0))
-    metrics |= update(policy, optimizer, groups, algo, 4, 200, max_grad_norm=1.0)
+    batches = mini_batches(groups, 4)
+    metrics = prepare(policy, reference, batches, algo, key=(0, 0))
+    metrics |= update(policy, optimizer, batches, algo, max_grad_norm=1.0)
     results[name] = metrics, kept
     for each in (policy, reference):  # a forward without a backward must not leave the root's weights whole
         assert all(isinstance(p, DTensor) for p in each.model.parameters()), name

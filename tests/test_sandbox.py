@@ -6,13 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
 from test_reward import ORDINARY, attacks, boxed, released
 
 from support.reward import format_reward
-from support.sandbox import ROOT, Grader
+from support.sandbox import ROOT, Grader, RewardError
 
 linux_only = pytest.mark.skipif(
     sys.platform != "linux", reason="rests on Linux: prctl, RLIMIT_AS, /proc"
@@ -78,6 +79,7 @@ def accuracies(scores):
 # ---- batches
 
 
+@pytest.mark.filterwarnings("ignore:.*raise --reward_deadline")
 def test_hostile_and_ordinary_responses_in_one_batch(grader):
     ordinary = [(boxed(given), answer) for given, answer, _ in ORDINARY]
     hostile = [(boxed(text), "0.5") for text in HANGS + ODD]
@@ -111,11 +113,14 @@ def f(response, answer):
 """
 
 
+@pytest.mark.filterwarnings("ignore:.*raise --reward_deadline")
 def test_budget(tmp_path):
     """One by one, the 20 sleepers would take 10 s with the deadline and 1,200 s without."""
     path = write(tmp_path, SLEEP)
     with Grader(f"{path}:f", workers=2, deadline=0.5, budget=1.5) as grader:
-        scores = grader(["0"] * 5 + ["60"] * 20 + ["0"], ["a"] * 26)
+        left = r"f left \d+ of 26 responses unscored after 1.5 s: raise --reward_budget"
+        with pytest.warns(UserWarning, match=left):
+            scores = grader(["0"] * 5 + ["60"] * 20 + ["0"], ["a"] * 26)
         assert accuracies(scores) == [1.0] * 5 + [0.0] * 21
         assert grader.timeouts >= 1
         assert grader.unscored >= 10
@@ -178,7 +183,7 @@ def test_errors_of_a_users_function(tmp_path):
             ("partly", "finite overall, format, accuracy, the function returned {'overall': 1.0}"),
             ("nan", "the function returned {'overall': nan"),
         ]:
-            with pytest.raises(RuntimeError, match=message):
+            with pytest.raises(RewardError, match=message):
                 grader([word] * 2, ["1"] * 2)
         assert accuracies(grader(["2"], ["0.5"])) == [1.0]
 
@@ -199,7 +204,7 @@ def test_a_function_that_does_not_load_is_named(tmp_path):
         assert "\n" not in str(error.value)
     silent = tmp_path / "silent.py"
     silent.write_text("import os\nos._exit(1)\n")
-    with pytest.raises(RuntimeError, match="the scoring server died"):
+    with pytest.raises(RewardError, match="the scoring server died"):
         Grader(f"{silent}:f", workers=1)
 
 
@@ -208,8 +213,50 @@ def test_bad_arguments(grader):
         grader(["a", "b"], ["a"])
     with pytest.raises(ValueError, match="must be strings, got int 3"):
         grader(["a"], [3])
-    with pytest.raises(ValueError, match="must be positive: workers=0 "):
-        Grader(workers=0)
+
+
+def test_limits_are_checked():
+    for limits, message in [
+        ({"workers": 0}, "workers must be above 0 and at most 1e\\+06, got 0"),
+        ({"deadline": float("nan")}, "deadline must be above 0 and at most 1e\\+06, got nan"),
+        ({"budget": float("inf")}, "budget must be above 0 and at most 1e\\+06, got inf"),
+        ({"memory": -1}, "memory must be above 0 and at most 1e\\+06, got -1"),
+        (
+            {"deadline": 90},
+            "deadline of 90 s exceeds its budget of 60 s per call: raise --reward_budget",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=message) as error:
+            Grader(**limits)
+        assert "\n" not in str(error.value)
+
+
+# ---- too slow
+
+
+def test_a_slow_function_is_reported(tmp_path):
+    """A judge that is slower than the deadline is not taken for one that rewards nothing."""
+    path = write(tmp_path, SLEEP)
+    with Grader(f"{path}:f", workers=2, deadline=0.5) as grader:
+        slow = r"f took more than 0.5 s on 2 of 4 responses: raise --reward_deadline"
+        with pytest.warns(UserWarning, match=slow):
+            assert accuracies(grader(["0", "9", "0", "9"], ["a"] * 4)) == [1.0, 0.0, 1.0, 0.0]
+        with pytest.raises(
+            RewardError, match="0.5 s on 2 of 2 .*: raise --reward_deadline"
+        ) as error:
+            grader(["9"] * 2, ["a"] * 2)
+        assert "\n" not in str(error.value)
+        with warnings.catch_warnings():  # a tenth is tolerated
+            warnings.simplefilter("error")
+            assert grader([], []) == []
+            assert sum(accuracies(grader(["9"] + ["0"] * 9, ["a"] * 10))) == 9.0
+
+
+def test_hostile_responses_alone_are_no_error_of_the_rule():
+    with Grader(workers=2, deadline=0.5) as grader:
+        with pytest.warns(UserWarning, match="compute_score took more than 0.5 s on 2 of 2"):
+            scores = grader([boxed("9**9**9")] * 2, ["0.5"] * 2)
+    assert [score["overall"] for score in scores] == [0.1, 0.1]
 
 
 # ---- no process is left
@@ -222,7 +269,7 @@ def test_a_closed_grader_has_no_process():
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
     grader.close()
-    with pytest.raises(RuntimeError, match="the scoring server died"):
+    with pytest.raises(RewardError, match="the scoring server died"):
         grader(["a"], ["a"])
 
 

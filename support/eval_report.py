@@ -1,0 +1,54 @@
+"""What an evaluation reports: the protocol it followed, and its table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from support import benchmarks, metrics
+
+# Settings that PAPO-Eval samples with: its script's, and its program's top_k and pixel defaults.
+PAPER_PROTOCOL = {
+    "n": 8,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 50,
+    "max_new_tokens": 2048,
+    "max_prompt_tokens": 9216,
+    "min_pixels": 1024,
+    "max_pixels": 589_824,
+}
+PROTOCOLS = {"paper": PAPER_PROTOCOL, "training": {}}  # training: EvalConfig's own defaults
+
+
+def protocol_line(config) -> str:
+    """The settings behind the numbers of a table. config: evaluate.EvalConfig."""
+    settings = []
+    for name in PAPER_PROTOCOL:
+        value = getattr(config, name)
+        changed = PROTOCOLS[config.protocol].get(name, value) != value
+        settings.append(f"{name} {value}" + (" (CHANGED)" if changed else ""))
+    return f"protocol {config.protocol}: {', '.join(settings)}; the box decides, not the format"
+
+
+def report(config, results: dict, baseline: dict | None, notes: list[str]) -> None:
+    """Print the table with its notes, and write it to --out."""
+    paper_sets = benchmarks.BENCHMARKS["all"]
+    known = set(results) & set(paper_sets)
+    averages = {
+        "general": benchmarks.GENERAL,
+        "vision-dependent": benchmarks.VISION,
+        "overall": paper_sets if len(known) == len(results) else tuple(results),
+    }
+    rows = metrics.summarise(results, config.n, averages, baseline)
+    notes = list(notes)
+    if known:
+        notes.append("the benchmarks hold no free-form questions: PAPO-Eval's authors removed them")
+    notes.append("interval: bootstrap over questions; unboxed: without a complete \\boxed{...}")
+    text = "\n".join([metrics.table(rows, config.n), *notes])
+    print(text)
+    if config.out:
+        out = Path(config.out)
+        (out / "table.txt").write_text(text + "\n", encoding="utf-8")
+        as_json = json.dumps(rows, indent=1).replace("NaN", "null")
+        (out / "table.json").write_text(as_json + "\n")

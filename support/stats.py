@@ -1,0 +1,51 @@
+"""What a training step counts while it samples, and how that becomes metrics."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from support.batch import Group
+from support.distributed import sum_over_ranks
+
+
+@dataclass
+class RolloutStats:
+    """Sums over the responses of a step on this rank. The README's glossary explains each."""
+
+    responses: float = 0.0
+    reward: float = 0.0
+    accuracy: float = 0.0
+    format: float = 0.0
+    truncated: float = 0.0
+    response_tokens: float = 0.0
+    zero_advantage_groups: float = 0.0
+    skipped_rows: float = 0.0
+    reward_timeouts: float = 0.0
+    reward_errors: float = 0.0
+    reward_unscored: float = 0.0
+
+    def add_scores(self, scores: list[dict], grader) -> None:
+        """Count one round's scores and what its grader could not score."""
+        self.responses += len(scores)
+        self.reward += sum(score["overall"] for score in scores)
+        self.accuracy += sum(score["accuracy"] for score in scores)
+        self.format += sum(score["format"] for score in scores)
+        self.reward_timeouts += grader.timeouts
+        self.reward_errors += grader.errors
+        self.reward_unscored += grader.unscored
+
+    def add_group(self, group: Group) -> None:
+        """Count a group that has its advantages."""
+        self.truncated += group.truncated.sum().item()
+        self.response_tokens += group.response_mask.sum().item()
+        no_signal = group.advantages.abs().max() < 1e-6  # equal rewards leave about 1e-10
+        self.zero_advantage_groups += int(no_signal)
+
+    def metrics(self) -> dict[str, float]:
+        """Over all ranks: means per response, then sums (response_tokens for tokens_per_second)."""
+        names = asdict(self).keys()
+        values = dict(zip(names, sum_over_ranks(asdict(self).values()), strict=True))
+        n = max(values.pop("responses"), 1.0)
+        for name in ("reward", "accuracy", "format", "truncated"):
+            values[name] /= n
+        return values | {"response_length": values["response_tokens"] / n}
