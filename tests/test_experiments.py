@@ -1,5 +1,6 @@
 """The experiments' bookkeeping: jobs, misread answers, statistics, tables from results alone."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -7,7 +8,9 @@ import pytest
 
 import train
 from experiments import report, run
+from papo import Algo, preset
 from support import toy
+from support.cli import parse_flags, resolve_config
 
 ROOT = Path(__file__).parent.parent
 SETTING = toy.setting_of(run.SPEC)
@@ -35,13 +38,17 @@ def test_the_report_shows_every_variant():
 
 
 def test_train_accepts_the_flags_of_every_variant(tmp_path):
+    algo_fields = {field.name for field in dataclasses.fields(Algo)}
     for name, flags in run.VARIANTS.items():
         words = ["--model", run.SPEC, "--out", str(tmp_path / name)]
         for flag, value in (run.TRAINING | flags).items():
             words.append(f"--{flag}" if value is True else f"--{flag}={value}")
-        config, algo = train.settings(words)
-        train.dataclasses.replace(train.preset(config.algo), **algo)
-        assert config.data == run.SPEC
+        given = parse_flags("A run.", train.Config, Algo, argv=words)
+        assert flags.items() <= given.items()
+        config = resolve_config(train.Config, given)
+        assert config.data == run.SPEC and config.max_new_tokens == 61
+        changed = {key: value for key, value in flags.items() if key in algo_fields}
+        dataclasses.replace(preset(config.algo), **changed)
 
 
 def test_a_response_is_misread_where_its_count_is_wrong():
