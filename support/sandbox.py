@@ -342,7 +342,8 @@ def _one_line(error: BaseException) -> str:
 def _die_with_parent(parent: int) -> None:
     """Let Linux kill this process when its parent dies, even amid a computation in C.
 
-    Elsewhere a process ends when it next looks at its closed pipe.
+    For Linux, the parent is the thread that started the process. Elsewhere a process ends when it
+    next looks at its closed pipe.
     """
     if LINUX:
         pr_set_pdeathsig = 1
