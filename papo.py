@@ -198,16 +198,22 @@ def update(
         finite = math.isfinite(norm)
         if finite:
             optimizer.step()
+            metrics["grad_norm"] = norm
         optimizer.zero_grad(set_to_none=True)
-        metrics["grad_norm"] = norm if finite else 0.0
         metrics["skipped_updates"] = float(not finite)
         history.append(metrics)
     policy.model.eval()
-    means = {}
-    for name in history[0] if history else ():
-        means[name] = sum(metrics[name] for metrics in history) / len(history)
     skipped = sum(metrics["skipped_updates"] for metrics in history)
-    return means | {"skipped_updates": skipped}
+    return mean_over_mini_batches(history) | {"skipped_updates": skipped}
+
+
+def mean_over_mini_batches(history: list[dict[str, float]]) -> dict[str, float]:
+    """Mean of each metric over the mini-batches that have it: a skipped one has no grad_norm."""
+    values: dict[str, list[float]] = {}
+    for metrics in history:
+        for name, value in metrics.items():
+            values.setdefault(name, []).append(value)
+    return {name: sum(each) / len(each) for name, each in values.items()}
 
 
 def accumulate_gradients(policy: Policy, batch: list[Group], algo: Algo) -> dict[str, float]:

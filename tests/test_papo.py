@@ -262,8 +262,18 @@ def test_update_moves_the_policy_and_skips_what_is_not_finite(policy, groups, na
     before = [p.clone() for p in policy.model.parameters()]
     groups[0].advantages = torch.full((3,), float("nan"))
     metrics = update(policy, optimizer, [groups], algo)
-    assert metrics["skipped_updates"] == 1
+    assert metrics["skipped_updates"] == 1 and "grad_norm" not in metrics
     assert all(torch.equal(a, b) for a, b in zip(before, policy.model.parameters(), strict=True))
+
+
+def test_a_skipped_update_does_not_lower_the_mean_gradient_norm(policy, groups):
+    optimizer = torch.optim.SGD(policy.model.parameters(), lr=0.0)
+    algo = preset("grpo_no_kl_ref")
+    whole = update(policy, optimizer, [groups[1:2]], algo)
+    groups[0].advantages = torch.full((3,), float("nan"))
+    half_skipped = update(policy, optimizer, mini_batches(groups[:2], 1), algo)
+    assert half_skipped["skipped_updates"] == 1
+    assert half_skipped["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-5)
 
 
 def test_a_step_without_groups_is_no_error(policy):
