@@ -54,15 +54,20 @@ def mask_salient(
 
 
 def noise_patches(
-    pixel_values: Tensor, ratio: float, sigma: float, generator: torch.Generator | None = None
+    pixel_values: Tensor,
+    ratio: float,
+    sigma: float,
+    generator: torch.Generator | None = None,
+    copies: int = 2,
 ) -> tuple[Tensor, Tensor]:
     """Noise: each patch gets Gaussian noise with probability `ratio`.
 
-    sigma: standard deviation in normalised pixel units. Both temporal copies of a pixel get the
-    same noise, because it is the image that is noisy. The rest as in mask_patches.
+    sigma: standard deviation in normalised pixel units. All temporal copies of a pixel get the same
+    noise, because it is the image that is noisy; the processor says how many there are. The rest as
+    in mask_patches.
     """
     _check(pixel_values, ratio)
-    channels, copies = 3, 2
+    channels = 3
     n, d_patch = pixel_values.shape
     patch_mask = torch.rand(n, generator=generator) < ratio
     noise = torch.randn(n, channels, 1, d_patch // channels // copies, generator=generator) * sigma
@@ -95,24 +100,24 @@ def mask_prompt(
             if saliency is None:
                 raise ValueError("mask_strategy=semantic needs a saliency function image -> [h, w]")
             scores = to_patch_order(saliency(image), h, w, encoder.images.merge_size)
-        view, patch_mask = mask_image_patches(
-            patches, algo, encoder.black_patch, generator, saliency=scores
-        )
+        view, patch_mask = mask_image_patches(patches, algo, encoder, generator, scores)
         masked.append(view)
         patch_masks.append(patch_mask)
     return torch.cat(masked), torch.cat(patch_masks)
 
 
 def mask_image_patches(
-    patches: Tensor, algo, black: Tensor, generator: torch.Generator, saliency: Tensor | None = None
+    patches: Tensor, algo, encoder, generator: torch.Generator, saliency: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Apply algo.mask_strategy to the patches of one image; saliency[N_patch] for "semantic"."""
+    ratio, black = algo.mask_ratio, encoder.black_patch
     if algo.mask_strategy == "random":
-        return mask_patches(patches, algo.mask_ratio, black, generator)
+        return mask_patches(patches, ratio, black, generator)
     if algo.mask_strategy == "semantic":
-        return mask_salient(patches, algo.mask_ratio, black, saliency)
+        return mask_salient(patches, ratio, black, saliency)
     if algo.mask_strategy == "noise":
-        return noise_patches(patches, algo.mask_ratio, algo.mask_sigma, generator)
+        copies = encoder.images.temporal_patch_size
+        return noise_patches(patches, ratio, algo.mask_sigma, generator, copies)
     choices = ", ".join(STRATEGIES)
     raise ValueError(f"mask_strategy={algo.mask_strategy!r}: choose one of {choices}")
 

@@ -79,6 +79,14 @@ def test_noise_is_on_the_picture(prompt):
     assert difference.std().item() == pytest.approx(0.7, rel=0.05)
 
 
+def test_noise_is_the_same_in_all_temporal_copies():
+    patches = torch.zeros(50, 3 * 3 * 14 * 14)  # three copies
+    noisy, _ = noise_patches(patches, 1.0, 1.0, seeded(0), copies=3)
+    copies = noisy.view(50, 3, 3, -1)
+    assert torch.equal(copies[:, :, 0], copies[:, :, 1])
+    assert torch.equal(copies[:, :, 0], copies[:, :, 2])
+
+
 def test_semantic_hides_the_most_salient_patches_of_each_image(encoder):
     """The bright corner of each picture goes first; the patch order is the processor's, checked on its own output."""
     images = []
