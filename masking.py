@@ -37,17 +37,23 @@ def mask_patches(
 
 
 def mask_salient(
-    pixel_values: Tensor, ratio: float, black: Tensor, saliency: Tensor
+    pixel_values: Tensor,
+    ratio: float,
+    black: Tensor,
+    saliency: Tensor,
+    generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Semantic masking: the round(ratio * N_patch) most salient patches turn black.
 
-    saliency[N_patch], in patch order (see to_patch_order); the rest as in mask_patches.
+    saliency[N_patch], in patch order (see to_patch_order). Ties are broken at random: by position,
+    the same corner of every image would be masked. The rest as in mask_patches.
     """
     _check(pixel_values, ratio)
     n = len(pixel_values)
     if saliency.shape != (n,):
         raise ValueError(f"saliency of shape {tuple(saliency.shape)} for {n} patches")
-    order = saliency.float().argsort(descending=True, stable=True)
+    shuffled = torch.randperm(n, generator=generator)
+    order = shuffled[saliency.float()[shuffled].argsort(descending=True, stable=True)]
     patch_mask = torch.zeros(n, dtype=torch.bool)
     patch_mask[order[: round(ratio * n)]] = True
     return _replace(pixel_values, patch_mask, black), patch_mask
@@ -114,7 +120,7 @@ def mask_image_patches(
     if algo.mask_strategy == "random":
         return mask_patches(patches, ratio, black, generator)
     if algo.mask_strategy == "semantic":
-        return mask_salient(patches, ratio, black, saliency)
+        return mask_salient(patches, ratio, black, saliency, generator)
     if algo.mask_strategy == "noise":
         copies = encoder.images.temporal_patch_size
         return noise_patches(patches, ratio, algo.mask_sigma, generator, copies)

@@ -103,6 +103,20 @@ def test_semantic_hides_the_most_salient_patches_of_each_image(encoder):
     torch.testing.assert_close(masked, encoder.black_patch.expand_as(masked), atol=1e-5, rtol=0)
 
 
+def test_semantic_ties_are_broken_at_random(encoder, prompt):
+    """A toy image is salient on a few dots only: the rest must not go in reading order."""
+    n = len(prompt.pixel_values)
+    saliency = torch.zeros(n)
+    saliency[-3:] = 1.0
+    chosen = []
+    for seed in (0, 0, 1):
+        args = (prompt.pixel_values, 0.5, encoder.black_patch, saliency)
+        chosen.append(mask_salient(*args, seeded(seed))[1])
+    assert all(int(mask.sum()) == round(0.5 * n) and mask[-3:].all() for mask in chosen)
+    assert torch.equal(chosen[0], chosen[1]) and not torch.equal(chosen[0], chosen[2])
+    assert 0.3 < chosen[0][: n // 2].float().mean() < 0.7
+
+
 def test_patch_order_is_the_processors(encoder):
     """A picture whose every patch has its own grey: reading it off the patches gives the order."""
     h, w = 6, 10
