@@ -30,7 +30,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 RESULTS = HERE / "results"
 
-SPEC = "toy:grid=4,colours=4,most=6,warm_steps=400"
+SPEC = "toy:grid=4,colours=4,most=6,warm_steps=400,plain_share=0"
 SPLITS = ("general", "vision_dependent")
 TRAINING = {
     "steps": 30,

@@ -6,7 +6,8 @@ other. The paper starts from Qwen2.5-VL-Instruct and real benchmarks; nothing he
 
 The task: an image is a grid of tinted cells, some with a coloured dot. The question offers a
 shortcut: "A note says 3. How many red dots are there?" The note is right half the time in `train`
-and `general`, where copying it pays, and never in `vision_dependent`, where only looking pays. Each
+and `general`, where copying it pays, and never in `vision_dependent`, where only looking pays. A
+share of the training questions come without a note, so that the model can be asked plainly. Each
 dot lies inside one 14-px patch. PAPO's mask blackens a patch with probability 0.6, so it hides a
 dot with probability 0.6; a dot across four patches would nearly always stay visible.
 
@@ -42,6 +43,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import (
     PreTrainedTokenizerFast,
@@ -67,7 +69,8 @@ COLOURS = {
 }
 NO_DOT = "none"  # the word for a cell without a dot
 
-QUESTION = "A note says {note}. How many {asked} dots are there?"
+NOTE = "A note says {note}."
+QUESTION = "How many {asked} dots are there?"
 SUFFIX = "Think in <think> </think>, then answer in \\boxed{}."
 
 # train.py's defaults are the paper's, for 3B and 7B models. Two sets go over them: one belongs to
@@ -105,6 +108,7 @@ class Setting:
     filled: float = 0.6  # chance that a cell without the asked colour holds another one
     radius: int = 6  # of a dot, in pixels; 6 is the largest that fits inside a patch
     note_right: float = 0.5  # in train and general; at 0.6, RL never stopped copying
+    plain_share: float = 0.25  # chance, in train and warm start, that a question has no note
     misread: float = 0.12  # warm-start labels: chance that a cell's colour is wrong
     copy_note: float = 0.4  # warm-start labels: chance that the box copies the note
     warm_steps: int = 250  # a larger grid needs more before the model begins to see
@@ -117,6 +121,7 @@ class Setting:
             "radius": (1, 6),
             "filled": (0, 1),
             "note_right": (0, 1),
+            "plain_share": (0, 1),
             "misread": (0, 1),
             "copy_note": (0, 1),
         }
@@ -179,7 +184,7 @@ class Scene(NamedTuple):
 
     cells: list[str]  # a colour or NO_DOT per cell, in reading order
     asked: str  # the colour to count
-    note: int  # the number the note claims
+    note: int | None  # the number the note claims; None without a note
     image: Image.Image
 
 
@@ -192,7 +197,17 @@ def make_scene(split: str, row: int, seed: int = 0, setting: Setting = DEFAULT) 
     note = answer
     if split == "vision_dependent" or rng.random() >= setting.note_right:
         note = rng.choice([n for n in range(setting.most + 1) if n != answer])
+    if is_plain(split, row, seed, setting):
+        note = None
     return Scene(cells, asked, note, render(cells, rng, setting))
+
+
+def is_plain(split: str, row: int, seed: int, setting: Setting) -> bool:
+    """Whether a row's question carries no note; never in the evaluation splits."""
+    if split not in ("train", WARM_SPLIT):
+        return False
+    rng = random.Random(f"toy plain {split} {seed} {row}")  # apart: the rest of the row stays
+    return rng.random() < setting.plain_share
 
 
 def colours_of(setting: Setting) -> list[str]:
@@ -262,9 +277,11 @@ def example(split: str, row: int, seed: int = 0, setting: Setting = DEFAULT) -> 
     if split not in (*SPLITS, WARM_SPLIT):
         raise ValueError(f"unknown toy split {split!r}: choose from {', '.join(SPLITS)}")
     cells, asked, note, image = make_scene(split, row, seed, setting)
-    question = "<image>" + QUESTION.format(note=note, asked=asked)
+    question = QUESTION.format(asked=asked)
+    if note is not None:
+        question = f"{NOTE.format(note=note)} {question}"
     answer = str(cells.count(asked))
-    return Example(question, answer, [image], id=f"toy-{split}-{seed}-{row}")
+    return Example("<image>" + question, answer, [image], id=f"toy-{split}-{seed}-{row}")
 
 
 def saliency(image: Image.Image) -> Tensor:
@@ -410,7 +427,7 @@ def make_tokenizer(setting: Setting = DEFAULT) -> PreTrainedTokenizerFast:
     words = [*cell_names(setting), *COLOURS, NO_DOT, *numbers]
     texts = [
         f"<think> {' '.join(words)} </think>",
-        f"You are a helpful assistant.\n\n{QUESTION} {SUFFIX}",
+        f"You are a helpful assistant.\n\n{NOTE} {QUESTION} {SUFFIX}",
         "system\nuser\nassistant\n",
     ]
     split_words = pre_tokenizers.Split(Regex(r" ?[^\s.?,]+|[.?,]|\s+"), "isolated")
@@ -519,7 +536,10 @@ def warm_batch(
         prompts.append(prompt)
         sequences.append(torch.cat([prompt.input_ids, response]))
         is_response.append(torch.arange(len(sequences[-1])) >= len(prompt))
-    input_ids = torch.stack(sequences)  # words are single tokens, so all rows are equally long
+    # Causal attention never looks at padding on the right, so no attention mask is needed.
+    input_ids = pad_sequence(
+        sequences, batch_first=True, padding_value=encoder.tokenizer.pad_token_id
+    )
     inputs = {
         "input_ids": input_ids,
         # Without token types Qwen2.5-VL silently falls back to one-dimensional positions.
@@ -527,7 +547,7 @@ def warm_batch(
         "pixel_values": torch.cat([prompt.pixel_values for prompt in prompts]),
         "image_grid_thw": torch.cat([prompt.image_grid_thw for prompt in prompts]),
     }
-    return inputs, torch.stack(is_response)
+    return inputs, pad_sequence(is_response, batch_first=True)
 
 
 def warm_start(
