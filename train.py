@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.distributed as dist
@@ -244,7 +244,8 @@ def evaluate(run: Run) -> None:
 
 def set_up(argv=None) -> Run:
     """The run that the command line describes; ends the program with one line if there is none."""
-    given = with_saved_config(parse_flags(__doc__, Config, Algo, argv=argv))
+    defaults = asdict(Config()) | asdict(Algo())
+    given = with_saved_config(parse_flags(__doc__, Config, Algo, argv=argv), defaults)
     algo_fields = {field.name for field in dataclasses.fields(Algo)} - {"name"}
     algo_flags = {name: value for name, value in given.items() if name in algo_fields}
     try:

@@ -358,9 +358,12 @@ class Run:
 # -------------------------------------------------------------------------------------------- flags
 
 
-def with_saved_config(given: dict) -> dict:
-    """The given flags, over those of the run that --resume names. Ends the program with one line
-    where they contradict each other or would overwrite a folder."""
+def with_saved_config(given: dict, defaults: dict) -> dict:
+    """The given flags, over those of the run that --resume names.
+
+    Ends the program with one line where they contradict each other or would overwrite a folder.
+    `defaults`: the value of a flag that the run predates.
+    """
     if not given.get("resume"):
         if given.get("out") and Path(given["out"]).exists():
             exit_with_error(f"--out {given['out']} exists: choose another folder, or --resume it")
@@ -368,7 +371,7 @@ def with_saved_config(given: dict) -> dict:
     path = Path(given["resume"]) / "config.json"
     if not path.is_file():
         exit_with_error(f"--resume {given['resume']}: no config.json there")
-    saved = json.loads(path.read_text())
+    saved = defaults | json.loads(path.read_text())
     for name in given.keys() - FREE_ON_RESUME:
         if given[name] != saved[name]:
             conflict = f"--{name} {given[name]} contradicts the run's {saved[name]}"
