@@ -27,8 +27,9 @@ from transformers.utils import cached_file
 
 from support.distributed import on_first_rank
 
-# What AutoProcessor reads: copied unchanged, so that the export loads with it.
-PROCESSOR_FILES = (
+# Copied to the export unchanged: what AutoProcessor reads, and a toy model's task.
+COPIED_FILES = (
+    "task.json",
     "generation_config.json",
     "preprocessor_config.json",
     "video_preprocessor_config.json",
@@ -149,7 +150,7 @@ def export(model, source: str, folder: Path, dtype) -> Path:
         model.config.dtype = dtype
         model.save_pretrained(partial_dir, state_dict=converted)
         model.config.dtype = original_dtype
-        for name in PROCESSOR_FILES:
+        for name in COPIED_FILES:
             path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
             if path:
                 shutil.copyfile(path, partial_dir / name)

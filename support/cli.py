@@ -9,13 +9,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import json
 import os
 import sys
 import time
 from dataclasses import field
 from pathlib import Path
-
-from transformers import AutoConfig
 
 from support import distributed, toy
 
@@ -114,27 +113,37 @@ def model_folder(name: str, seed: int = 0) -> str:
 
 
 def data_of(given: dict) -> str:
-    """The data that the flags stand for; "" where they leave it to the program's default."""
-    model = given.get("model", "toy")
+    """The data that the flags stand for; "" where they leave it to the program's default.
+
+    A toy model brings its own task, also as an exported folder (task.json).
+    """
     if given.get("data"):
         return given["data"]
+    model = given.get("model", "toy")
     if toy.setting_of(model):
         return model
-    if Path(model).is_dir():
-        vocabulary = AutoConfig.from_pretrained(model).get_text_config().vocab_size
-        return "toy" if vocabulary < 1000 else ""
-    return ""
+    return _task_of(model).get("data", "")
 
 
 def resolve_config(cls, given: dict):
-    """A config: the given flags, over the toy's defaults where the data is the toy, over cls's."""
+    """A config: the given flags, over defaults that fit the data and the model, over cls's own.
+
+    What belongs to the task (sizes, lengths, steps) follows the data; what belongs to the model
+    (learning rate) follows the model.
+    """
     defaults = {}
-    data = data_of(given)
+    data, model = data_of(given), given.get("model", "toy")
     setting = toy.setting_of(data)
     if setting:
-        defaults = (
-            toy.task_defaults(setting) | toy.MODEL_DEFAULTS | {"data": data, "val_data": data}
-        )
+        defaults = toy.task_defaults(setting) | {"data": data, "val_data": data}
+    if toy.setting_of(model) or _task_of(model):
+        defaults |= toy.MODEL_DEFAULTS
     names = {one.name for one in dataclasses.fields(cls)}
     values = {name: value for name, value in (defaults | given).items() if name in names}
     return cls(**values)
+
+
+def _task_of(model: str) -> dict:
+    """The content of a model folder's task.json, which the toy's models have; {} for others."""
+    path = Path(model) / "task.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
