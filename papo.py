@@ -22,8 +22,8 @@ import torch
 
 import masking
 from losses import Counts, count, papo_loss
+from support import cli
 from support.batch import Group, pad_and_cat, seeded
-from support.cli import flag
 from support.distributed import gather_over_ranks, reshard_root, sum_over_ranks, world_size
 from support.packing import pack_rows
 from support.phases import phase
@@ -32,7 +32,7 @@ from support.qwen_vl import Policy
 # ------------------------------------------------------------------------------------------ presets
 
 
-preset_flag = partial(flag, shown_default="preset")
+flag = partial(cli.flag, shown_default="preset")
 
 
 @dataclass(frozen=True)
@@ -40,40 +40,28 @@ class Algo:
     """The objective of losses.py and its inputs. Every field is a command-line flag."""
 
     name: str = "papo_g"
-    kl_ref_coef: float = preset_flag(
+    kl_ref_coef: float = flag(
         0.01, "beta: weight of KL_ref; 0: load no reference model", group="objective"
     )
-    kl_prcp_coef: float = preset_flag(0.02, "gamma: weight of KL_prcp, which is maximised")
-    entropy_coef: float = preset_flag(
-        0.0, "eta1: weight of the entropy under the image, pushed down"
-    )
-    masked_entropy_coef: float = preset_flag(
+    kl_prcp_coef: float = flag(0.02, "gamma: weight of KL_prcp, which is maximised")
+    entropy_coef: float = flag(0.0, "eta1: weight of the entropy under the image, pushed down")
+    masked_entropy_coef: float = flag(
         0.0, "eta2: the same under the masked image; a constant without --masked_grad"
     )
-    clip_low: float = preset_flag(0.2, "PPO clip: the ratio's lower bound is 1 - this")
-    clip_high: float = preset_flag(0.3, "PPO clip: the ratio's upper bound is 1 + this")
-    clip_dual: float = preset_flag(
-        3.0, "dual clip: the ratio's bound where the advantage is negative"
-    )
-    average: str = preset_flag(
-        "token", "token: over all tokens (released); seq: per response (Eq. 2)"
-    )
-    dynamic_sampling: bool = preset_flag(
-        False, "drop groups all right or all wrong, sample more (DAPO)"
-    )
-    mask_ratio: float = preset_flag(0.6, "share of patches that the masked view changes")
-    mask_strategy: str = preset_flag("random", "random, semantic or noise")
-    mask_sigma: float = preset_flag(1.0, "noise: standard deviation in normalised pixel units")
-    kl_prcp_estimator: str = preset_flag(
-        "k3", "k3: the released code's form; paper: the literal one"
-    )
-    kl_prcp_clip: float = preset_flag(0.0, "clip KL_prcp per token to [0, this]; 0: off")
-    kl_prcp_coef_end: float = preset_flag(
+    clip_low: float = flag(0.2, "PPO clip: the ratio's lower bound is 1 - this")
+    clip_high: float = flag(0.3, "PPO clip: the ratio's upper bound is 1 + this")
+    clip_dual: float = flag(3.0, "dual clip: the ratio's bound where the advantage is negative")
+    average: str = flag("token", "token: over all tokens (released); seq: per response (Eq. 2)")
+    dynamic_sampling: bool = flag(False, "drop groups all right or all wrong, sample more (DAPO)")
+    mask_ratio: float = flag(0.6, "share of patches that the masked view changes")
+    mask_strategy: str = flag("random", "random, semantic or noise")
+    mask_sigma: float = flag(1.0, "noise: standard deviation in normalised pixel units")
+    kl_prcp_estimator: str = flag("k3", "k3: the released code's form; paper: the literal one")
+    kl_prcp_clip: float = flag(0.0, "clip KL_prcp per token to [0, this]; 0: off")
+    kl_prcp_coef_end: float = flag(
         -1.0, "anneal gamma, and the entropies along, to this at the last step; below 0: off"
     )
-    masked_grad: bool = preset_flag(
-        False, "recompute masked log-probs with gradient in every update"
-    )
+    masked_grad: bool = flag(False, "recompute masked log-probs with gradient in every update")
 
     def __post_init__(self):
         choices = {
