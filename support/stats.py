@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+import torch
+
 from support.batch import Group
 from support.distributed import sum_over_ranks
 
@@ -27,7 +29,8 @@ class RolloutStats:
     def add_scores(self, scores: list[dict], grader) -> None:
         """Count one round's scores and what its grader could not score."""
         self.responses += len(scores)
-        self.reward += sum(score["overall"] for score in scores)
+        rewards = torch.tensor([score["overall"] for score in scores], dtype=torch.float64)
+        self.reward += rewards.sum().item()
         self.accuracy += sum(score["accuracy"] for score in scores)
         self.format += sum(score["format"] for score in scores)
         self.reward_timeouts += grader.timeouts
