@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,9 +23,13 @@ from transformers import AutoModelForImageTextToText
 import train
 from papo import PRESETS
 from rollout import generate
-from support import checkpoint, toy
+from support import checkpoint, data, toy
+from support import run as run_module
 from support.batch import Group, pad_and_cat
 from support.qwen_vl import Encoder, Policy
+from support.run import Run
+from support.sandbox import Grader
+from support.stats import RolloutStats
 
 ROOT = Path(__file__).parent.parent
 TINY = (
@@ -73,7 +78,7 @@ def test_a_run_leaves_what_it_promises(run, folder, capsys):
     said = capsys.readouterr().out
     assert all(
         name in said
-        for name in ("before", "after", "picture:", "metrics.jsonl", "curves.png", "model")
+        for name in ("before", "after", "image:", "metrics.jsonl", "curves.png", "model")
     )
     config = json.loads((out / "config.json").read_text())
     assert (config["algo"], config["steps"], config["kl_prcp_coef"], config["group_size"]) == (
@@ -107,8 +112,6 @@ def test_a_run_leaves_what_it_promises(run, folder, capsys):
         "chat_template.jinja",
     ):
         assert (out / "model" / name).read_bytes() == (Path(folder) / name).read_bytes()
-    from support import data
-
     prompt = encoder.encode(data.load("toy", "general")[0])
     [group] = generate(Policy(model, encoder), [prompt], 1, max_new_tokens=4)
     assert pad_and_cat([group], "tokens").shape[1] >= 1
@@ -202,90 +205,81 @@ def test_sigterm_leaves_a_checkpoint_and_exits_cleanly(folder, tmp_path):
     )
 
 
-def test_dynamic_sampling_drops_and_goes_on(run, monkeypatch):
-    """Groups all right or all wrong are dropped, rounds go on to their limit, the step trains on what it has."""
-    monkeypatch.setattr(train, "MAX_ROUNDS", 3)
-    rewards = iter(range(10**6))
+def training_lines(folder):
+    return [line for line in lines(folder) if "reward" in line]
 
-    def lottery(self, responses, answers):  # every second group of three is all wrong
-        self.timeouts = self.errors = self.unscored = 0
-        scores = []
-        for _ in responses:
-            i = next(rewards)
-            right = float(i // 3 % 2 == 0 and i % 3 == 0)
-            scores.append({"overall": right, "accuracy": right, "format": 0.0})
+
+def wrong(responses):
+    return [dict.fromkeys(("overall", "accuracy", "format"), 0.0) for _ in responses]
+
+
+def test_dynamic_sampling_drops_groups_and_samples_on(run, monkeypatch):
+    """Every second group is all wrong and dropped; rounds go on to their limit."""
+    monkeypatch.setattr(train, "MAX_ROUNDS", 3)
+    numbers = itertools.count()
+
+    def one_right_in_every_second_group(self, responses, answers):
+        scores = wrong(responses)
+        for score in scores:
+            group, sample = divmod(next(numbers), 3)
+            if group % 2 == 0 and sample == 0:
+                score["overall"] = score["accuracy"] = 1.0
         return scores
 
-    monkeypatch.setattr(train.Grader, "__call__", lottery)
-    steps = [
-        m
-        for m in lines(run("dapo", "--algo", "papo_d", "--steps", "1", "--eval_every", "0"))
-        if "reward" in m
-    ]
-    assert (
-        steps[0]["rounds"] == 3
-        and steps[0]["groups_kept"] == 5
-        and steps[0]["zero_advantage_groups"] == 4
-    )
-    monkeypatch.setattr(
-        train.Grader,
-        "__call__",
-        lambda self, r, a: [dict.fromkeys(("overall", "accuracy", "format"), 0.0) for _ in r],
-    )
-    steps = [
-        m
-        for m in lines(run("none", "--algo", "papo_d", "--steps", "1", "--eval_every", "0"))
-        if "reward" in m
-    ]
-    assert steps[0]["groups_kept"] == 0 and steps[0]["rounds"] == 3 and "pg_loss" not in steps[0]
+    monkeypatch.setattr(Grader, "__call__", one_right_in_every_second_group)
+    [step] = training_lines(run("dapo", "--algo", "papo_d", "--steps", "1", "--eval_every", "0"))
+    assert (step["rounds"], step["groups_kept"], step["zero_advantage_groups"]) == (3, 5, 4)
 
 
-def scored(policy, prompt, scores, size=3, dynamic=False):
-    """train.score of groups with these scores: (kept, all groups, what was counted)."""
-    tokens, mask = torch.ones(size, 2, dtype=torch.long), torch.ones(size, 2, dtype=torch.bool)
-    new = lambda: Group(
-        prompt, tokens, mask, mask[:, 0] & False, torch.zeros(size, 2), ["x"] * size
-    )  # noqa: E731
-    groups, seen = [new() for _ in range(len(scores) // size)], Counter()
-    grader = SimpleNamespace(timeouts=0, errors=0, unscored=0)
-    run = SimpleNamespace(grader=lambda texts, answers: scores, config=SimpleNamespace(group_size=size),
-                          algo=SimpleNamespace(dynamic_sampling=dynamic))  # fmt: skip
-    run.grader.__dict__.update(vars(grader))
-    return train.score(run, groups, seen), groups, seen
+def test_a_step_without_groups_is_skipped(run, monkeypatch):
+    monkeypatch.setattr(train, "MAX_ROUNDS", 3)
+    monkeypatch.setattr(Grader, "__call__", lambda self, responses, answers: wrong(responses))
+    steps = training_lines(run("none", "--algo", "papo_d", "--steps", "2", "--eval_every", "0"))
+    assert len(steps) == 2
+    for step in steps:
+        assert step["groups_kept"] == 0 and step["rounds"] == 3 and "pg_loss" not in step
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_groups_that_cannot_be_compared_teach_nothing(policy, prompts, dynamic):
-    """Equal rewards (float64 leaves a residue of 0.1s), and a 0 next to it that is only the grader's lack of time."""
-    good, bad = ({"overall": x, "format": 0.0, "accuracy": x} for x in (1.0, 0.0))
-    tenth, late = {"overall": 0.1, "format": 1.0, "accuracy": 0.0}, bad | {"unscored": 1.0}
-    kept, groups, seen = scored(
-        policy, prompts[0], [tenth] * 3 + [good, bad, late] + [good, bad, bad], dynamic=dynamic
+def test_groups_that_cannot_be_compared_teach_nothing(prompts, dynamic):
+    """Equal rewards (float64 leaves a residue), and a 0 that only means the grader had no time."""
+    good = {"overall": 1.0, "format": 0.0, "accuracy": 1.0}
+    bad = {"overall": 0.0, "format": 0.0, "accuracy": 0.0}
+    formatted = {"overall": 0.1, "format": 1.0, "accuracy": 0.0}
+    scores = [formatted] * 3 + [good, bad, bad | {"unscored": 1.0}] + [good, bad, bad]
+    tokens, mask = torch.ones(3, 2, dtype=torch.long), torch.ones(3, 2, dtype=torch.bool)
+    groups = [
+        Group(prompts[0], tokens, mask, mask[:, 0] & False, torch.zeros(3, 2), ["x"] * 3)
+        for _ in range(3)
+    ]
+
+    def grader(responses, answers):
+        return scores
+
+    grader.timeouts = grader.errors = grader.unscored = 0
+    run = SimpleNamespace(
+        grader=grader,
+        config=SimpleNamespace(group_size=3),
+        algo=SimpleNamespace(dynamic_sampling=dynamic),
     )
-    assert seen["zero_advantage_groups"] == 2 and seen["responses"] == 9
-    assert groups[1].advantages.eq(0).all() and groups[0].advantages.abs().max() < 1e-6
+    stats = RolloutStats()
+    kept = train.score(run, groups, stats)
+    assert stats.zero_advantage_groups == 2 and stats.responses == 9
+    assert groups[0].advantages.abs().max() < 1e-6 and groups[1].advantages.eq(0).all()
     assert groups[2].advantages.tolist() == pytest.approx([1.1547, -0.5774, -0.5774], abs=1e-3)
-    assert [any(g is k for k in kept) for g in groups] == (
-        [False, False, True] if dynamic else [True] * 3
-    )
+    expected = groups[2:] if dynamic else groups
+    assert [id(group) for group in kept] == [id(group) for group in expected]
 
 
 def test_ranks_that_read_different_rows_stop(monkeypatch):
-    from support import data
-
     rows = data.Rows("mine", lambda i: None, [0, 1, 5])
-
-    def gathered(read, own):
-        read[:] = [own, [(3, hash((0, 1, 4)))]]
-
-    monkeypatch.setattr(train.dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(train.dist, "all_gather_object", gathered)
-    with pytest.raises(ValueError, match="the ranks read different rows of mine"):
-        train.same_everywhere(rows)
-    monkeypatch.setattr(
-        train.dist, "all_gather_object", lambda read, own: read.__setitem__(slice(None), [own, own])
-    )
-    train.same_everywhere(rows)
+    for other, fails in (([0, 1, 4], True), ([0, 1, 5], False)):
+        theirs = [(3, hash(tuple(other)))]
+        monkeypatch.setattr(
+            run_module, "gather_over_ranks", lambda mine, theirs=theirs: [mine, theirs]
+        )
+        with pytest.raises(ValueError, match="different rows of mine") if fails else nullcontext():
+            run_module.check_same_rows(rows)
 
 
 def test_a_users_reward(run, tmp_path):
@@ -400,13 +394,13 @@ def write_rows(path, n, every):
 def test_broken_rows_train_through(run, tmp_path, monkeypatch, capsys, n, every, steps):
     """Rows broken in ten ways: counted, the first of each kind named, all others used; memory stays flat."""
     ways = write_rows(tmp_path / "rows.parquet", n, every)
-    log, memory = train.Run.log, []
+    log, memory = Run.log, []
 
     def measured(self, metrics):
         log(self, metrics)
         memory.append(int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20)
 
-    monkeypatch.setattr(train.Run, "log", measured)
+    monkeypatch.setattr(Run, "log", measured)
     flags = "--min_pixels 3136 --max_pixels 20000 --max_prompt_tokens 256 --eval_every 0 --save_every 0".split()
     out = run("rows", "--data", str(tmp_path / "rows.parquet"), "--val_data", "none", "--steps", str(steps), *flags,
               "--prompts_per_step", "10", "--mini_batch", "10", "--group_size", "2")  # fmt: skip
