@@ -32,10 +32,10 @@ from tqdm import tqdm
 import masking
 from papo import Algo
 from rollout import generate
-from support import attribution, benchmarks, plots, predictions
+from support import attribution, benchmarks, cli, plots, predictions
 from support.ask import ask, example_of
 from support.batch import Prompt, seeded
-from support.cli import data_of, exit_with_error, flag, model_folder, parse_flags, resolve_config
+from support.cli import flag
 from support.distributed import gather_over_ranks, init_distributed, on_first_rank, sum_over_ranks
 from support.eval_report import PROTOCOLS, protocol_line, report
 from support.qwen_vl import PROMPT_SUFFIX, Encoder, Policy
@@ -85,13 +85,10 @@ class EvalConfig:
     rollout_batch: int = flag(64, "responses sampled at a time")
 
     def __post_init__(self):
-        for name in ("n", "masks", "max_new_tokens", "rollout_batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        cli.check_counts(self, "n", "masks", "max_new_tokens", "rollout_batch")
+        cli.check_top_p(self)
         if self.temperature < 0:
             raise ValueError(f"temperature={self.temperature}: must be at least 0")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p}: must be above 0 and at most 1")
 
     @property
     def sampling(self) -> dict:
@@ -102,7 +99,7 @@ class EvalConfig:
 
 def configure(given: dict) -> EvalConfig:
     """The given flags, over the protocol's settings, over the toy's for its data, over defaults."""
-    spec = data_of(given) or "all"
+    spec = cli.data_of(given) or "all"
     default_protocol = "paper" if benchmarks.benchmark_names(spec) else "training"
     protocol = given.get("protocol") or default_protocol
     if protocol not in PROTOCOLS:
@@ -111,7 +108,7 @@ def configure(given: dict) -> EvalConfig:
     if given.get("ask") or given.get("explain"):
         defaults["temperature"] = 0.0
     fixed = {"data": spec, "protocol": protocol, "eval_rows": given.get("eval_rows", 0)}
-    return resolve_config(EvalConfig, defaults | given | fixed)
+    return cli.resolve_config(EvalConfig, defaults | given | fixed)
 
 
 # -------------------------------------------------------------------------------------------- avg@n
@@ -248,7 +245,7 @@ def without_model(config: EvalConfig) -> None:
 def set_up(config: EvalConfig) -> Callable[[], None]:
     """Load what --ask, --explain or an evaluation needs; returns the work that is left to do."""
     rank, world, device = init_distributed()
-    name = model_folder(config.model)
+    name = cli.model_folder(config.model)
     encoder = Encoder(name, config.min_pixels, config.max_pixels, config.prompt_suffix)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     sets = {}
@@ -278,19 +275,19 @@ def set_up(config: EvalConfig) -> Callable[[], None]:
 
 
 def main(argv=None) -> None:
-    given = parse_flags(__doc__, EvalConfig, argv=argv)
+    given = cli.parse_flags(__doc__, EvalConfig, argv=argv)
     try:
         config = configure(given)
         if config.compare or config.grade:
             return without_model(config)
         work = set_up(config)
     except (ValueError, OSError) as error:
-        exit_with_error(error)
+        cli.exit_with_error(error)
     try:
         work()
     except KeyboardInterrupt:
         how_to_resume = f": the same command continues in {config.out}" if config.out else ""
-        exit_with_error(f"interrupted{how_to_resume}")
+        cli.exit_with_error(f"interrupted{how_to_resume}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

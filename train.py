@@ -28,12 +28,14 @@ from evaluate import mean_accuracy, predict
 from losses import group_advantages
 from papo import Algo, mini_batches, prepare, preset, update
 from rollout import generate
+from support import cli
 from support.batch import Group
-from support.cli import exit_with_error, flag, model_folder, parse_flags, resolve_config
+from support.cli import flag
 from support.distributed import gather_over_ranks, init_distributed, sum_over_ranks
 from support.phases import out_of_memory_message, phase
 from support.qwen_vl import PROMPT_SUFFIX, Encoder
 from support.run import Run, Stopped, with_saved_config
+from support.sandbox import RewardError
 from support.stats import RolloutStats
 
 MAX_ROUNDS = 20  # of dynamic sampling per step
@@ -77,6 +79,9 @@ class Config:
     temperature: float = flag(1.0, "temperature of sampling and log-probs", group="sampling")
     top_p: float = flag(0.99, "nucleus sampling")
     top_k: int = flag(0, "top-k sampling; 0: off")
+    reward_deadline: float = flag(2.0, "seconds to score one response; then it gets accuracy 0")
+    reward_budget: float = flag(60.0, "seconds to score a round of sampling; the rest go unscored")
+    reward_memory: float = flag(1.0, "GiB per scoring process (Linux)")
 
     lr: float = flag(1e-6, "AdamW's learning rate, constant", group="optimizer")
     weight_decay: float = flag(1e-2, "AdamW's weight decay")
@@ -103,13 +108,10 @@ class Config:
 
     def __post_init__(self):
         counts = ("prompts_per_step", "group_size", "mini_batch", "max_new_tokens", "keep")
-        for name in (*counts, "tokens_per_forward"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        cli.check_counts(self, *counts, "tokens_per_forward")
+        cli.check_top_p(self)
         if not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature}: must be above 0")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p}: must be above 0 and at most 1")
 
 
 # ----------------------------------------------------------------------------------------- the loop
@@ -134,8 +136,8 @@ def train(run: Run) -> None:
         #    L = L_pg + beta KL_ref - gamma KL_prcp + eta1 H + eta2 H_mask
         metrics |= update(policy, run.optimizer, batches, algo, config.max_grad_norm)
 
-        # 4. Log. Save a checkpoint and evaluate where they are due.
-        run.finish_step(metrics)
+        # 4. Log; save a checkpoint and evaluate where they are due.
+        run.finish_step(metrics, groups)
         evaluate(run)
 
 
@@ -197,6 +199,7 @@ def score(run: Run, groups: list[Group], stats: RolloutStats) -> list[Group]:
         correct = [score["accuracy"] for score in scores[in_group]]
         # An ungraded response has reward 0, which the others must not be compared with.
         fully_graded = not any("unscored" in score for score in scores[in_group])
+        group.rewards = rewards[in_group]
         group.advantages = advantages[in_group].float() * fully_graded
         stats.add_group(group)
         informative = fully_graded and 0.01 < sum(correct) / size < 0.99
@@ -245,19 +248,19 @@ def evaluate(run: Run) -> None:
 def set_up(argv=None) -> Run:
     """The run that the command line describes; ends the program with one line if there is none."""
     defaults = asdict(Config()) | asdict(Algo())
-    given = with_saved_config(parse_flags(__doc__, Config, Algo, argv=argv), defaults)
+    given = with_saved_config(cli.parse_flags(__doc__, Config, Algo, argv=argv), defaults)
     algo_fields = {field.name for field in dataclasses.fields(Algo)} - {"name"}
     algo_flags = {name: value for name, value in given.items() if name in algo_fields}
     try:
-        config = resolve_config(Config, given)
+        config = cli.resolve_config(Config, given)
         ranks = init_distributed()
-        source = model_folder(config.model, config.seed)
+        source = cli.model_folder(config.model, config.seed)
         encoder = Encoder(source, config.min_pixels, config.max_pixels, config.prompt_suffix)
         algo = dataclasses.replace(preset(config.algo, encoder.size), **algo_flags)
         run = Run(config, algo, encoder, ranks)
         run.start()
-    except (ValueError, OSError, ImportError) as error:
-        exit_with_error(error)
+    except (ValueError, OSError, ImportError, RewardError) as error:
+        cli.exit_with_error(error)
     return run
 
 
@@ -280,6 +283,8 @@ def main(argv=None) -> None:
             run.save()
         if run.rank == 0:
             print(f"stopped after step {run.step}: --resume {run.folder} continues")
+    except RewardError as error:
+        cli.exit_with_error(error)
     except torch.OutOfMemoryError as error:
         sys.exit(f"rank {dist.get_rank()}: {out_of_memory_message(error)}")
     finally:

@@ -58,6 +58,7 @@ class Group:
     sample_log_probs: Tensor  # [G, T], the sampler's; for checks only, training recomputes them
     responses: list[str] = field(default_factory=list)  # G decoded texts
 
+    rewards: Tensor | None = None  # [G]
     advantages: Tensor | None = None  # [G]
     masked_pixel_values: Tensor | None = None  # [N_patch, D_patch], one mask for the whole group
     patch_mask: Tensor | None = None  # [N_patch] bool, the patches that the mask changed

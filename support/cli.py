@@ -100,6 +100,18 @@ def exit_with_error(message) -> None:
     raise SystemExit(2)
 
 
+def check_counts(config, *names: str) -> None:
+    """ValueError where a field that counts something is below 1."""
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name}={getattr(config, name)}: must be at least 1")
+
+
+def check_top_p(config) -> None:
+    if not 0 < config.top_p <= 1:
+        raise ValueError(f"top_p={config.top_p}: must be above 0 and at most 1")
+
+
 # ----------------------------------------------------------------------------------------- defaults
 
 

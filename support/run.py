@@ -61,6 +61,10 @@ FREE_ON_RESUME = {
 }
 
 
+SHOW_EVERY = 10  # steps between printed responses
+SHOWN_CHARACTERS = 400
+
+
 class Stopped(Exception):  # noqa: N818  (an event, not an error)
     """A signal has asked the run to stop; raised on all ranks together."""
 
@@ -79,7 +83,7 @@ class Run:
         self.position = 0  # prompts of the data stream used by them
         self.evaluated_step = None  # the last step that has an evaluation in the log
         self.stop_requested = False
-        self.warned_of_collapse = False
+        self.warned_of: set[str] = set()  # subjects of warnings given once
         self.history: list[dict] = []  # the lines of metrics.jsonl
         self.unwritten: list[str] = []  # lines that a full disk refused
 
@@ -95,7 +99,13 @@ class Run:
         self.optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay)
         cores = (os.cpu_count() or 1) // local_world_size()
         workers = max(1, min(4, cores))
-        self.grader = Grader(config.reward or compute_score, workers=workers)
+        self.grader = Grader(
+            config.reward or compute_score,
+            workers=workers,
+            deadline=config.reward_deadline,
+            budget=config.reward_budget,
+            memory=config.reward_memory,
+        )
         self.stream = None
 
     # --------------------------------------------------------------------------------------- set-up
@@ -230,7 +240,7 @@ class Run:
         ):
             yield
 
-    def finish_step(self, metrics: dict[str, float]) -> None:
+    def finish_step(self, metrics: dict[str, float], groups: list[Group]) -> None:
         """Count a step, log its metrics with its times, save a checkpoint if one is due."""
         self.step += 1
         self.position = self.stream.position
@@ -242,6 +252,10 @@ class Run:
         }
         metrics["tokens_per_second"] = metrics.pop("response_tokens") / seconds
         self.log(metrics)
+        if self.algo.dynamic_sampling and metrics["groups_kept"] == 0:
+            self._warn_of_empty_step(metrics)
+        if self.step % SHOW_EVERY == 0 and groups:
+            self._show_responses(groups[0])
         if self.is_due(self.config.save_every):
             self.save()
 
@@ -277,10 +291,32 @@ class Run:
             self._warn_of_collapse()
 
     def _warn_of_collapse(self) -> None:
-        warning = None if self.warned_of_collapse else collapse_warning(self.history)
+        warning = None if "collapse" in self.warned_of else collapse_warning(self.history)
         if warning:
-            self.warned_of_collapse = True
-            tqdm.write(warning, file=sys.stderr)
+            self._warn_once("collapse", warning)
+
+    def _warn_of_empty_step(self, metrics: dict[str, float]) -> None:
+        reward, rounds = metrics["reward"], int(metrics["rounds"])
+        self._warn_once(
+            "empty step",
+            f"warning: step {self.step} has no group to train on after {rounds} rounds (mean "
+            f"reward {reward:.3f}): every group is all right or all wrong, so the task is too easy "
+            "or too hard for this model, or --reward does not fit it",
+        )
+
+    def _warn_once(self, subject: str, text: str) -> None:
+        if self.rank == 0 and subject not in self.warned_of:
+            tqdm.write(text, file=sys.stderr)
+        self.warned_of.add(subject)
+
+    def _show_responses(self, group: Group) -> None:
+        """Print the best and the worst response of a group with their rewards."""
+        if self.rank > 0:
+            return
+        tqdm.write(f"step {self.step}: {group.prompt.example.question}")
+        for i in (int(group.rewards.argmax()), int(group.rewards.argmin())):
+            response = group.responses[i][:SHOWN_CHARACTERS]
+            tqdm.write(f"  reward {group.rewards[i]:.2f}: {response}")
 
     @phase("saving")
     def save(self) -> None:

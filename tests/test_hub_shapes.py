@@ -170,7 +170,7 @@ def test_a_hub_folder_trains_and_exports(run, tmp_path, monkeypatch, kind, tied,
         ), name
     trained = {}
 
-    def finish(self, real=train.Run.finish):
+    def export(self, real=train.Run.export):
         real(self)
         trained["policy"] = self.policy
         with torch.no_grad():
@@ -180,7 +180,7 @@ def test_a_hub_folder_trains_and_exports(run, tmp_path, monkeypatch, kind, tied,
             trained["group"] = generate(self.policy, [prompt], 2, max_new_tokens=5)[0]
             trained["log_probs"] = self.policy.log_probs([trained["group"]])
 
-    monkeypatch.setattr(train.Run, "finish", finish)
+    monkeypatch.setattr(train.Run, "export", export)
     flags = [
         "--model",
         source,
@@ -195,7 +195,7 @@ def test_a_hub_folder_trains_and_exports(run, tmp_path, monkeypatch, kind, tied,
     ]
     out = run("run", *flags)
     model_folder = out / "model"
-    for name in checkpoint.PROCESSOR_FILES:
+    for name in checkpoint.COPIED_FILES:
         assert (model_folder / name).exists() == (Path(source) / name).exists(), name
         if (model_folder / name).exists():
             assert (model_folder / name).read_bytes() == (Path(source) / name).read_bytes(), name

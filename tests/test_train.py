@@ -73,13 +73,16 @@ def reader(folder, out, *flags):
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-def test_a_run_leaves_what_it_promises(run, folder, capsys):
+def test_a_run_leaves_what_it_promises(run, folder, monkeypatch, capsys):
+    monkeypatch.setattr(run_module, "SHOW_EVERY", 2)
     out = run("a", "--algo", "papo_g", "--steps", "4", "--keep", "1")
     said = capsys.readouterr().out
     assert all(
         name in said
         for name in ("before", "after", "image:", "metrics.jsonl", "curves.png", "model")
     )
+    assert len(re.findall(r"^step [24]: <image>", said, re.M)) == 2
+    assert len(re.findall(r"^  reward \d\.\d\d: ", said, re.M)) == 4
     config = json.loads((out / "config.json").read_text())
     assert (config["algo"], config["steps"], config["kl_prcp_coef"], config["group_size"]) == (
         "papo_g",
@@ -231,11 +234,14 @@ def test_dynamic_sampling_drops_groups_and_samples_on(run, monkeypatch):
     assert (step["rounds"], step["groups_kept"], step["zero_advantage_groups"]) == (3, 5, 4)
 
 
-def test_a_step_without_groups_is_skipped(run, monkeypatch):
+def test_a_step_without_groups_is_skipped_with_one_warning(run, monkeypatch, capsys):
     monkeypatch.setattr(train, "MAX_ROUNDS", 3)
     monkeypatch.setattr(Grader, "__call__", lambda self, responses, answers: wrong(responses))
     steps = training_lines(run("none", "--algo", "papo_d", "--steps", "2", "--eval_every", "0"))
-    assert len(steps) == 2
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning:" in line]
+    assert len(steps) == 2 and len(warnings) == 1
+    assert "no group to train on after 3 rounds" in warnings[0]
+    assert "mean reward 0.000" in warnings[0]
     for step in steps:
         assert step["groups_kept"] == 0 and step["rounds"] == 3 and "pg_loss" not in step
 
@@ -292,6 +298,25 @@ def test_a_users_reward(run, tmp_path):
         m for m in lines(run("mine", "--steps", "1", "--reward", f"{path}:longer")) if "reward" in m
     ]
     assert steps[0]["reward"] > 0 and steps[0]["accuracy"] == 0 and steps[0]["format"] == 1
+
+
+@pytest.mark.parametrize(
+    "body, words",
+    [
+        ("import time; time.sleep(60)", "--reward_deadline"),
+        ("raise KeyError('no such answer')", "no such answer"),
+        ("return 1.0", "overall, format, accuracy"),
+    ],
+    ids=["slow", "raises", "nonsense"],
+)
+def test_a_reward_that_never_works_ends_the_run_with_one_line(run, tmp_path, capsys, body, words):
+    path = tmp_path / "mine.py"
+    path.write_text(f"def score(response, answer):\n    {body}\n")
+    flags = ["--reward", f"{path}:score", "--reward_deadline", "0.2", "--eval_every", "0"]
+    with pytest.raises(SystemExit) as stop:
+        run("never", "--steps", "1", *flags)
+    said = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert stop.value.code == 2 and len(said) == 1 and words in said[0], said
 
 
 @pytest.mark.parametrize(
