@@ -13,6 +13,7 @@ Differences from the released code:
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import MethodType
@@ -37,6 +38,7 @@ PROMPT_SUFFIX = (
     "You first think through the reasoning process as an internal monologue, enclosed within "
     "<think> </think> tags. Then, provide your final answer enclosed within \\boxed{}."
 )
+TINY = 20_000_000  # parameters of a model that one CPU thread runs best
 VISION_TOKENS = (
     "<|vision_start|>",
     "<|vision_end|>",
@@ -178,6 +180,17 @@ class Encoder:
         return torch.tensor(expanded)
 
 
+def choose_threads(model) -> None:
+    """Run a tiny model on one thread, unless OMP_NUM_THREADS says otherwise.
+
+    Its operations are too small to share: beside other work, torch's threads wait for one another,
+    and a step takes several times as long as on a single thread.
+    """
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    if n_parameters < TINY and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+
+
 def _load_tokenizer(name: str):
     tokenizer = AutoTokenizer.from_pretrained(name)
     template = cached_file(name, "chat_template.json", _raise_exceptions_for_missing_entries=False)
@@ -227,6 +240,7 @@ class Policy:
         checkpointing: recompute each layer in the backward instead of storing its activations.
         """
         model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype).to(device)
+        choose_threads(model)
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         return cls(model, encoder, temperature)

@@ -162,6 +162,21 @@ def test_draw_is_inverse_cdf():
     torch.testing.assert_close(share, many[0].softmax(-1), atol=0.012, rtol=0)
 
 
+def test_a_tiny_model_runs_on_one_thread(folder, encoder, monkeypatch):
+    before = torch.get_num_threads()
+    try:
+        for given, threads in (("2", 2), (None, 1)):
+            torch.set_num_threads(2)
+            if given:
+                monkeypatch.setenv("OMP_NUM_THREADS", given)
+            else:
+                monkeypatch.delenv("OMP_NUM_THREADS")
+            Policy.load(folder, encoder)
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_no_prompts_no_groups(policy):
     assert generate(policy, [], 4, max_new_tokens=8) == []
 
