@@ -40,7 +40,7 @@ from support.distributed import gather_over_ranks, init_distributed, on_first_ra
 from support.eval_report import PROTOCOLS, protocol_line, report
 from support.qwen_vl import PROMPT_SUFFIX, Encoder, Policy
 from support.reward import compute_score
-from support.sandbox import Grader
+from support.sandbox import Grader, RewardError
 
 # Flags that may differ when an interrupted evaluation is resumed.
 FREE = "out baseline grade ask image explain row masks compare protocol rollout_batch".split()
@@ -275,19 +275,21 @@ def set_up(config: EvalConfig) -> Callable[[], None]:
 
 
 def main(argv=None) -> None:
-    given = cli.parse_flags(__doc__, EvalConfig, argv=argv)
+    config = None
     try:
-        config = configure(given)
-        if config.compare or config.grade:
-            return without_model(config)
-        work = set_up(config)
-    except (ValueError, OSError) as error:
-        cli.exit_with_error(error)
-    try:
+        with cli.one_line_errors():
+            config = configure(cli.parse_flags(__doc__, EvalConfig, argv=argv))
+            if config.compare or config.grade:
+                return without_model(config)
+            work = set_up(config)
         work()
     except KeyboardInterrupt:
-        how_to_resume = f": the same command continues in {config.out}" if config.out else ""
-        cli.exit_with_error(f"interrupted{how_to_resume}")
+        resumable = config is not None and config.out
+        cli.exit_with_error(
+            f"interrupted: resume it with --out {config.out}" if resumable else "interrupted"
+        )
+    except RewardError as error:
+        cli.exit_with_error(error)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

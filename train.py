@@ -245,39 +245,37 @@ def evaluate(run: Run) -> None:
 # -------------------------------------------------------------------------------------- the command
 
 
-def set_up(argv=None) -> Run:
-    """The run that the command line describes; ends the program with one line if there is none."""
+def build_run(argv=None) -> Run:
+    """The run that the command line describes, loaded but not started."""
     defaults = asdict(Config()) | asdict(Algo())
     given = with_saved_config(cli.parse_flags(__doc__, Config, Algo, argv=argv), defaults)
+    config = cli.resolve_config(Config, given)
+    ranks = init_distributed()
+    source = cli.model_folder(config.model, config.seed)
+    encoder = Encoder(source, config.min_pixels, config.max_pixels, config.prompt_suffix)
     algo_fields = {field.name for field in dataclasses.fields(Algo)} - {"name"}
     algo_flags = {name: value for name, value in given.items() if name in algo_fields}
-    try:
-        config = cli.resolve_config(Config, given)
-        ranks = init_distributed()
-        source = cli.model_folder(config.model, config.seed)
-        encoder = Encoder(source, config.min_pixels, config.max_pixels, config.prompt_suffix)
-        algo = dataclasses.replace(preset(config.algo, encoder.size), **algo_flags)
-        run = Run(config, algo, encoder, ranks)
-        run.start()
-    except (ValueError, OSError, ImportError, RewardError) as error:
-        cli.exit_with_error(error)
-    return run
+    algo = dataclasses.replace(preset(config.algo, encoder.size), **algo_flags)
+    return Run(config, algo, encoder, ranks)
+
+
+def finish(run: Run) -> None:
+    """Export the model, sample one response to show, draw the curves, print a summary."""
+    run.export()
+    key = ("sample", run.config.seed)
+    longest = run.config.max_new_tokens
+    [sample] = generate(run.policy, [run.sample_prompt()], 1, key=key, max_new_tokens=longest)
+    run.summarise(sample)
 
 
 def main(argv=None) -> None:
     run = None
     try:
-        run = set_up(argv)
+        with cli.one_line_errors():
+            run = build_run(argv)
+            run.start()
         train(run)
-        run.export()
-        [sample] = generate(
-            run.policy,
-            [run.sample_prompt()],
-            1,
-            key=("sample", run.config.seed),
-            max_new_tokens=run.config.max_new_tokens,
-        )
-        run.summarise(sample)
+        finish(run)
     except Stopped:
         if run.config.save_every:
             run.save()

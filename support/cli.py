@@ -13,10 +13,13 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import field
 from pathlib import Path
 
 from support import distributed, toy
+from support.sandbox import RewardError
 
 # -------------------------------------------------------------------------------------------- flags
 
@@ -88,6 +91,15 @@ def _help_text(one: dataclasses.Field) -> str:
     if shown != "":
         text += f" [{shown}]"
     return text.replace("%", "%%")
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """End the program with one line where the block meets bad input or a missing file."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError, RewardError) as error:
+        exit_with_error(error)
 
 
 def exit_with_error(message) -> None:

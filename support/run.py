@@ -13,10 +13,12 @@ when the step is done. The run then saves the state before the interrupted step,
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import json
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -107,6 +109,7 @@ class Run:
             memory=config.reward_memory,
         )
         self.stream = None
+        self._lock = None  # the first rank's
 
     # --------------------------------------------------------------------------------------- set-up
 
@@ -183,6 +186,7 @@ class Run:
         config |= {"algo": self.config.algo, "steps": self.last_step, "resume": ""}
         del config["name"]
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = lock(self.folder)
         checkpoint.clean(self.folder)
         text = json.dumps(config, indent=1) + "\n"
         checkpoint.write_atomically(self.folder / "config.json", text)
@@ -389,6 +393,8 @@ class Run:
         if self.stream:
             self.stream.close()
         self.grader.close()
+        if self._lock:
+            self._lock.close()
 
 
 # -------------------------------------------------------------------------------------------- flags
@@ -421,6 +427,26 @@ def free_name(config) -> str:
     name = f"runs/{config.algo}-{model}-s{config.seed}"
     numbered = (f"{name}-{i}" for i in itertools.count(2))
     return next(each for each in itertools.chain([name], numbered) if not Path(each).exists())
+
+
+def lock(folder: Path):
+    """Claim a run's folder; returns the open lock file. OSError, naming the holder, if it is taken.
+
+    The lock ends with the process however it dies. A killed torchrun leaves its workers alive, and
+    they must not write beside the run that replaces them.
+    """
+    file = open(folder / ".lock", "a+")  # noqa: SIM115  (open as long as the run)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise OSError(f"{folder} is in use by {holder}: end it, or choose another folder") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file
 
 
 def check_same_rows(*sets: data.Rows) -> None:

@@ -192,6 +192,22 @@ def test_out_of_memory_names_the_phase_and_the_flag(run, folder, monkeypatch, ph
         run("oom", "--steps", "1", "--eval_every", "0")
 
 
+def test_two_processes_cannot_share_a_run_folder(run, folder, tmp_path, capsys):  # noqa: F811
+    """As after SIGKILL of torchrun, whose workers live on while the job is started again."""
+    out = run("shared", "--steps", "1", "--eval_every", "0")
+    before = (out / "metrics.jsonl").read_bytes()
+    holder = run_files.lock(out)
+    with pytest.raises(SystemExit):
+        train.main(["--resume", str(out), "--steps", "2"])
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"{out} is in use by process {os.getpid()} on " in error
+    assert (out / "metrics.jsonl").read_bytes() == before
+    dist.destroy_process_group()
+    holder.close()  # as when the process ends
+    train.main(["--resume", str(out), "--steps", "2"])
+    assert [line["step"] for line in lines(out)] == [1, 2]
+
+
 # ------------------------------------------------------------------------------------------------------- several ranks
 
 FAULTY = """
