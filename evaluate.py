@@ -21,7 +21,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -37,13 +37,15 @@ from support.ask import ask, example_of
 from support.batch import Prompt, seeded
 from support.cli import flag
 from support.distributed import gather_over_ranks, init_distributed, on_first_rank, sum_over_ranks
-from support.eval_report import PROTOCOLS, protocol_line, report
+from support.protocol import protocol_line, report, with_protocol
 from support.qwen_vl import PROMPT_SUFFIX, Encoder, Policy
 from support.reward import compute_score
+from support.saliency import saliency_for
 from support.sandbox import Grader, RewardError
 
-# Flags that may differ when an interrupted evaluation is resumed.
-FREE = "out baseline grade ask image explain row masks compare protocol rollout_batch".split()
+# Flags that an interrupted evaluation must be resumed with: those that decide the numbers.
+DECISIVE = """model data benchmarks n eval_rows reward reward_deadline seed temperature top_p top_k
+max_prompt_tokens max_new_tokens min_pixels max_pixels prompt_suffix""".split()
 
 
 @dataclass
@@ -60,6 +62,8 @@ class EvalConfig:
     baseline: str = flag("", "folder of predictions to measure Delta_rel against")
     eval_rows: int = flag(0, "the first so many usable rows of each set; 0: all")
     reward: str = flag("", "path/file.py:function(response, answer) instead of the released rule")
+    reward_deadline: float = flag(2.0, "seconds to score one response; then it gets accuracy 0")
+    reward_memory: float = flag(1.0, "GiB per scoring process (Linux)")
     seed: int = flag(0, "random seed")
 
     ask: str = flag("", "answer one question, streamed", group="instead of evaluating")
@@ -67,6 +71,7 @@ class EvalConfig:
     explain: bool = flag(False, "draw a response's image attribution: to --ask, or to --row")
     row: str = flag("0", "for --explain: ROW or SPLIT:ROW of the data")
     masks: int = flag(8, "for --explain: how many masks to average over")
+    heat_patches: int = flag(256, "for --explain: cells of the heat map, at most")
     grade: tuple = flag((), "grade these prediction files (ours or PAPO-Eval's)")
     compare: tuple = flag((), "draw the curves of these runs together")
 
@@ -85,7 +90,7 @@ class EvalConfig:
     rollout_batch: int = flag(64, "responses sampled at a time")
 
     def __post_init__(self):
-        cli.check_counts(self, "n", "masks", "max_new_tokens", "rollout_batch")
+        cli.check_counts(self, "n", "masks", "heat_patches", "max_new_tokens", "rollout_batch")
         cli.check_top_p(self)
         if self.temperature < 0:
             raise ValueError(f"temperature={self.temperature}: must be at least 0")
@@ -99,16 +104,7 @@ class EvalConfig:
 
 def configure(given: dict) -> EvalConfig:
     """The given flags, over the protocol's settings, over the toy's for its data, over defaults."""
-    spec = cli.data_of(given) or "all"
-    default_protocol = "paper" if benchmarks.benchmark_names(spec) else "training"
-    protocol = given.get("protocol") or default_protocol
-    if protocol not in PROTOCOLS:
-        raise ValueError(f"--protocol {protocol}: choose one of {', '.join(PROTOCOLS)}")
-    defaults = dict(PROTOCOLS[protocol])
-    if given.get("ask") or given.get("explain"):
-        defaults["temperature"] = 0.0
-    fixed = {"data": spec, "protocol": protocol, "eval_rows": given.get("eval_rows", 0)}
-    return cli.resolve_config(EvalConfig, defaults | given | fixed)
+    return cli.resolve_config(EvalConfig, with_protocol(given))
 
 
 # -------------------------------------------------------------------------------------------- avg@n
@@ -203,22 +199,23 @@ def evaluate_set(policy: Policy, name: str, rows, grader, config) -> tuple[list[
 
 @torch.no_grad()
 def explain(policy: Policy, prompt: Prompt, config: EvalConfig) -> None:
-    """Per-token image attribution: a token's log-prob under the image minus its mean under masked
-    views. Per patch: how much the response's log-prob drops when that patch alone is black."""
+    """Per-token image attribution: log-prob under the image minus the mean under masked views; and
+    per cell of the image, how much the response's log-prob drops when it alone is black."""
     encoder = policy.encoder
     [group] = generate(policy, [prompt], 1, key=("explain", config.seed), **config.sampling)
+    algo = Algo(**attribution.mask_settings(config.model))
+    policy.saliency = saliency_for(algo.mask_strategy, config.data)
     views, patch_masks = [], []
     for number in range(config.masks):
         generator = seeded("explain", config.seed, number)
-        view, patch_mask = masking.mask_prompt(prompt, Algo(), encoder, generator)
-        views.append(view)
-        patch_masks.append(patch_mask)
-    clean = attribution.log_probs(policy, group, prompt.pixel_values)  # [T]
-    masked = torch.stack([attribution.log_probs(policy, group, view) for view in views]).mean(0)
-    drops = attribution.patch_drops(policy, group, clean)
-    attribution.draw(
-        encoder, group, patch_masks[0], clean, masked, drops, out=config.out or "explained"
-    )
+        masked = masking.mask_prompt(prompt, algo, encoder, generator, policy.saliency)
+        views.append(masked[0])
+        patch_masks.append(masked[1])
+    [clean] = attribution.log_probs(policy, group, [prompt.pixel_values])  # [T]
+    masked = attribution.log_probs(policy, group, views, progress="masks").mean(0)
+    heats = attribution.patch_drops(policy, group, clean, config.heat_patches)
+    out = config.out or "explained"
+    attribution.draw(encoder, group, patch_masks[0], clean, masked, heats, out)
     print(f"perception gain: {(clean - masked).mean():.3f} per token, over {config.masks} masks")
 
 
@@ -262,7 +259,7 @@ def set_up(config: EvalConfig) -> Callable[[], None]:
         policy = Policy.load(name, encoder, dtype, device, config.temperature or 1.0)
         return partial(explain if config.explain else ask, policy, prompt, config)
     if config.out:
-        settings = {name: value for name, value in asdict(config).items() if name not in FREE}
+        settings = {name: getattr(config, name) for name in DECISIVE}
         inputs = {name: settings[name] for name in ("model", "data", "benchmarks")}
         on_first_rank(lambda: predictions.open_output(Path(config.out), settings, inputs))
     baseline = None
@@ -270,7 +267,8 @@ def set_up(config: EvalConfig) -> Callable[[], None]:
         how = {"n": config.n, "reward": config.reward}
         baseline = predictions.grade_files([config.baseline], sets, **how)
     policy = Policy.load(name, encoder, dtype, device, config.temperature or 1.0)
-    grader = Grader(config.reward or compute_score, 1 if world > 1 else None, budget=1e6)
+    limits = {"deadline": config.reward_deadline, "budget": 1e6, "memory": config.reward_memory}
+    grader = Grader(config.reward or compute_score, 1 if world > 1 else None, **limits)
     return partial(evaluate, policy, sets, grader, baseline, config)
 
 
@@ -284,10 +282,8 @@ def main(argv=None) -> None:
             work = set_up(config)
         work()
     except KeyboardInterrupt:
-        resumable = config is not None and config.out
-        cli.exit_with_error(
-            f"interrupted: resume it with --out {config.out}" if resumable else "interrupted"
-        )
+        resume = f"; --out {config.out} resumes it" if config and config.out else ""
+        cli.exit_with_error(f"interrupted{resume}")
     except RewardError as error:
         cli.exit_with_error(error)
     finally:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,42 +16,97 @@ from support.batch import Group
 from support.predictions import boxed
 from support.qwen_vl import Encoder, Policy
 
-HEAT_TITLE = "drop of the response's log-prob when a patch alone is black"
+HEAT_TITLE = "drop of the response's log-prob when a cell alone is black"
 
 
-def log_probs(policy: Policy, group: Group, pixel_values: Tensor) -> Tensor:
-    """Log-probs [T] of a group's only response with these pixels in place of its image."""
-    return policy.log_probs([replace(group, masked_pixel_values=pixel_values)], masked=True)[
-        0
-    ].cpu()
+def mask_settings(model: str) -> dict:
+    """The mask_ratio, mask_strategy and mask_sigma a model was trained with; {} if unknown.
 
-
-def patch_drops(policy: Policy, group: Group, clean: Tensor) -> Tensor:
-    """How much the response's log-prob drops with one image token's patches black; [image tokens].
-
-    clean[T]: the log-probs under the whole image.
+    They are in the config.json of the run that an exported model/ folder lies in.
     """
-    pixels, width = group.prompt.pixel_values, policy.encoder.patches_per_token
-    drops = []
-    for start in tqdm(range(0, len(pixels), width), desc="patches", leave=False):
-        view = pixels.clone()
-        view[start : start + width] = policy.encoder.black_patch
-        drops.append((clean - log_probs(policy, group, view)).sum())
-    return torch.stack(drops)
+    path = Path(model).parent / "config.json"
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    names = ("mask_ratio", "mask_strategy", "mask_sigma")
+    return {name: config[name] for name in names if name in config}
+
+
+def log_probs(policy: Policy, group: Group, views: list[Tensor], progress: str = "") -> Tensor:
+    """Log-probs [n_views, T] of a group's only response, each view in place of its image.
+
+    views: pixel_values[N_patch, D_patch] each. A forward holds as many views as
+    policy.tokens_per_forward allows.
+    """
+    per_forward = max(1, policy.tokens_per_forward // group.n_tokens)
+    starts = range(0, len(views), per_forward)
+    parts = []
+    for start in tqdm(starts, desc=progress, leave=False, disable=not progress):
+        chunk = views[start : start + per_forward]
+        variants = [replace(group, masked_pixel_values=view) for view in chunk]
+        parts.append(policy.log_probs(variants, masked=True).cpu())
+    return torch.cat(parts)
+
+
+def patch_drops(policy: Policy, group: Group, clean: Tensor, max_cells: int) -> list[Tensor]:
+    """How much the response's log-prob drops when one cell of the image alone is black.
+
+    A cell is one image token, or a square of several where the images have more than `max_cells`
+    tokens. clean[T]: the log-probs under the whole image. Returns a grid [rows, columns] of cells
+    per image.
+    """
+    grids = token_grids(policy.encoder, group)
+    side = cell_side(grids, max_cells)
+    cells, shapes = [], []
+    first_token = 0
+    for h, w in grids:
+        tokens = torch.arange(first_token, first_token + h * w).view(h, w)
+        for rows in tokens.split(side):
+            cells += [cell.flatten() for cell in rows.split(side, dim=1)]
+        shapes.append((math.ceil(h / side), math.ceil(w / side)))
+        first_token += h * w
+    print(f"heat map: {len(cells)} cells of {side} x {side} image tokens, one view each")
+    views = [black_out(policy.encoder, group.prompt.pixel_values, cell) for cell in cells]
+    masked = log_probs(policy, group, views, progress="heat map")
+    drops = (clean - masked).sum(1)
+    per_image = drops.split([rows * columns for rows, columns in shapes])
+    return [heat.view(shape) for heat, shape in zip(per_image, shapes, strict=True)]
+
+
+def token_grids(encoder: Encoder, group: Group) -> list[tuple[int, int]]:
+    """(rows, columns) of image tokens, for each image of a group's prompt."""
+    merge = encoder.images.merge_size
+    return [(h // merge, w // merge) for _, h, w in group.prompt.image_grid_thw.tolist()]
+
+
+def cell_side(grids: list[tuple[int, int]], max_cells: int) -> int:
+    """The smallest side, in image tokens, of square cells that are at most `max_cells`."""
+    side = 1
+    while sum(math.ceil(h / side) * math.ceil(w / side) for h, w in grids) > max_cells:
+        if all(side >= max(grid) for grid in grids):
+            break  # a single cell per image
+        side += 1
+    return side
+
+
+def black_out(encoder: Encoder, pixel_values: Tensor, tokens: Tensor) -> Tensor:
+    """A copy of pixel_values[N_patch, D_patch] with the patches of some image tokens black."""
+    per_token = encoder.patches_per_token
+    view = pixel_values.clone()
+    view.view(-1, per_token, view.shape[1])[tokens] = encoder.black_patch
+    return view
 
 
 def draw(
-    encoder: Encoder, group: Group, patch_mask: Tensor, clean: Tensor, masked: Tensor, drops, out
+    encoder: Encoder, group: Group, patch_mask: Tensor, clean: Tensor, masked: Tensor, heats, out
 ) -> None:
     """Write the figures to the folder `out` and print what they show.
 
-    patch_mask[N_patch]: a mask to show. clean, masked[T]: log-probs. drops: see patch_drops.
+    patch_mask[N_patch]: a mask to show. clean, masked[T]: log-probs. heats: see patch_drops.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     example = group.prompt.example
     merge = encoder.images.merge_size
-    grids = [(h // merge, w // merge) for _, h, w in group.prompt.image_grid_thw.tolist()]
+    grids = token_grids(encoder, group)
     masked_images = example.images_aug
     if not masked_images:
         masked_images = []
@@ -71,9 +128,8 @@ def draw(
         answer=example.answer,
     )
     files = list(gain_files)
-    heats = drops.split([h * w for h, w in grids])
-    for i, (image, heat, grid) in enumerate(zip(example.images, heats, grids, strict=True)):
-        files.append(plots.heat_map(image, heat.view(grid), out / f"heat_map{i}.png", HEAT_TITLE))
+    for i, (image, heat) in enumerate(zip(example.images, heats, strict=True)):
+        files.append(plots.heat_map(image, heat, out / f"heat_map{i}.png", HEAT_TITLE))
     print(f"question: {question}")
     print(f"response: {group.responses[0]}")
     print(f"boxed: {boxed(group.responses[0])}")

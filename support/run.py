@@ -30,7 +30,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from tqdm import tqdm
 
-from support import benchmarks, checkpoint, data, phases, plots, toy
+from support import benchmarks, checkpoint, data, phases, plots
 from support.batch import Group, Prompt
 from support.cli import exit_with_error
 from support.distributed import (
@@ -48,6 +48,7 @@ from support.metrics import collapse_warning, read_metrics
 from support.phases import phase
 from support.qwen_vl import Encoder, Policy
 from support.reward import compute_score
+from support.saliency import saliency_for
 from support.sandbox import Grader
 
 # Flags that may change when a run is resumed.
@@ -93,7 +94,8 @@ class Run:
         epoch_steps = int(config.epochs * len(self.rows)) // config.prompts_per_step
         self.last_step = config.steps or max(1, epoch_steps)
         self.policy = self._load_policy(encoder, torch.float32)
-        self.policy.saliency = self._saliency()
+        if algo.needs_masked_view:
+            self.policy.saliency = saliency_for(algo.mask_strategy, config.data)
         self.reference = None
         if algo.kl_ref_coef:
             self.reference = self._load_policy(encoder, self.dtype)
@@ -144,16 +146,6 @@ class Run:
             policy.model.model.visual.requires_grad_(not config.freeze_vision)
             shard(policy.model, mesh, self.dtype)
         return policy
-
-    def _saliency(self):
-        """The saliency function of semantic masks; None for other masks."""
-        if self.algo.mask_strategy != "semantic" or not self.algo.needs_masked_view:
-            return None
-        if toy.setting_of(self.config.data):
-            return toy.saliency
-        from support.saliency import dino_saliency  # downloads a model
-
-        return dino_saliency()
 
     def start(self) -> None:
         """Open the folder, resume from its newest checkpoint, read data ahead, heed signals."""

@@ -5,9 +5,13 @@ The most salient patches turn black. The paper reports that random masks work be
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from PIL import Image
 from torch import Tensor
+
+from support import toy
 
 
 def dino_saliency(model: str = "facebook/dinov2-base"):
@@ -37,3 +41,10 @@ def dino_saliency(model: str = "facebook/dinov2-base"):
         return class_to_patches.mean(0).view(h, w)
 
     return saliency
+
+
+def saliency_for(strategy: str, data: str) -> Callable | None:
+    """The saliency function of semantic masks on this data; None for other masks."""
+    if strategy != "semantic":
+        return None
+    return toy.saliency if toy.setting_of(data) else dino_saliency()

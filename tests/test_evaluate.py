@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import random_image
 from PIL import Image
 from test_benchmarks import row, split_rows, write_split
 from test_predictions import its_rule, papo_eval_file
@@ -19,8 +20,8 @@ from test_predictions import its_rule, papo_eval_file
 import evaluate
 from papo import Algo
 from rollout import generate
-from support import benchmarks, metrics, plots, toy
-from support.batch import seeded
+from support import attribution, benchmarks, metrics, plots, toy
+from support.batch import Example, seeded
 from support.predictions import boxed
 from support.qwen_vl import Encoder, Policy
 
@@ -286,7 +287,7 @@ def test_it_goes_on(folder, bench, whole, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "generate", counted)
     with pytest.raises(SystemExit, match="2"):
         evaluate.main(command)
-    assert f"interrupted: the same command goes on in {out}" in capsys.readouterr().err
+    assert f"interrupted; --out {out} resumes it" in capsys.readouterr().err
     assert batches == [[0, 1], [2, 3]] and not (out / "table.txt").exists()
     part = out / "partial" / "We_Math" / "0.jsonl"
     part.write_text(
@@ -387,13 +388,13 @@ def test_ask(folder, images, capsys, question, count):
     )
     full = question if "<image>" in question else "<image>" * count + question
     prompt = encoder.encode(
-        evaluate.Example(full, "", [Image.open(p).convert("RGB") for p in images[:count]])
+        Example(full, "", [Image.open(p).convert("RGB") for p in images[:count]])
     )
     [group] = generate(
         Policy.load(folder, encoder), [prompt], 1, temperature=0.0, max_new_tokens=12
     )
     assert text.startswith(group.responses[0])  # transformers' own loop and ours say the same
-    found = boxed(group.responses[0]) or "nothing, the response holds no \\boxed{...}"
+    found = boxed(group.responses[0]) or "nothing, the response has no \\boxed{...}"
     assert text.splitlines()[-1] == f"boxed: {found}"
 
 
@@ -447,6 +448,33 @@ def test_explain(folder, tmp_path, monkeypatch, capsys):
     shown = encoder.images(images=[pictures[0]], return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(shown, view)
     assert 0 < hit.float().mean() < 1
+
+
+def test_explain_is_bounded_batched_and_masks_as_the_run_did(folder, tmp_path, monkeypatch, capsys):
+    """A full-size image has over a thousand image tokens: cells of several tokens, few forwards."""
+    run_folder = tmp_path / "run"
+    run_folder.mkdir()
+    (run_folder / "model").symlink_to(folder)
+    (run_folder / "config.json").write_text('{"mask_ratio": 1.0, "mask_strategy": "random"}')
+    shown, forwards = {}, []
+    draw, log_probs = attribution.draw, Policy.log_probs
+    monkeypatch.setattr(
+        attribution, "draw", lambda *args: (shown.update(draw=args), draw(*args))[1]
+    )
+    monkeypatch.setattr(
+        Policy, "log_probs", lambda *args, **how: forwards.append(1) or log_probs(*args, **how)
+    )
+    image = random_image(28 * 8, 28 * 6)  # 48 image tokens
+    image.save(tmp_path / "image.png")
+    flags = "--max_new_tokens 5 --masks 2 --heat_patches 12 --max_pixels 200704".split()
+    question = ["--ask", "How many?", "--image", str(tmp_path / "image.png")]
+    out = ["--out", str(tmp_path / "out")]
+    model = str(run_folder / "model")
+    evaluate.main(["--model", model, "--explain", *question, *flags, *out])
+    _, _, patch_mask, clean, masked, [heat], _ = shown["draw"]
+    assert heat.shape == (3, 4) and "12 cells of 2 x 2 image tokens" in capsys.readouterr().out
+    assert patch_mask.all() and not torch.equal(clean, masked)  # the run's mask_ratio, not 0.6
+    assert len(forwards) == 3  # clean; two masked views; twelve cells
 
 
 def test_explain_a_question_of_ones_own(folder, tmp_path, images, capsys):
@@ -525,7 +553,7 @@ def test_compare(tmp_path, capsys):
     [
         (["--protocol", "papers"], "--protocol papers: choose one of paper, training"),
         (["--grad", "x"], "unknown flag --grad: did you mean --grade?"),
-        (["--n", "0"], "n=0 temperature=1.0 top_p=1.0: counts are at least 1"),
+        (["--n", "0"], "n=0: must be at least 1"),
         (
             ["--data", "We_Math", "--benchmarks", "."],
             "no benchmark We_Math in .: its We_Math.json is expected there",

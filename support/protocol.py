@@ -1,11 +1,11 @@
-"""What an evaluation reports: the protocol it followed, and its table."""
+"""The paper's evaluation protocol, and the table that an evaluation reports."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-from support import benchmarks, metrics
+from support import benchmarks, cli, metrics
 
 # Settings that PAPO-Eval samples with: its script's, and its program's top_k and pixel defaults.
 PAPER_PROTOCOL = {
@@ -19,6 +19,20 @@ PAPER_PROTOCOL = {
     "max_pixels": 589_824,
 }
 PROTOCOLS = {"paper": PAPER_PROTOCOL, "training": {}}  # training: EvalConfig's own defaults
+
+
+def with_protocol(given: dict) -> dict:
+    """The given flags of evaluate.py, over the settings of the protocol they choose."""
+    data = cli.data_of(given) or "all"
+    default = "paper" if benchmarks.benchmark_names(data) else "training"
+    protocol = given.get("protocol") or default
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"--protocol {protocol}: choose one of {', '.join(PROTOCOLS)}")
+    settings = dict(PROTOCOLS[protocol])
+    if given.get("ask") or given.get("explain"):
+        settings["temperature"] = 0.0
+    rows = given.get("eval_rows", 0)  # all of them, where training evaluates on some
+    return settings | given | {"data": data, "protocol": protocol, "eval_rows": rows}
 
 
 def protocol_line(config) -> str:
