@@ -251,7 +251,7 @@ class Run:
         if self.algo.dynamic_sampling and metrics["groups_kept"] == 0:
             self._warn_of_empty_step(metrics)
         if self.step % SHOW_EVERY == 0 and groups:
-            self._show_responses(groups[0])
+            self._show_responses(groups)
         if self.is_due(self.config.save_every):
             self.save()
 
@@ -305,14 +305,16 @@ class Run:
             tqdm.write(text, file=sys.stderr)
         self.warned_of.add(subject)
 
-    def _show_responses(self, group: Group) -> None:
-        """Print the best and the worst response of a group with their rewards."""
+    def _show_responses(self, groups: list[Group]) -> None:
+        """Print the best and the worst response of a group, if possible of one where they differ."""
         if self.rank > 0:
             return
+        differing = (group for group in groups if group.rewards.min() < group.rewards.max())
+        group = next(differing, groups[0])
         tqdm.write(f"step {self.step}: {group.prompt.example.question}")
-        for i in (int(group.rewards.argmax()), int(group.rewards.argmin())):
-            response = group.responses[i][:SHOWN_CHARACTERS]
-            tqdm.write(f"  reward {group.rewards[i]:.2f}: {response}")
+        by_reward = group.rewards.argsort(descending=True).tolist()
+        for i in (by_reward[0], by_reward[-1]):
+            tqdm.write(f"  reward {group.rewards[i]:.2f}: {group.responses[i][:SHOWN_CHARACTERS]}")
 
     @phase("saving")
     def save(self) -> None:
