@@ -306,7 +306,7 @@ class Run:
         self.warned_of.add(subject)
 
     def _show_responses(self, groups: list[Group]) -> None:
-        """Print the best and the worst response of a group, if possible of one where they differ."""
+        """Print a group's best and worst response, if possible of a group where they differ."""
         if self.rank > 0:
             return
         differing = (group for group in groups if group.rewards.min() < group.rewards.max())
