@@ -1,6 +1,6 @@
-"""Fixtures: a tiny random Qwen2.5-VL as a Hugging Face folder, its encoder, policy and prompts."""
+"""Fixtures: a tiny Qwen2.5-VL as a Hugging Face folder, its encoder, policy, prompts and groups."""
 
-# ruff: noqa: E402  (the environment must be set before the libraries that read it are imported)
+# ruff: noqa: E402  (libraries read the environment when they are imported)
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may touch a network
@@ -20,7 +20,7 @@ torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """The toy's model after two steps of its warm start: real class, real files, nothing learned."""
+    """The toy's model after two warm-up steps: real class, real files, nothing learned."""
     return str(toy.build(seed=0, folder=tmp_path_factory.mktemp("toy") / "model", steps=2))
 
 
@@ -41,7 +41,7 @@ def random_image(width, height, seed=0):
 
 
 def examples():
-    """Unequal on purpose: one image, two images, none, an oblong one."""
+    """Questions with one image, with two, with none, and with an oblong one."""
     return [
         Example("<image>How many red dots are there?", "1", [random_image(84, 84)]),
         Example(
@@ -51,7 +51,7 @@ def examples():
         ),
         Example("How many dots?", "3", []),
         Example(
-            "A note says 3. <image>How many blue dots are there, all in all?",
+            "A note says 3. <image>How many blue dots are there in total?",
             "0",
             [random_image(140, 56)],
         ),
@@ -65,10 +65,33 @@ def prompts(encoder):
 
 @pytest.fixture()
 def groups(policy, prompts):
-    """Four groups of three responses of unequal lengths, cut by hand."""
+    """Four groups of three responses, truncated to unequal lengths."""
     groups = generate(policy, prompts, 3, max_new_tokens=12, key=(0, 0), rollout_batch=5)
-    for g, group in enumerate(groups):
-        lengths = torch.tensor([12, 1 + g, 7 - g])
-        group.response_mask &= torch.arange(group.tokens.shape[1])[None] < lengths[:, None]
+    truncate(groups)
+    for group in groups:
         group.advantages = torch.tensor([1.0, -0.5, -0.5])
     return groups
+
+
+def truncate(groups):
+    """Cut groups of three responses of at most 12 tokens to unequal lengths."""
+    for i, group in enumerate(groups):
+        lengths = torch.tensor([12, 1 + i, 7 - i])
+        group.response_mask &= torch.arange(group.tokens.shape[1])[None] < lengths[:, None]
+
+
+@pytest.fixture()
+def record_calls(monkeypatch):
+    """record_calls(owner, name) wraps a function, and returns the list its arguments go to."""
+
+    def wrap(owner, name):
+        original, calls = getattr(owner, name), []
+
+        def recorded(*args, **kwargs):
+            calls.append((args, kwargs))
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, recorded)
+        return calls
+
+    return wrap
