@@ -148,9 +148,13 @@ def _replace(pixel_values: Tensor, patch_mask: Tensor, replacement: Tensor) -> T
     return torch.where(where, replacement.to(pixel_values), pixel_values)
 
 
-def _check(pixel_values: Tensor, ratio: float) -> None:
+def check_ratio(ratio: float) -> None:
     if not 0.0 <= ratio <= 1.0:
         raise ValueError(f"mask_ratio={ratio}: choose a share of patches between 0 and 1")
+
+
+def _check(pixel_values: Tensor, ratio: float) -> None:
+    check_ratio(ratio)
     if pixel_values.dim() != 2:
         shape = tuple(pixel_values.shape)
         raise ValueError(f"pixel_values of shape {shape}: expected flattened [N_patch, D_patch]")

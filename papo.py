@@ -24,7 +24,7 @@ import masking
 from losses import Counts, count, papo_loss
 from support import cli
 from support.batch import Group, pad_and_cat, seeded
-from support.distributed import gather_over_ranks, reshard_root, sum_over_ranks, world_size
+from support.distributed import concat_over_ranks, reshard_root, sum_over_ranks, world_size
 from support.packing import pack_rows
 from support.phases import phase
 from support.qwen_vl import Policy
@@ -73,9 +73,7 @@ class Algo:
             if getattr(self, name) not in allowed:
                 given = getattr(self, name)
                 raise ValueError(f"{name}={given!r}: choose one of {', '.join(allowed)}")
-        if not 0.0 <= self.mask_ratio <= 1.0:
-            given = self.mask_ratio
-            raise ValueError(f"mask_ratio={given}: choose a share of patches between 0 and 1")
+        masking.check_ratio(self.mask_ratio)
 
     @property
     def needs_masked_view(self) -> bool:
@@ -127,9 +125,7 @@ def mini_batches(groups: list[Group], size: int) -> list[list[Group]]:
     Groups are numbered by Prompt.index over all ranks. So no group moves between ranks, and which
     mini-batch it is in does not depend on the number of ranks.
     """
-    indices = []
-    for rank_indices in gather_over_ranks([group.prompt.index for group in groups]):
-        indices += rank_indices
+    indices = concat_over_ranks([group.prompt.index for group in groups])
     number = {index: i // size for i, index in enumerate(sorted(indices))}
     batches = [[] for _ in range(math.ceil(len(indices) / size))]
     for group in groups:

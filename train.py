@@ -31,7 +31,7 @@ from rollout import generate
 from support import cli
 from support.batch import Group
 from support.cli import flag
-from support.distributed import gather_over_ranks, init_distributed, sum_over_ranks
+from support.distributed import concat_over_ranks, init_distributed, sum_over_ranks
 from support.phases import out_of_memory_message, phase
 from support.qwen_vl import PROMPT_SUFFIX, Encoder
 from support.run import Run, Stopped, with_saved_config
@@ -120,7 +120,7 @@ class Config:
 def train(run: Run) -> None:
     """Sample, grade, record what the update compares with, update."""
     config, policy = run.config, run.policy
-    evaluate(run)
+    evaluate_if_due(run)
     for step in run.steps():
         algo = run.algo.annealed(run.progress)
 
@@ -138,7 +138,7 @@ def train(run: Run) -> None:
 
         # 4. Log; save a checkpoint and evaluate where they are due.
         run.finish_step(metrics, groups)
-        evaluate(run)
+        evaluate_if_due(run)
 
 
 @phase("rollout")
@@ -210,15 +210,13 @@ def score(run: Run, groups: list[Group], stats: RolloutStats) -> list[Group]:
 
 def cut_surplus(groups: list[Group], n: int) -> list[Group]:
     """This rank's groups among the first n of all ranks, in the order of sampling."""
-    indices = []
-    for rank_indices in gather_over_ranks([group.prompt.index for group in groups]):
-        indices += rank_indices
+    indices = concat_over_ranks([group.prompt.index for group in groups])
     first_cut = sorted(indices)[n]
     return [group for group in groups if group.prompt.index < first_cut]
 
 
-def evaluate(run: Run) -> None:
-    """If an evaluation is due, log avg@n of each evaluation set and a few decoded responses."""
+def evaluate_if_due(run: Run) -> None:
+    """Log avg@n of each evaluation set, and a few decoded responses, if an evaluation is due."""
     if not run.evaluation_is_due():
         return
     config, accuracies, samples = run.config, {}, []

@@ -11,6 +11,7 @@ FSDP averages gradients over ranks, where a sum is wanted (`papo.update`).
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -103,6 +104,11 @@ def gather_over_ranks(value) -> list:
     gathered = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, value)
     return gathered
+
+
+def concat_over_ranks(values: list) -> list:
+    """The lists that the ranks pass, one after the other."""
+    return list(itertools.chain.from_iterable(gather_over_ranks(values)))
 
 
 def sum_over_ranks(values) -> list[float]:
