@@ -7,18 +7,21 @@ Shapes: B = responses, T = response positions, right-padded; P = prompts, G = re
 never read: whatever stands there, even NaN, changes no loss, no metric and no gradient.
 
 Where the paper, the released code and this file differ:
-1. KL_prcp: the paper writes r - log r - 1 with r = pi / pi_mask, the released code has
+1. KL_prcp: the paper prints r - log r - 1 with r = pi / pi_mask, the released code has
    r = pi_mask / pi. Samples come from pi, so the code's form is the unbiased k3 estimate of
    KL(pi || pi_mask) and the paper's is not. Default: the code's form;
-   `Algo.kl_prcp_estimator = "paper"` takes the literal one.
-2. H and H_mask are minus the mean log-prob of the sampled tokens, not entropies over the
-   vocabulary (as released).
-3. The masked log-probs normally carry no gradient, so H_mask is a constant: it changes the loss and
-   no weight (as released). With `--masked_grad` they carry one, H_mask becomes a real term, and
-   KL_prcp's gradient reaches both views.
-4. The release averages each micro-batch and then averages those means. Here every mean divides by a
-   count over the whole mini-batch on all ranks (`denominator`). So the losses of any split add up
-   to the loss of the whole, and a token weighs the same however long its neighbours are.
+   `Algo.kl_prcp_estimator = "paper"` selects the printed one.
+2. H and H_mask are estimates from the sampled tokens, minus their mean log-prob. They are not sums
+   over the vocabulary (as released), and they are always averaged over tokens.
+3. The masked log-probs normally carry no gradient (as released). So H_mask changes the value of the
+   loss but not its gradient. With `--masked_grad` it does, and KL_prcp's gradient reaches both
+   views.
+4. The release averages within each micro-batch, then over micro-batches. Here every mean divides by
+   a count over the whole mini-batch on all ranks (`denominator`). So the losses of any split add up
+   to the loss of the whole, and every token has the same weight.
+
+Symbols and fields of papo.Algo: beta = kl_ref_coef, gamma = kl_prcp_coef, eta1 = entropy_coef,
+eta2 = masked_entropy_coef.
 """
 
 from __future__ import annotations
@@ -29,15 +32,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-KL_CLAMP = 10.0  # upper bound of k3, as released: one wild token cannot dominate the gradient
-LOG_RATIO_CLAMP = 20.0  # keeps exp() of a log-ratio finite in fp32, as released
+KL_CLAMP = 10.0  # upper bound of k3 per token, so that one token cannot dominate (as released)
+LOG_RATIO_CLAMP = 20.0  # keeps exp() of a log-ratio finite in fp32 (as released)
 
 
 # -------------------------------------------------------------------------------------------- means
 
 
 class Counts(NamedTuple):
-    """What means divide by. Counts of the parts of a batch add up to those of the batch."""
+    """Denominators of averages. The counts of a batch's parts add up to the batch's."""
 
     tokens: float  # response tokens
     sequences: float  # responses
@@ -54,7 +57,7 @@ def count(mask: Tensor, has_image: Tensor | None = None) -> Counts:
 def masked_mean(
     values: Tensor, mask: Tensor, denominator: float | None = None, average: str = "token"
 ) -> Tensor:
-    """Scalar mean of values[B, T] where mask[B, T] is True; 0, never NaN, where it is nowhere True.
+    """Scalar mean of values[B, T] where mask[B, T] is True; 0, not NaN, if it is False everywhere.
 
     average "token": over all tokens (the released configs). "seq": within each response, then over
     responses (the paper's Eq. 2). `denominator` replaces the batch's own number of tokens or
@@ -80,8 +83,8 @@ def group_advantages(rewards: Tensor, group_size: int, eps: float = 1e-6) -> Ten
     """A_i = (R_i - mean R) / (std R + eps) within each group.
 
     rewards[P * G], groups adjacent -> advantages[P * G]. std is unbiased (as released). A group of
-    one has nothing to be compared with and gets 0. Computed in float64: five equal rewards of 0.9
-    leave a rounding residue in float32 that eps = 1e-6 would turn into advantages of 0.05.
+    one has nothing to be compared with and gets 0. Computed in float64: in float32 five rewards of
+    0.9 have a std of about 1e-7 instead of 0, which eps = 1e-6 turns into advantages of 0.05.
     """
     if rewards.dim() != 1 or group_size < 1 or len(rewards) % group_size:
         shape = tuple(rewards.shape)
@@ -100,8 +103,8 @@ def group_advantages(rewards: Tensor, group_size: int, eps: float = 1e-6) -> Ten
 def kl_k3(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
     """Schulman's k3 at each sampled token: exp(d) - d - 1 with d = log pi_ref - log pi; [B, T].
 
-    Never negative; its expectation under pi is KL(pi || pi_ref). Clamped as released: outside the
-    clamps the value is bounded and the gradient is 0.
+    Never negative; unclamped, its expectation under pi is KL(pi || pi_ref). Clamped as released:
+    where the value reaches 10, the gradient is 0.
     """
     d = (ref_log_probs - log_probs).clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
     return (d.exp() - d - 1).clamp(-KL_CLAMP, KL_CLAMP)
@@ -120,12 +123,15 @@ def policy_loss(  # noqa: PLR0913  (one argument per symbol of the equation)
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """L_pg: the clipped policy gradient of GRPO and DAPO with the dual clip. Scalar and metrics.
 
-    With the ratio r = pi / pi_old, per token: max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)),
-    but at most -A clip_dual where A < 0. log_probs, old_log_probs, mask[B, T]; advantages[B], or
-    [B, T] where a variant weights tokens. `denominator`: as in papo_loss.
+    Per token, with the ratio r = pi / pi_old:
 
-    Metrics: pg_loss; ppo_kl (mean log pi_old - log pi); clip_frac (share of tokens where the clip
-    decides, on either side); clip_frac_dual (share where the dual clip decides).
+        l = max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high))
+        l = min(l, -A clip_dual)    where A < 0
+
+    All tensors are [B, T], except advantages, which are [B], or [B, T] where a variant weights
+    tokens. `denominator`: as in papo_loss. Metrics: pg_loss; ppo_kl (mean log pi_old - log pi);
+    clip_frac (share of tokens where the clipped term is the larger); clip_frac_dual (share of
+    tokens where the dual clip decides).
     """
     counts = count(mask) if denominator is None else denominator
     log_probs = _zero_padding(log_probs, mask)
@@ -168,49 +174,62 @@ def papo_loss(  # noqa: PLR0913  (one argument per symbol of the equation)
     denominator: Counts | None = None,
     has_image: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The objective L of the header, term by term. Scalar, and each term's value as a metric.
+    """The objective L of the header: a scalar, and each term's value as a metric.
 
-    Log-probs and mask[B, T], advantages[B] or [B, T], algo: papo.Algo. ref_log_probs are needed
-    where algo.kl_ref_coef is not 0, masked_log_probs where kl_prcp_coef or masked_entropy_coef is
-    not 0 (else ValueError); given without need they are measured and add nothing. A response whose
-    has_image[B] is False has no masked view: its KL_prcp is 0 in value and gradient, and
-    masked_entropy leaves it out. `denominator`: where this batch is part of a mini-batch, the
-    Counts of the whole over all ranks; default: this batch's own.
+    Log-probs and mask are [B, T], advantages [B] or [B, T]; algo: papo.Algo. ValueError if a term
+    has a coefficient but not its log-probs. Log-probs without a coefficient only become metrics.
+    Responses whose has_image[B] is False have no masked view: their KL_prcp is 0 in value and
+    gradient, and masked_entropy leaves them out. `denominator`: Counts of the full mini-batch over
+    all ranks; default: of this batch.
     """
     _check_inputs(algo, ref_log_probs, masked_log_probs)
     counts = count(mask, has_image) if denominator is None else denominator
     average = algo.average
-    mean = partial(masked_mean, denominator=_denominator(counts, average), average=average)
-    clips = (algo.clip_low, algo.clip_high, algo.clip_dual)
-    policy_args = (log_probs, old_log_probs, advantages, mask)
-    loss, metrics = policy_loss(*policy_args, *clips, average=average, denominator=counts)
-
+    mean = partial(
+        masked_mean, mask=mask, denominator=_denominator(counts, average), average=average
+    )
+    pg, metrics = policy_loss(
+        log_probs,
+        old_log_probs,
+        advantages,
+        mask,
+        clip_low=algo.clip_low,
+        clip_high=algo.clip_high,
+        clip_dual=algo.clip_dual,
+        average=average,
+        denominator=counts,
+    )
     log_probs = _zero_padding(log_probs, mask)
-    terms = {}  # name -> (coefficient, value); L is their sum
+    kl_ref = kl_prcp = masked_entropy = log_probs.new_zeros(())
     if ref_log_probs is not None:
-        ref_log_probs = _zero_padding(ref_log_probs, mask)
-        terms["kl_ref"] = algo.kl_ref_coef, mean(kl_k3(log_probs, ref_log_probs), mask)
-
+        kl_ref = mean(kl_k3(log_probs, _zero_padding(ref_log_probs, mask)))
+        metrics["kl_ref"] = kl_ref.detach()
     if masked_log_probs is not None:
-        masked_log_probs = _zero_padding(masked_log_probs, mask)
-        image_mask = mask.bool()  # the tokens that have a masked view
+        has_view = mask.bool()  # [B, T], tokens that have a masked view
         if has_image is not None:
-            image_mask = image_mask & has_image.bool()[:, None]
-            masked_log_probs = torch.where(
-                has_image.bool()[:, None], masked_log_probs, log_probs.detach()
-            )
-        kl_prcp = mean(_kl_prcp(log_probs, masked_log_probs, algo), mask)
-        terms["kl_prcp"] = -algo.kl_prcp_coef, kl_prcp  # maximised: the sign is minus
-        masked_entropy = masked_mean(-masked_log_probs, image_mask, counts.image_tokens)
-        terms["masked_entropy"] = algo.masked_entropy_coef, masked_entropy
+            has_view = has_view & has_image.bool()[:, None]
+        # Elsewhere the masked view is the clean one without gradient, so that KL_prcp is 0.
+        masked_log_probs = torch.where(has_view, masked_log_probs, log_probs.detach())
+        kl_prcp = mean(_kl_prcp(log_probs, masked_log_probs, algo))
+        masked_entropy = masked_mean(-masked_log_probs, has_view, counts.image_tokens)
+        metrics["kl_prcp"] = kl_prcp.detach()
+        metrics["masked_entropy"] = masked_entropy.detach()
+    entropy = masked_mean(-log_probs, mask, counts.tokens)
+    metrics["entropy"] = entropy.detach()
 
-    terms["entropy"] = algo.entropy_coef, masked_mean(-log_probs, mask, counts.tokens)
-
-    for name, (coefficient, value) in terms.items():
-        metrics[name] = value.detach()
-        if coefficient:  # at 0 the graph stays exactly what it would be without the term
-            loss = loss + coefficient * value
+    loss = (
+        pg
+        + _weighted(algo.kl_ref_coef, kl_ref)
+        - _weighted(algo.kl_prcp_coef, kl_prcp)  # maximised
+        + _weighted(algo.entropy_coef, entropy)
+        + _weighted(algo.masked_entropy_coef, masked_entropy)
+    )
     return loss, metrics
+
+
+def _weighted(coefficient: float, term: Tensor) -> Tensor | float:
+    """coefficient * term; at coefficient 0 the term adds nothing to the graph."""
+    return coefficient * term if coefficient else 0.0
 
 
 def _kl_prcp(log_probs: Tensor, masked_log_probs: Tensor, algo) -> Tensor:

@@ -1,15 +1,16 @@
-"""The masked view I_mask: what KL_prcp compares the image with.
+"""The masked image I_mask, the corrupted view in KL_prcp.
 
 Masking acts on the image processor's output, after resizing and normalisation and before the
 vision tower: pixel_values[N_patch, D_patch], one row per patch, whose D_patch values are ordered
-(channel, temporal copy, y, x). A still image is fed as equal frames, its temporal copies.
+(channel, temporal copy, y, x). A still image is repeated over the processor's temporal_patch_size
+frames; these are the temporal copies.
 
-The released code draws 14-px tiles on the raw image, before resizing and RGB conversion, from an
-unseeded global generator, so a tile rarely is a patch of the model. Here tiles are patches and the
-caller passes the generator: one mask per prompt, shared by its group.
+The release blacks out 14-px tiles of the raw image, before resizing and RGB conversion, from an
+unseeded global generator, so tiles rarely line up with the model's patches. Here a tile is a patch,
+and the caller's generator draws one mask per prompt, shared by its group.
 
-A new corruption is one function (pixel_values, ratio, ...) -> (masked, patch_mask) and one branch
-in `mask_image_patches`.
+A new corruption is a function (pixel_values, ratio, ...) -> (masked, patch_mask), its name in
+STRATEGIES and a branch in `mask_image_patches`. Its parameters are fields of papo.Algo.
 """
 
 from __future__ import annotations
@@ -45,15 +46,16 @@ def mask_salient(
 ) -> tuple[Tensor, Tensor]:
     """Semantic masking: the round(ratio * N_patch) most salient patches turn black.
 
-    saliency[N_patch], in patch order (see to_patch_order). Ties are broken at random: by position,
-    the same corner of every image would be masked. The rest as in mask_patches.
+    saliency[N_patch], in patch order (see to_patch_order). Ties are broken at random; breaking them
+    by position would mask the same corner of every image. Other arguments: see mask_patches.
     """
     _check(pixel_values, ratio)
     n = len(pixel_values)
     if saliency.shape != (n,):
         raise ValueError(f"saliency of shape {tuple(saliency.shape)} for {n} patches")
     shuffled = torch.randperm(n, generator=generator)
-    order = shuffled[saliency.float()[shuffled].argsort(descending=True, stable=True)]
+    scores = saliency.float()[shuffled]
+    order = shuffled[scores.argsort(descending=True, stable=True)]
     patch_mask = torch.zeros(n, dtype=torch.bool)
     patch_mask[order[: round(ratio * n)]] = True
     return _replace(pixel_values, patch_mask, black), patch_mask
@@ -68,9 +70,8 @@ def noise_patches(
 ) -> tuple[Tensor, Tensor]:
     """Noise: each patch gets Gaussian noise with probability `ratio`.
 
-    sigma: standard deviation in normalised pixel units. All temporal copies of a pixel get the same
-    noise, because it is the image that is noisy; the processor says how many there are. The rest as
-    in mask_patches.
+    sigma: standard deviation in normalised pixel units. copies: temporal_patch_size; temporal copies
+    share their noise, since they show one image. Other arguments: see mask_patches.
     """
     _check(pixel_values, ratio)
     channels = 3
@@ -90,7 +91,7 @@ def mask_prompt(
     """The masked view of a prompt, image by image: masked[N_patch, D_patch], patch_mask[N_patch].
 
     algo.mask_strategy names the strategy; "semantic" needs `saliency`, a function image -> [h, w].
-    A prompt that brings pre-masked images (column images_aug) uses those instead.
+    If the prompt has pre-masked images (column images_aug), they are used instead.
     """
     if prompt.aug_pixel_values is not None:
         changed = (prompt.aug_pixel_values != prompt.pixel_values).any(-1)
@@ -131,8 +132,8 @@ def mask_image_patches(
 def to_patch_order(saliency: Tensor, grid_h: int, grid_w: int, merge: int = 2) -> Tensor:
     """Resample a saliency map [h, w] to the patch grid, in the processor's order: [N_patch].
 
-    The processor walks the grid in blocks of merge x merge patches, because the model's merger
-    joins each block to one image token.
+    The processor walks the grid in blocks of merge x merge patches, because the model merges
+    each block into one image token.
     """
     size = (grid_h, grid_w)
     grid = torch.nn.functional.interpolate(saliency.float()[None, None], size, mode="area")[0, 0]

@@ -6,9 +6,10 @@ that `prepare` and `update` train on; train.py is the loop around them.
     prepare   mask the images; record old, reference and masked log-probs, without gradient
     update    one optimizer step per mini-batch on losses.papo_loss
 
-Every mean is taken over the whole mini-batch on all ranks: neither how groups are packed into rows
-nor the number of ranks changes the update (see also losses.py and masking.py for differences from
-the paper and the released code).
+The data they pass is a Group: one prompt, its G responses, and what is recorded about them
+(support/batch.py). Every mean is over the whole mini-batch on all ranks, so packing and the number
+of ranks do not change the update, up to rounding. losses.py and masking.py list the differences
+from the paper and the released code.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+from torch.distributed.tensor import DTensor
 
 import masking
 from losses import Counts, count, papo_loss
@@ -37,29 +39,35 @@ flag = partial(cli.flag, shown_default="preset")
 
 @dataclass(frozen=True)
 class Algo:
-    """The objective of losses.py and its inputs. Every field is a command-line flag."""
+    """Settings of the objective of losses.py. Every field but `name` is a command-line flag."""
 
     name: str = "papo_g"
     kl_ref_coef: float = flag(
         0.01, "beta: weight of KL_ref; 0: load no reference model", group="objective"
     )
     kl_prcp_coef: float = flag(0.02, "gamma: weight of KL_prcp, which is maximised")
-    entropy_coef: float = flag(0.0, "eta1: weight of the entropy under the image, pushed down")
+    entropy_coef: float = flag(0.0, "eta1: weight of the entropy under the image, minimised")
     masked_entropy_coef: float = flag(
-        0.0, "eta2: the same under the masked image; a constant without --masked_grad"
+        0.0, "eta2: the same under the masked image; no gradient without --masked_grad"
     )
     clip_low: float = flag(0.2, "PPO clip: the ratio's lower bound is 1 - this")
     clip_high: float = flag(0.3, "PPO clip: the ratio's upper bound is 1 + this")
-    clip_dual: float = flag(3.0, "dual clip: the ratio's bound where the advantage is negative")
-    average: str = flag("token", "token: over all tokens (released); seq: per response (Eq. 2)")
-    dynamic_sampling: bool = flag(False, "drop groups all right or all wrong, sample more (DAPO)")
+    clip_dual: float = flag(3.0, "dual clip: upper bound of the ratio at negative advantages")
+    average: str = flag(
+        "token", "average of L_pg and the KLs; token: over tokens; seq: per response (Eq. 2)"
+    )
+    dynamic_sampling: bool = flag(
+        False, "drop groups that are all right or all wrong, and sample more (DAPO)"
+    )
     mask_ratio: float = flag(0.6, "share of patches that the masked view changes")
     mask_strategy: str = flag("random", "random, semantic or noise")
     mask_sigma: float = flag(1.0, "noise: standard deviation in normalised pixel units")
-    kl_prcp_estimator: str = flag("k3", "k3: the released code's form; paper: the literal one")
-    kl_prcp_clip: float = flag(0.0, "clip KL_prcp per token to [0, this]; 0: off")
+    kl_prcp_estimator: str = flag(
+        "k3", "k3: the released code's form; paper: the formula as printed"
+    )
+    kl_prcp_clip: float = flag(0.0, "upper limit of KL_prcp per token; 0: none")
     kl_prcp_coef_end: float = flag(
-        -1.0, "anneal gamma, and the entropies along, to this at the last step; below 0: off"
+        -1.0, "final gamma, reached linearly; entropies scale along; below 0: constant"
     )
     masked_grad: bool = flag(False, "recompute masked log-probs with gradient in every update")
 
@@ -74,13 +82,17 @@ class Algo:
                 given = getattr(self, name)
                 raise ValueError(f"{name}={given!r}: choose one of {', '.join(allowed)}")
         masking.check_ratio(self.mask_ratio)
+        if self.clip_dual <= 1:
+            raise ValueError(f"clip_dual={self.clip_dual}: must be above 1")
+        if self.kl_prcp_clip < 0:
+            raise ValueError(f"kl_prcp_clip={self.kl_prcp_clip}: must be at least 0")
 
     @property
     def needs_masked_view(self) -> bool:
         return bool(self.kl_prcp_coef or self.masked_entropy_coef)
 
     def annealed(self, progress: float) -> Algo:
-        """This objective after a share `progress` in [0, 1] of training."""
+        """This objective at `progress` in [0, 1] of training."""
         if self.kl_prcp_coef_end < 0 or not self.kl_prcp_coef:
             return self
         scale = 1 + progress * (self.kl_prcp_coef_end / self.kl_prcp_coef - 1)
@@ -94,10 +106,11 @@ class Algo:
 
 _DAPO = {"kl_ref_coef": 0.0, "clip_high": 0.28, "dynamic_sampling": True}
 _PRCP_AND_ENTROPY = {"kl_prcp_coef": 0.01, "entropy_coef": 0.03, "masked_entropy_coef": 0.03}
-PRESETS: dict[str, dict] = {  # the released scripts' settings; the rest are Algo's defaults
+# The released scripts' settings. What a preset does not list keeps Algo's default.
+PRESETS: dict[str, dict] = {
     "grpo": {"kl_prcp_coef": 0.0},
     "dapo": {"kl_prcp_coef": 0.0, **_DAPO},
-    "papo_g": {},
+    "papo_g": {"kl_prcp_coef": 0.02, "kl_ref_coef": 0.01},
     "papo_d": {**_PRCP_AND_ENTROPY, **_DAPO},
     "grpo_no_kl_ref": {"kl_prcp_coef": 0.0, "kl_ref_coef": 0.0},
     "papo_g_no_kl_ref": {**_PRCP_AND_ENTROPY, "kl_ref_coef": 0.0},
@@ -122,14 +135,14 @@ def preset(name: str, size: str = "3b") -> Algo:
 def mini_batches(groups: list[Group], size: int) -> list[list[Group]]:
     """This rank's share of each mini-batch of `size` prompts.
 
-    Groups are numbered by Prompt.index over all ranks. So no group moves between ranks, and which
-    mini-batch it is in does not depend on the number of ranks.
+    Groups are ordered by Prompt.index over all ranks. So the assignment does not depend on the
+    number of ranks, and no group has to move.
     """
     indices = concat_over_ranks([group.prompt.index for group in groups])
-    number = {index: i // size for i, index in enumerate(sorted(indices))}
+    batch_of = {index: i // size for i, index in enumerate(sorted(indices))}
     batches = [[] for _ in range(math.ceil(len(indices) / size))]
     for group in groups:
-        batches[number[group.prompt.index]].append(group)
+        batches[batch_of[group.prompt.index]].append(group)
     return batches
 
 
@@ -137,12 +150,12 @@ def mini_batches(groups: list[Group], size: int) -> list[list[Group]]:
 def prepare(
     policy: Policy, reference: Policy | None, batches: list[list[Group]], algo: Algo, key: tuple
 ) -> dict[str, float]:
-    """Record in the groups what the updates compare with, while the policy has not moved yet.
+    """Store in the groups what the updates need, before the first of them changes the policy.
 
-    batches: see mini_batches. Only what the objective needs is computed: no reference pass at
-    beta 0, no masked pass without KL_prcp and H_mask. With a single update per step the old
-    log-probs are that update's own, detached, and need no pass either. `key` and Prompt.index seed
-    the masks. Returns the share of patches masked over all ranks as {"mask_ratio"}.
+    batches: see mini_batches. Passes that the objective does not use are skipped. With one update
+    per step the old log-probs equal that update's own, so they are not computed either. `key` and
+    Prompt.index seed the masks. Returns the share of patches masked over all ranks as
+    {"mask_ratio"}, or {} without a masked view.
     """
     groups = list(itertools.chain.from_iterable(batches))
     if len(batches) > 1:
@@ -153,8 +166,8 @@ def prepare(
         return {}
 
     with_image = [group for group in groups if group.has_image]
-    for group in groups:
-        group.masked_log_probs = torch.zeros_like(group.sample_log_probs)  # unread without image
+    for group in groups:  # a placeholder for groups without an image, which papo_loss ignores
+        group.masked_log_probs = torch.zeros_like(group.sample_log_probs)
     for group in with_image:
         generator = seeded("mask", *key, group.prompt.index)
         group.masked_pixel_values, group.patch_mask = masking.mask_prompt(
@@ -188,64 +201,60 @@ def compute_log_probs(policy: Policy, groups: list[Group], name: str, masked: bo
 def update(
     policy: Policy, optimizer, batches: list[list[Group]], algo: Algo, max_grad_norm: float = 1.0
 ) -> dict[str, float]:
-    """One optimizer step per mini-batch. Returns the metrics' means over mini-batches.
+    """One optimizer step per mini-batch. Returns each metric's mean over them.
 
-    A gradient norm that is not finite skips that step (as released), counted in skipped_updates.
+    If the gradient norm is not finite, the step is skipped (as released). A skipped step counts in
+    skipped_updates and in no mean.
     """
-    history = []
+    history, skipped = [], 0
     policy.model.train()
     for batch in batches:
         metrics = accumulate_gradients(policy, batch, algo)
         norm = clip_gradients(optimizer, max_grad_norm)
-        finite = math.isfinite(norm)
-        if finite:
+        if math.isfinite(norm):
             optimizer.step()
-            metrics["grad_norm"] = norm
+            history.append(metrics | {"grad_norm": norm})
+        else:
+            skipped += 1
         optimizer.zero_grad(set_to_none=True)
-        metrics["skipped_updates"] = float(not finite)
-        history.append(metrics)
     policy.model.eval()
-    skipped = sum(metrics["skipped_updates"] for metrics in history)
-    return mean_over_mini_batches(history) | {"skipped_updates": skipped}
-
-
-def mean_over_mini_batches(history: list[dict[str, float]]) -> dict[str, float]:
-    """Mean of each metric over the mini-batches that have it: a skipped one has no grad_norm."""
-    values: dict[str, list[float]] = {}
-    for metrics in history:
-        for name, value in metrics.items():
-            values.setdefault(name, []).append(value)
-    return {name: sum(each) / len(each) for name, each in values.items()}
+    means = {}
+    for name in history[0] if history else ():
+        means[name] = sum(metrics[name] for metrics in history) / len(history)
+    return means | {"skipped_updates": float(skipped)}
 
 
 def accumulate_gradients(policy: Policy, batch: list[Group], algo: Algo) -> dict[str, float]:
     """Backward over this rank's rows of a mini-batch. Returns the metrics over all ranks.
 
-    Denominators are counted over all ranks before the first backward. So the rows, whatever their
-    number and wherever they are, add up to one gradient: a token weighs the same in each.
+    Denominators are summed over all ranks first. So the losses of rows can be added, and the
+    gradient does not depend on how groups were packed: every token has the same weight.
     """
     counts = [count(group.response_mask, _has_image([group])) for group in batch]
     totals = [sum(each[i] for each in counts) for i in range(len(Counts._fields))]
     denominator = Counts(*sum_over_ranks(totals))
     sums: dict[str, float] = {}
+    # Every rank gets the same number of rows (pack_rows adds empty ones), so all log the same keys.
     for row in pack_rows(batch, policy.tokens_per_forward):
         loss, metrics = row_loss(policy, row, algo, denominator)
-        # FSDP averages gradients over ranks, but parts of a mean add up: hence the factor.
-        (loss * world_size()).backward()
+        (loss * world_size()).backward()  # FSDP averages over ranks, but we want the sum
         for name, value in metrics.items():
             sums[name] = sums.get(name, 0.0) + float(value)
     return dict(zip(sums, sum_over_ranks(sums.values()), strict=True))
 
 
 def row_loss(policy: Policy, row: list[Group], algo: Algo, denominator: Counts | None = None):
-    """losses.papo_loss of one packed row after `prepare`: a scalar with gradient, and metrics."""
+    """losses.papo_loss of one packed row after `prepare`: a scalar with gradient, and metrics.
+
+    All log-probs are taken at the sampling temperature and are 0 at padding.
+    """
 
     def recorded(name: str) -> torch.Tensor:
         return pad_and_cat(row, name, policy.device)  # [B, T]
 
     log_probs = policy.log_probs(row)  # [B, T]
-    # Without recorded old log-probs this is the step's only update, so the policy has not moved.
-    has_moved = all(group.old_log_probs is not None for group in row)
+    # Where none were recorded, this is the step's only update: the policy is still the old one.
+    has_old = all(group.old_log_probs is not None for group in row)
     masked = None
     if algo.needs_masked_view and algo.masked_grad:
         masked = policy.log_probs(row, masked=True)
@@ -253,7 +262,7 @@ def row_loss(policy: Policy, row: list[Group], algo: Algo, denominator: Counts |
         masked = recorded("masked_log_probs")
     return papo_loss(
         log_probs,
-        old_log_probs=recorded("old_log_probs") if has_moved else log_probs.detach(),
+        old_log_probs=recorded("old_log_probs") if has_old else log_probs.detach(),
         advantages=torch.cat([group.advantages for group in row]).to(policy.device),
         mask=recorded("response_mask").bool(),
         algo=algo,
@@ -267,12 +276,14 @@ def row_loss(policy: Policy, row: list[Group], algo: Algo, denominator: Counts |
 def clip_gradients(optimizer, max_norm: float) -> float:
     """Clip in place; returns the norm before clipping.
 
-    The optimizer's parameters, not the model's: after a forward without a backward FSDP2 leaves the
-    root's weights gathered, and the model would name tensors whose gradients nobody fills.
+    Uses the optimizer's parameters: after a forward without a backward FSDP2 leaves the root
+    gathered, and model.parameters() then returns tensors without gradients.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    return float(norm)
 
 
 def _has_image(groups: list[Group]) -> torch.Tensor:

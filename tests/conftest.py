@@ -1,6 +1,7 @@
 """Fixtures: a tiny Qwen2.5-VL as a Hugging Face folder, its encoder, policy, prompts and groups."""
 
 # ruff: noqa: E402  (libraries read the environment when they are imported)
+import copy
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may touch a network
@@ -15,7 +16,7 @@ from support import toy
 from support.batch import Example
 from support.qwen_vl import Encoder, Policy
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(1)  # a tiny model is fastest on one thread
 
 
 @pytest.fixture(scope="session")
@@ -63,14 +64,21 @@ def prompts(encoder):
     return [encoder.encode(example, index) for index, example in enumerate(examples())]
 
 
-@pytest.fixture()
-def groups(policy, prompts):
+@pytest.fixture(scope="session")
+def sampled_groups(folder, encoder, prompts):
     """Four groups of three responses, truncated to unequal lengths."""
+    policy = Policy.load(folder, encoder)
     groups = generate(policy, prompts, 3, max_new_tokens=12, key=(0, 0), rollout_batch=5)
     truncate(groups)
     for group in groups:
         group.advantages = torch.tensor([1.0, -0.5, -0.5])
     return groups
+
+
+@pytest.fixture()
+def groups(sampled_groups):
+    """A copy for each test, which may write to it."""
+    return copy.deepcopy(sampled_groups)
 
 
 def truncate(groups):

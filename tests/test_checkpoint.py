@@ -78,7 +78,7 @@ def test_parked_moments_come_back(small):
     after = [t for state in optimizer.state.values() for t in state.values()]
     assert len(before) >= 4 and all(a is t for a, t in zip(after, tensors, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
-    with distributed.optimizer_offloaded(optimizer, on=False):
+    with distributed.optimizer_offloaded(optimizer, enabled=False):
         assert all(torch.equal(t, b) for t, b in zip(tensors, before, strict=True))
 
 

@@ -1,4 +1,4 @@
-"""The layout: six files at the top within their budget, and imports in one direction."""
+"""The six files at the top stay within their line budget, and imports go in one direction."""
 
 import ast
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SIX = ("train", "papo", "losses", "masking", "rollout", "evaluate")
-MAY_IMPORT = {  # file at the top -> what it may import of ours
+MAY_IMPORT = {  # what each file at the top may import from this repository
     "losses": set(),
     "masking": set(),
     "papo": {"losses", "masking", "support"},
@@ -19,7 +19,7 @@ OURS = {*SIX, "support", "variants", "experiments", "tests"}
 
 
 def imports(path):
-    """The first part of every module that a file imports, wherever in the file."""
+    """This repository's top-level names that a file imports, anywhere in the file."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -29,7 +29,7 @@ def imports(path):
     return found & OURS
 
 
-def test_six_files_within_their_budget():
+def test_six_files_stay_within_their_budget():
     assert {path.stem for path in ROOT.glob("*.py")} == set(SIX)
     lines = {name: (ROOT / f"{name}.py").read_text().splitlines() for name in SIX}
     too_long = {name: len(text) for name, text in lines.items() if len(text) > 300}
@@ -38,11 +38,11 @@ def test_six_files_within_their_budget():
 
 
 @pytest.mark.parametrize("name", SIX)
-def test_the_top_imports_one_way(name):
+def test_top_files_import_in_one_direction(name):
     assert imports(ROOT / f"{name}.py") <= MAY_IMPORT[name]
 
 
-def test_support_imports_support_alone():
+def test_support_imports_only_support():
     for path in (ROOT / "support").glob("*.py"):
         assert imports(path) <= {"support"}, path.name
 

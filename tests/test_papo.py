@@ -1,4 +1,4 @@
-"""The shared-prompt row against the plain padded batch, packing, presets, masks and the update."""
+"""papo.py: presets, masked views and updates; and packed rows against a padded batch."""
 
 import copy
 from dataclasses import replace
@@ -6,132 +6,161 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import random_image
+from torch.nn import functional as F
 
 from losses import Counts, count
+from masking import mask_prompt
 from papo import PRESETS, mini_batches, prepare, preset, row_loss, update
+from rollout import generate
 from support.batch import Example, pad_and_cat, seeded
 from support.packing import pack_rows
 from support.qwen_vl import Policy
 
+# ------------------------------------------------------------------------------------- packed rows
 
-def plain_log_probs(policy, group):
-    """The slow way: every response in a row of its own with its own copy of the image, left-padded, full logits."""
+
+def padded_log_probs(policy, group):
+    """The straightforward forward: one left-padded row per response, each with its own image."""
     model, prompt = policy.model, group.prompt
-    out = []
+    padding = torch.full((3,), policy.pad_id)
+    prompt_end = len(padding) + len(prompt)
+    vision = {}
+    if group.has_image:
+        vision = {"pixel_values": prompt.pixel_values, "image_grid_thw": prompt.image_grid_thw}
+    rows = []
     for tokens, mask in zip(group.tokens, group.response_mask, strict=True):
-        n, pad = int(mask.sum()), 3
-        ids = torch.cat([torch.full((pad,), policy.pad_id), prompt.input_ids, tokens[:n]])[None]
-        attention = torch.ones_like(ids)
-        attention[:, :pad] = 0
-        types = torch.zeros_like(ids)
-        types[:, pad : pad + len(prompt)] = prompt.is_image_token
-        vision = {}
-        if group.has_image:
-            vision = dict(pixel_values=prompt.pixel_values, image_grid_thw=prompt.image_grid_thw)
-        logits = (
-            model(input_ids=ids, attention_mask=attention, mm_token_type_ids=types, **vision)
-            .logits[0]
-            .float()
-        )
-        log_probs = (logits / policy.temperature).log_softmax(-1)[pad + len(prompt) - 1 : -1]
-        row = log_probs.gather(1, tokens[:n, None])[:, 0]
-        out.append(torch.nn.functional.pad(row, (0, group.tokens.shape[1] - n)))
-    return torch.stack(out)
+        response = tokens[: int(mask.sum())]
+        ids = torch.cat([padding, prompt.input_ids, response])[None]
+        attention_mask = torch.ones_like(ids)
+        attention_mask[:, : len(padding)] = 0
+        token_types = torch.zeros_like(ids)
+        token_types[:, len(padding) : prompt_end] = prompt.is_image_token
+        logits = model(
+            input_ids=ids, attention_mask=attention_mask, mm_token_type_ids=token_types, **vision
+        ).logits[0]
+        all_log_probs = (logits.float() / policy.temperature).log_softmax(-1)
+        log_probs = all_log_probs[prompt_end - 1 : -1].gather(1, response[:, None])[:, 0]
+        rows.append(F.pad(log_probs, (0, len(tokens) - len(response))))
+    return torch.stack(rows)
 
 
 def gradients(model):
-    return torch.cat(
-        [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in model.parameters()]
-    )
+    """All parameters' gradients in one vector; 0 where there is none."""
+    parts = []
+    for parameter in model.parameters():
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        parts.append(gradient.flatten())
+    return torch.cat(parts)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("chosen", [[0], [1], [2], [0, 1, 2, 3]])
-def test_shared_prompt_row_equals_padded_batch(policy, groups, chosen, checkpointing):
-    """Log-probs and gradients, one and several groups a row, two images, none, temperature not 1."""
-    groups = [groups[i] for i in chosen]
-    policy.temperature = 0.7
-    if checkpointing:
-        policy.model.gradient_checkpointing_enable({"use_reentrant": False})
-    policy.model.train()
-    row = policy.log_probs(groups)
-    weights = torch.randn(row.shape, generator=seeded("weights"))
-    (row * weights).sum().backward()
-    fast = gradients(policy.model)
+def log_probs_and_gradients(policy, groups, forward):
+    """forward(groups) and the gradients of a fixed random weighting of it."""
     policy.model.zero_grad()
-    plain = torch.cat([plain_log_probs(policy, g) for g in groups])
-    torch.testing.assert_close(row, plain, atol=1e-5, rtol=1e-5)
-    (plain * weights).sum().backward()
-    slow = gradients(policy.model)
-    assert (fast - slow).norm() < 1e-5 * slow.norm()
+    log_probs = forward(groups)
+    weights = torch.randn(log_probs.shape, generator=seeded("weights"))
+    (log_probs * weights).sum().backward()
+    return log_probs.detach(), gradients(policy.model)
 
 
-def test_log_probs_equal_the_sampler(policy, prompts):
-    """Recomputed by the training forward, log-probs are the sampler's own, before top-p and suppression."""
-    from rollout import generate
+def check_packed_equals_padded(policy, groups, tolerance):
+    """A packed row's log-probs and gradients, with and without checkpointing; returns log-probs."""
 
+    def padded(groups):
+        return torch.cat([padded_log_probs(policy, group) for group in groups])
+
+    policy.temperature = 0.7
+    policy.model.train()
+    expected, expected_gradients = log_probs_and_gradients(policy, groups, padded)
+    for checkpointing in (False, True):
+        if checkpointing:
+            policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+        found, found_gradients = log_probs_and_gradients(policy, groups, policy.log_probs)
+        torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+        error = (found_gradients - expected_gradients).norm()
+        assert error < 1e-5 * expected_gradients.norm()
+    return expected
+
+
+@pytest.mark.parametrize("chosen", [[0], [1], [2], [0, 1, 2, 3]], ids=str)
+def test_packed_rows_equal_padded_rows(policy, groups, chosen):
+    """For one image, two, none, and several groups per row."""
+    check_packed_equals_padded(policy, [groups[i] for i in chosen], tolerance=1e-5)
+
+
+def test_log_probs_equal_the_samplers(policy, prompts):
+    """The training forward recomputes the sampler's log-probs: before top-p and suppression."""
     policy.temperature = 0.8
     groups = generate(policy, prompts, 3, max_new_tokens=16, key=(1, 2), top_p=0.9, rollout_batch=5)
     with torch.no_grad():
-        again = policy.log_probs(groups)
+        recomputed = policy.log_probs(groups)
     sampled = pad_and_cat(groups, "sample_log_probs")
-    torch.testing.assert_close(again, sampled, atol=1e-4, rtol=0)
+    torch.testing.assert_close(recomputed, sampled, atol=1e-4, rtol=0)
     assert (sampled != 0).sum() == pad_and_cat(groups, "response_mask").sum()
 
 
-def test_a_response_with_an_image_token_is_text(policy, groups):
-    group = groups[0]
+def test_an_image_token_in_a_response_is_text(policy, groups):
+    """It gets the embedding of its token, not image features."""
+    group, prompt = groups[0], groups[0].prompt
     group.tokens[0, 2] = policy.model.config.image_token_id
-    row = policy.log_probs([group])
-    assert torch.isfinite(row).all()
-    # The slow way would take it for a picture; feed the embeddings of a text token instead.
-    ids = torch.cat([group.prompt.input_ids, group.tokens[0]])[None]
+    packed = policy.log_probs([group])
+    assert torch.isfinite(packed).all()
+    # The full model would look for an image there, so run the language model on embeddings.
+    ids = torch.cat([prompt.input_ids, group.tokens[0]])[None]
     embeds = policy.model.get_input_embeddings()(ids)
     image = policy.model.get_image_features(
-        group.prompt.pixel_values, group.prompt.image_grid_thw, return_dict=True
+        prompt.pixel_values, prompt.image_grid_thw, return_dict=True
     )
-    embeds[0, : len(group.prompt)][group.prompt.is_image_token] = torch.cat(image.pooler_output)
-    after = group.prompt.position_ids.max() + 1 + torch.arange(group.tokens.shape[1])
-    positions = torch.cat([group.prompt.position_ids, after.expand(3, -1)], 1)[:, None]
+    embeds[0, : len(prompt)][prompt.is_image_token] = torch.cat(image.pooler_output)
+    after_prompt = prompt.position_ids.max() + 1 + torch.arange(group.tokens.shape[1])
+    positions = torch.cat([prompt.position_ids, after_prompt.expand(3, -1)], 1)
     hidden = policy.model.model.language_model(
-        inputs_embeds=embeds, position_ids=positions
+        inputs_embeds=embeds, position_ids=positions[:, None]
     ).last_hidden_state
-    logits = policy.model.lm_head(hidden)[0, len(group.prompt) - 1 : -1]
-    plain = logits.log_softmax(-1).gather(1, group.tokens[0][:, None])[:, 0]
-    torch.testing.assert_close(row[0], plain, atol=1e-5, rtol=0)
+    log_probs = policy.model.lm_head(hidden)[0, len(prompt) - 1 : -1].log_softmax(-1)
+    expected = log_probs.gather(1, group.tokens[0][:, None])[:, 0]
+    torch.testing.assert_close(packed[0], expected, atol=1e-5, rtol=0)
 
 
-def test_packing_changes_nothing(policy, groups):
-    """Rows of any budget give the same gradient: counts are the mini-batch's, not the row's."""
+def test_packing_does_not_change_the_update(policy, groups):
+    """Any row length gives the same gradient: means are over the mini-batch, not the row."""
     algo = replace(preset("papo_g", "7b"), average="token")
-    reference = copy.deepcopy(policy)
-    prepare(policy, reference, mini_batches(groups, 2), algo, key=(0, 0))
-    own = [count(g.response_mask, torch.full((len(g.tokens),), g.has_image)) for g in groups]
-    counts = Counts(*(sum(c[i] for c in own) for i in range(3)))
-    results = []
-    for budget in (1, 100, 10_000):
+    prepare(policy, copy.deepcopy(policy), mini_batches(groups, 2), algo, key=(0, 0))
+    per_group = [
+        count(group.response_mask, torch.full((len(group.tokens),), group.has_image))
+        for group in groups
+    ]
+    denominator = Counts(*(sum(counts) for counts in zip(*per_group, strict=True)))
+    n_rows, losses, all_gradients = [], [], []
+    for max_tokens in (1, 100, 10_000):
         policy.model.zero_grad()
-        rows = pack_rows(groups, budget)
-        losses = []
+        rows = pack_rows(groups, max_tokens)
+        total = 0.0
         for row in rows:
-            loss, _ = row_loss(policy, row, algo, counts)
+            loss, _ = row_loss(policy, row, algo, denominator)
             loss.backward()
-            losses.append(loss.item())
-        results.append((len(rows), sum(losses), gradients(policy.model)))
-    assert [n for n, _, _ in results][0] == 4 and results[-1][0] == 1
-    for _, loss, gradient in results[1:]:
-        assert loss == pytest.approx(results[0][1], abs=1e-6)
-        assert (gradient - results[0][2]).norm() < 1e-5 * gradient.norm()
+            total += loss.item()
+        n_rows.append(len(rows))
+        losses.append(total)
+        all_gradients.append(gradients(policy.model))
+    assert n_rows[0] == 4
+    assert n_rows[-1] == 1
+    for loss, gradient in zip(losses[1:], all_gradients[1:], strict=True):
+        assert loss == pytest.approx(losses[0], abs=1e-6)
+        assert (gradient - all_gradients[0]).norm() < 1e-5 * gradient.norm()
 
 
-def test_rows_keep_to_the_token_limit(groups):
+def test_rows_stay_within_the_token_limit(groups):
     rows = pack_rows(groups, 70)
-    assert [g.prompt.index for row in rows for g in row] == [0, 1, 2, 3]
-    assert all(len(row) == 1 or sum(g.n_tokens for g in row) <= 70 for row in rows)
+    assert [group.prompt.index for row in rows for group in row] == [0, 1, 2, 3]
+    for row in rows:
+        assert len(row) == 1 or sum(group.n_tokens for group in row) <= 70
+
+
+# ----------------------------------------------------------------------------------------- presets
 
 
 def test_presets_are_the_papers():
-    table = {  # beta, gamma, eta1 = eta2, eps_low, eps_high, dynamic sampling
+    table = {  # beta, gamma, eta1 = eta2, clip_low, clip_high, dynamic sampling
         ("grpo", "3b"): (0.01, 0, 0, 0.2, 0.3, False),
         ("dapo", "3b"): (0, 0, 0, 0.2, 0.28, True),
         ("papo_g", "3b"): (0.01, 0.02, 0, 0.2, 0.3, False),
@@ -142,25 +171,18 @@ def test_presets_are_the_papers():
         ("papo_g_no_kl_ref", "7b"): (0, 0.01, 0.03, 0.2, 0.3, False),
     }
     assert {name for name, _ in table} == set(PRESETS)
-    for (name, size), (beta, gamma, eta, low, high, dynamic) in table.items():
-        a = preset(name, size)
-        assert (a.kl_ref_coef, a.kl_prcp_coef, a.entropy_coef, a.masked_entropy_coef) == (
-            beta,
-            gamma,
-            eta,
-            eta,
-        )
-        assert (a.clip_low, a.clip_high, a.clip_dual, a.dynamic_sampling) == (
-            low,
-            high,
-            3.0,
-            dynamic,
-        )
-        assert (a.name, a.mask_ratio, a.mask_strategy, a.average) == (name, 0.6, "random", "token")
+    for (name, size), (beta, gamma, eta, clip_low, clip_high, dynamic) in table.items():
+        algo = preset(name, size)
+        assert (algo.kl_ref_coef, algo.kl_prcp_coef) == (beta, gamma)
+        assert (algo.entropy_coef, algo.masked_entropy_coef) == (eta, eta)
+        assert (algo.clip_low, algo.clip_high, algo.clip_dual) == (clip_low, clip_high, 3.0)
+        assert algo.dynamic_sampling == dynamic
+        assert (algo.name, algo.average) == (name, "token")
+        assert (algo.mask_ratio, algo.mask_strategy) == (0.6, "random")
 
 
 @pytest.mark.parametrize(
-    "make, words",
+    "make, message",
     [
         (lambda: preset("ppo"), "grpo, dapo, papo_g"),
         (lambda: preset("grpo", "72b"), "'3b' or '7b'"),
@@ -169,116 +191,139 @@ def test_presets_are_the_papers():
         (lambda: replace(preset("grpo"), average="mean"), "token, seq"),
     ],
 )
-def test_bad_presets_name_the_choices(make, words):
-    with pytest.raises(ValueError, match=words):
+def test_bad_presets_name_the_choices(make, message):
+    with pytest.raises(ValueError, match=message):
         make()
 
 
-def test_annealing_is_linear_and_takes_the_entropies_along():
+def test_annealing_is_linear_and_includes_the_entropies():
     algo = replace(preset("papo_d"), kl_prcp_coef_end=0.0)
     half = algo.annealed(0.5)
-    assert half.kl_prcp_coef == pytest.approx(0.005) and half.entropy_coef == pytest.approx(0.015)
-    assert algo.annealed(0.0).kl_prcp_coef == 0.01 and algo.annealed(1.0).masked_entropy_coef == 0
+    assert half.kl_prcp_coef == pytest.approx(0.005)
+    assert half.entropy_coef == pytest.approx(0.015)
+    assert algo.annealed(0.0).kl_prcp_coef == 0.01
+    assert algo.annealed(1.0).masked_entropy_coef == 0
     assert preset("papo_d").annealed(0.7) == preset("papo_d")
 
 
-def test_one_mask_a_prompt_seeded_and_counted(policy, groups):
-    algo = preset("papo_g")
-    pixels = [
-        None if g.prompt.pixel_values is None else g.prompt.pixel_values.clone() for g in groups
-    ]
-    reference = copy.deepcopy(policy)
-    share = prepare(policy, reference, [groups], algo, key=(3, 4))["mask_ratio"]
-    views = [g.masked_pixel_values for g in groups]
-    hits = torch.cat([g.patch_mask for g in groups if g.has_image])
-    assert share == pytest.approx(hits.float().mean().item()) and 0.35 < share < 0.85
-    prepare(policy, reference, [groups[::-1]], algo, key=(3, 4))
-    for group, view, before in zip(groups, views, pixels, strict=True):
-        assert (view is None) == (before is None)
-        if view is not None:  # the same mask whatever the order, the clean pixels untouched
-            assert torch.equal(view, group.masked_pixel_values) and torch.equal(
-                before, group.prompt.pixel_values
-            )
-            changed = (view != before).any(-1)
-            assert torch.equal(changed, group.patch_mask)
-    assert groups[2].masked_log_probs.abs().sum() == 0  # text only: nothing to read
+# ----------------------------------------------------------------------------------------- prepare
 
 
-def test_no_wasted_pass(policy, groups, monkeypatch):
-    """GRPO without KL_ref and with one update makes no forward before the update."""
-    calls = []
-    original = Policy.log_probs
-    monkeypatch.setattr(
-        Policy, "log_probs", lambda self, *a, **k: calls.append(a) or original(self, *a, **k)
-    )
-    expected = {"grpo_no_kl_ref": 0, "grpo": 1, "papo_g": 2, "papo_g_no_kl_ref": 1}
-    for name, passes in expected.items():
+def test_prepare_masks_each_prompt_by_its_own_seed(policy, groups):
+    algo = replace(preset("papo_g"), kl_ref_coef=0.0)
+    with_image = [group for group in groups if group.has_image]
+    assert [group.prompt.index for group in with_image] == [0, 1, 3]
+    clean = [group.prompt.pixel_values.clone() for group in with_image]
+    share = prepare(policy, None, [groups], algo, key=(3, 4))["mask_ratio"]
+    views = [group.masked_pixel_values for group in with_image]
+    patch_masks = torch.cat([group.patch_mask for group in with_image])
+    assert share == pytest.approx(patch_masks.float().mean().item())
+    assert 0.35 < share < 0.85
+    assert groups[2].masked_pixel_values is None  # text only
+    assert groups[2].masked_log_probs.abs().sum() == 0
+
+    prepare(policy, None, [groups[::-1]], algo, key=(3, 4))
+    for group, view, pixel_values in zip(with_image, views, clean, strict=True):
+        assert torch.equal(group.masked_pixel_values, view)  # in any order
+        assert torch.equal(group.prompt.pixel_values, pixel_values)
+        assert torch.equal((view != pixel_values).any(-1), group.patch_mask)
+
+
+def test_prepare_makes_no_unneeded_forward(policy, groups, record_calls):
+    """With one update per step the old log-probs are the update's own."""
+    calls = record_calls(Policy, "log_probs")
+    for name, expected in {"grpo_no_kl_ref": 0, "grpo": 1, "papo_g": 2, "dapo": 0}.items():
         calls.clear()
-        prepare(policy, copy.deepcopy(policy), [groups], preset(name), key=(0, 0))
-        assert len(calls) == passes, name
-    calls.clear()
-    prepare(policy, None, mini_batches(groups, 2), preset("papo_g_no_kl_ref"), key=(0, 0))
-    assert len(calls) == 2
+        prepare(policy, policy, [groups], preset(name), key=(0, 0))
+        assert len(calls) == expected, name
+    for batches, expected in (([groups], 1), (mini_batches(groups, 2), 2)):
+        calls.clear()
+        prepare(policy, None, batches, preset("papo_g_no_kl_ref"), key=(0, 0))
+        assert len(calls) == expected
 
 
-def test_masked_grad_gives_the_masked_branch_a_gradient(policy, groups):
-    """With H_mask alone there is no gradient, unless the masked log-probs are recomputed."""
-    for live in (False, True):
-        algo = replace(preset("grpo"), kl_ref_coef=0.0, masked_entropy_coef=1.0, masked_grad=live)
+def test_masked_grad_gives_the_masked_entropy_a_gradient(policy, groups):
+    """H_mask alone has no gradient unless the masked log-probs are recomputed."""
+    for group in groups:
+        group.advantages = torch.zeros(3)
+    for masked_grad in (False, True):
+        algo = replace(
+            preset("grpo"), kl_ref_coef=0.0, masked_entropy_coef=1.0, masked_grad=masked_grad
+        )
         prepare(policy, None, mini_batches(groups, 2), algo, key=(0, 0))
-        for g in groups:
-            g.advantages = torch.zeros(3)
         policy.model.zero_grad()
         loss, metrics = row_loss(policy, groups, algo)
         loss.backward()
         assert metrics["masked_entropy"] > 0
-        assert (gradients(policy.model).norm() > 0) == live
+        assert (gradients(policy.model).norm() > 0) == masked_grad
 
 
-def test_mini_batches_cover_every_group_once(groups):
+def test_images_aug_is_the_masked_view(encoder):
+    image = random_image(84, 84)
+    masked_image = image.copy()
+    masked_image.paste((0, 0, 0), (0, 0, 14, 14))
+    images_aug = [masked_image.resize((168, 168))]  # its own size does not matter
+    prompt = encoder.encode(Example("<image>?", "1", [image], images_aug=images_aug))
+    view, patch_mask = mask_prompt(prompt, preset("papo_g"), encoder, seeded(0))
+    assert view.shape == prompt.pixel_values.shape
+    assert patch_mask[0]
+
+
+# ------------------------------------------------------------------------------------------ update
+
+
+def test_mini_batches_contain_every_group_once(groups):
     for size, expected in ((1, 4), (3, 2), (4, 1), (128, 1)):
         batches = mini_batches(groups[::-1], size)
         assert len(batches) == expected
-        assert sorted(g.prompt.index for b in batches for g in b) == [0, 1, 2, 3]
-        assert sorted(g.prompt.index for g in batches[0]) == list(range(min(size, 4)))
+        indices = [group.prompt.index for batch in batches for group in batch]
+        assert sorted(indices) == [0, 1, 2, 3]
+        in_first = [group.prompt.index for group in batches[0]]
+        assert sorted(in_first) == list(range(min(size, 4)))
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_update_moves_the_policy_and_skips_what_is_not_finite(policy, groups, name):
+def test_update_moves_the_policy_and_skips_a_gradient_that_is_not_finite(policy, groups, name):
     algo = preset(name)
     optimizer = torch.optim.SGD(policy.model.parameters(), lr=0.1)
-    before = [p.clone() for p in policy.model.parameters()]
     policy.tokens_per_forward = 200
     batches = mini_batches(groups, 2)
     prepare(policy, copy.deepcopy(policy), batches, algo, key=(0, 0))
+
+    before = [p.clone() for p in policy.model.parameters()]
     metrics = update(policy, optimizer, batches, algo)
-    assert metrics["skipped_updates"] == 0 and metrics["grad_norm"] > 0
-    assert ("kl_prcp" in metrics) == algo.needs_masked_view and ("kl_ref" in metrics) == bool(
-        algo.kl_ref_coef
-    )
-    assert any(
-        not torch.equal(a, b) for a, b in zip(before, policy.model.parameters(), strict=True)
-    )
+    assert metrics["skipped_updates"] == 0
+    assert metrics["grad_norm"] > 0
+    assert ("kl_prcp" in metrics) == algo.needs_masked_view
+    assert ("kl_ref" in metrics) == bool(algo.kl_ref_coef)
+    unchanged = map(torch.equal, before, policy.model.parameters())
+    assert not all(unchanged)
+
     before = [p.clone() for p in policy.model.parameters()]
     groups[0].advantages = torch.full((3,), float("nan"))
     metrics = update(policy, optimizer, [groups], algo)
-    assert metrics["skipped_updates"] == 1 and "grad_norm" not in metrics
-    assert all(torch.equal(a, b) for a, b in zip(before, policy.model.parameters(), strict=True))
+    assert metrics["skipped_updates"] == 1
+    assert "grad_norm" not in metrics
+    unchanged = map(torch.equal, before, policy.model.parameters())
+    assert all(unchanged)
 
 
 def test_a_skipped_update_does_not_lower_the_mean_gradient_norm(policy, groups):
     optimizer = torch.optim.SGD(policy.model.parameters(), lr=0.0)
     algo = preset("grpo_no_kl_ref")
-    whole = update(policy, optimizer, [groups[1:2]], algo)
+    finite = update(policy, optimizer, [groups[1:2]], algo)
     groups[0].advantages = torch.full((3,), float("nan"))
     half_skipped = update(policy, optimizer, mini_batches(groups[:2], 1), algo)
     assert half_skipped["skipped_updates"] == 1
-    assert half_skipped["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-5)
+    assert half_skipped["grad_norm"] == pytest.approx(finite["grad_norm"], rel=1e-5)
 
 
-def test_a_step_without_groups_is_no_error(policy):
+def test_a_step_without_groups_is_not_an_error(policy):
     assert update(policy, None, [], preset("papo_d")) == {"skipped_updates": 0}
     assert prepare(policy, None, [], preset("papo_d"), key=(0, 0)) == {"mask_ratio": 0.0}
+
+
+# ----------------------------------------------------------------------------------------- encoder
 
 
 def test_prompt_length_needs_no_pixels(encoder, prompts):
@@ -287,29 +332,20 @@ def test_prompt_length_needs_no_pixels(encoder, prompts):
         assert encoder.prompt_length(prompt.example.question, sizes) == len(prompt)
 
 
-def test_encode_errors_name_the_question(encoder):
-    with pytest.raises(ValueError, match="1 <image> markers for 0 images"):
-        encoder.encode(Example("<image>what?", "1", []))
-    with pytest.raises(ValueError, match="spells out an image token"):
-        encoder.encode(Example("what is <|image_pad|>?", "1", []))
-    with pytest.raises(ValueError, match="(?i)aspect ratio"):
-        encoder.encode(Example("<image>what?", "1", [random_image(1, 5000)]))
+@pytest.mark.parametrize(
+    "question, images, message",
+    [
+        ("<image>what?", [], "1 <image> markers for 0 images"),
+        ("what is <|image_pad|>?", [], "spells out an image token"),
+        ("<image>what?", [random_image(1, 5000)], "(?i)aspect ratio"),
+    ],
+)
+def test_encode_errors(encoder, question, images, message):
+    with pytest.raises(ValueError, match=message):
+        encoder.encode(Example(question, "1", images))
 
 
 def test_the_suffix_is_added_once(encoder):
-    with_it = encoder.encode(Example("How many?\n\nBox it.", "1", []))
+    with_suffix = encoder.encode(Example("How many?\n\nBox it.", "1", []))
     without = encoder.encode(Example("How many?", "1", []))
-    assert torch.equal(with_it.input_ids, without.input_ids)
-
-
-def test_pre_masked_images_are_the_masked_view(encoder, policy):
-    image = random_image(84, 84)
-    black = image.copy()
-    black.paste((0, 0, 0), (0, 0, 14, 14))
-    prompt = encoder.encode(
-        Example("<image>?", "1", [image], images_aug=[black.resize((168, 168))])
-    )
-    from masking import mask_prompt
-
-    view, hit = mask_prompt(prompt, preset("papo_g"), encoder, seeded(0))
-    assert view.shape == prompt.pixel_values.shape and hit[0]
+    assert torch.equal(with_suffix.input_ids, without.input_ids)

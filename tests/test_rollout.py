@@ -1,4 +1,4 @@
-"""Sampling: equal to stock generate where that is defined, and indifferent to batch, order and compaction."""
+"""Sampling: equal to stock generate when greedy, and independent of batch, order and compaction."""
 
 import pytest
 import torch
@@ -11,181 +11,189 @@ from support.decoding import sample_inverse_cdf, top_p_filter
 from support.qwen_vl import Policy
 
 
-def stock_greedy(policy, prompt, max_new_tokens):
-    """Hugging Face's own generate, one prompt at a time, without padding."""
-    ids = prompt.input_ids[None]
-    vision = {}
-    if prompt.pixel_values is not None:
-        vision = dict(pixel_values=prompt.pixel_values, image_grid_thw=prompt.image_grid_thw)
-    out = policy.model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=prompt.is_image_token[None].long(),
-        do_sample=False, max_new_tokens=max_new_tokens, suppress_tokens=policy.suppressed_ids,
-        eos_token_id=policy.eos_ids, pad_token_id=policy.pad_id, **vision,
-    )  # fmt: skip
-    return out[0, len(prompt) :]
+@pytest.fixture()
+def varied_policy(policy):
+    """A policy that does not repeat itself, as small random weights do.
 
-
-def lively(policy):
-    """Random weights repeat themselves; larger heads give varied tokens, and ends at spread lengths."""
+    A larger head makes tokens varied and lengths unequal.
+    """
     torch.manual_seed(3)
     with torch.no_grad():
         policy.model.lm_head.weight.add_(0.3 * torch.randn_like(policy.model.lm_head.weight))
     return policy
 
 
-def test_greedy_equals_stock_generate(policy, prompts):
-    """Left padding of all lengths, several images, none, a pad id that is an end id, finished rows dropped."""
-    lively(policy)
-    assert policy.pad_id in policy.eos_ids
-    first = [g.tokens[0] for g in generate(policy, prompts, 1, max_new_tokens=24, temperature=0)]
-    policy.eos_ids = sorted(
-        {*policy.eos_ids, int(first[0][3]), int(first[1][9])}
-    )  # let two of them stop early
-    groups = generate(policy, prompts, 2, max_new_tokens=24, temperature=0, rollout_batch=8)
-    lengths = set()
+def stock_greedy(policy, prompt, max_new_tokens):
+    """Hugging Face's own generate, one prompt at a time, without padding."""
+    ids = prompt.input_ids[None]
+    vision = {}
+    if prompt.pixel_values is not None:
+        vision = {"pixel_values": prompt.pixel_values, "image_grid_thw": prompt.image_grid_thw}
+    out = policy.model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        mm_token_type_ids=prompt.is_image_token[None].long(),
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        suppress_tokens=policy.suppressed_ids,
+        eos_token_id=policy.eos_ids,
+        pad_token_id=policy.pad_id,
+        **vision,
+    )
+    return out[0, len(prompt) :]
+
+
+def check_equals_stock_greedy(policy, prompts, groups, max_new_tokens):
     for prompt, group in zip(prompts, groups, strict=True):
-        expected = stock_greedy(policy, prompt, 24)
+        expected = stock_greedy(policy, prompt, max_new_tokens)
         for tokens, mask in zip(group.tokens, group.response_mask, strict=True):
             assert tokens[mask].tolist() == expected.tolist()
-            lengths.add(int(mask.sum()))
-    assert len(lengths) > 1 and 24 in lengths
 
 
-def test_batches_order_and_compaction_change_nothing(policy, prompts, monkeypatch):
-    lively(policy)
-    policy.eos_ids = list(range(0, 400, 8))  # many ends: lengths spread, rows are dropped often
-    kwargs = dict(max_new_tokens=20, key=(7, 3), top_p=0.95)
-    whole = generate(policy, prompts, 4, rollout_batch=64, **kwargs)
-    lengths = torch.cat([g.response_mask.sum(1) for g in whole])
+def sample_tokens(policy, prompts, group_size, **options):
+    """All tokens of generate, [B, T]."""
+    return pad_and_cat(generate(policy, prompts, group_size, **options), "tokens")
+
+
+def test_greedy_equals_stock_generate(varied_policy, prompts):
+    """With left padding, several images or none, a pad id that is an end id, and finished rows."""
+    policy = varied_policy
+    assert policy.pad_id in policy.eos_ids
+    first = [g.tokens[0] for g in generate(policy, prompts, 1, max_new_tokens=24, temperature=0)]
+    early_ends = {int(first[0][3]), int(first[1][9])}
+    policy.eos_ids = sorted({*policy.eos_ids, *early_ends})
+    groups = generate(policy, prompts, 2, max_new_tokens=24, temperature=0, rollout_batch=8)
+    check_equals_stock_greedy(policy, prompts, groups, 24)
+    lengths = set(pad_and_cat(groups, "response_mask").sum(1).tolist())
+    assert len(lengths) > 1
+    assert 24 in lengths
+
+
+def test_batch_order_and_compaction_change_nothing(varied_policy, prompts, monkeypatch):
+    policy = varied_policy
+    policy.eos_ids = list(range(0, 400, 8))  # unequal lengths, so rows are often dropped
+    options = {"max_new_tokens": 20, "key": (7, 3), "top_p": 0.95}
+    one_batch = generate(policy, prompts, 4, rollout_batch=64, **options)
+    lengths = torch.cat([group.response_mask.sum(1) for group in one_batch])
     assert len(set(lengths.tolist())) > 3
-    small = generate(policy, prompts, 4, rollout_batch=3, **kwargs)  # a group split over chunks
-    turned = generate(policy, prompts[::-1], 4, rollout_batch=6, **kwargs)[::-1]
+    split_groups = generate(policy, prompts, 4, rollout_batch=3, **options)
+    reordered = generate(policy, prompts[::-1], 4, rollout_batch=6, **options)[::-1]
     monkeypatch.setattr(decoding, "COMPACT_AT", 0.0)
-    uncompacted = generate(policy, prompts, 4, rollout_batch=64, **kwargs)
+    uncompacted = generate(policy, prompts, 4, rollout_batch=64, **options)
     monkeypatch.setattr(decoding, "PREFILL_TOKENS", 2 * max(map(len, prompts)))
-    in_parts = generate(policy, prompts, 4, rollout_batch=64, **kwargs)
-    for other in (small, turned, uncompacted, in_parts):
-        for a, b in zip(whole, other, strict=True):
-            assert torch.equal(a.tokens, b.tokens) and torch.equal(a.response_mask, b.response_mask)
+    split_prefill = generate(policy, prompts, 4, rollout_batch=64, **options)
+    for other in (split_groups, reordered, uncompacted, split_prefill):
+        for a, b in zip(one_batch, other, strict=True):
+            assert torch.equal(a.tokens, b.tokens)
+            assert torch.equal(a.response_mask, b.response_mask)
             torch.testing.assert_close(a.sample_log_probs, b.sample_log_probs, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("scale", [0.01, 1.0, 4.0], ids=["flat", "usual", "peaked"])
 @pytest.mark.parametrize("top_p", [0.05, 0.9, 0.99, 1.0])
-def test_the_nucleus_is_transformers_without_the_sort(scale, top_p):
-    """The same tokens stay, with the same scores, where the candidates reach top_p and where they do not."""
+def test_top_p_filter_equals_transformers(scale, top_p):
+    """Whether or not the candidates reach top_p."""
     torch.manual_seed(0)
     scores = scale * torch.randn(8, 3000, dtype=torch.float64)
-    scores[:, :50] = -torch.inf  # suppressed ones
-    plain = TopPLogitsWarper(top_p)(None, scores)
+    scores[:, :50] = -torch.inf  # suppressed tokens
+    expected = TopPLogitsWarper(top_p)(None, scores)
     for candidates in (64, 1024, 3000):
-        assert torch.equal(top_p_filter(scores, top_p, candidates), plain), candidates
+        assert torch.equal(top_p_filter(scores, top_p, candidates), expected), candidates
 
 
-def test_another_key_is_another_draw(policy, prompts):
-    lively(policy)
-    a, b, c = (
-        generate(policy, prompts, 4, max_new_tokens=12, key=key) for key in ((0, 0), (0, 1), (0, 0))
+def test_the_key_seeds_the_samples(varied_policy, prompts):
+    first, other, again = (
+        sample_tokens(varied_policy, prompts, 4, max_new_tokens=12, key=key)
+        for key in ((0, 0), (0, 1), (0, 0))
     )
-    assert not torch.equal(pad_and_cat(a, "tokens"), pad_and_cat(b, "tokens"))
-    assert torch.equal(pad_and_cat(a, "tokens"), pad_and_cat(c, "tokens"))
-    rows = pad_and_cat(a, "tokens")
-    assert len({tuple(row.tolist()) for row in rows}) > len(rows) // 2  # samples of a prompt differ
+    assert not torch.equal(first, other)
+    assert torch.equal(first, again)
+    different = {tuple(row.tolist()) for row in first}
+    assert len(different) > len(first) // 2  # a prompt's samples differ, too
 
 
-def test_response_mask_keeps_the_first_end_and_nothing_after(policy, prompts):
-    lively(policy)
+def test_a_response_ends_with_its_first_end_token(varied_policy, prompts):
+    policy = varied_policy
     policy.eos_ids = sorted({*policy.eos_ids, *range(30)})
     groups = generate(policy, prompts, 6, max_new_tokens=10, key=(1, 1))
-    ends, stopped, cut = torch.tensor(policy.eos_ids), 0, 0
+    end_ids = torch.tensor(policy.eos_ids)
+    n_ended = 0
     for group in groups:
-        for tokens, mask, truncated in zip(
-            group.tokens, group.response_mask, group.truncated, strict=True
-        ):
+        responses = zip(group.tokens, group.response_mask, group.truncated, strict=True)
+        for tokens, mask, truncated in responses:
             n = int(mask.sum())
-            assert mask[:n].all() and not mask[n:].any() and (tokens[n:] == policy.pad_id).all()
-            is_end = torch.isin(tokens[:n], ends)
-            assert not is_end[:-1].any() and bool(is_end[-1]) != bool(truncated)
-            stopped, cut = stopped + int(is_end[-1]), cut + int(truncated)
+            assert mask[:n].all()
+            assert (tokens[n:] == policy.pad_id).all()
+            is_end = torch.isin(tokens[:n], end_ids)
+            assert not is_end[:-1].any()
+            assert bool(is_end[-1]) != bool(truncated)
             assert not truncated or n == 10
-    assert stopped and cut
+            n_ended += int(is_end[-1])
+    assert 0 < n_ended < 6 * len(prompts)
 
 
 def test_vision_tokens_are_never_sampled(policy, prompts):
-    """Even when the model wants nothing else."""
+    """Even if the model prefers them."""
+    suppressed = policy.suppressed_ids
+    assert {policy.model.config.image_token_id, policy.model.config.video_token_id} <= {*suppressed}
     with torch.no_grad():
-        policy.model.lm_head.weight[policy.suppressed_ids] = (
-            50.0 * policy.model.lm_head.weight.abs().max()
-        )
-    groups = generate(policy, prompts, 4, max_new_tokens=8, key=(0, 0))
-    assert not torch.isin(pad_and_cat(groups, "tokens"), torch.tensor(policy.suppressed_ids)).any()
-    assert {policy.model.config.image_token_id, policy.model.config.video_token_id} <= set(
-        policy.suppressed_ids
-    )
+        weight = policy.model.lm_head.weight
+        weight[suppressed] = 50.0 * weight.abs().max()
+    tokens = sample_tokens(policy, prompts, 4, max_new_tokens=8)
+    assert not torch.isin(tokens, torch.tensor(suppressed)).any()
 
 
-def test_nothing_is_inherited_from_generation_config(folder, encoder, prompts):
+def test_generation_config_is_ignored_except_for_its_end_tokens(folder, encoder, prompts):
     """Qwen's chat defaults (repetition_penalty 1.05, temperature 1e-6) must not reach a rollout."""
-    chat, plain = Policy.load(folder, encoder), Policy.load(folder, encoder)
-    assert (
-        GenerationConfig.from_pretrained(folder).repetition_penalty == 1.05
-    )  # the folder has them
-    plain.model.generation_config = GenerationConfig()
-    a, b = (generate(p, prompts, 3, max_new_tokens=12, key=(0, 0)) for p in (chat, plain))
-    assert torch.equal(pad_and_cat(a, "tokens"), pad_and_cat(b, "tokens"))
-    assert len(chat.eos_ids) == 2  # both ends of the file are kept
-    again = generate(chat, prompts, 3, max_new_tokens=12, key=(0, 0), temperature=1.0)
-    assert torch.equal(pad_and_cat(a, "tokens"), pad_and_cat(again, "tokens"))
+    assert GenerationConfig.from_pretrained(folder).repetition_penalty == 1.05
+    chat, blank = Policy.load(folder, encoder), Policy.load(folder, encoder)
+    blank.model.generation_config = GenerationConfig()
+    tokens = sample_tokens(chat, prompts, 3, max_new_tokens=12)
+    assert torch.equal(tokens, sample_tokens(blank, prompts, 3, max_new_tokens=12))
+    at_temperature_1 = sample_tokens(chat, prompts, 3, max_new_tokens=12, temperature=1.0)
+    assert torch.equal(tokens, at_temperature_1)
+    assert len(chat.eos_ids) == 2
 
 
-def test_draw_is_inverse_cdf():
+def test_sampling_is_inverse_cdf():
     scores = torch.tensor([0.5, 0.25, 0.25]).log().expand(4, 3).clone()
-    assert sample_inverse_cdf(scores, torch.tensor([0.0, 0.49, 0.51, 0.99])).tolist() == [
-        0,
-        0,
-        1,
-        2,
-    ]
-    scores[:, 2] = float("-inf")
-    scores[:, 0] = float("-inf")
-    assert sample_inverse_cdf(scores, torch.tensor([0.0, 0.5, 0.999999, 1 - 2**-24])).tolist() == [
-        1,
-        1,
-        1,
-        1,
-    ]
-    many = torch.randn(1, 30, generator=torch.Generator().manual_seed(0)).expand(20_000, -1)
-    tokens = sample_inverse_cdf(
-        many, torch.rand(20_000, generator=torch.Generator().manual_seed(1))
-    )
-    share = torch.bincount(tokens, minlength=30) / 20_000
-    torch.testing.assert_close(share, many[0].softmax(-1), atol=0.012, rtol=0)
+    uniforms = torch.tensor([0.0, 0.49, 0.51, 0.99])
+    assert sample_inverse_cdf(scores, uniforms).tolist() == [0, 0, 1, 2]
+    scores[:, [0, 2]] = -torch.inf
+    uniforms = torch.tensor([0.0, 0.5, 0.999999, 1 - 2**-24])
+    assert sample_inverse_cdf(scores, uniforms).tolist() == [1, 1, 1, 1]
+    scores = torch.randn(1, 30, generator=torch.Generator().manual_seed(0)).expand(20_000, -1)
+    uniforms = torch.rand(20_000, generator=torch.Generator().manual_seed(1))
+    tokens = sample_inverse_cdf(scores, uniforms)
+    frequencies = torch.bincount(tokens, minlength=30) / 20_000
+    torch.testing.assert_close(frequencies, scores[0].softmax(-1), atol=0.012, rtol=0)
 
 
-def test_a_tiny_model_runs_on_one_thread(folder, encoder, monkeypatch):
+@pytest.mark.parametrize("omp_num_threads, expected", [("2", 2), (None, 1)])
+def test_a_tiny_model_runs_on_one_thread(folder, encoder, monkeypatch, omp_num_threads, expected):
+    """Unless OMP_NUM_THREADS is set."""
     before = torch.get_num_threads()
+    if omp_num_threads:
+        monkeypatch.setenv("OMP_NUM_THREADS", omp_num_threads)
+    else:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     try:
-        for given, threads in (("2", 2), (None, 1)):
-            torch.set_num_threads(2)
-            if given:
-                monkeypatch.setenv("OMP_NUM_THREADS", given)
-            else:
-                monkeypatch.delenv("OMP_NUM_THREADS")
-            Policy.load(folder, encoder)
-            assert torch.get_num_threads() == threads
+        torch.set_num_threads(2)
+        Policy.load(folder, encoder)
+        assert torch.get_num_threads() == expected
     finally:
         torch.set_num_threads(before)
 
 
-def test_no_prompts_no_groups(policy):
+def test_no_prompts_give_no_groups(policy):
     assert generate(policy, [], 4, max_new_tokens=8) == []
 
 
 @pytest.mark.parametrize("group_size", [1, 3])
-def test_shapes(policy, prompts, group_size):
-    for prompt, group in zip(
-        prompts, generate(policy, prompts, group_size, max_new_tokens=5), strict=True
-    ):
-        assert group.prompt is prompt and len(group.responses) == group_size
+def test_group_shapes(policy, prompts, group_size):
+    groups = generate(policy, prompts, group_size, max_new_tokens=5)
+    for prompt, group in zip(prompts, groups, strict=True):
+        assert group.prompt is prompt
         assert group.tokens.shape == group.response_mask.shape == group.sample_log_probs.shape
-        assert group.tokens.shape[0] == group_size == len(group.truncated)
+        assert group.tokens.shape[0] == group_size
+        assert len(group.responses) == len(group.truncated) == group_size

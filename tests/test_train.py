@@ -121,7 +121,7 @@ def test_a_run_leaves_what_it_promises(run, folder, monkeypatch, capsys):
 
 
 def test_resuming_is_the_run(run, folder, capsys):
-    """2 + 2 steps from a checkpoint equal 4 exactly, in metrics and weights, AdamW's moments optimizer_offloaded in the second half
+    """2 + 2 steps from a checkpoint equal 4 exactly, in metrics and weights, AdamW's moments offloaded in the second half
     included."""
     whole = run("whole", "--steps", "4")
     half = run("half", "--steps", "2")
