@@ -7,17 +7,18 @@ r"""Evaluate by the paper's protocol, ask one question, or draw a response's ima
     python evaluate.py --model MODEL --explain --row vision_dependent:3
     python evaluate.py --compare runs/grpo-toy-s0 runs/papo_g-toy-s0
 
-The paper's protocol: 8 samples per question at temperature 1, average accuracy over them (avg@8),
-boxed grading without the format. Averages are plain means over benchmarks; Delta_rel is the mean
-over benchmarks of the relative gain over a baseline.
+The paper's protocol: 8 samples per question at temperature 1, and their average accuracy (avg@8),
+graded on the boxed answer alone; support/protocol.py has its other settings. Averages are plain
+means over benchmarks; Delta_rel is the mean over benchmarks of the relative gain over a baseline.
 
-Differences from the authors' PAPO-Eval: it samples with vLLM; it cuts prompts at 9,216 tokens and
-ends at a broken image, while such rows are left out here and counted; it accepts an unboxed
-response where the answer is the word None. Pass@n and the bootstrap interval are ours.
+PAPO-Eval, the authors' program, samples with vLLM, truncates prompts at 9,216 tokens, aborts at a
+broken image, and accepts a response without a box if the answer is "None". Here overlong and broken
+rows are skipped and counted. Pass@n and the bootstrap interval are ours.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -32,18 +33,18 @@ from tqdm import tqdm
 import masking
 from papo import Algo
 from rollout import generate
-from support import attribution, benchmarks, cli, plots, predictions
+from support import attribution, benchmarks, cli, distributed, plots, predictions
 from support.ask import ask, example_of
 from support.batch import Prompt, seeded
 from support.cli import flag
-from support.distributed import gather_over_ranks, init_distributed, on_first_rank, sum_over_ranks
 from support.protocol import protocol_line, report, with_protocol
 from support.qwen_vl import PROMPT_SUFFIX, Encoder, Policy
 from support.reward import compute_score
 from support.saliency import saliency_for
 from support.sandbox import Grader, RewardError
 
-# Flags that an interrupted evaluation must be resumed with: those that decide the numbers.
+UNLIMITED = 1e6  # seconds to score a chunk: an evaluation leaves no response unscored
+# Flags that change the results: a resumed evaluation must have the same values.
 DECISIVE = """model data benchmarks n eval_rows reward reward_deadline seed temperature top_p top_k
 max_prompt_tokens max_new_tokens min_pixels max_pixels prompt_suffix""".split()
 
@@ -53,37 +54,37 @@ class EvalConfig:
     model: str = flag("toy", "toy, a local folder, or a hub id", group="what to evaluate")
     data: str = flag(
         "",
-        "toy, all, general, vision_dependent, a benchmark, a file, folder or hub id [toy or all]",
+        "toy, all, general, vision_dependent, a benchmark, a file, a folder or a hub id [all]",
     )
     benchmarks: str = flag("PAPO-Galaxy/PAPO_eval", "hub id or folder of the nine benchmarks")
     protocol: str = flag("", "paper or training [paper for benchmarks]")
     n: int = flag(8, "samples per question (avg@n)")
     out: str = flag("", "folder for predictions, tables, figures; also resumes an evaluation")
     baseline: str = flag("", "folder of predictions to measure Delta_rel against")
-    eval_rows: int = flag(0, "the first so many usable rows of each set; 0: all")
-    reward: str = flag("", "path/file.py:function(response, answer) instead of the released rule")
-    reward_deadline: float = flag(2.0, "seconds to score one response; then it gets accuracy 0")
+    eval_rows: int = flag(0, "use only the first so many usable rows of each set; 0: all")
+    reward: str = flag("", "score with path/file.py:function(response, answer)")
+    reward_deadline: float = flag(2.0, "seconds to score one response; a timeout has accuracy 0")
     reward_memory: float = flag(1.0, "GiB per scoring process (Linux)")
     seed: int = flag(0, "random seed")
 
     ask: str = flag("", "answer one question, streamed", group="instead of evaluating")
-    image: tuple = flag((), "images for --ask; before the question unless it has <image> markers")
-    explain: bool = flag(False, "draw a response's image attribution: to --ask, or to --row")
+    image: tuple = flag((), "images for --ask, before the question or at its <image> markers")
+    explain: bool = flag(False, "draw the image attribution of the response to --ask or --row")
     row: str = flag("0", "for --explain: ROW or SPLIT:ROW of the data")
     masks: int = flag(8, "for --explain: how many masks to average over")
-    heat_patches: int = flag(256, "for --explain: cells of the heat map, at most")
+    heat_patches: int = flag(256, "for --explain: at most so many cells in the heat map")
     grade: tuple = flag((), "grade these prediction files (ours or PAPO-Eval's)")
-    compare: tuple = flag((), "draw the curves of these runs together")
+    compare: tuple = flag((), "plot the curves of these runs in one figure")
 
     temperature: float = flag(
-        1.0, "0: greedy, the default of --ask and --explain", group="sampling and sizes"
+        1.0, "0: greedy (the default for --ask and --explain)", group="sampling and sizes"
     )
     top_p: float = flag(1.0, "nucleus sampling")
     top_k: int = flag(0, "top-k sampling; 0: off")
-    max_prompt_tokens: int = flag(4096, "longer prompts are left out")
-    max_new_tokens: int = flag(2048, "longest response")
-    min_pixels: int = flag(200_704, "smaller images are enlarged")
-    max_pixels: int = flag(1_003_520, "larger images are reduced")
+    max_prompt_tokens: int = flag(4096, "longest prompt in tokens; longer ones are skipped")
+    max_new_tokens: int = flag(2048, "longest response in tokens")
+    min_pixels: int = flag(200_704, "enlarge smaller images to this")
+    max_pixels: int = flag(1_003_520, "reduce larger images to this")
     prompt_suffix: str = flag(
         PROMPT_SUFFIX, "appended to questions that lack it", shown_default="the released text"
     )
@@ -103,7 +104,7 @@ class EvalConfig:
 
 
 def configure(given: dict) -> EvalConfig:
-    """The given flags, over the protocol's settings, over the toy's for its data, over defaults."""
+    """Precedence: given flags, the protocol, the toy's defaults, EvalConfig's."""
     return cli.resolve_config(EvalConfig, with_protocol(given))
 
 
@@ -115,13 +116,15 @@ def predict(
 ) -> Iterator[list[dict]]:
     """Sample and grade n responses to each of this rank's rows; yields records chunk by chunk.
 
-    rows: data.Rows. numbers: the rows to ask, by default all; the ranks take turns. sampling: the
-    fields of rollout.Sampling, and `stop`. A record has PAPO-Eval's keys and the scores. A broken
-    row is left out and named. All ranks must use up the iterator, since each chunk is a collective.
+    rows: data.Rows. numbers: indices of rows (default: all), dealt to the ranks in turn. sampling:
+    the fields of rollout.Sampling, and `stop`. A record has PAPO-Eval's keys and the scores. A row
+    that cannot be encoded is skipped and named. Every rank must exhaust the iterator, since each
+    chunk is a collective.
     """
     numbers = list(range(len(rows)) if numbers is None else numbers)
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    mine, most = numbers[rank::world], len(numbers[0::world])
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    mine = numbers[rank :: distributed.world_size()]
+    most = math.ceil(len(numbers) / distributed.world_size())
     chunk_size = max(1, sampling.get("rollout_batch", 64) // n)
     chunks = range(0, most, chunk_size)
     for start in tqdm(chunks, desc=progress, leave=False, disable=not progress):
@@ -136,29 +139,23 @@ def predict(
         groups = generate(policy, prompts, n, key=("eval", seed), **sampling)
         responses = [text for group in groups for text in group.responses]
         answers = [group.prompt.example.answer for group in groups for _ in group.responses]
-        scores = iter(grader(responses, answers))
-        records = []
-        for group in groups:
-            text = policy.encoder.tokenizer.decode(group.prompt.input_ids, skip_special_tokens=True)
-            for loop in range(n):
-                records.append(predictions.make_record(group, loop, text, next(scores)))
-        yield records
+        scores = grader(responses, answers, budget=UNLIMITED)
+        yield predictions.make_records(policy.encoder.tokenizer, groups, scores)
 
 
 def mean_accuracy(records: list[dict]) -> float:
     """avg@n in [0, 1] over the records of all ranks; all ranks call it."""
     correct = sum(record["accuracy"] for record in records)
-    total, n = sum_over_ranks([correct, len(records)])
+    total, n = distributed.sum_over_ranks([correct, len(records)])
     return total / max(n, 1.0)
 
 
 def evaluate(policy: Policy, sets: dict, grader, baseline, config: EvalConfig) -> None:
-    """avg@n of each set over all ranks, and the table on the first.
+    """Evaluate every set; the first rank prints the table.
 
-    With --out, records are written as they come, and questions answered before are not asked again.
+    With --out, records are saved after each chunk, and a resumed run skips answered questions.
     """
-    notes = [protocol_line(config)]
-    results = {}
+    results, notes = {}, [protocol_line(config)]
     with grader:
         for name, rows in sets.items():
             results[name], skipped = evaluate_set(policy, name, rows, grader, config)
@@ -170,11 +167,11 @@ def evaluate(policy: Policy, sets: dict, grader, baseline, config: EvalConfig) -
 
 
 def evaluate_set(policy: Policy, name: str, rows, grader, config) -> tuple[list[dict], Counter]:
-    """All ranks' records of one set, loop after loop, and how many rows were left out, by kind."""
+    """Evaluate one set. Returns all ranks' records, and the number of skipped rows by kind."""
     rank, out = dist.get_rank(), Path(config.out)
-    records, mine, skipped = [], [], Counter(rows.skipped)
+    records, mine, skipped_at_load = [], [], Counter(rows.skipped)
     if config.out:
-        records = on_first_rank(lambda: predictions.load_partial(out, name, config.n))
+        records = distributed.on_first_rank(lambda: predictions.load_partial(out, name, config.n))
     answered = {record["row"] for record in records}
     how = {
         "numbers": [i for i in range(len(rows)) if i not in answered],
@@ -185,7 +182,10 @@ def evaluate_set(policy: Policy, name: str, rows, grader, config) -> tuple[list[
         if config.out:
             predictions.append_partial(out, name, rank, new)
         mine += new
-    for theirs, newly_skipped in gather_over_ranks((mine, rows.skipped - skipped)):
+    skipped = skipped_at_load
+    for theirs, newly_skipped in distributed.gather_over_ranks(
+        (mine, rows.skipped - skipped_at_load)
+    ):
         records = records + theirs
         skipped = skipped + newly_skipped
     records.sort(key=lambda record: (record["loop"], record["row"]))
@@ -199,8 +199,8 @@ def evaluate_set(policy: Policy, name: str, rows, grader, config) -> tuple[list[
 
 @torch.no_grad()
 def explain(policy: Policy, prompt: Prompt, config: EvalConfig) -> None:
-    """Per-token image attribution: log-prob under the image minus the mean under masked views; and
-    per cell of the image, how much the response's log-prob drops when it alone is black."""
+    """Draw each token's log-prob under the image minus its mean under masked views; and, for each
+    cell of the image, the drop in the response's log-prob when only that cell is black."""
     encoder = policy.encoder
     [group] = generate(policy, [prompt], 1, key=("explain", config.seed), **config.sampling)
     algo = Algo(**attribution.mask_settings(config.model))
@@ -208,9 +208,9 @@ def explain(policy: Policy, prompt: Prompt, config: EvalConfig) -> None:
     views, patch_masks = [], []
     for number in range(config.masks):
         generator = seeded("explain", config.seed, number)
-        masked = masking.mask_prompt(prompt, algo, encoder, generator, policy.saliency)
-        views.append(masked[0])
-        patch_masks.append(masked[1])
+        view, patch_mask = masking.mask_prompt(prompt, algo, encoder, generator, policy.saliency)
+        views.append(view)
+        patch_masks.append(patch_mask)
     [clean] = attribution.log_probs(policy, group, [prompt.pixel_values])  # [T]
     masked = attribution.log_probs(policy, group, views, progress="masks").mean(0)
     heats = attribution.patch_drops(policy, group, clean, config.heat_patches)
@@ -223,13 +223,12 @@ def explain(policy: Policy, prompt: Prompt, config: EvalConfig) -> None:
 
 
 def without_model(config: EvalConfig) -> None:
-    """--compare and --grade."""
+    """Handle --compare and --grade."""
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     if config.compare:
         figure, table = plots.compare(config.compare, out / "compare.png")
-        print(table)
-        print(figure)
+        print(table, figure, sep="\n")
         return
     how = {"n": config.n, "reward": config.reward}
     results = predictions.grade_files(config.grade, **how)
@@ -240,8 +239,8 @@ def without_model(config: EvalConfig) -> None:
 
 
 def set_up(config: EvalConfig) -> Callable[[], None]:
-    """Load what --ask, --explain or an evaluation needs; returns the work that is left to do."""
-    rank, world, device = init_distributed()
+    """Load what --ask, --explain or an evaluation needs; returns a function that runs it."""
+    rank, world, device = distributed.init_distributed()
     name = cli.model_folder(config.model)
     encoder = Encoder(name, config.min_pixels, config.max_pixels, config.prompt_suffix)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -261,14 +260,16 @@ def set_up(config: EvalConfig) -> Callable[[], None]:
     if config.out:
         settings = {name: getattr(config, name) for name in DECISIVE}
         inputs = {name: settings[name] for name in ("model", "data", "benchmarks")}
-        on_first_rank(lambda: predictions.open_output(Path(config.out), settings, inputs))
+        distributed.on_first_rank(
+            lambda: predictions.open_output(Path(config.out), settings, inputs)
+        )
     baseline = None
     if config.baseline and rank == 0:
         how = {"n": config.n, "reward": config.reward}
         baseline = predictions.grade_files([config.baseline], sets, **how)
     policy = Policy.load(name, encoder, dtype, device, config.temperature or 1.0)
-    limits = {"deadline": config.reward_deadline, "budget": 1e6, "memory": config.reward_memory}
-    grader = Grader(config.reward or compute_score, 1 if world > 1 else None, **limits)
+    limits = (config.reward_deadline, UNLIMITED, config.reward_memory)
+    grader = Grader(config.reward or compute_score, 1 if world > 1 else None, *limits)
     return partial(evaluate, policy, sets, grader, baseline, config)
 
 
@@ -282,7 +283,8 @@ def main(argv=None) -> None:
             work = set_up(config)
         work()
     except KeyboardInterrupt:
-        resume = f"; --out {config.out} resumes it" if config and config.out else ""
+        resumable = config and config.out and not (config.ask or config.explain or config.grade)
+        resume = f"; --out {config.out} resumes it" if resumable else ""
         cli.exit_with_error(f"interrupted{resume}")
     except RewardError as error:
         cli.exit_with_error(error)

@@ -70,8 +70,8 @@ def noise_patches(
 ) -> tuple[Tensor, Tensor]:
     """Noise: each patch gets Gaussian noise with probability `ratio`.
 
-    sigma: standard deviation in normalised pixel units. copies: temporal_patch_size; temporal copies
-    share their noise, since they show one image. Other arguments: see mask_patches.
+    sigma: standard deviation in normalised pixel units. copies: temporal_patch_size. Copies share
+    their noise, since they show one image. Other arguments: see mask_patches.
     """
     _check(pixel_values, ratio)
     channels = 3

@@ -1,17 +1,18 @@
-r"""Train a vision-language model with PAPO, or one of its relatives, on one or many devices.
+r"""Train a vision-language model with PAPO, GRPO or DAPO, on one or more devices.
 
     torchrun train.py --algo papo_g                               the toy, on a laptop, in minutes
     torchrun --nproc_per_node 2 train.py --algo papo_g --model Qwen/Qwen2.5-VL-3B-Instruct
     torchrun train.py --resume runs/papo_g-toy-s0 --steps 100     continue a run
 
-Read `train` first: it is the paper's loop, top to bottom. Every rank runs it on its own share of
-the prompts, from sampling to the update; no batch travels between ranks.
+Read `train` first: it is the paper's loop, top to bottom. It passes on a list of Groups: one prompt
+and its G responses each (support/batch.py). Every rank samples and trains on its own prompts; only
+gradients, counts and indices cross ranks.
 
 Differences from the released trainer:
-1. No Ray and no vLLM: the weights that train are gathered in bf16 while the model samples.
-2. fp32 master weights, where the release has bf16 weights with Kahan compensation.
-3. Dynamic sampling: a round in which no group survives adds nothing (there it is kept whole), and
-   after 20 rounds the step trains on the groups it has (there: an error).
+1. No Ray and no vLLM: sampling uses the training weights themselves, gathered on every rank.
+2. fp32 master weights; the release has bf16 weights with Kahan compensation.
+3. A round of dynamic sampling in which no group survives adds nothing; the release keeps the whole
+   round. After 20 rounds the step trains on what it has; the release raises an error.
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ from support.run import Run, Stopped, with_saved_config
 from support.sandbox import RewardError
 from support.stats import RolloutStats
 
-MAX_ROUNDS = 20  # of dynamic sampling per step
+MAX_ROUNDS = 20  # at most so many rounds of dynamic sampling per step
 
 
 @dataclass
 class Config:
-    """The defaults are the paper's. A toy has its own (support/toy.py); Algo's flags follow."""
+    """Flags. Defaults follow the paper; the toy overrides some (support/toy.py)."""
 
     algo: str = flag(
         "papo_g",
@@ -55,23 +56,25 @@ class Config:
         "PAPOGalaxy/PAPO_ViRL39K_train",
         "toy, toy:..., a parquet, JSON or JSONL file, a folder of these, or a hub id",
     )
-    val_data: str = flag("PAPOGalaxy/PAPO_MMK12_test", "the same, for evaluation; or none")
-    reward: str = flag("", "path/file.py:function(response, answer) instead of the released rule")
+    val_data: str = flag(
+        "PAPOGalaxy/PAPO_MMK12_test", "evaluation data, in the same forms, or none"
+    )
+    reward: str = flag("", "score with path/file.py:function(response, answer)")
     out: str = flag("", "folder of the run [runs/ALGO-MODEL-sSEED]")
     resume: str = flag("", "folder of a run to continue from its newest checkpoint")
     seed: int = flag(0, "random seed")
-    steps: int = flag(0, "training steps; 0: as many as the epochs give")
+    steps: int = flag(0, "training steps; 0: derived from --epochs")
 
-    epochs: float = flag(2.0, "passes over the data, where steps is 0", group="sizes")
+    epochs: float = flag(2.0, "passes over the data; ignored with --steps", group="sizes")
     prompts_per_step: int = flag(384, "prompts per step, over all ranks")
     group_size: int = flag(5, "responses per prompt")
     mini_batch: int = flag(
         128, "prompts per optimizer step, over all ranks; also per round of dynamic sampling"
     )
-    max_prompt_tokens: int = flag(4096, "longer prompts are left out")
-    max_new_tokens: int = flag(2048, "longest response")
-    min_pixels: int = flag(200_704, "smaller images are enlarged")
-    max_pixels: int = flag(1_003_520, "larger images are reduced")
+    max_prompt_tokens: int = flag(4096, "longest prompt in tokens; longer ones are skipped")
+    max_new_tokens: int = flag(2048, "longest response in tokens")
+    min_pixels: int = flag(200_704, "enlarge smaller images to this")
+    max_pixels: int = flag(1_003_520, "reduce larger images to this")
     prompt_suffix: str = flag(
         PROMPT_SUFFIX, "appended to questions that lack it", shown_default="the released text"
     )
@@ -79,8 +82,10 @@ class Config:
     temperature: float = flag(1.0, "temperature of sampling and log-probs", group="sampling")
     top_p: float = flag(0.99, "nucleus sampling")
     top_k: int = flag(0, "top-k sampling; 0: off")
-    reward_deadline: float = flag(2.0, "seconds to score one response; then it gets accuracy 0")
-    reward_budget: float = flag(60.0, "seconds to score a round of sampling; the rest go unscored")
+    reward_deadline: float = flag(2.0, "seconds to score one response; a timeout has accuracy 0")
+    reward_budget: float = flag(
+        60.0, "seconds to score one round of responses; the rest stay unscored"
+    )
     reward_memory: float = flag(1.0, "GiB per scoring process (Linux)")
 
     lr: float = flag(1e-6, "AdamW's learning rate, constant", group="optimizer")
@@ -94,21 +99,21 @@ class Config:
         group="evaluate, save, log",
     )
     eval_n: int = flag(1, "samples per question in evaluations")
-    eval_rows: int = flag(500, "questions of each evaluation set")
-    save_every: int = flag(50, "steps between checkpoints, also after the last; 0: never")
+    eval_rows: int = flag(500, "questions per evaluation set, the first ones; 0: all")
+    save_every: int = flag(50, "save every so many steps, and after the last; 0: never")
     keep: int = flag(2, "how many checkpoints to keep")
     wandb: bool = flag(False, "log to Weights & Biases too")
     tensorboard: bool = flag(False, "log to TensorBoard too")
 
     tokens_per_forward: int = flag(
-        16_384, "tokens per packed row in log-probs and updates", group="memory"
+        16_384, "at most so many tokens per packed row in log-probs and updates", group="memory"
     )
-    rollout_batch: int = flag(320, "responses that a rank samples at a time")
+    rollout_batch: int = flag(320, "responses sampled at a time on each rank")
     offload_optimizer: bool = flag(False, "keep AdamW's state in host memory while sampling")
 
     def __post_init__(self):
-        counts = ("prompts_per_step", "group_size", "mini_batch", "max_new_tokens", "keep")
-        cli.check_counts(self, *counts, "tokens_per_forward")
+        cli.check_counts(self, "prompts_per_step", "group_size", "mini_batch", "max_new_tokens")
+        cli.check_counts(self, "eval_n", "keep", "tokens_per_forward", "rollout_batch")
         cli.check_top_p(self)
         if not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature}: must be above 0")
@@ -118,17 +123,17 @@ class Config:
 
 
 def train(run: Run) -> None:
-    """Sample, grade, record what the update compares with, update."""
+    """The loop: sample, grade, record log-probs, update."""
     config, policy = run.config, run.policy
     evaluate_if_due(run)
     for step in run.steps():
         algo = run.algo.annealed(run.progress)
 
-        # 1. Sample G responses per prompt, grade them, compare each with its own group.
+        # 1. Sample G responses per prompt, grade them, compute group-relative advantages.
         groups, metrics = collect(run, step)
         batches = mini_batches(groups, config.mini_batch)
 
-        # 2. While the policy is still the one that sampled: mask the images, and record the old,
+        # 2. Before the first update changes the policy: mask the images, and record the old,
         #    reference and masked log-probs that the objective needs.
         metrics |= prepare(policy, run.reference, batches, algo, key=(config.seed, step))
 
@@ -136,7 +141,7 @@ def train(run: Run) -> None:
         #    L = L_pg + beta KL_ref - gamma KL_prcp + eta1 H + eta2 H_mask
         metrics |= update(policy, run.optimizer, batches, algo, config.max_grad_norm)
 
-        # 4. Log; save a checkpoint and evaluate where they are due.
+        # 4. Log; save a checkpoint and evaluate when due.
         run.finish_step(metrics, groups)
         evaluate_if_due(run)
 
@@ -145,10 +150,10 @@ def train(run: Run) -> None:
 def collect(run: Run, step: int) -> tuple[list[Group], dict[str, float]]:
     """Sample and grade one step's groups on this rank.
 
-    Without dynamic sampling one round gives the step's prompts. With it (DAPO), rounds of
-    `mini_batch` prompts go on until `prompts_per_step` groups are left whose mean accuracy lies
-    strictly inside (0.01, 0.99), or for MAX_ROUNDS; the surplus is cut in the order of sampling.
-    Returns the groups to train on and the step's rollout metrics over all ranks.
+    Without dynamic sampling one round has all prompts of the step. With it (DAPO) a round samples
+    `mini_batch` prompts and keeps the groups whose mean accuracy is strictly between 0.01 and 0.99.
+    Rounds stop at `prompts_per_step` kept groups or after MAX_ROUNDS; surplus groups are dropped,
+    last sampled first. Returns the groups to train on and rollout metrics over all ranks.
     """
     config, stats = run.config, RolloutStats()
     skipped_before = run.stream.skipped.total()
@@ -168,8 +173,8 @@ def collect(run: Run, step: int) -> tuple[list[Group], dict[str, float]]:
                 stop=lambda: run.stop_requested,
             )
         run.raise_if_stopped()
-        kept += score(run, groups, stats)
-        [n_kept] = sum_over_ranks([len(kept)])
+        kept += grade(run, groups, stats)
+        n_kept = int(sum_over_ranks([len(kept)])[0])
         if n_kept >= config.prompts_per_step or not run.algo.dynamic_sampling:
             break
     if n_kept > config.prompts_per_step:
@@ -177,14 +182,14 @@ def collect(run: Run, step: int) -> tuple[list[Group], dict[str, float]]:
     stats.skipped_rows = run.stream.skipped.total() - skipped_before
     metrics = stats.metrics() | {
         "unusable_rows": run.rows.skipped.total(),
-        "groups_kept": min(int(n_kept), config.prompts_per_step),
+        "groups_kept": min(n_kept, config.prompts_per_step),
         "rounds": round_index + 1,
     }
     return kept, metrics
 
 
-def score(run: Run, groups: list[Group], stats: RolloutStats) -> list[Group]:
-    """Grade groups and set their advantages; returns those to train on."""
+def grade(run: Run, groups: list[Group], stats: RolloutStats) -> list[Group]:
+    """Grade the groups, set their advantages, and return those to train on."""
     size = run.config.group_size
     responses = [text for group in groups for text in group.responses]
     answers = [group.prompt.example.answer for group in groups for _ in group.responses]
@@ -196,22 +201,22 @@ def score(run: Run, groups: list[Group], stats: RolloutStats) -> list[Group]:
     kept = []
     for i, group in enumerate(groups):
         in_group = slice(i * size, (i + 1) * size)
-        correct = [score["accuracy"] for score in scores[in_group]]
-        # An ungraded response has reward 0, which the others must not be compared with.
+        accuracy = sum(score["accuracy"] for score in scores[in_group]) / size
         fully_graded = not any("unscored" in score for score in scores[in_group])
         group.rewards = rewards[in_group]
-        group.advantages = advantages[in_group].float() * fully_graded
+        group.advantages = advantages[in_group].float()
+        if not fully_graded:  # an unscored response counts as 0, which falsifies the group's mean
+            group.advantages = torch.zeros(size)
         stats.add_group(group)
-        informative = fully_graded and 0.01 < sum(correct) / size < 0.99
-        if informative or not run.algo.dynamic_sampling:
+        is_mixed = fully_graded and 0.01 < accuracy < 0.99
+        if is_mixed or not run.algo.dynamic_sampling:
             kept.append(group)
     return kept
 
 
 def cut_surplus(groups: list[Group], n: int) -> list[Group]:
-    """This rank's groups among the first n of all ranks, in the order of sampling."""
-    indices = concat_over_ranks([group.prompt.index for group in groups])
-    first_cut = sorted(indices)[n]
+    """Keep the first n groups over all ranks, in sampling order; returns this rank's."""
+    first_cut = sorted(concat_over_ranks([group.prompt.index for group in groups]))[n]
     return [group for group in groups if group.prompt.index < first_cut]
 
 
@@ -234,9 +239,9 @@ def evaluate_if_due(run: Run) -> None:
                 stop=lambda: run.stop_requested,
             )
             records = list(itertools.chain.from_iterable(chunks))
+        run.raise_if_stopped()
         accuracies[name] = mean_accuracy(records)
-        samples += [{"set": name} | record for record in records[:4]]
-    run.raise_if_stopped()
+        samples += [{"set": name} | record for record in records[:4]]  # a few, to look at
     run.log_evaluation(accuracies, samples)
 
 
@@ -244,7 +249,7 @@ def evaluate_if_due(run: Run) -> None:
 
 
 def build_run(argv=None) -> Run:
-    """The run that the command line describes, loaded but not started."""
+    """Build the run from the command line. It is loaded but not started."""
     defaults = asdict(Config()) | asdict(Algo())
     given = with_saved_config(cli.parse_flags(__doc__, Config, Algo, argv=argv), defaults)
     config = cli.resolve_config(Config, given)
@@ -254,6 +259,9 @@ def build_run(argv=None) -> Run:
     algo_fields = {field.name for field in dataclasses.fields(Algo)} - {"name"}
     algo_flags = {name: value for name, value in given.items() if name in algo_fields}
     algo = dataclasses.replace(preset(config.algo, encoder.size), **algo_flags)
+    if algo.dynamic_sampling and MAX_ROUNDS * config.mini_batch < config.prompts_per_step:
+        limit = f"{MAX_ROUNDS} rounds of mini_batch={config.mini_batch} prompts"
+        raise ValueError(f"{limit} cannot fill prompts_per_step={config.prompts_per_step}")
     return Run(config, algo, encoder, ranks)
 
 
@@ -277,8 +285,7 @@ def main(argv=None) -> None:
     except Stopped:
         if run.config.save_every:
             run.save()
-        if run.rank == 0:
-            print(f"stopped after step {run.step}: --resume {run.folder} continues")
+        run.say_how_to_resume()
     except RewardError as error:
         cli.exit_with_error(error)
     except torch.OutOfMemoryError as error:

@@ -164,19 +164,28 @@ def write_predictions(out: Path, name: str, records: list[dict]) -> None:
     shutil.rmtree(out / "partial" / name, ignore_errors=True)
 
 
-def make_record(group: Group, loop: int, prompt_text: str, score: dict) -> dict:
-    """The record of a group's response number `loop`: PAPO-Eval's keys, then ours."""
-    prompt, response = group.prompt, group.responses[loop]
-    return {
-        "idx": prompt.index,
-        "id": prompt.example.id or str(prompt.index),
-        "prompt": prompt_text,
-        "predict": response,
-        "label": prompt.example.answer,
-        "row": prompt.index,
-        "loop": loop,
-        "accuracy": score["accuracy"],
-        "format": score["format"],
-        "unboxed": boxed(response) is None,
-        "truncated": bool(group.truncated[loop]),
-    }
+def make_records(tokenizer, groups: list[Group], scores: list[dict]) -> list[dict]:
+    """One record per response, with PAPO-Eval's keys and then ours; scores in the same order."""
+    scores = iter(scores)
+    records = []
+    for group in groups:
+        prompt = group.prompt
+        prompt_text = tokenizer.decode(prompt.input_ids, skip_special_tokens=True)
+        for loop, response in enumerate(group.responses):
+            score = next(scores)
+            records.append(
+                {
+                    "idx": prompt.index,
+                    "id": prompt.example.id or str(prompt.index),
+                    "prompt": prompt_text,
+                    "predict": response,
+                    "label": prompt.example.answer,
+                    "row": prompt.index,
+                    "loop": loop,
+                    "accuracy": score["accuracy"],
+                    "format": score["format"],
+                    "unboxed": boxed(response) is None,
+                    "truncated": bool(group.truncated[loop]),
+                }
+            )
+    return records

@@ -341,6 +341,15 @@ class Run:
         if max_over_ranks(self.stop_requested):
             raise Stopped
 
+    def say_how_to_resume(self) -> None:
+        if self.rank > 0:
+            return
+        print(f"stopped after step {self.step}", end="")
+        if checkpoint.complete(self.folder):
+            print(f"; continue with --resume {self.folder}")
+        else:
+            print(": no checkpoint was saved, so there is nothing to resume")
+
     @phase("exporting")
     def export(self) -> None:
         """Write model/, a plain Hugging Face folder."""

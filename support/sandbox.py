@@ -94,9 +94,13 @@ class Grader(AbstractContextManager):
             self.close()
             raise
 
-    def __call__(self, responses: list[str], answers: list[str]) -> list[dict[str, float]]:
+    def __call__(
+        self, responses: list[str], answers: list[str], budget: float | None = None
+    ) -> list[dict[str, float]]:
+        """Score one batch. `budget` replaces the Grader's for this call."""
         _check_texts(responses, answers)
-        outcomes = self._ask((responses, answers, self.budget), self.budget + START_SECONDS)
+        budget = self.budget if budget is None else budget
+        outcomes = self._ask((responses, answers, budget), budget + START_SECONDS)
         kinds = Counter(kind for kind, _ in outcomes)
         self.timeouts = kinds["timeout"]
         self.errors = kinds["error"]

@@ -69,3 +69,18 @@ def test_help_is_grouped_with_everyday_flags_first(capsys):
     ]
     assert order == sorted(order)
     assert "[preset]" in text.split("--clip_low")[1].split("--clip_high")[0]
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda: train.Config(rollout_batch=0), "rollout_batch=0: must be at least 1"),
+        (lambda: train.Config(eval_n=0), "eval_n=0: must be at least 1"),
+        (lambda: evaluate.EvalConfig(heat_patches=0), "heat_patches=0: must be at least 1"),
+        (lambda: train.Algo(clip_dual=0.0), "clip_dual=0.0: must be above 1"),
+        (lambda: train.Algo(kl_prcp_clip=-1.0), "kl_prcp_clip=-1.0: must be at least 0"),
+    ],
+)
+def test_values_out_of_range_are_named(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()

@@ -236,7 +236,7 @@ def test_dynamic_sampling_drops_groups_and_samples_on(run, monkeypatch):
 
 def test_a_step_without_groups_is_skipped_with_one_warning(run, monkeypatch, capsys):
     monkeypatch.setattr(train, "MAX_ROUNDS", 3)
-    monkeypatch.setattr(Grader, "__call__", lambda self, responses, answers: wrong(responses))
+    monkeypatch.setattr(Grader, "__call__", lambda self, responses, answers, budget=None: wrong(responses))
     steps = training_lines(run("none", "--algo", "papo_d", "--steps", "2", "--eval_every", "0"))
     warnings = [line for line in capsys.readouterr().err.splitlines() if "warning:" in line]
     assert len(steps) == 2 and len(warnings) == 1
@@ -269,7 +269,7 @@ def test_groups_that_cannot_be_compared_teach_nothing(prompts, dynamic):
         algo=SimpleNamespace(dynamic_sampling=dynamic),
     )
     stats = RolloutStats()
-    kept = train.score(run, groups, stats)
+    kept = train.grade(run, groups, stats)
     assert stats.zero_advantage_groups == 2 and stats.responses == 9
     assert groups[0].advantages.abs().max() < 1e-6 and groups[1].advantages.eq(0).all()
     assert groups[2].advantages.tolist() == pytest.approx([1.1547, -0.5774, -0.5774], abs=1e-3)
