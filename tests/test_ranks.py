@@ -1,4 +1,4 @@
-"""One batch on 1, 2 and 4 ranks: equal metrics and gradients, up to rounding, for every preset.
+"""One batch on 1 and 4 ranks: equal metrics and gradients, up to rounding, for every preset.
 
 pytest starts this file under torchrun, where it updates the policy on its rank's share of the batch
 and writes what it measured.
@@ -49,7 +49,7 @@ class RecordingSGD(torch.optim.SGD):
 
 
 def make_group(encoder, index):
-    """Three random responses to a prompt with one image (or two, or none)."""
+    """Three random responses to a prompt with one image, two (index 4) or none (1 and 5)."""
     generator, example = seeded("group", index), toy.example("train", index)
     if index in (1, 5):
         example = Example("How many red dots are there" + " really" * index + "?", "1", [])
@@ -90,8 +90,7 @@ def measure(folder, out):
     policy, reference = policies
     results = {}
     for name, algo in OBJECTIVES.items():
-        # Of 4 ranks, the last has no group of the second mini-batch. Rank 1 of 2 or 4 has only
-        # text there.
+        # Of 4 ranks, the last has no group at all, and the second only prompts without an image.
         groups = [make_group(encoder, i) for i in (0, 1, 2, 4, 5, 6) if i % world == rank]
         optimizer = RecordingSGD(policy.model.parameters())
         batches = mini_batches(groups, 4)
@@ -109,30 +108,21 @@ def measure(folder, out):
 # ----------------------------------------------------------------------------------- under pytest
 
 
-@pytest.fixture(scope="module")
-def results(folder, tmp_path_factory):
-    """Number of ranks -> what `measure` writes."""
-    out_folder, results = tmp_path_factory.mktemp("ranks"), {}
-    for world in (1, 2, 4):
-        out = out_folder / f"{world}.pt"
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(world)]
-        done = subprocess.run(
-            [*torchrun, __file__, folder, str(out)],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        results[world] = torch.load(out)
-    return results
-
-
-@pytest.mark.parametrize("world", [2, 4])
-def test_the_number_of_ranks_changes_neither_metrics_nor_gradients(results, world):
-    assert len(results[1]) == 7
-    for name, (metrics, gradients) in results[1].items():
-        other_metrics, other_gradients = results[world][name]
+def test_four_ranks_give_the_metrics_and_gradients_of_one(folder, tmp_path):
+    measure(folder, tmp_path / "1.pt")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "4"]
+    done = subprocess.run(
+        [*torchrun, __file__, folder, str(tmp_path / "4.pt")],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, four = torch.load(tmp_path / "1.pt"), torch.load(tmp_path / "4.pt")
+    assert one.keys() == four.keys() == OBJECTIVES.keys()
+    for name, (metrics, gradients) in one.items():
+        other_metrics, other_gradients = four[name]
         assert metrics.keys() == other_metrics.keys()
         assert metrics["grad_norm"] > 2  # so that gradients are clipped, by the norm over all ranks
         for key, value in metrics.items():
