@@ -77,7 +77,9 @@ class EvalConfig:
     compare: tuple = flag((), "plot the curves of these runs in one figure")
 
     temperature: float = flag(
-        1.0, "0: greedy (the default for --ask and --explain)", group="sampling and sizes"
+        1.0,
+        "0: greedy (the default for --ask and --explain)",
+        group="sampling and sizes (toys and the paper protocol differ)",
     )
     top_p: float = flag(1.0, "nucleus sampling")
     top_k: int = flag(0, "top-k sampling; 0: off")

@@ -10,7 +10,10 @@ Where the paper, the released code and this file differ:
 1. KL_prcp: the paper prints r - log r - 1 with r = pi / pi_mask, the released code has
    r = pi_mask / pi. Samples come from pi, so the code's form is the unbiased k3 estimate of
    KL(pi || pi_mask) and the paper's is not. Default: the code's form;
-   `Algo.kl_prcp_estimator = "paper"` selects the printed one.
+   `Algo.kl_prcp_estimator = "paper"` selects the printed one. This is about the value. The
+   gradient of k3 is (1 - pi_mask / pi) grad log pi: maximising it makes a sampled token likelier
+   under the image where the masked view finds it less likely. In expectation it is the gradient
+   of the reverse KL(pi_mask || pi).
 2. H and H_mask are estimates from the sampled tokens, minus their mean log-prob. They are not sums
    over the vocabulary (as released), and they are always averaged over tokens.
 3. The masked log-probs normally carry no gradient (as released). So H_mask changes the value of the

@@ -97,31 +97,36 @@ def mask_prompt(
         changed = (prompt.aug_pixel_values != prompt.pixel_values).any(-1)
         return prompt.aug_pixel_values, changed
     masked, patch_masks = [], []
-    patches_per_image = prompt.pixel_values.split(prompt.image_grid_thw.prod(-1).tolist())
-    grids = prompt.image_grid_thw.tolist()
-    for image, patches, (_, h, w) in zip(
-        prompt.example.images, patches_per_image, grids, strict=True
+    grids = prompt.image_grid_thw  # [n_images, 3]
+    patches_per_image = prompt.pixel_values.split(grids.prod(-1).tolist())
+    for image, patches, grid in zip(
+        prompt.example.images, patches_per_image, grids.tolist(), strict=True
     ):
         scores = None
         if algo.mask_strategy == "semantic":
             if saliency is None:
                 raise ValueError("mask_strategy=semantic needs a saliency function image -> [h, w]")
-            scores = to_patch_order(saliency(image), h, w, encoder.images.merge_size)
-        view, patch_mask = mask_image_patches(patches, algo, encoder, generator, scores)
+            scores = saliency(image)
+        view, patch_mask = mask_image_patches(patches, grid[1:], algo, encoder, generator, scores)
         masked.append(view)
         patch_masks.append(patch_mask)
     return torch.cat(masked), torch.cat(patch_masks)
 
 
 def mask_image_patches(
-    patches: Tensor, algo, encoder, generator: torch.Generator, saliency: Tensor | None = None
+    patches: Tensor, grid, algo, encoder, generator: torch.Generator, saliency: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Apply algo.mask_strategy to the patches of one image; saliency[N_patch] for "semantic"."""
+    """Apply algo.mask_strategy to the patches of one image.
+
+    grid: (rows, columns) of patches. A mask with a shape is drawn on that grid and brought into the
+    processor's order by to_patch_order, as `saliency`[h, w] is for "semantic".
+    """
     ratio, black = algo.mask_ratio, encoder.black_patch
     if algo.mask_strategy == "random":
         return mask_patches(patches, ratio, black, generator)
     if algo.mask_strategy == "semantic":
-        return mask_salient(patches, ratio, black, saliency, generator)
+        scores = to_patch_order(saliency, *grid, encoder.images.merge_size)
+        return mask_salient(patches, ratio, black, scores, generator)
     if algo.mask_strategy == "noise":
         copies = encoder.images.temporal_patch_size
         return noise_patches(patches, ratio, algo.mask_sigma, generator, copies)

@@ -34,7 +34,7 @@ from support.qwen_vl import Policy
 # ------------------------------------------------------------------------------------------ presets
 
 
-flag = partial(cli.flag, shown_default="preset")
+flag = partial(cli.flag, shown_default="preset")  # for what presets set
 
 
 @dataclass(frozen=True)
@@ -52,24 +52,24 @@ class Algo:
     )
     clip_low: float = flag(0.2, "PPO clip: the ratio's lower bound is 1 - this")
     clip_high: float = flag(0.3, "PPO clip: the ratio's upper bound is 1 + this")
-    clip_dual: float = flag(3.0, "dual clip: upper bound of the ratio at negative advantages")
-    average: str = flag(
+    clip_dual: float = cli.flag(3.0, "dual clip: upper bound of the ratio at negative advantages")
+    average: str = cli.flag(
         "token", "average of L_pg and the KLs; token: over tokens; seq: per response (Eq. 2)"
     )
     dynamic_sampling: bool = flag(
         False, "drop groups that are all right or all wrong, and sample more (DAPO)"
     )
-    mask_ratio: float = flag(0.6, "share of patches that the masked view changes")
-    mask_strategy: str = flag("random", "random, semantic or noise")
-    mask_sigma: float = flag(1.0, "noise: standard deviation in normalised pixel units")
-    kl_prcp_estimator: str = flag(
+    mask_ratio: float = cli.flag(0.6, "share of patches that the masked view changes")
+    mask_strategy: str = cli.flag("random", "random, semantic or noise")
+    mask_sigma: float = cli.flag(1.0, "noise: standard deviation in normalised pixel units")
+    kl_prcp_estimator: str = cli.flag(
         "k3", "k3: the released code's form; paper: the formula as printed"
     )
-    kl_prcp_clip: float = flag(0.0, "upper limit of KL_prcp per token; 0: none")
-    kl_prcp_coef_end: float = flag(
+    kl_prcp_clip: float = cli.flag(0.0, "upper limit of KL_prcp per token; 0: none")
+    kl_prcp_coef_end: float = cli.flag(
         -1.0, "final gamma, reached linearly; entropies scale along; below 0: constant"
     )
-    masked_grad: bool = flag(False, "recompute masked log-probs with gradient in every update")
+    masked_grad: bool = cli.flag(False, "recompute masked log-probs with gradient in every update")
 
     def __post_init__(self):
         choices = {

@@ -56,16 +56,14 @@ class Config:
         "PAPOGalaxy/PAPO_ViRL39K_train",
         "toy, toy:..., a parquet, JSON or JSONL file, a folder of these, or a hub id",
     )
-    val_data: str = flag(
-        "PAPOGalaxy/PAPO_MMK12_test", "evaluation data, in the same forms, or none"
-    )
-    reward: str = flag("", "score with path/file.py:function(response, answer)")
+    val_data: str = flag("PAPOGalaxy/PAPO_MMK12_test", "evaluation data, as --data, or none")
+    reward: str = flag("", "score with path/file.py:function, see README")
     out: str = flag("", "folder of the run [runs/ALGO-MODEL-sSEED]")
     resume: str = flag("", "folder of a run to continue from its newest checkpoint")
     seed: int = flag(0, "random seed")
     steps: int = flag(0, "training steps; 0: derived from --epochs")
 
-    epochs: float = flag(2.0, "passes over the data; ignored with --steps", group="sizes")
+    epochs: float = flag(2.0, "passes over the data without --steps", group="sizes (toys differ)")
     prompts_per_step: int = flag(384, "prompts per step, over all ranks")
     group_size: int = flag(5, "responses per prompt")
     mini_batch: int = flag(
@@ -88,15 +86,15 @@ class Config:
     )
     reward_memory: float = flag(1.0, "GiB per scoring process (Linux)")
 
-    lr: float = flag(1e-6, "AdamW's learning rate, constant", group="optimizer")
+    lr: float = flag(1e-6, "AdamW's learning rate, constant", group="optimizer (toys differ)")
     weight_decay: float = flag(1e-2, "AdamW's weight decay")
     max_grad_norm: float = flag(1.0, "gradient clipping")
     freeze_vision: bool = flag(False, "train the language model only")
 
     eval_every: int = flag(
         50,
-        "steps between evaluations, also before the first; 0: never",
-        group="evaluate, save, log",
+        "evaluate every so many steps, and before the first; 0: never",
+        group="evaluate and save",
     )
     eval_n: int = flag(1, "samples per question in evaluations")
     eval_rows: int = flag(500, "questions per evaluation set, the first ones; 0: all")

@@ -79,8 +79,8 @@ def _value_options(one: dataclasses.Field) -> dict:
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}
     if kind is tuple:
-        return {"nargs": "+", "metavar": ""}
-    return {"type": kind, "metavar": ""}
+        return {"nargs": "+", "metavar": "str"}
+    return {"type": kind, "metavar": kind.__name__}
 
 
 def _help_text(one: dataclasses.Field) -> str:

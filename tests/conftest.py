@@ -1,16 +1,24 @@
-"""Fixtures: a tiny Qwen2.5-VL as a Hugging Face folder, its encoder, policy, prompts and groups."""
+"""A tiny Qwen2.5-VL with its encoder, policy, prompts and groups, and small training runs of it."""
 
 # ruff: noqa: E402  (libraries read the environment when they are imported)
 import copy
+import json
 import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may touch a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
+from transformers import AutoModelForImageTextToText
 
+import train
 from rollout import generate
 from support import toy
 from support.batch import Example
@@ -103,3 +111,81 @@ def record_calls(monkeypatch):
         return calls
 
     return wrap
+
+
+# --------------------------------------------------------------------------------------------- runs
+
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+SMALL_RUN = (
+    "--data toy --val_data toy --prompts_per_step 5 --mini_batch 3 --group_size 3 "
+    "--max_new_tokens 6 --eval_rows 4 --eval_every 2 --tokens_per_forward 150 --rollout_batch 6 "
+    "--lr 1e-3 --save_every 2"
+)
+
+
+@pytest.fixture()
+def run(folder, tmp_path):
+    """run(name, flags) trains in this process, on one rank, and returns the run's folder."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def train_once(name, flags):
+        out = tmp_path / name
+        train.main(run_flags(folder, out, flags))
+        return out
+
+    yield train_once
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def run_flags(folder, out, flags):
+    """What follows train.py on the command line of a small run."""
+    return [*SMALL_RUN.split(), "--model", str(folder), "--out", str(out), *flags.split()]
+
+
+def on_ranks(n, *args, script=ROOT / "train.py", **environment):
+    """Run train.py, or another script, under torchrun; returns the finished process."""
+    return subprocess.run(
+        [*TORCHRUN, "--nproc_per_node", str(n), str(script), *args],
+        env=ENVIRONMENT | environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def metric_lines(run_folder):
+    return [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def untimed(line):
+    """A line of metrics without those that a clock decides."""
+    return {k: v for k, v in line.items() if not k.startswith(("seconds", "tokens_per"))}
+
+
+def check_same_metrics(run_folder, other, **tolerance):
+    """Both runs logged the same numbers: exactly, or within pytest.approx's tolerance."""
+    for ours, theirs in zip(metric_lines(run_folder), metric_lines(other), strict=True):
+        ours, theirs = untimed(ours), untimed(theirs)
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            expected = pytest.approx(theirs[key], **tolerance) if tolerance else theirs[key]
+            assert ours[key] == expected, (ours["step"], key)
+
+
+def check_same_weights(run_folder, other):
+    """Both runs exported the same weights, to the last bit."""
+    weights, other_weights = (
+        AutoModelForImageTextToText.from_pretrained(each / "model").state_dict()
+        for each in (run_folder, other)
+    )
+    assert weights.keys() == other_weights.keys()
+    assert all(torch.equal(weights[name], other_weights[name]) for name in weights)
+
+
+def lines_with(text, word):
+    return [line for line in text.splitlines() if word in line]

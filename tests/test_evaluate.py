@@ -267,7 +267,7 @@ def test_baseline(tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def data_flags(tmp_path_factory):
-    """Two sets; in one a row has a truncated image, found when decoded, and another lacks its image."""
+    """Two sets; one has a row whose image is truncated, and a row without its image."""
     folder = tmp_path_factory.mktemp("bench")
     bad_rows = [row("<image>?", "1", "We_Math_images/cut.png"), row("<image>?", "1")]
     write_split(folder, "We_Math", split_rows("We_Math") + bad_rows)

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import examples, random_image, truncate
+from conftest import examples, metric_lines, random_image, truncate
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_papo import check_packed_equals_padded
 from test_rollout import check_equals_stock_greedy
-from test_train import lines, run  # noqa: F401  (run is a fixture)
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 import train
@@ -201,7 +200,7 @@ def prompts(policy):
         ("qwen3_vl", True, "json"),
     ],
 )
-def test_a_hub_folder_trains_and_exports(run, tmp_path, monkeypatch, kind, tied, template):  # noqa: F811
+def test_a_hub_folder_trains_and_exports(run, tmp_path, monkeypatch, kind, tied, template):
     source = Path(write_folder(tmp_path / "hub", kind, tied, template))
     weights = {}
     for file in source.glob("*.safetensors"):
@@ -224,8 +223,8 @@ def test_a_hub_folder_trains_and_exports(run, tmp_path, monkeypatch, kind, tied,
         trained.update(model=self.policy.model, group=group, log_probs=log_probs)
 
     monkeypatch.setattr(train.Run, "export", export)
-    flags = "--steps 1 --eval_every 0 --save_every 0 --algo papo_g".split()
-    exported = run("run", *flags, "--model", str(source)) / "model"
+    flags = "--steps 1 --eval_every 0 --save_every 0 --algo papo_g --model"
+    exported = run("run", f"{flags} {source}") / "model"
 
     for name in checkpoint.COPIED_FILES:
         assert (exported / name).exists() == (source / name).exists(), name
@@ -249,8 +248,8 @@ def test_a_hub_folder_trains_and_exports(run, tmp_path, monkeypatch, kind, tied,
     policy = Policy.load(str(exported), Encoder(str(exported), 3136, 200_704))
     with torch.no_grad():
         assert torch.equal(policy.log_probs([trained["group"]]), trained["log_probs"])
-    again = run("again", *flags, "--model", str(exported))
-    assert lines(again)[0]["groups_kept"] >= 0
+    again = run("again", f"{flags} {exported}")
+    assert metric_lines(again)[0]["groups_kept"] >= 0
     assert (again / "model" / "config.json").exists()
 
 
