@@ -35,7 +35,8 @@ from support.cli import flag
 from support.distributed import concat_over_ranks, init_distributed, sum_over_ranks
 from support.phases import out_of_memory_message, phase
 from support.qwen_vl import PROMPT_SUFFIX, Encoder
-from support.run import Run, Stopped, with_saved_config
+from support.run import Run, Stopped
+from support.run_folder import with_saved_config
 from support.sandbox import RewardError
 from support.stats import RolloutStats
 

@@ -1,10 +1,4 @@
-"""A run: its models and data, its folder, and what is due when.
-
-    config.json     every flag, resolved
-    metrics.jsonl   one line per step, one per evaluation
-    samples.jsonl   decoded responses of evaluations
-    checkpoints/    see checkpoint.py
-    curves.png, model/, sample0.png    written at the end
+"""A run: its models and data, and what is due when.
 
 Resuming drops the log lines after the checkpoint, because their steps are repeated. A signal
 (SIGTERM, Ctrl-C) raises Stopped on every rank at the next opportunity: while sampling at once, else
@@ -13,12 +7,9 @@ when the step is done. The run then saves the state before the interrupted step,
 
 from __future__ import annotations
 
-import fcntl
-import itertools
 import json
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -48,21 +39,9 @@ from support.metrics import collapse_warning, read_metrics
 from support.phases import phase
 from support.qwen_vl import Encoder, Policy
 from support.reward import compute_score
+from support.run_folder import append, free_name, is_evaluation, lock, rewind
 from support.saliency import saliency_for
 from support.sandbox import Grader
-
-# Flags that may change when a run is resumed.
-FREE_ON_RESUME = {
-    "resume",
-    "steps",
-    "wandb",
-    "tensorboard",
-    "keep",
-    "save_every",
-    "eval_every",
-    "offload_optimizer",
-}
-
 
 SHOW_EVERY = 10  # steps between printed responses
 SHOWN_CHARACTERS = 400
@@ -400,58 +379,6 @@ class Run:
             self._lock.close()
 
 
-# -------------------------------------------------------------------------------------------- flags
-
-
-def with_saved_config(given: dict, defaults: dict) -> dict:
-    """The given flags, over those of the run that --resume names.
-
-    Ends the program with one line where they contradict each other or would overwrite a folder.
-    `defaults`: the value of a flag that the run predates.
-    """
-    if not given.get("resume"):
-        if given.get("out") and Path(given["out"]).exists():
-            exit_with_error(f"--out {given['out']} exists: choose another folder, or --resume it")
-        return given
-    path = Path(given["resume"]) / "config.json"
-    if not path.is_file():
-        exit_with_error(f"--resume {given['resume']}: no config.json there")
-    saved = defaults | json.loads(path.read_text())
-    for name in given.keys() - FREE_ON_RESUME:
-        if given[name] != saved[name]:
-            conflict = f"--{name} {given[name]} contradicts the run's {saved[name]}"
-            exit_with_error(f"--resume {given['resume']}: {conflict}")
-    return saved | given
-
-
-def free_name(config) -> str:
-    """runs/ALGO-MODEL-sSEED, or the next free suffix: no existing folder is ever overwritten."""
-    model = Path(config.model.rstrip("/")).name.replace(":", "-")
-    name = f"runs/{config.algo}-{model}-s{config.seed}"
-    numbered = (f"{name}-{i}" for i in itertools.count(2))
-    return next(each for each in itertools.chain([name], numbered) if not Path(each).exists())
-
-
-def lock(folder: Path):
-    """Claim a run's folder; returns the open lock file. OSError, naming the holder, if it is taken.
-
-    The lock ends with the process however it dies. A killed torchrun leaves its workers alive, and
-    they must not write beside the run that replaces them.
-    """
-    file = open(folder / ".lock", "a+")  # noqa: SIM115  (open as long as the run)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        holder = file.read().strip() or "another process"
-        file.close()
-        raise OSError(f"{folder} is in use by {holder}: end it, or choose another folder") from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
-    return file
-
-
 def check_same_rows(*sets: data.Rows) -> None:
     """ValueError if the ranks read different rows: their shuffles would differ unnoticed."""
     mine = [(len(rows), hash(tuple(rows.numbers))) for rows in sets]
@@ -461,38 +388,3 @@ def check_same_rows(*sets: data.Rows) -> None:
         raise ValueError(
             f"the ranks read different rows of {sets[0].name}: usable are {counts} of the sets"
         )
-
-
-# ----------------------------------------------------------------------------------- JSON-line logs
-
-
-def is_evaluation(line: dict) -> bool:
-    return any(key.startswith("eval/") for key in line)
-
-
-def append(path: Path, lines: list[str]) -> list[str]:
-    """Append lines to a file. Returns those that a full disk refused, to be tried again later."""
-    size = path.stat().st_size if path.exists() else 0
-    try:
-        with open(path, "a") as file:
-            file.write("".join(lines))
-    except OSError as error:
-        print(f"{path.name}: {len(lines)} lines wait to be written: {error}", file=sys.stderr)
-        with suppress(OSError):
-            os.truncate(path, size)  # leave no half line
-        return lines
-    return []
-
-
-def rewind(path: Path, step: int) -> list[dict]:
-    """Drop the lines of a log after `step`, and a torn last line; returns the rest."""
-    kept: list[dict] = []
-    if not path.exists():
-        return kept
-    for text in path.read_text(errors="replace").splitlines():
-        with suppress(json.JSONDecodeError):
-            line = json.loads(text)
-            if line["step"] <= step:
-                kept.append(line)
-    checkpoint.write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
-    return kept

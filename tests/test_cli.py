@@ -9,7 +9,7 @@ import evaluate
 import train
 from support import toy
 from support.cli import data_of, parse_flags, resolve_config
-from support.run import with_saved_config
+from support.run_folder import with_saved_config
 
 HARDER = "toy:grid=4,colours=4"
 
