@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may touch a network
@@ -125,21 +126,30 @@ SMALL_RUN = (
 )
 
 
+@contextmanager
+def process_restored():
+    """After training in this process, its signal handlers and process group are gone."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
 @pytest.fixture()
 def run(folder, tmp_path):
     """run(name, flags) trains in this process, on one rank, and returns the run's folder."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def train_once(name, flags):
         out = tmp_path / name
         train.main(run_flags(folder, out, flags))
         return out
 
-    yield train_once
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    with process_restored():
+        yield train_once
 
 
 def run_flags(folder, out, flags):

@@ -1,49 +1,46 @@
-"""Saving, resuming, stopping, and the faults a long run meets: full disks, kills, damaged files, dead ranks."""
+"""Saving, resuming and stopping: on full disks, with damaged files, after signals and crashes."""
 
 import json
 import os
 import re
 import resource
 import signal
+import socket
 import subprocess
-import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
+import faults
 import pytest
 import torch
 import torch.distributed as dist
-from test_train import ENV, ROOT, TINY, lines, reader, run, steady  # noqa: F401  (run is a fixture)
-from transformers import AutoModelForImageTextToText
+from conftest import (
+    ENVIRONMENT,
+    ROOT,
+    TORCHRUN,
+    check_same_metrics,
+    check_same_weights,
+    lines_with,
+    metric_lines,
+    on_ranks,
+    process_restored,
+    run_flags,
+)
 
+import evaluate
 import rollout
 import train
 from support import checkpoint, distributed
-from support import run as run_files
+from support import run as run_module
 from support.qwen_vl import Policy
 
-
-@pytest.fixture()
-def alone():
-    """A process group of one."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.fixture()
-def small(alone):
-    """A plain model after one optimiser step."""
-    model = torch.nn.Linear(64, 64)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    model(torch.ones(1, 64)).sum().backward()
-    optimizer.step()
-    return model, optimizer
+FAULTY_RANK = Path(__file__).parent / "faulty_rank.py"
 
 
 @contextmanager
 def full_disk(limit=2000):
-    """No file may grow past `limit` bytes: a write fails as it does on a full disk."""
+    """No file may grow past `limit` bytes: writing fails as it does on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
@@ -52,151 +49,179 @@ def full_disk(limit=2000):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def names(folder):
-    return sorted(p.name for p in (folder / "checkpoints").iterdir())
+def checkpoint_names(run_folder):
+    return sorted(path.name for path in (run_folder / "checkpoints").iterdir())
 
 
-def test_the_newest_stay_and_leftovers_go(small, tmp_path):
-    for left in (".step_000001", ".step_000009"):  # a save and a deletion that were killed
-        (tmp_path / "checkpoints" / left).mkdir(parents=True)
-        (tmp_path / "checkpoints" / left / "state.json").write_text("{")
+# ----------------------------------------------------------------------------- checkpoints and logs
+
+
+@pytest.fixture()
+def model_and_optimizer():
+    """A small model after one optimizer step, in a process group of one rank."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    model = torch.nn.Linear(64, 64)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model(torch.ones(1, 64)).sum().backward()
+    optimizer.step()
+    yield model, optimizer
+    dist.destroy_process_group()
+
+
+def test_the_newest_checkpoints_are_kept_and_leftovers_deleted(model_and_optimizer, tmp_path):
+    for name in (".step_000001", ".step_000009"):  # as a killed save and deletion leave them
+        leftover = tmp_path / "checkpoints" / name
+        leftover.mkdir(parents=True)
+        (leftover / "state.json").write_text("{")
     for step in range(1, 5):
-        checkpoint.save(tmp_path, *small, {"step": step, "position": 7 * step}, keep=2)
-    assert names(tmp_path) == ["step_000003", "step_000004"]
-    assert [p.name for p in checkpoint.complete(tmp_path)] == names(tmp_path)
-    assert checkpoint.load(checkpoint.complete(tmp_path)[-1], *small) == {"step": 4, "position": 28}
+        state = {"step": step, "position": 7 * step}
+        checkpoint.save(tmp_path, *model_and_optimizer, state, keep=2)
+    assert checkpoint_names(tmp_path) == ["step_000003", "step_000004"]
+    complete = checkpoint.complete(tmp_path)
+    assert [path.name for path in complete] == ["step_000003", "step_000004"]
+    assert checkpoint.load(complete[-1], *model_and_optimizer) == {"step": 4, "position": 28}
 
 
-def test_parked_moments_come_back(small):
-    """Gone while the block runs, the same tensors with the same values after it, an error inside it included."""
-    model, optimizer = small
-    tensors = [t for state in optimizer.state.values() for t in state.values()]
-    before = [t.clone() for t in tensors]
+def test_offloaded_optimizer_state_comes_back(model_and_optimizer):
+    """In the same tensors, with the same values, even after an error inside the block."""
+    _, optimizer = model_and_optimizer
+
+    def state_tensors():
+        return [tensor for state in optimizer.state.values() for tensor in state.values()]
+
+    tensors = state_tensors()
+    values = [tensor.clone() for tensor in tensors]
+    assert len(tensors) >= 4
     with pytest.raises(ZeroDivisionError), distributed.optimizer_offloaded(optimizer):
-        assert all(t.untyped_storage().nbytes() == 0 for t in tensors)
-        1 / 0  # noqa: B018
-    after = [t for state in optimizer.state.values() for t in state.values()]
-    assert len(before) >= 4 and all(a is t for a, t in zip(after, tensors, strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+        assert all(tensor.untyped_storage().nbytes() == 0 for tensor in tensors)
+        raise ZeroDivisionError
+    assert [id(tensor) for tensor in state_tensors()] == [id(tensor) for tensor in tensors]
+    assert all(map(torch.equal, tensors, values))
     with distributed.optimizer_offloaded(optimizer, enabled=False):
-        assert all(torch.equal(t, b) for t, b in zip(tensors, before, strict=True))
+        assert all(map(torch.equal, tensors, values))
 
 
-def test_a_full_disk_leaves_what_stood_there(small, tmp_path):
-    model, optimizer = small
-    checkpoint.save(tmp_path, model, optimizer, {"step": 1}, keep=1)
-    with full_disk(), pytest.raises(OSError) as failed:
-        checkpoint.save(tmp_path, model, optimizer, {"step": 2}, keep=1)
-    assert "rank 0" in str(failed.value) and "\n" not in str(failed.value)
-    assert names(tmp_path) == ["step_000001"]
-    checkpoint.save(tmp_path, model, optimizer, {"step": 2}, keep=1)
-    assert names(tmp_path) == ["step_000002"]
+def test_a_failed_save_leaves_earlier_checkpoints(model_and_optimizer, tmp_path):
+    checkpoint.save(tmp_path, *model_and_optimizer, {"step": 1}, keep=1)
+    with full_disk(), pytest.raises(OSError) as error:
+        checkpoint.save(tmp_path, *model_and_optimizer, {"step": 2}, keep=1)
+    assert "rank 0" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert checkpoint_names(tmp_path) == ["step_000001"]
+    checkpoint.save(tmp_path, *model_and_optimizer, {"step": 2}, keep=1)
+    assert checkpoint_names(tmp_path) == ["step_000002"]
 
 
-def test_a_folder_that_cannot_be_written(small, tmp_path):
+def test_an_unwritable_folder_is_an_os_error(model_and_optimizer, tmp_path):
     (tmp_path / "checkpoints").write_text("a file where the folder should be")
     with pytest.raises(OSError):
-        checkpoint.save(tmp_path, *small, {"step": 1}, keep=1)
+        checkpoint.save(tmp_path, *model_and_optimizer, {"step": 1}, keep=1)
 
 
-def test_a_damaged_checkpoint_is_named(small, tmp_path):
-    place = checkpoint.save(tmp_path, *small, {"step": 1}, keep=1)
-    for shard in place.glob("*.distcp"):
+def test_a_damaged_checkpoint_is_named(model_and_optimizer, tmp_path):
+    checkpoint_dir = checkpoint.save(tmp_path, *model_and_optimizer, {"step": 1}, keep=1)
+    for shard in checkpoint_dir.glob("*.distcp"):
         shard.write_bytes(shard.read_bytes()[:100])
-    with pytest.raises(
-        OSError, match="step_000001 cannot be read: delete it to resume from the one before"
-    ):
-        checkpoint.load(place, *small)
+    message = "step_000001 cannot be read: delete it to resume from the one before"
+    with pytest.raises(OSError, match=message):
+        checkpoint.load(checkpoint_dir, *model_and_optimizer)
 
 
-def test_lines_survive_a_full_disk_and_a_kill(tmp_path, capsys):
+def test_log_lines_survive_a_full_disk_and_a_kill(tmp_path, capsys):
     path = tmp_path / "metrics.jsonl"
-    texts = [json.dumps({"step": step, "text": "x" * 50}) + "\n" for step in range(4)]
-    assert run_files.append(path, texts[:1]) == []
+    lines = [json.dumps({"step": step, "text": "x" * 50}) + "\n" for step in range(4)]
+    assert run_module.append(path, lines[:1]) == []
     with full_disk(100):
-        waiting = run_files.append(path, texts[1:2])
-        waiting = run_files.append(path, waiting + texts[2:3])
-    assert (
-        waiting == texts[1:3]
-        and path.read_text() == texts[0]
-        and "wait to be written" in capsys.readouterr().err
-    )
-    assert run_files.append(path, waiting + texts[3:]) == [] and path.read_text() == "".join(texts)
-    path.write_text("".join(texts) + '{"step": 4, "te')  # killed in the middle of a line
-    assert [line["step"] for line in run_files.rewind(path, 2)] == [0, 1, 2]
-    assert path.read_text() == "".join(texts[:3])
+        waiting = run_module.append(path, lines[1:2])
+        waiting = run_module.append(path, waiting + lines[2:3])
+    assert waiting == lines[1:3]
+    assert path.read_text() == lines[0]
+    assert "wait to be written" in capsys.readouterr().err
+    assert run_module.append(path, waiting + lines[3:]) == []
+    assert path.read_text() == "".join(lines)
+
+    path.write_text("".join(lines) + '{"step": 4, "te')  # killed in the middle of a line
+    assert [line["step"] for line in run_module.rewind(path, 2)] == [0, 1, 2]
+    assert path.read_text() == "".join(lines[:3])
 
 
-def test_training_goes_on_when_a_save_fails(run, folder, monkeypatch, capsys):  # noqa: F811
-    save = train.Run.save
-
-    def sometimes(self):
-        with full_disk(50_000) if self.step == 3 else contextmanager(lambda: iter([0]))():
-            save(self)
-
-    monkeypatch.setattr(train.Run, "save", sometimes)
-    out = run("full", "--steps", "4", "--save_every", "1", "--eval_every", "0", "--keep", "3")
-    said = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
-    assert len(said) == 1 and said[0].startswith(
-        "error: step 3 is not saved, training goes on: rank 0: "
-    )
-    assert names(out) == ["step_000001", "step_000002", "step_000004"]
-    assert [m["step"] for m in lines(out)] == [1, 2, 3, 4]
+# --------------------------------------------------------------------------------- runs on one rank
 
 
-@pytest.mark.parametrize("moment", ["sampling", "evaluation"])
-def test_a_signal_loses_nothing(run, folder, monkeypatch, capsys, moment):  # noqa: F811
-    """SIGTERM in the midst of sampling or of an evaluation: saved at once, and the resumed run is the untouched one."""
-    whole = run("whole", "--steps", "3", "--save_every", "3")
-    decode, calls = train.generate, []
+def test_training_continues_when_a_save_fails(run, monkeypatch, capsys):
+    original_save = train.Run.save
 
-    def interrupted(*args, **kwargs):
-        calls.append(kwargs["key"])
-        if calls[-1] == ((0, 1) if moment == "sampling" else ("eval", 0)) and len(calls) > (
-            moment == "evaluation"
-        ):
-            signal.raise_signal(signal.SIGTERM)
-        return decode(*args, **kwargs)
+    def save(self):
+        with full_disk(50_000) if self.step == 3 else nullcontext():
+            original_save(self)
 
-    import evaluate
+    monkeypatch.setattr(train.Run, "save", save)
+    out = run("full", "--steps 4 --save_every 1 --eval_every 0 --keep 3")
+    [error] = lines_with(capsys.readouterr().err, "error:")
+    assert error.startswith("error: step 3 is not saved, training goes on: rank 0: ")
+    assert checkpoint_names(out) == ["step_000001", "step_000002", "step_000004"]
+    assert [line["step"] for line in metric_lines(out)] == [1, 2, 3, 4]
 
-    module = train if moment == "sampling" else evaluate
-    monkeypatch.setattr(module, "generate", interrupted)
-    out = run("stopped", "--steps", "3", "--save_every", "3")
-    monkeypatch.setattr(module, "generate", decode)
-    step = {"sampling": 1, "evaluation": 0}[moment]
-    assert (
-        names(out) == [f"step_{step:06d}"]
-        and f"stopped after step {step}" in capsys.readouterr().out
-    )
-    assert not (out / "model").exists()
-    train.main(["--resume", str(out)])
-    assert [steady(m) for m in lines(whole)] == [steady(m) for m in lines(out)]
-    a, b = (
-        AutoModelForImageTextToText.from_pretrained(p / "model").state_dict() for p in (whole, out)
-    )
-    assert all(torch.equal(a[name], b[name]) for name in a)
+
+@pytest.fixture(scope="module")
+def uninterrupted(folder, tmp_path_factory):
+    """The run that interrupted ones are compared with."""
+    out = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    with process_restored():
+        train.main(run_flags(folder, out, "--steps 3 --save_every 3"))
+    return out
 
 
 @pytest.mark.parametrize(
-    "phase, flag", [("log-probs", "--tokens_per_forward"), ("sampling", "--rollout_batch")]
+    "module, key, occurrence, last_step",
+    [(train, (0, 1), 1, 1), (evaluate, ("eval", 0), 2, 0)],
+    ids=["sampling", "evaluation"],
 )
-def test_out_of_memory_names_the_phase_and_the_flag(run, folder, monkeypatch, phase, flag):  # noqa: F811
-    def broken(*args, **kwargs):
+def test_a_signal_loses_nothing(
+    run, uninterrupted, monkeypatch, capsys, module, key, occurrence, last_step
+):
+    """SIGTERM while sampling or evaluating: saved at once, and resumed to the same run."""
+    original, keys = module.generate, []
+
+    def generate(*args, **kwargs):
+        keys.append(kwargs["key"])
+        if kwargs["key"] == key and keys.count(key) == occurrence:
+            signal.raise_signal(signal.SIGTERM)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(module, "generate", generate)
+    out = run("stopped", "--steps 3 --save_every 3")
+    monkeypatch.setattr(module, "generate", original)
+    assert checkpoint_names(out) == [f"step_{last_step:06d}"]
+    assert f"stopped after step {last_step}" in capsys.readouterr().out
+    assert not (out / "model").exists()
+    train.main(["--resume", str(out)])
+    check_same_metrics(uninterrupted, out)
+    check_same_weights(uninterrupted, out)
+
+
+@pytest.mark.parametrize(
+    "owner, function, phase, flag",
+    [
+        (Policy, "log_probs", "log-probs", "--tokens_per_forward"),
+        (rollout, "prefill", "sampling", "--rollout_batch"),
+    ],
+)
+def test_out_of_memory_names_the_phase_and_the_flag(run, monkeypatch, owner, function, phase, flag):
+    def out_of_memory(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
-    targets = {"log-probs": (Policy, "log_probs"), "sampling": (rollout, "prefill")}
-    monkeypatch.setattr(*targets[phase], broken)
-    expected = f"rank 0: out of memory while {phase}.*{flag}.*20.00 GiB"
-    with pytest.raises(SystemExit, match=expected):
-        run("oom", "--steps", "1", "--eval_every", "0")
+    monkeypatch.setattr(owner, function, out_of_memory)
+    message = f"rank 0: out of memory while {phase}.*{flag}.*20.00 GiB"
+    with pytest.raises(SystemExit, match=message):
+        run("oom", "--steps 1 --eval_every 0")
 
 
-def test_two_processes_cannot_share_a_run_folder(run, folder, tmp_path, capsys):  # noqa: F811
-    """As after SIGKILL of torchrun, whose workers live on while the job is started again."""
-    out = run("shared", "--steps", "1", "--eval_every", "0")
+def test_two_processes_cannot_share_a_run_folder(run, capsys):
+    """A killed torchrun's workers may still hold it when the job is started again."""
+    out = run("shared", "--steps 1 --eval_every 0")
     before = (out / "metrics.jsonl").read_bytes()
-    holder = run_files.lock(out)
+    holder = run_module.lock(out)
     with pytest.raises(SystemExit):
         train.main(["--resume", str(out), "--steps", "2"])
     error = capsys.readouterr().err.strip().splitlines()[-1]
@@ -205,122 +230,64 @@ def test_two_processes_cannot_share_a_run_folder(run, folder, tmp_path, capsys):
     dist.destroy_process_group()
     holder.close()  # as when the process ends
     train.main(["--resume", str(out), "--steps", "2"])
-    assert [line["step"] for line in lines(out)] == [1, 2]
+    assert [line["step"] for line in metric_lines(out)] == [1, 2]
 
 
-# ------------------------------------------------------------------------------------------------------- several ranks
-
-FAULTY = """
-import os, resource, sys, time
-sys.path.insert(0, {root!r})
-import train
-rank = int(os.environ["RANK"])
-save, prepare = train.Run.save, train.prepare
-
-def save_on_a_full_disk(run):
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if rank == 1 and run.step == 1:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
-    save(run)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-def break_down(*arguments, key):
-    if rank == 1 and key[1] == 1:
-        print("broken at", time.time(), file=sys.stderr)
-        raise ZeroDivisionError("something broke on rank 1")
-    return prepare(*arguments, key=key)
-
-train.Run.save = save_on_a_full_disk
-if os.environ.get("BREAK"):
-    train.prepare = break_down
-train.main()
-"""
+# ------------------------------------------------------------------------------------ several ranks
 
 
-def two_ranks(tmp_path, folder, out, *flags, **environment):
-    script = tmp_path / "faulty.py"
-    script.write_text(FAULTY.format(root=str(ROOT)))
-    command = reader(folder, out, "--nproc_per_node", "2")
-    command[command.index(str(ROOT / "train.py"))] = str(script)
-    return subprocess.run(
-        [*command, *flags], env=ENV | environment, capture_output=True, text=True, timeout=300
-    )
-
-
-def test_a_full_disk_on_one_rank_and_resuming_on_another_number(run, folder, tmp_path):  # noqa: F811
-    out = tmp_path / "two"
-    flags = ["--eval_every", "0", "--save_every", "1"]
-    done = two_ranks(tmp_path, folder, out, *flags, "--steps", "2")
+def test_a_full_disk_on_one_rank_and_resuming_on_other_numbers(run, folder, tmp_path):
+    """Two ranks, then one, then two again: the numbers of one rank throughout."""
+    out, flags = tmp_path / "changing", "--eval_every 0 --save_every 1"
+    args = run_flags(folder, out, f"{flags} --steps 2")
+    done = on_ranks(2, *args, script=FAULTY_RANK, FAULT="full_disk")
     assert done.returncode == 0, done.stderr[-3000:]
-    said = [line for line in done.stderr.splitlines() if "error:" in line]
-    assert len(said) == 1 and said[0].startswith(
-        "error: step 1 is not saved, training goes on: rank 1: "
-    ), done.stderr
-    assert names(out) == ["step_000002"]
+    [error] = lines_with(done.stderr, "error:")
+    assert error.startswith("error: step 1 is not saved, training goes on: rank 1: ")
+    assert checkpoint_names(out) == ["step_000002"]
+    one_rank = run("one_rank", f"{flags} --steps 4")
     train.main(["--resume", str(out), "--steps", "3"])
-    one = run("one", *flags, "--steps", "3")
-    for a, b in zip(lines(one), lines(out), strict=True):
-        for key, value in steady(a).items():
-            assert value == pytest.approx(b[key], rel=1e-3, abs=1e-5), key
-    whole, other = run("whole", *flags, "--steps", "4"), tmp_path / "grown"
-    os.rename(one, other)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        str(ROOT / "train.py"),
-    ]
-    done = subprocess.run(
-        [*command, "--resume", str(other), "--steps", "4"], env=ENV, capture_output=True, text=True
-    )
+    done = on_ranks(2, "--resume", str(out), "--steps", "4")
     assert done.returncode == 0, done.stderr[-3000:]
-    for a, b in zip(lines(whole), lines(other), strict=True):
-        for key, value in steady(a).items():
-            assert value == pytest.approx(b[key], rel=1e-3, abs=1e-5), key
+    check_same_metrics(one_rank, out, rel=1e-3, abs=1e-5)
 
 
-def test_a_rank_that_dies_takes_the_job_down_at_once(folder, tmp_path):
-    done = two_ranks(
-        tmp_path, folder, tmp_path / "dead", "--steps", "3", "--eval_every", "0", BREAK="1"
-    )
-    seconds = time.time() - float(re.search(r"broken at ([\d.]+)", done.stderr)[1])
-    assert done.returncode != 0 and seconds < 25, done.stderr[-3000:]
-    errors = re.findall(
-        r"^(?:\[rank\d\]:? ?)?(\w*(?:Error|Exception)\b.*)", done.stderr, re.MULTILINE
-    )
-    assert errors and errors[0] == "ZeroDivisionError: something broke on rank 1", done.stderr[
-        -3000:
-    ]
+def test_a_crashed_rank_ends_the_job_at_once(folder, tmp_path):
+    args = run_flags(folder, tmp_path / "crashed", "--steps 3 --eval_every 0")
+    done = on_ranks(2, *args, script=FAULTY_RANK, FAULT="crash")
+    crashed_at = float(re.search(r"crashed at ([\d.]+)", done.stderr)[1])
+    assert done.returncode != 0
+    assert time.time() - crashed_at < 25, done.stderr[-3000:]
+    error = re.compile(r"^(?:\[rank\d\]:? ?)?(\w*(?:Error|Exception)\b.*)", re.MULTILINE)
+    assert error.search(done.stderr)[1] == "ZeroDivisionError: something broke on rank 1"
 
 
 @pytest.mark.slow
-def test_two_machines(folder, tmp_path):
-    """Two torchrun agents that meet at a rendezvous: the numbers of one."""
-    import socket
-
+def test_two_machines_give_the_metrics_of_one(folder, tmp_path):
+    """Two torchrun agents with one rank each, and one agent with two."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    flags = f"--nnodes 2 --nproc_per_node 1 --rdzv_backend c10d --rdzv_id papo --rdzv_endpoint localhost:{port}".split()
-    outs = [tmp_path / "nodes", tmp_path / "ranks"]
-    more = ["--steps", "2", "--eval_every", "0"]
-    agents = [subprocess.Popen([*reader(folder, outs[0], *flags), *more], env=ENV, stderr=subprocess.PIPE, text=True)
-              for _ in range(2)]  # fmt: skip
+    rendezvous = f"--rdzv_backend c10d --rdzv_id papo --rdzv_endpoint localhost:{port}".split()
+    two_machines, one_machine = tmp_path / "two", tmp_path / "one"
+    flags = "--steps 2 --eval_every 0"
+    command = [*TORCHRUN, "--nnodes", "2", "--nproc_per_node", "1", *rendezvous]
+    command += [str(ROOT / "train.py"), *run_flags(folder, two_machines, flags)]
+    agents = [
+        subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
     errors = [agent.communicate(timeout=300)[1] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], errors
-    subprocess.run(
-        [*reader(folder, outs[1], "--nproc_per_node", "2"), *more], env=ENV, check=True, timeout=300
-    )
-    assert [steady(m) for m in lines(outs[0])] == [steady(m) for m in lines(outs[1])]
+    done = on_ranks(2, *run_flags(folder, one_machine, flags))
+    assert done.returncode == 0, done.stderr[-3000:]
+    check_same_metrics(two_machines, one_machine)
 
 
 @pytest.mark.slow
 def test_kills_at_random_moments(folder, tmp_path):
-    """Three SIGKILLs and resumes, one of them in the middle of a save (tests/faults.py does twenty)."""
-    import faults
-
+    """Three SIGKILLs and resumes, one of them during a save; tests/faults.py does twenty."""
     result = faults.compare_with_killed(folder, tmp_path, kills=3, ranks=1, steps=8)
-    during = result.pop("during")
-    assert during[0] == "saving" and all(result.values()), (during, result)
+    moments = result.pop("during")
+    assert moments[0] == "saving"
+    assert all(result.values()), (moments, result)
