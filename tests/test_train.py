@@ -112,32 +112,37 @@ def test_a_resumed_run_equals_an_uninterrupted_one(run, capsys):
     assert "--lr 0.5 contradicts the run's 0.001" in capsys.readouterr().err
 
 
-def test_two_ranks_give_the_metrics_of_one(run, folder, tmp_path):
+@pytest.fixture()
+def varying_reward(tmp_path):
+    """--reward for a function that an untrained model gets unequal rewards from.
+
+    With equal rewards dynamic sampling would drop every group, and AdamW would turn a gradient of
+    mere rounding errors into full steps.
+    """
+    file = tmp_path / "lengths.py"
+    file.write_text(
+        "def score(response, answer):\n"
+        "    n = len(response)\n"
+        "    return {'overall': n % 7 / 7, 'format': 1.0, 'accuracy': float(n % 2)}\n"
+    )
+    return f"--reward {file}:score"
+
+
+def test_two_ranks_give_the_metrics_of_one(run, folder, tmp_path, varying_reward):
     """With 5 prompts per step and mini-batches of 3, which do not divide evenly."""
-    flags = "--steps 2 --algo papo_d --top_p 1.0"
+    flags = f"--steps 2 --algo papo_d --top_p 1.0 {varying_reward}"
     one, two = run("one", flags), tmp_path / "two"
+    assert all(line["groups_kept"] > 0 for line in training_lines(one))
     done = on_ranks(2, *run_flags(folder, two, flags))
     assert done.returncode == 0, done.stderr[-3000:]
     check_same_metrics(one, two, rel=1e-4, abs=2e-6)
 
 
-VARYING_REWARD = """
-def score(response, answer):
-    n = len(response)
-    return {"overall": n % 7 / 7, "format": 1.0, "accuracy": float(n % 2)}
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("algo", PRESETS)
-def test_every_preset_on_one_two_and_four_ranks(run, folder, tmp_path, algo):
-    """Uneven shares: on 4 ranks one has no prompt of a mini-batch of 3, and groups are dropped.
-
-    The reward varies because AdamW turns a gradient of mere rounding errors into full steps.
-    """
-    reward = tmp_path / "lengths.py"
-    reward.write_text(VARYING_REWARD)
-    flags = f"--algo {algo} --steps 2 --reward {reward}:score"
+def test_every_preset_on_one_two_and_four_ranks(run, folder, tmp_path, varying_reward, algo):
+    """Uneven shares: on 4 ranks one has no prompt of a mini-batch of 3, and groups are dropped."""
+    flags = f"--algo {algo} --steps 2 {varying_reward}"
     one = run("1", flags)
     for n_ranks in (2, 4):
         out = tmp_path / str(n_ranks)
