@@ -52,10 +52,7 @@ max_prompt_tokens max_new_tokens min_pixels max_pixels prompt_suffix""".split()
 @dataclass
 class EvalConfig:
     model: str = flag("toy", "toy, a local folder, or a hub id", group="what to evaluate")
-    data: str = flag(
-        "",
-        "toy, all, general, vision_dependent, a benchmark, a file, a folder or a hub id [all]",
-    )
+    data: str = flag("", "toy, all, general, vision_dependent, a benchmark, file, folder or hub id")
     benchmarks: str = flag("PAPO-Galaxy/PAPO_eval", "hub id or folder of the nine benchmarks")
     protocol: str = flag("", "paper or training [paper for benchmarks]")
     n: int = flag(8, "samples per question (avg@n)")
@@ -103,6 +100,11 @@ class EvalConfig:
         """The fields of rollout.Sampling."""
         names = ("max_new_tokens", "temperature", "top_p", "top_k", "rollout_batch")
         return {name: getattr(self, name) for name in names}
+
+    @property
+    def limits(self) -> dict:
+        """The Grader's."""
+        return {"deadline": self.reward_deadline, "memory": self.reward_memory}
 
 
 def configure(given: dict) -> EvalConfig:
@@ -232,7 +234,7 @@ def without_model(config: EvalConfig) -> None:
         figure, table = plots.compare(config.compare, out / "compare.png")
         print(table, figure, sep="\n")
         return
-    how = {"n": config.n, "reward": config.reward}
+    how = {"n": config.n, "reward": config.reward, **config.limits}
     results = predictions.grade_files(config.grade, **how)
     baseline = None
     if config.baseline:
@@ -267,11 +269,10 @@ def set_up(config: EvalConfig) -> Callable[[], None]:
         )
     baseline = None
     if config.baseline and rank == 0:
-        how = {"n": config.n, "reward": config.reward}
+        how = {"n": config.n, "reward": config.reward, **config.limits}
         baseline = predictions.grade_files([config.baseline], sets, **how)
     policy = Policy.load(name, encoder, dtype, device, config.temperature or 1.0)
-    limits = (config.reward_deadline, UNLIMITED, config.reward_memory)
-    grader = Grader(config.reward or compute_score, 1 if world > 1 else None, *limits)
+    grader = Grader(config.reward or compute_score, 1 if world > 1 else None, **config.limits)
     return partial(evaluate, policy, sets, grader, baseline, config)
 
 

@@ -10,18 +10,22 @@ Where the paper, the released code and this file differ:
 1. KL_prcp: the paper prints r - log r - 1 with r = pi / pi_mask, the released code has
    r = pi_mask / pi. Samples come from pi, so the code's form is the unbiased k3 estimate of
    KL(pi || pi_mask) and the paper's is not. Default: the code's form;
-   `Algo.kl_prcp_estimator = "paper"` selects the printed one. This is about the value. The
-   gradient of k3 is (1 - pi_mask / pi) grad log pi: maximising it makes a sampled token likelier
-   under the image where the masked view finds it less likely. In expectation it is the gradient
-   of the reverse KL(pi_mask || pi).
-2. H and H_mask are estimates from the sampled tokens, minus their mean log-prob. They are not sums
-   over the vocabulary (as released), and they are always averaged over tokens.
+   `Algo.kl_prcp_estimator = "paper"` selects the printed one.
+2. H and H_mask are minus the mean log-prob of the sampled tokens, not sums over the vocabulary (as
+   released), and are always averaged over tokens. H_mask estimates the cross-entropy of pi and
+   pi_mask, which is H + KL(pi || pi_mask).
 3. The masked log-probs normally carry no gradient (as released). So H_mask changes the value of the
    loss but not its gradient. With `--masked_grad` it does, and KL_prcp's gradient reaches both
    views.
 4. The release averages within each micro-batch, then over micro-batches. Here every mean divides by
    a count over the whole mini-batch on all ranks (`denominator`). So the losses of any split add up
    to the loss of the whole, and every token has the same weight.
+
+Value and gradient differ. "Unbiased" is about values, for samples from pi itself and before the
+clamps; training samples with top-p, and later mini-batches are off-policy. The gradient of k3 is
+(1 - pi_mask / pi) grad log pi: maximising it makes a token likelier where the masked view finds it
+less likely, in expectation as KL(pi_mask || pi) would. The gradient of H is -grad log pi at the
+sampled tokens, whose expectation on-policy is 0.
 
 Symbols and fields of papo.Algo: beta = kl_ref_coef, gamma = kl_prcp_coef, eta1 = entropy_coef,
 eta2 = masked_entropy_coef.

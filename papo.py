@@ -59,7 +59,7 @@ class Algo:
     dynamic_sampling: bool = flag(
         False, "drop groups that are all right or all wrong, and sample more (DAPO)"
     )
-    mask_ratio: float = cli.flag(0.6, "share of patches that the masked view changes")
+    mask_ratio: float = cli.flag(0.6, "share of patches to mask; random and noise: a probability")
     mask_strategy: str = cli.flag("random", "random, semantic or noise")
     mask_sigma: float = cli.flag(1.0, "noise: standard deviation in normalised pixel units")
     kl_prcp_estimator: str = cli.flag(
@@ -84,6 +84,8 @@ class Algo:
         masking.check_ratio(self.mask_ratio)
         if self.clip_dual <= 1:
             raise ValueError(f"clip_dual={self.clip_dual}: must be above 1")
+        if self.kl_prcp_coef_end >= 0 and not self.kl_prcp_coef:
+            raise ValueError("kl_prcp_coef_end needs a kl_prcp_coef other than 0 to start from")
         if self.kl_prcp_clip < 0:
             raise ValueError(f"kl_prcp_clip={self.kl_prcp_clip}: must be at least 0")
 

@@ -5,8 +5,8 @@ r"""Train a vision-language model with PAPO, GRPO or DAPO, on one or more device
     torchrun train.py --resume runs/papo_g-toy-s0 --steps 100     continue a run
 
 Read `train` first: it is the paper's loop, top to bottom. It passes on a list of Groups: one prompt
-and its G responses each (support/batch.py). Every rank samples and trains on its own prompts; only
-gradients, counts and indices cross ranks.
+and its G responses each (support/batch.py). Every rank samples and trains on its own prompts; no
+batch travels between ranks.
 
 Differences from the released trainer:
 1. No Ray and no vLLM: sampling uses the training weights themselves, gathered on every rank.

@@ -20,14 +20,13 @@ HEAT_TITLE = "drop of the response's log-prob when a cell alone is black"
 
 
 def mask_settings(model: str) -> dict:
-    """The mask_ratio, mask_strategy and mask_sigma a model was trained with; {} if unknown.
+    """The mask_* settings a model was trained with; {} if unknown.
 
     They are in the config.json of the run that an exported model/ folder lies in.
     """
     path = Path(model).parent / "config.json"
     config = json.loads(path.read_text()) if path.is_file() else {}
-    names = ("mask_ratio", "mask_strategy", "mask_sigma")
-    return {name: config[name] for name in names if name in config}
+    return {name: value for name, value in config.items() if name.startswith("mask_")}
 
 
 def log_probs(policy: Policy, group: Group, views: list[Tensor], progress: str = "") -> Tensor:

@@ -37,18 +37,18 @@ def boxed(response: str) -> str | None:
 
 
 def grade_files(
-    paths: Iterable, names: Iterable[str] = (), *, n: int, reward: str = ""
+    paths: Iterable, names: Iterable[str] = (), *, n: int, reward: str = "", **limits
 ) -> dict[str, list[dict]]:
     """Grade prediction files, or folders of them, again. Returns the records of each set by name.
 
     `names`: the sets to grade; by default all that are found. `reward`: "path/file.py:function", by
-    default the released rule. ValueError if a set is missing or present twice, or if a question's
-    number of responses is not a multiple of n.
+    default the released rule. `limits`: deadline and memory of the Grader. ValueError if a set is
+    missing or present twice, or if a question's number of responses is not a multiple of n.
     """
     results = {
         name: read_predictions(path) for name, path in find_predictions(paths, names).items()
     }
-    with Grader(reward or compute_score, budget=1e6) as grader:
+    with Grader(reward or compute_score, budget=1e6, **limits) as grader:
         for name, records in results.items():
             metrics.in_questions(name, records, n)  # checks the counts before the slow part
             responses = [record["predict"] for record in records]
