@@ -84,8 +84,6 @@ class Algo:
         masking.check_ratio(self.mask_ratio)
         if self.clip_dual <= 1:
             raise ValueError(f"clip_dual={self.clip_dual}: must be above 1")
-        if self.kl_prcp_coef_end >= 0 and not self.kl_prcp_coef:
-            raise ValueError("kl_prcp_coef_end needs a kl_prcp_coef other than 0 to start from")
         if self.kl_prcp_clip < 0:
             raise ValueError(f"kl_prcp_clip={self.kl_prcp_clip}: must be at least 0")
 
