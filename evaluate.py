@@ -103,7 +103,7 @@ class EvalConfig:
 
     @property
     def limits(self) -> dict:
-        """The Grader's."""
+        """Deadline and memory of the Grader."""
         return {"deadline": self.reward_deadline, "memory": self.reward_memory}
 
 

@@ -134,14 +134,14 @@ def mask_image_patches(
     raise ValueError(f"mask_strategy={algo.mask_strategy!r}: choose one of {choices}")
 
 
-def to_patch_order(saliency: Tensor, grid_h: int, grid_w: int, merge: int = 2) -> Tensor:
-    """Resample a saliency map [h, w] to the patch grid, in the processor's order: [N_patch].
+def to_patch_order(values: Tensor, grid_h: int, grid_w: int, merge: int = 2) -> Tensor:
+    """Resample a map [h, w] of values to the patch grid, in the processor's order: [N_patch].
 
     The processor walks the grid in blocks of merge x merge patches, because the model merges
     each block into one image token.
     """
     size = (grid_h, grid_w)
-    grid = torch.nn.functional.interpolate(saliency.float()[None, None], size, mode="area")[0, 0]
+    grid = torch.nn.functional.interpolate(values.float()[None, None], size, mode="area")[0, 0]
     blocks = grid.view(grid_h // merge, merge, grid_w // merge, merge)
     return blocks.permute(0, 2, 1, 3).reshape(-1)
 

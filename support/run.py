@@ -129,7 +129,7 @@ class Run:
     def start(self) -> None:
         """Open the folder, resume from its newest checkpoint, read data ahead, heed signals."""
         config = self.config
-        self.folder = Path(on_first_rank(lambda: config.resume or config.out or free_name(config)))
+        self.folder = on_first_rank(self._claim_folder)
         newest = []
         if config.resume:
             newest = on_first_rank(lambda: checkpoint.complete(self.folder)[-1:])
@@ -151,13 +151,18 @@ class Run:
             print(f"data: {len(self.rows)} rows of {self.rows.name}; left out: {left_out}")
             print(self._resource_report())
 
+    def _claim_folder(self) -> Path:
+        """Make and lock the folder, before anything in it is read or written."""
+        folder = Path(self.config.resume or self.config.out or free_name(self.config))
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lock = lock(folder)
+        return folder
+
     def _open_folder(self, resuming: bool) -> list[dict]:
         """Write config.json and rewind the logs to the checkpoint; returns the lines that stay."""
         config = asdict(self.config) | asdict(self.algo)
         config |= {"algo": self.config.algo, "steps": self.last_step, "resume": ""}
         del config["name"]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = lock(self.folder)
         checkpoint.clean(self.folder)
         text = json.dumps(config, indent=1) + "\n"
         checkpoint.write_atomically(self.folder / "config.json", text)
