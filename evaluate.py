@@ -37,11 +37,12 @@ from support import attribution, benchmarks, cli, distributed, plots, prediction
 from support.ask import ask, example_of
 from support.batch import Prompt, seeded
 from support.cli import flag
+from support.errors import StepError
 from support.protocol import protocol_line, report, with_protocol
 from support.qwen_vl import PROMPT_SUFFIX, Encoder, Policy
 from support.reward import compute_score
 from support.saliency import saliency_for
-from support.sandbox import Grader, RewardError
+from support.sandbox import Grader
 
 UNLIMITED = 1e6  # seconds to score a chunk: an evaluation leaves no response unscored
 # Flags that change the results: a resumed evaluation must have the same values.
@@ -87,7 +88,7 @@ class EvalConfig:
     prompt_suffix: str = flag(
         PROMPT_SUFFIX, "appended to questions that lack it", shown_default="the released text"
     )
-    rollout_batch: int = flag(64, "responses sampled at a time")
+    rollout_batch: int = flag(320, "at most so many responses at a time")
 
     def __post_init__(self):
         cli.check_counts(self, "n", "masks", "heat_patches", "max_new_tokens", "rollout_batch")
@@ -129,7 +130,7 @@ def predict(
     rank = dist.get_rank() if dist.is_initialized() else 0
     mine = numbers[rank :: distributed.world_size()]
     most = math.ceil(len(numbers) / distributed.world_size())
-    chunk_size = max(1, sampling.get("rollout_batch", 64) // n)
+    chunk_size = max(1, sampling.get("rollout_batch", 320) // n)
     chunks = range(0, most, chunk_size)
     for start in tqdm(chunks, desc=progress, leave=False, disable=not progress):
         prompts = []
@@ -289,7 +290,7 @@ def main(argv=None) -> None:
         resumable = config and config.out and not (config.ask or config.explain or config.grade)
         resume = f"; --out {config.out} resumes it" if resumable else ""
         cli.exit_with_error(f"interrupted{resume}")
-    except RewardError as error:
+    except StepError as error:
         cli.exit_with_error(error)
     finally:
         if dist.is_initialized():

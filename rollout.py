@@ -1,10 +1,10 @@
 """Sample G responses per prompt with Hugging Face `generate`.
 
-1. Sort the (prompt, sample) jobs by prompt length and cut them into chunks of `rollout_batch`.
-2. Prefill each prompt of a chunk once, and copy its KV cache to its responses.
-3. Decode: generate() builds the logits processors (top-k, suppressed tokens) and calls our loop
-   (`custom_generate`, support/decoding.py), which applies top-p and draws tokens one at a time.
-4. Collect each prompt's responses in a Group (support/batch.py).
+1. Sort the (prompt, sample) jobs by prompt length and cut them into chunks that fit into memory.
+2. generate() builds the logits processors (top-k, suppressed tokens) and calls our loop
+   (`custom_generate`, support/decoding.py). It encodes each prompt once, and samples the responses
+   of a chunk together, token by token.
+3. Collect each prompt's responses in a Group (support/batch.py).
 
 Differences from the released code, which samples with vLLM:
 1. A response depends only on (seed, step, prompt, sample). The batch it is sampled in and the
@@ -27,7 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from support.batch import Group, Prompt, seeded
-from support.decoding import DecodingBatch, PreallocatedLayer, decode, left_pad, prefill
+from support.decoding import Chunk, Job, decode, fitting_chunks
 from support.distributed import full_weights
 from support.qwen_vl import Policy
 
@@ -42,7 +42,7 @@ class Sampling:
     temperature: float | None = None  # None: the policy's; 0: greedy
     top_p: float = 1.0
     top_k: int = 0  # 0: off
-    rollout_batch: int = 64  # responses sampled at a time
+    rollout_batch: int = 320  # at most so many responses at a time; memory may allow fewer
 
 
 @torch.no_grad()
@@ -59,23 +59,20 @@ def generate(
     """Sample `group_size` responses per prompt. Returns one group per prompt, in their order.
 
     sampling: the fields of Sampling. key: such as (seed, step); together with Prompt.index and the
-    sample's number it seeds each response. Once `stop()` is True, every unfinished response ends at
-    its next token. Entering is a collective, so all ranks must call this; after that they run
-    independently.
+    sample's number it seeds each response. Once `stop()` is True, every unfinished response ends
+    within a few tokens. NonFiniteError if a log-prob is not finite. Entering is a collective, so
+    all ranks must call this; after that they run independently.
     """
     settings = Sampling(**sampling)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # so padding is small
     jobs = [(i, sample) for i in by_length for sample in range(group_size)]
-    responses: dict[tuple[int, int], Response] = {}
+    responses: dict[Job, Response] = {}
     policy.model.eval()
-    with full_weights(policy.model):
-        bar = tqdm(total=len(jobs), desc="rollout", leave=False, disable=not progress)
-        for start in range(0, len(jobs), settings.rollout_batch):
-            chunk = jobs[start : start + settings.rollout_batch]
-            sampled = _sample_chunk(policy, prompts, chunk, settings, key, stop)
+    bar = tqdm(total=len(jobs), desc="rollout", leave=False, disable=not progress)
+    with full_weights(policy.model), bar:
+        for chunk in fitting_chunks(policy.model, prompts, jobs, settings):
+            sampled = _sample_chunk(policy, prompts, chunk, settings, key, stop, bar.update)
             responses.update(zip(chunk, sampled, strict=True))
-            bar.update(len(chunk))
-        bar.close()
     groups = []
     for i, prompt in enumerate(prompts):
         of_prompt = [responses[i, sample] for sample in range(group_size)]
@@ -83,43 +80,38 @@ def generate(
     return groups
 
 
-def _sample_chunk(policy: Policy, prompts, chunk, settings: Sampling, key, stop) -> list[Response]:
-    """Sample a chunk of jobs (prompt number, sample number); returns one response each."""
+def _sample_chunk(
+    policy: Policy, prompts, jobs: list[Job], settings: Sampling, key, stop, report
+) -> list[Response]:
+    """Sample the responses of one chunk; returns one per job."""
     device = policy.device
-    numbers = list(dict.fromkeys(i for i, _ in chunk))  # each prompt once
-    padded = left_pad([prompts[i] for i in numbers], policy.pad_id, device)
-    row_of = {i: row for row, i in enumerate(numbers)}
-    rows = torch.tensor([row_of[i] for i, _ in chunk], device=device)
-
-    cache = prefill(policy.model, padded)
-    for layer, content in enumerate(cache.layers):  # one at a time: the original is freed
-        cache.layers[layer] = PreallocatedLayer(content, rows)
-
+    numbers = list(dict.fromkeys(i for i, _ in jobs))  # each prompt once
     uniforms = []
-    for i, sample in chunk:
+    for i, sample in jobs:
         generator = seeded(*key, prompts[i].index, sample)
         uniforms.append(torch.rand(settings.max_new_tokens, generator=generator))
     temperature = policy.temperature if settings.temperature is None else settings.temperature
     greedy = temperature == 0
-    batch = DecodingBatch(
-        cache=cache,
-        prompt_mask=padded.mask[rows],
-        position=padded.positions[0, rows, -1],  # of text: the same on all three axes
+    chunk = Chunk(
+        encoder=policy.encoder,
+        prompts=[prompts[i] for i in numbers],
+        prompt_of=torch.tensor([numbers.index(i) for i, _ in jobs]),
         uniforms=torch.stack(uniforms).to(device),
         temperature=1.0 if greedy else temperature,
-        top_p=1.0 if greedy else settings.top_p,
+        top_p=settings.top_p,
         eos_ids=torch.tensor(policy.eos_ids, device=device),
         stop=stop,
+        report=report,
     )
     how = {"do_sample": False}
     if not greedy:
         how = {"do_sample": True, "temperature": temperature, "top_k": settings.top_k}
+    last_tokens = torch.stack([prompts[i].input_ids[-1:] for i, _ in jobs]).to(device)
     return policy.model.generate(
-        input_ids=padded.ids[rows],
-        attention_mask=padded.mask[rows],
-        position_ids=padded.positions[:, rows],
+        input_ids=last_tokens,
+        attention_mask=torch.ones_like(last_tokens),
         custom_generate=decode,
-        batch=batch,
+        chunk=chunk,
         max_new_tokens=settings.max_new_tokens,
         eos_token_id=policy.eos_ids,
         pad_token_id=policy.pad_id,

@@ -33,11 +33,11 @@ from support import cli
 from support.batch import Group
 from support.cli import flag
 from support.distributed import concat_over_ranks, init_distributed, sum_over_ranks
+from support.errors import StepError
 from support.phases import out_of_memory_message, phase
 from support.qwen_vl import PROMPT_SUFFIX, Encoder
 from support.run import Run, Stopped
 from support.run_folder import with_saved_config
-from support.sandbox import RewardError
 from support.stats import RolloutStats
 
 MAX_ROUNDS = 20  # at most so many rounds of dynamic sampling per step
@@ -109,6 +109,7 @@ class Config:
     )
     rollout_batch: int = flag(320, "responses sampled at a time on each rank")
     offload_optimizer: bool = flag(False, "keep AdamW's state in host memory while sampling")
+    shard_size: int = flag(0, "ranks that split one copy of the weights; 0: those of a machine")
 
     def __post_init__(self):
         cli.check_counts(self, "prompts_per_step", "group_size", "mini_batch", "max_new_tokens")
@@ -285,7 +286,7 @@ def main(argv=None) -> None:
         if run.config.save_every:
             run.save()
         run.say_how_to_resume()
-    except RewardError as error:
+    except StepError as error:
         cli.exit_with_error(error)
     except torch.OutOfMemoryError as error:
         sys.exit(f"rank {dist.get_rank()}: {out_of_memory_message(error)}")

@@ -77,18 +77,20 @@ class Group:
         return len(self.prompt) + int(fed.sum())
 
 
-def empty_group() -> Group:
-    """A group without responses, for a rank that has fewer rows than the others.
+def empty_group(prompt: Prompt | None = None) -> Group:
+    """A group with an empty response: a prompt alone in its row.
 
-    Under FSDP every forward is a collective, so such a rank must feed something.
+    Without a prompt, two tokens stand in. Under FSDP every forward is a collective, so a rank that
+    has fewer rows than the others must feed something.
     """
     nothing = torch.zeros(1, 0)
-    prompt = Prompt(
-        example=Example("", "", []),
-        input_ids=torch.zeros(2, dtype=torch.long),
-        position_ids=torch.arange(2).expand(3, -1),
-        is_image_token=torch.zeros(2, dtype=torch.bool),
-    )
+    if prompt is None:
+        prompt = Prompt(
+            example=Example("", "", []),
+            input_ids=torch.zeros(2, dtype=torch.long),
+            position_ids=torch.arange(2).expand(3, -1),
+            is_image_token=torch.zeros(2, dtype=torch.bool),
+        )
     return Group(
         prompt=prompt,
         tokens=nothing.long(),

@@ -47,10 +47,17 @@ CHUNK = 256
 
 
 def pack_rows(groups: list[Group], max_tokens: int) -> list[list[Group]]:
-    """Split groups, in order, into rows of at most `max_tokens`; a larger group gets its own row.
+    """Rows of at most `max_tokens` tokens, as many on every rank as on the rank with the most.
 
-    Every rank gets as many rows as the rank with the most, since each forward is a collective.
+    Each forward is a collective, so a rank with fewer rows feeds empty ones.
     """
+    rows = split_rows(groups, max_tokens)
+    missing = int(max_over_ranks(len(rows))) - len(rows)
+    return rows + [[empty_group()] for _ in range(missing)]
+
+
+def split_rows(groups: list[Group], max_tokens: int) -> list[list[Group]]:
+    """Split groups, in order, into rows of at most `max_tokens`; a larger group gets its own."""
     rows: list[list[Group]] = []
     room = 0
     for group in groups:
@@ -59,8 +66,7 @@ def pack_rows(groups: list[Group], max_tokens: int) -> list[list[Group]]:
             room = max_tokens
         rows[-1].append(group)
         room -= group.n_tokens
-    missing = int(max_over_ranks(len(rows))) - len(rows)
-    return rows + [[empty_group()] for _ in range(missing)]
+    return rows
 
 
 class GroupSpan(NamedTuple):
@@ -263,13 +269,26 @@ def agrees_with_sdpa(kernel, device: str, dtype: torch.dtype) -> bool:
 
 
 def shared_prompt_attention(
-    module, query, key, value, attention_mask, scaling=None, layout=None, **kwargs
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling=None,
+    layout=None,
+    grouped_cache=None,
+    **kwargs,
 ):
     """Attention over a Row without an S x S mask.
 
-    query[1, H, S, D], key and value[1, H_kv, S, D] -> [1, S, H, D]. Without `layout` (prefill,
-    decoding, padded batches) this is transformers' own SDPA attention.
+    query[1, H, S, D], key and value[1, H_kv, S, D] -> [1, S, H, D]. With a `grouped_cache`
+    (support/decoding.py) the row is of prompts, whose keys and values are stored; or, without a
+    `layout`, one token per response is decoded. With neither this is transformers' own SDPA.
     """
+    if grouped_cache and layout is None:
+        return grouped_cache.attend(module.layer_idx, query, key, value, scaling), None
+    if grouped_cache:
+        grouped_cache.add_prompts(module.layer_idx, key, value, layout.spans)
     if layout is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
@@ -353,23 +372,32 @@ def row_log_probs(self, row: Row, temperature: float) -> Tensor:
 
     Logits exist for CHUNK tokens at a time, in the forward and again in the backward.
     """
-    embeds = self.get_input_embeddings()(row.input_ids)  # [1, S, hidden]
-    image = self.model.get_image_features(row.pixel_values, row.image_grid_thw, return_dict=True)
-    features = torch.cat(image.pooler_output).to(embeds.dtype)  # [image tokens, hidden]
-    where = row.is_image_token[..., None].expand_as(embeds)
-    hidden = self.model.language_model(
-        inputs_embeds=embeds.masked_scatter(where, features),
-        position_ids=row.position_ids,
-        use_cache=False,
-        layout=row.layout,
-        **_deepstack_inputs(image, row),
-    ).last_hidden_state[0]
+    hidden = row_hidden_states(self, row)
     log_probs = []
     chunks = zip(hidden[row.predicts].split(CHUNK), row.targets.split(CHUNK), strict=True)
     for states, targets in chunks:
         inputs = (states, self.lm_head.weight, targets, temperature)
         log_probs.append(checkpoint(_chunk_log_probs, *inputs, use_reentrant=False))
     return torch.cat(log_probs)
+
+
+def row_hidden_states(self, row: Row, grouped_cache=None) -> Tensor:
+    """The last layer's outputs [S, hidden]. `self` is the transformers model.
+
+    grouped_cache: a decoding.GroupedCache that is to take the keys and values of a row of prompts.
+    """
+    embeds = self.get_input_embeddings()(row.input_ids)  # [1, S, hidden]
+    image = self.model.get_image_features(row.pixel_values, row.image_grid_thw, return_dict=True)
+    features = torch.cat(image.pooler_output).to(embeds.dtype)  # [image tokens, hidden]
+    where = row.is_image_token[..., None].expand_as(embeds)
+    return self.model.language_model(
+        inputs_embeds=embeds.masked_scatter(where, features),
+        position_ids=row.position_ids,
+        use_cache=False,
+        layout=row.layout,
+        grouped_cache=grouped_cache,
+        **_deepstack_inputs(image, row),
+    ).last_hidden_state[0]
 
 
 def _deepstack_inputs(image, row: Row) -> dict:

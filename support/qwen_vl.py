@@ -30,7 +30,7 @@ from transformers import (
 from transformers.utils import cached_file
 
 from support.batch import Example, Group, Prompt, pad_and_cat
-from support.packing import ATTENTION, build_row, row_log_probs
+from support.packing import ATTENTION, build_row, row_hidden_states, row_log_probs
 
 MODEL_TYPES = ("qwen2_5_vl", "qwen3_vl")
 HIDDEN_SIZE_7B = 3584  # text hidden size from which presets take a model for the paper's 7B
@@ -220,7 +220,8 @@ class Policy:
         self.encoder = encoder
         self.temperature = temperature
         model.set_attn_implementation(ATTENTION)
-        model.row_log_probs = MethodType(row_log_probs, model)  # FSDP wraps methods only
+        for method in (row_log_probs, row_hidden_states):  # FSDP wraps methods only
+            setattr(model, method.__name__, MethodType(method, model))
         self.pad_id = encoder.tokenizer.pad_token_id
         self.eos_ids = self._end_tokens()
         self.suppressed_ids = self._vision_tokens()

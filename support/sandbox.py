@@ -35,6 +35,7 @@ from multiprocessing.connection import Connection, Pipe
 from pebble import ProcessExpired, ProcessPool
 
 from support import reward
+from support.errors import StepError
 
 KEYS = ("overall", "format", "accuracy")
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -49,8 +50,8 @@ RESPONSES_PER_WORKER = 500  # then a new one takes over: memory that stays in us
 Outcome = tuple[str, dict | str | None]
 
 
-class RewardError(RuntimeError):
-    """Rewards cannot be computed. The message is one line and says why."""
+class RewardError(StepError):
+    """Rewards cannot be computed."""
 
 
 class Grader(AbstractContextManager):

@@ -1,13 +1,16 @@
 """Sampling: equal to stock generate when greedy, and independent of batch, order and compaction."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import GenerationConfig, TopPLogitsWarper
 
-from rollout import generate
+from rollout import Sampling, generate
 from support import decoding
 from support.batch import pad_and_cat
-from support.decoding import sample_inverse_cdf, top_p_filter
+from support.decoding import nucleus, sample_inverse_cdf
+from support.errors import StepError
 from support.qwen_vl import Policy
 
 
@@ -69,7 +72,8 @@ def test_greedy_equals_stock_generate(varied_policy, prompts):
     assert 24 in lengths
 
 
-def test_batch_order_and_compaction_change_nothing(varied_policy, prompts, monkeypatch):
+def test_batch_order_and_blocks_change_nothing(varied_policy, prompts, monkeypatch):
+    """Chunks that split groups, another order, other blocks, a prefill per prompt."""
     policy = varied_policy
     policy.eos_ids = list(range(0, 400, 8))  # unequal lengths, so rows are often dropped
     options = {"max_new_tokens": 20, "key": (7, 3), "top_p": 0.95}
@@ -78,11 +82,15 @@ def test_batch_order_and_compaction_change_nothing(varied_policy, prompts, monke
     assert len(set(lengths.tolist())) > 3
     split_groups = generate(policy, prompts, 4, rollout_batch=3, **options)
     reordered = generate(policy, prompts[::-1], 4, rollout_batch=6, **options)[::-1]
-    monkeypatch.setattr(decoding, "COMPACT_AT", 0.0)
-    uncompacted = generate(policy, prompts, 4, rollout_batch=64, **options)
+    others = [split_groups, reordered]
+    for block in (1, 7, 20):
+        monkeypatch.setitem(decoding.BLOCK, "cpu", block)
+        others.append(generate(policy, prompts, 4, rollout_batch=64, **options))
+    monkeypatch.setitem(decoding.CANDIDATES, "cpu", 2)  # never enough: blocks are run again
+    others.append(generate(policy, prompts, 4, rollout_batch=64, **options))
     monkeypatch.setattr(decoding, "PREFILL_TOKENS", 2 * max(map(len, prompts)))
-    split_prefill = generate(policy, prompts, 4, rollout_batch=64, **options)
-    for other in (split_groups, reordered, uncompacted, split_prefill):
+    others.append(generate(policy, prompts, 4, rollout_batch=64, **options))
+    for other in others:
         for a, b in zip(one_batch, other, strict=True):
             assert torch.equal(a.tokens, b.tokens)
             assert torch.equal(a.response_mask, b.response_mask)
@@ -90,15 +98,21 @@ def test_batch_order_and_compaction_change_nothing(varied_policy, prompts, monke
 
 
 @pytest.mark.parametrize("scale", [0.01, 1.0, 4.0], ids=["flat", "usual", "peaked"])
-@pytest.mark.parametrize("top_p", [0.05, 0.9, 0.99, 1.0])
-def test_top_p_filter_equals_transformers(scale, top_p):
-    """Whether or not the candidates reach top_p."""
+@pytest.mark.parametrize("top_p", [0.05, 0.9, 0.99])
+def test_the_nucleus_is_that_of_transformers(scale, top_p):
+    """Unless the candidates missed top_p, which is said."""
     torch.manual_seed(0)
     scores = scale * torch.randn(8, 3000, dtype=torch.float64)
     scores[:, :50] = -torch.inf  # suppressed tokens
     expected = TopPLogitsWarper(top_p)(None, scores)
+    sizes = expected.isfinite().sum(-1)
     for candidates in (64, 1024, 3000):
-        assert torch.equal(top_p_filter(scores, top_p, candidates), expected), candidates
+        kept, ids, missed = nucleus(scores, top_p, candidates)
+        assert torch.equal(ids, ids.sort(-1).values)
+        assert torch.equal(missed, sizes > candidates) or candidates < sizes.max()
+        whole = torch.full_like(scores, -torch.inf).scatter(1, ids, kept)
+        assert torch.equal(whole[~missed], expected[~missed])
+        assert (sizes[missed] >= candidates).all()
 
 
 def test_the_key_seeds_the_samples(varied_policy, prompts):
@@ -197,3 +211,36 @@ def test_group_shapes(policy, prompts, group_size):
         assert group.tokens.shape == group.response_mask.shape == group.sample_log_probs.shape
         assert group.tokens.shape[0] == group_size
         assert len(group.responses) == len(group.truncated) == group_size
+
+
+def test_a_log_prob_that_is_not_finite_names_the_prompt(varied_policy, prompts):
+    """Of two prompts, the one whose image makes NaN is named; nothing else hides it."""
+    policy, second = varied_policy, replace(prompts[1])
+    second.pixel_values = torch.full_like(second.pixel_values, torch.nan)
+    second.example = replace(second.example, id="broken-7")
+    with pytest.raises(StepError, match="prompt broken-7 are not finite .*how many green dots"):
+        generate(policy, [prompts[0], second], 2, max_new_tokens=4)
+
+
+def test_chunks_fit_into_the_room_for_keys_and_values(policy, prompts, monkeypatch, record_calls):
+    """A long prompt shares its chunk with fewer responses; every chunk has at least one."""
+    config = policy.model.config.get_text_config()
+    per_token = decoding.cache_bytes_per_token(config, 4)
+    assert per_token == 2 * 4 * 2 * 32 * 4  # keys and values, layers, heads, head size, fp32
+    per_response = 8 * per_token + decoding.SCORE_BYTES * config.vocab_size
+    longest = max(map(len, prompts))
+    settings = Sampling(max_new_tokens=8, rollout_batch=6)
+    jobs = [
+        (i, sample) for i in sorted(range(4), key=lambda i: len(prompts[i])) for sample in (0, 1)
+    ]
+
+    def sizes(room):
+        monkeypatch.setattr(decoding, "CPU_CACHE", room)
+        chunks = list(decoding.fitting_chunks(policy.model, prompts, jobs, settings))
+        assert [job for chunk in chunks for job in chunk] == jobs
+        return [len(chunk) for chunk in chunks]
+
+    assert sizes(2**40) == [6, 2]
+    assert sizes(1) == [1] * 8
+    assert sizes(longest * per_token + 2 * per_response) == [2, 2, 2, 2]
+    assert sizes(longest * per_token + 2 * per_response - 1)[-2:] == [1, 1]

@@ -1,0 +1,112 @@
+"""Record a function's operations once and replay them: CUDA graphs, and the same for a CPU.
+
+A replay runs the recorded kernels on the recorded tensors, without the Python that chose them. So
+the function must read and write tensors that stay where they are, and nothing in it may depend on a
+tensor's value. For a small model most of a decoding step is that Python: replayed, a step of the
+toy takes about half as long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, partial
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+def repeat(function: Callable[[], None], times: int, device: torch.device) -> None:
+    """Run `function` so many times: once, and then as replays of a recording."""
+    record = record_cuda if device.type == "cuda" else record_cpu
+    graph = record(function)
+    for _ in range(times - 1):
+        graph.replay()
+
+
+def record_cuda(function: Callable[[], None]):
+    """Run `function` once, and record it as a CUDA graph."""
+    function()  # outside the graph: libraries set themselves up at their first call
+    graph = torch.cuda.CUDAGraph()
+    # Only this thread records: others (NCCL's watchdog) may use CUDA meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        function()  # recorded, not run
+    return graph
+
+
+def record_cpu(function: Callable[[], None]):
+    """Run `function` once, and record it as a CpuGraph."""
+    graph = CpuGraph()
+    with graph:
+        function()
+    return graph
+
+
+class CpuGraph(TorchDispatchMode):
+    """Records the operations inside a `with` block, which run as usual; `replay` runs them again.
+
+    Every result keeps its memory for the life of the graph, so that a replay overwrites it, and
+    views of it need not be taken again.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.calls: list[Callable] = []
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch would wrap __torch_dispatch__, at a third of its time
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if torch.Tag.data_dependent_output in operation.tags:
+            raise RuntimeError(f"{operation} reads a value, so it cannot be replayed")
+        result = operation(*args, **kwargs)
+        if operation._schema.is_mutable:
+            self.calls.append(partial(operation, *args, **kwargs))
+        elif not _is_view(operation):
+            self.calls.append(_call_into(result, operation, args, kwargs))
+        return result
+
+    def replay(self) -> None:
+        with torch._C._AutoDispatchBelowAutograd():  # autograd's bookkeeping costs time
+            for call in self.calls:
+                call()
+
+
+@cache
+def _is_view(operation) -> bool:
+    """Whether an operation returns a view of an argument, which stays valid."""
+    if operation is torch.ops.aten._unsafe_view.default:  # declares none, but is one
+        return True
+    return any(result.alias_info is not None for result in operation._schema.returns)
+
+
+def _call_into(result, operation, args: tuple, kwargs: dict) -> Callable:
+    """A call that computes `operation` again, into the tensors of `result`."""
+    results = tree_leaves(result)
+    into, names = _out_variant(operation)
+    if into is not None:
+        return partial(into, *args, **kwargs, **dict(zip(names, results, strict=True)))
+
+    def compute_and_copy() -> None:
+        for kept, new in zip(results, tree_leaves(operation(*args, **kwargs)), strict=True):
+            kept.copy_(new)
+
+    return compute_and_copy
+
+
+@cache
+def _out_variant(operation) -> tuple[Callable | None, list[str]]:
+    """The overload that writes into given tensors, and their names; None if there is none."""
+
+    def inputs(overload) -> list[tuple[str, str]]:
+        arguments = overload._schema.arguments
+        return [(each.name, str(each.type)) for each in arguments if not each.is_out]
+
+    packet = operation.overloadpacket
+    for overload in (getattr(packet, name) for name in packet.overloads()):
+        names = [each.name for each in overload._schema.arguments if each.is_out]
+        if names and inputs(overload) == inputs(operation):
+            return overload, names
+    return None, []
