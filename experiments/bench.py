@@ -50,7 +50,7 @@ from rollout import generate
 from support import packing, toy
 from support.batch import Example, Group, Prompt, empty_group, seeded
 from support.data import Rows, Stream
-from support.distributed import init_distributed, shard
+from support.distributed import init_distributed, make_mesh, shard
 from support.qwen_vl import Encoder, Policy
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -480,14 +480,14 @@ class OneStep:
     """One step as train.py runs it. Prints seconds, peak memory and tokens/s or MFU per phase."""
 
     def __init__(self, args, folder: str):
-        _, world, device = init_distributed()
+        _, _, device = init_distributed()
         self.args = args
         self.clock = Clock(device)
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.policy = make_policy(args.model.removeprefix("random:"), folder, device)
         self.linears = count_linears(self.policy.model)
         self.reference = Policy(copy.deepcopy(self.policy.model), self.policy.encoder)
-        mesh = torch.distributed.device_mesh.init_device_mesh(device.type, (world,))
+        mesh = make_mesh(device.type)
         for each in (self.policy, self.reference):
             if device.type == "cuda":
                 each.model.gradient_checkpointing_enable({"use_reentrant": False})

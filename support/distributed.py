@@ -1,17 +1,19 @@
 """The ranks: process group, FSDP2 and collectives.
 
-FSDP2 shards every weight over all ranks. Each vision block and each decoder layer is a unit: its
-weights are gathered just before its forward and its backward, in the compute dtype (bf16 on CUDA),
-and dropped after them, while fp32 master weights, gradients and optimizer state stay sharded. What
-is left (embeddings, head, norms) belongs to the root unit. Three consequences reach into other
-files. Every forward is a collective, so all ranks must run equally many (`packing.pack_rows`).
-Generation would gather once per token, so `full_weights` gathers once per rollout instead. And
-FSDP averages gradients over ranks, where a sum is wanted (`papo.update`).
+FSDP2 shards every weight over the ranks of one machine; several machines hold replicas (`make_mesh`
+can shard wider or narrower). Each vision block and each decoder layer is a unit: its weights are
+gathered just before its forward and its backward, in the compute dtype (bf16 on CUDA), and dropped
+after them, while fp32 master weights, gradients and optimizer state stay sharded. What is left
+(embeddings, head, norms) belongs to the root unit. Three consequences reach into other files. Every
+forward is a collective, so all ranks must run equally many (`packing.pack_rows`). Generation would
+gather once per token, so `full_weights` gathers once per rollout instead. And FSDP averages
+gradients over all ranks, replicas included, where a sum is wanted (`papo.update`).
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +21,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     FSDPModule,
     MixedPrecisionPolicy,
@@ -134,6 +137,29 @@ def _all_reduce(values, operation) -> list[float]:
 # --------------------------------------------------------------------------------------------- FSDP
 
 
+def make_mesh(device_type: str, shard_size: int = 0) -> DeviceMesh:
+    """The mesh to `shard` models on: all ranks, in replicas of `shard_size`. All ranks call it.
+
+    The ranks of a replica split one copy of the weights, and forwards gather within it; gradients
+    are averaged over the replicas too. shard_size 0: the ranks of one machine, so that no forward
+    gathers over the network. ValueError if the ranks cannot be divided like that.
+    """
+    world = dist.get_world_size()
+    if shard_size == 0:
+        # torchrun numbers a machine's ranks consecutively. Unequal machines use a common divisor.
+        shard_size = math.gcd(*gather_over_ranks(local_world_size()))
+    divisors = [size for size in range(1, world + 1) if world % size == 0]
+    if shard_size not in divisors:
+        choices = ", ".join(map(str, divisors))
+        raise ValueError(
+            f"shard_size={shard_size}: must divide the number of ranks, {world}; choices: {choices}"
+        )
+    if shard_size == world:
+        return init_device_mesh(device_type, (world,))
+    shape = (world // shard_size, shard_size)
+    return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
+
+
 def fsdp_blocks(model) -> list:
     """The FSDP units below the root: vision blocks and decoder layers."""
     return [*model.model.visual.blocks, *model.model.language_model.layers]
@@ -145,7 +171,8 @@ def shard(model, mesh, dtype: torch.dtype) -> None:
     for block in fsdp_blocks(model):
         fully_shard(block, mesh=mesh, mp_policy=precision)
     fully_shard(model, mesh=mesh, mp_policy=precision)
-    register_fsdp_forward_method(model, "row_log_probs")
+    for method in ("row_log_probs", "row_hidden_states"):
+        register_fsdp_forward_method(model, method)
 
 
 @contextmanager

@@ -20,22 +20,22 @@ GIB = 2**30
 # Phase of a step -> what makes room for it.
 ROOM_FOR = {
     "sampling": "lower --rollout_batch or set --offload_optimizer",
-    "an update": "lower --tokens_per_forward, add ranks or set --freeze_vision",
+    "an update": "lower --tokens_per_forward, shard over more ranks or set --freeze_vision",
 }
 
 
-def resource_report(folder: Path, model, config, world: int, reference: bool, device) -> str:
+def resource_report(folder: Path, model, config, mesh_shape: tuple, reference: bool, device) -> str:
     """Whether the run will fit: a line on disk, one on host memory and, on CUDA, two on devices.
 
-    model: the policy's, loaded. config: train.Config. reference: whether there is a reference
-    model.
+    model: the policy's, loaded. config: train.Config. mesh_shape: that of distributed.make_mesh.
+    reference: whether there is a reference model.
     """
     lines = [disk_line(folder, model, config.keep)]
-    lines.append(host_line(host_memory(model, config, world, device)))
+    lines.append(host_line(host_memory(model, config, mesh_shape, device)))
     if device.type == "cuda":
         capacity = torch.cuda.get_device_properties(device).total_memory
-        usual = memory_table(model, config, world, reference, length=0.3)
-        greatest = memory_table(model, config, world, reference, length=1.0)
+        usual = memory_table(model, config, mesh_shape[-1], reference, length=0.3)
+        greatest = memory_table(model, config, mesh_shape[-1], reference, length=1.0)
         lines.append(device_line("30% of the length limits", usual, capacity))
         lines.append(device_line("the length limits", greatest, capacity))
     return "\n".join(lines)
@@ -77,17 +77,19 @@ def available_host_memory() -> int | None:
     return int(kilobytes) * 1024
 
 
-def host_memory(model, config, world: int, device) -> dict[str, float]:
+def host_memory(model, config, mesh_shape: tuple, device) -> dict[str, float]:
     """Estimate the bytes a loaded run will still take on this machine: the parts and their peak.
 
-    config: train.Config. Images are counted at --max_pixels, one per prompt: the clean and the
-    masked view of a step's, and the next round's, which the stream encodes ahead. Decoded images
-    (3 bytes per pixel of the file) and the libraries' own memory come on top.
+    config: train.Config. mesh_shape: (replicas, ranks in each), or the ranks alone. Images are
+    counted at --max_pixels, one per prompt: the clean and the masked view of a step's, and the next
+    round's, which the stream encodes ahead. Decoded images (3 bytes per pixel of the file) and the
+    libraries' own memory come on top.
 
     On CUDA, moments may be offloaded while sampling. The export at the end gathers the weights in
     fp32 on the first rank and converts them to bf16; only the images read ahead are left then.
     Loading took less, one fp32 copy at a time.
     """
+    world, shard_size = math.prod(mesh_shape), mesh_shape[-1]
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     vision = model.config.vision_config
     bytes_per_pixel = 4 * vision.in_channels * vision.temporal_patch_size
@@ -97,10 +99,10 @@ def host_memory(model, config, world: int, device) -> dict[str, float]:
     read_ahead = prompts * config.max_pixels * bytes_per_pixel
     images = 3 * read_ahead
     if device.type != "cuda":
-        update = 12 * trained * ranks / world
+        update = 12 * trained * ranks / shard_size
         parts = {"encoded images": images, "gradients and moments": update}
         return parts | {"PEAK": images + update}
-    moments = 8 * trained * ranks / world if config.offload_optimizer else 0
+    moments = 8 * trained * ranks / shard_size if config.offload_optimizer else 0
     export = 6 * total
     parts = {"encoded images": images, "offloaded moments": moments, "export": export}
     return parts | {"PEAK": max(images + moments, read_ahead + export)}
@@ -120,13 +122,13 @@ def device_line(lengths: str, table: dict[str, float], capacity: int) -> str:
 
 
 def memory_table(
-    model, config, world: int, reference: bool, length: float = 1.0
+    model, config, shard_size: int, reference: bool, length: float = 1.0
 ) -> dict[str, float]:
-    """Estimate the bytes on each of `world` CUDA devices: part by part, then the two peaks.
+    """Estimate the bytes on each CUDA device: part by part, then the two peaks.
 
     model: with its requires_grad flags set; plain, sharded or on the meta device. config:
-    train.Config. reference: whether there is a reference model. length: prompts and responses as
-    a share of their limits.
+    train.Config. shard_size: how many devices split one copy of the weights. reference: whether
+    there is a reference model. length: prompts and responses as a share of their limits.
 
     Parameters are counted; caches and stored layer inputs follow from their shapes. Parts marked ~
     (activations within a layer, logits) are estimates. The allocator's fragmentation and the CUDA
@@ -148,15 +150,15 @@ def memory_table(
     layer_inputs = row * text.num_hidden_layers * text.hidden_size
     layer_inputs += patches * vision.depth * vision.hidden_size
 
-    moments = 8 * trained / world
+    moments = 8 * trained / shard_size
     full_weights = 2 * total
     cache = cache_per_token * config.rollout_batch * (prompt + response)
     sampling_logits = 40 * config.rollout_batch * text.vocab_size
     encoding = prefill * layer_per_token
     resident = {
-        "parameters, fp32, sharded": 4 * total / world,
+        "parameters, fp32, sharded": 4 * total / shard_size,
         "AdamW's moments, fp32, sharded": moments,
-        "reference model, bf16, sharded": 2 * total / world * reference,
+        "reference model, bf16, sharded": 2 * total / shard_size * reference,
     }
     sampling = {
         "sampling: full weights, bf16": full_weights,
@@ -165,7 +167,7 @@ def memory_table(
         "sampling: ~encoding prompts": encoding,
     }
     update = {
-        "update: gradients, fp32, sharded": 4 * trained / world,
+        "update: gradients, fp32, sharded": 4 * trained / shard_size,
         "update: full embeddings and head, bf16, and their gradients": 8 * root,
         "update: two full layers, bf16, and their gradients": 2 * 8 * max(blocks),
         "update: layer inputs, bf16": 2 * layer_inputs,

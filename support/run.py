@@ -18,7 +18,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch.distributed.device_mesh import init_device_mesh
 from tqdm import tqdm
 
 from support import benchmarks, checkpoint, data, phases, plots
@@ -27,6 +26,7 @@ from support.cli import exit_with_error
 from support.distributed import (
     gather_over_ranks,
     local_world_size,
+    make_mesh,
     max_over_ranks,
     on_first_rank,
     one_rank_at_a_time,
@@ -69,6 +69,7 @@ class Run:
         self.history: list[dict] = []  # the lines of metrics.jsonl
         self.unwritten: list[str] = []  # lines that a full disk refused
 
+        self.mesh = make_mesh(self.device.type, config.shard_size)
         self.rows, self.eval_sets = self._load_data(encoder)
         epoch_steps = int(config.epochs * len(self.rows)) // config.prompts_per_step
         self.last_step = config.steps or max(1, epoch_steps)
@@ -111,7 +112,6 @@ class Run:
     @phase("loading")
     def _load_policy(self, encoder: Encoder, dtype: torch.dtype) -> Policy:
         config = self.config
-        mesh = init_device_mesh(self.device.type, (self.world,))
         with one_rank_at_a_time():  # host memory holds one whole copy at a time
             policy = Policy.load(
                 encoder.source,
@@ -123,7 +123,7 @@ class Run:
             )
             policy.tokens_per_forward = config.tokens_per_forward
             policy.model.model.visual.requires_grad_(not config.freeze_vision)
-            shard(policy.model, mesh, self.dtype)
+            shard(policy.model, self.mesh, self.dtype)
         return policy
 
     def start(self) -> None:
@@ -183,7 +183,7 @@ class Run:
     def _resource_report(self) -> str:
         has_reference = self.reference is not None
         return resource_report(
-            self.folder, self.policy.model, self.config, self.world, has_reference, self.device
+            self.folder, self.policy.model, self.config, self.mesh.shape, has_reference, self.device
         )
 
     # ------------------------------------------------------------------------------------- the loop

@@ -32,6 +32,7 @@ FREE_ON_RESUME = {
     "save_every",
     "eval_every",
     "offload_optimizer",
+    "shard_size",
 }
 
 

@@ -107,26 +107,30 @@ def test_host_memory(monkeypatch):
     assert pixels.nbytes == 24 * config.max_pixels
 
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    host = memory.host_memory(model, config, 2, cuda)
+    host = memory.host_memory(model, config, (2,), cuda)
     assert host["encoded images"] == 3 * 384 * pixels.nbytes
     assert host["offloaded moments"] == 8 * 3_754_622_976
     assert host["export"] == 6 * 3_754_622_976
     assert host["PEAK"] == host["encoded images"] + host["offloaded moments"]
     config.offload_optimizer = False
-    host = memory.host_memory(model, config, 2, cuda)
+    host = memory.host_memory(model, config, (2,), cuda)
     assert host["PEAK"] == host["encoded images"] / 3 + host["export"]
 
-    half = memory.host_memory(model, config, 4, cuda)  # two ranks on each of two machines
+    half = memory.host_memory(model, config, (4,), cuda)  # two ranks on each of two machines
     assert half["encoded images"] == host["encoded images"] / 2
-    on_cpu = memory.host_memory(model, config, 2, cpu)
+    on_cpu = memory.host_memory(model, config, (2,), cpu)
     assert on_cpu["gradients and moments"] == 12 * 3_754_622_976
+    sharded_wider = memory.host_memory(model, config, (4,), cpu)
+    assert sharded_wider["gradients and moments"] == 12 * 3_754_622_976 / 2
+    replicated = memory.host_memory(model, config, (2, 2), cpu)
+    assert replicated["gradients and moments"] == 12 * 3_754_622_976
 
 
 def test_the_report_compares_host_memory_with_the_machines(tmp_path, monkeypatch):
     model, config, cpu = qwen("3b"), paper_config(prompts_per_step=4), torch.device("cpu")
 
     def host_line():
-        report = memory.resource_report(tmp_path, model, config, 1, reference=True, device=cpu)
+        report = memory.resource_report(tmp_path, model, config, (1,), reference=True, device=cpu)
         [line] = [line for line in report.splitlines() if line.startswith("host memory")]
         return line
 

@@ -1,5 +1,6 @@
 """One batch on 1 and 4 ranks: equal metrics and gradients, up to rounding, for every preset.
 
+Four ranks hold one copy of the weights, two replicas of half a copy per rank, or four whole copies.
 pytest starts this file under torchrun, where it updates the policy on its rank's share of the batch
 and writes what it measured.
 """
@@ -14,13 +15,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
+from transformers import AutoModelForImageTextToText
 
 ROOT = Path(__file__).parent.parent
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
 from papo import PRESETS, mini_batches, prepare, preset, update  # noqa: E402  (needs the path)
-from support import distributed, toy  # noqa: E402
+from rollout import generate  # noqa: E402
+from support import checkpoint, distributed, toy  # noqa: E402
 from support.batch import Example, Group, seeded  # noqa: E402
 from support.qwen_vl import Encoder, Policy  # noqa: E402
 
@@ -28,12 +31,13 @@ OBJECTIVES = {name: preset(name) for name in PRESETS}
 OBJECTIVES["masked_grad"] = replace(
     preset("papo_d"), masked_grad=True, masked_entropy_coef=0.05, entropy_coef=0.05, average="seq"
 )
+SAVED = "masked_grad"  # the last objective: its moments are in the checkpoints
 
 # -------------------------------------------------------------------------------- under torchrun
 
 
-class RecordingSGD(torch.optim.SGD):
-    """Records the clipped gradients instead of taking a step.
+class RecordingAdamW(torch.optim.AdamW):
+    """Records the clipped gradients. Its steps fill the moments and leave the weights alone.
 
     So both mini-batches' gradients are those of the same weights, and only rounding can differ.
     """
@@ -46,6 +50,7 @@ class RecordingSGD(torch.optim.SGD):
         parameters = self.param_groups[0]["params"]
         gradients = [parameter.grad.full_tensor().flatten() for parameter in parameters]
         self.recorded.append(torch.cat(gradients))
+        super().step()
 
 
 def make_group(encoder, index):
@@ -78,29 +83,83 @@ def load_policies(folder, encoder):
     return policy, reference
 
 
-def measure(folder, out):
-    """Write {objective: (metrics, clipped gradients of both mini-batches)}."""
-    rank, world, _ = distributed.init_distributed()
-    mesh = dist.device_mesh.init_device_mesh("cpu", (world,))
-    encoder = Encoder(folder, 3136, 200_704, toy.SUFFIX)
-    policies = load_policies(folder, encoder)
-    for policy in policies:
-        distributed.shard(policy.model, mesh, torch.float32)
-        policy.tokens_per_forward = 200
-    policy, reference = policies
-    results = {}
-    for name, algo in OBJECTIVES.items():
+def full_content(policy, optimizer):
+    """Weights and optimizer state by name, each tensor whole; all ranks call it."""
+    weights, optimizer_state = checkpoint.state_dicts(policy.model, optimizer)
+    content = dict(weights)
+    for name, state in optimizer_state["state"].items():
+        content |= {f"{name}: {key}": tensor for key, tensor in state.items()}
+    whole = {}
+    for name, tensor in content.items():
+        whole[name] = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+    return whole
+
+
+class Shape:
+    """A policy on the ranks in replicas of `shard_size`, and what was measured on it."""
+
+    def __init__(self, folder, encoder, shard_size, out):
+        self.mesh = distributed.make_mesh("cpu", shard_size)
+        self.source, self.folder = folder, Path(out).with_suffix("") / f"shard_size_{shard_size}"
+        self.policy, self.reference = load_policies(folder, encoder)
+        for each in (self.policy, self.reference):
+            distributed.shard(each.model, self.mesh, torch.float32)
+            each.tokens_per_forward = 200
+        self.results = {"shape": self.mesh.shape}
+
+    def sample(self):
+        """Every rank samples the same responses."""
+        prompt = self.policy.encoder.encode(toy.example("train", 0))
+        [group] = generate(self.policy, [prompt], 3, max_new_tokens=6, key=(0, 0))
+        self.results["sampled"] = group.tokens
+
+    def update(self, name):
+        """Metrics of an update with the objective, and both mini-batches' clipped gradients."""
+        rank, world = dist.get_rank(), dist.get_world_size()
         # Of 4 ranks, the last has no group at all, and the second only prompts without an image.
-        groups = [make_group(encoder, i) for i in (0, 1, 2, 4, 5, 6) if i % world == rank]
-        optimizer = RecordingSGD(policy.model.parameters())
-        batches = mini_batches(groups, 4)
-        metrics = prepare(policy, reference, batches, algo, key=(0, 0))
-        metrics |= update(policy, optimizer, batches, algo, max_grad_norm=1.0)
-        results[name] = metrics, optimizer.recorded
-        for each in policies:  # a forward without a backward must not leave the root gathered
+        indices = [i for i in (0, 1, 2, 4, 5, 6) if i % world == rank]
+        batches = mini_batches([make_group(self.policy.encoder, i) for i in indices], 4)
+        self.optimizer = RecordingAdamW(self.policy.model.parameters())
+        algo = OBJECTIVES[name]
+        metrics = prepare(self.policy, self.reference, batches, algo, key=(0, 0))
+        metrics |= update(self.policy, self.optimizer, batches, algo, max_grad_norm=1.0)
+        self.results[name] = metrics, self.optimizer.recorded
+        for each in (self.policy, self.reference):
+            # A forward without a backward must not leave the root gathered.
             assert all(isinstance(p, DTensor) for p in each.model.parameters()), name
+
+    def save(self):
+        self.results["content"] = full_content(self.policy, self.optimizer)
+        self.results["checkpoint"] = checkpoint.save(
+            self.folder, self.policy.model, self.optimizer, {"step": 1}, keep=1
+        )
+
+    def load_and_export(self, checkpoint_dir):
+        for parameter, state in self.optimizer.state.items():
+            for tensor in (parameter.data, *state.values()):
+                tensor.zero_()
+        checkpoint.load(checkpoint_dir, self.policy.model, self.optimizer)
+        self.results["loaded"] = full_content(self.policy, self.optimizer)
+        model_dir = self.folder / "model"
+        checkpoint.export(self.policy.model, self.source, model_dir, torch.float32)
+        self.results["exported"] = model_dir
+
+
+def measure(folder, out):
+    """Write {shard size: results}."""
+    rank, world, _ = distributed.init_distributed()
+    encoder = Encoder(folder, 3136, 200_704, toy.SUFFIX)
+    sizes = [size for size in (1, 2, 4) if size <= world]
+    shapes = [Shape(folder, encoder, size, out) for size in sizes]
+    for shape in shapes:
+        shape.sample()
+        for name in OBJECTIVES if shape.mesh.ndim == 1 else [SAVED]:
+            shape.update(name)
+        shape.save()
+    for shape, other in zip(shapes, [*shapes[1:], shapes[0]], strict=True):
+        shape.load_and_export(other.results["checkpoint"])
     if rank == 0:
-        torch.save(results, out)
+        torch.save({size: shape.results for size, shape in zip(sizes, shapes, strict=True)}, out)
     dist.barrier()
     dist.destroy_process_group()
 
@@ -108,29 +167,75 @@ def measure(folder, out):
 # ----------------------------------------------------------------------------------- under pytest
 
 
-def test_four_ranks_give_the_metrics_and_gradients_of_one(folder, tmp_path):
-    measure(folder, tmp_path / "1.pt")
+@pytest.fixture(scope="module")
+def one_and_four(folder, tmp_path_factory):
+    """What one rank measured, and {shard size: what four ranks did}."""
+    out = tmp_path_factory.mktemp("ranks")
+    measure(folder, out / "1.pt")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "4"]
     done = subprocess.run(
-        [*torchrun, __file__, folder, str(tmp_path / "4.pt")],
+        [*torchrun, __file__, folder, str(out / "4.pt")],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    one, four = torch.load(tmp_path / "1.pt"), torch.load(tmp_path / "4.pt")
-    assert one.keys() == four.keys() == OBJECTIVES.keys()
-    for name, (metrics, gradients) in one.items():
-        other_metrics, other_gradients = four[name]
+    [one] = torch.load(out / "1.pt", weights_only=False).values()
+    return one, torch.load(out / "4.pt", weights_only=False)
+
+
+def test_four_ranks_give_the_metrics_and_gradients_of_one(one_and_four):
+    one, four = one_and_four
+    shapes = {size: results["shape"] for size, results in four.items()}
+    assert shapes == {1: (4, 1), 2: (2, 2), 4: (4,)}
+    assert four[4].keys() >= OBJECTIVES.keys()
+    compared = [(size, name) for size in four for name in OBJECTIVES if name in four[size]]
+    for size, name in compared:
+        metrics, gradients = one[name]
+        other_metrics, other_gradients = four[size][name]
         assert metrics.keys() == other_metrics.keys()
         assert metrics["grad_norm"] > 2  # so that gradients are clipped, by the norm over all ranks
         for key, value in metrics.items():
-            assert other_metrics[key] == pytest.approx(value, rel=2e-6, abs=1e-6), (name, key)
+            assert other_metrics[key] == pytest.approx(value, rel=2e-6, abs=1e-6), (size, name, key)
         assert len(gradients) == len(other_gradients) == 2
         for gradient, other in zip(gradients, other_gradients, strict=True):
-            assert (gradient - other).abs().max() < 1e-6, name
-            assert gradient.norm() == pytest.approx(1.0, abs=1e-4), name
+            assert (gradient - other).abs().max() < 1e-6, (size, name)
+            assert gradient.norm() == pytest.approx(1.0, abs=1e-4), (size, name)
+
+
+def test_responses_do_not_depend_on_how_weights_are_sharded(one_and_four):
+    one, four = one_and_four
+    for results in four.values():
+        assert torch.equal(results["sampled"], one["sampled"])
+
+
+def test_checkpoints_do_not_depend_on_how_weights_are_sharded(one_and_four):
+    """The same content, stored once however many replicas there are."""
+    one, four = one_and_four
+
+    def size_on_disk(results):
+        return sum(path.stat().st_size for path in results["checkpoint"].iterdir())
+
+    for size, results in four.items():
+        check_same_tensors(results["content"], one["content"], atol=1e-5)
+        assert size_on_disk(results) < 1.5 * size_on_disk(one), size
+
+
+def test_a_run_saved_under_one_shape_resumes_under_another(one_and_four):
+    _, four = one_and_four
+    for size, saved_under in ((1, 2), (2, 4), (4, 1)):
+        saved, loaded = four[saved_under]["content"], four[size]["loaded"]
+        check_same_tensors(loaded, saved, atol=0.0)
+        model = AutoModelForImageTextToText.from_pretrained(four[size]["exported"])
+        exported = model.state_dict()
+        check_same_tensors(exported, {name: saved[name] for name in exported}, atol=0.0)
+
+
+def check_same_tensors(some, others, atol):
+    assert some.keys() == others.keys()
+    for name in some:
+        assert (some[name] - others[name]).abs().max() <= atol, name
 
 
 if __name__ == "__main__":
