@@ -187,12 +187,10 @@ def evaluate_set(policy: Policy, name: str, rows, grader, config) -> tuple[list[
         if config.out:
             predictions.append_partial(out, name, rank, new)
         mine += new
-    skipped = skipped_at_load
-    for theirs, newly_skipped in distributed.gather_over_ranks(
-        (mine, rows.skipped - skipped_at_load)
-    ):
+    skipped, newly_skipped = skipped_at_load, rows.skipped - skipped_at_load
+    for theirs, also_skipped in distributed.gather_over_ranks((mine, newly_skipped)):
         records = records + theirs
-        skipped = skipped + newly_skipped
+        skipped = skipped + also_skipped
     records.sort(key=lambda record: (record["loop"], record["row"]))
     if config.out and rank == 0:
         predictions.write_predictions(out, name, records)
@@ -265,14 +263,14 @@ def set_up(config: EvalConfig) -> Callable[[], None]:
     if config.out:
         settings = {name: getattr(config, name) for name in DECISIVE}
         inputs = {name: settings[name] for name in ("model", "data", "benchmarks")}
-        distributed.on_first_rank(
-            lambda: predictions.open_output(Path(config.out), settings, inputs)
-        )
+        out = Path(config.out)
+        distributed.on_first_rank(lambda: predictions.open_output(out, settings, inputs))
     baseline = None
     if config.baseline and rank == 0:
         how = {"n": config.n, "reward": config.reward, **config.limits}
         baseline = predictions.grade_files([config.baseline], sets, **how)
-    policy = Policy.load(name, encoder, dtype, device, config.temperature or 1.0)
+    with distributed.one_rank_at_a_time():  # host memory holds one whole copy at a time
+        policy = Policy.load(name, encoder, dtype, device, config.temperature or 1.0)
     grader = Grader(config.reward or compute_score, 1 if world > 1 else None, **config.limits)
     return partial(evaluate, policy, sets, grader, baseline, config)
 

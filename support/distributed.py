@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -30,6 +30,12 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
+# Sampling and updates need blocks of many sizes, and CUDA's allocator keeps one of each it has
+# served unless its segments can grow. torch (2.11 to 2.13) reads this at the first allocation, so
+# it may be set after `import torch`. The older PYTORCH_CUDA_ALLOC_CONF goes before it: a user's
+# setting of either name stays.
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
 # torchrun notices a dead rank by itself. A slow rank (long responses, grading) must be waited for.
 TIMEOUT = timedelta(hours=4)
 
@@ -38,6 +44,9 @@ TIMEOUT = timedelta(hours=4)
 
 def init_distributed() -> tuple[int, int, torch.device]:
     """Join torchrun's process group, or make one of a single rank. Returns rank, world, device."""
+    # On Hopper torch prefers cuDNN's attention, which builds a plan for each new shape (tenths of a
+    # second, and decoding changes shapes all the time) and is reported to give NaN gradients.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
@@ -205,31 +214,62 @@ def reshard_root(model) -> None:
         model.reshard()
 
 
-@contextmanager
-def optimizer_offloaded(optimizer, enabled: bool = True) -> Iterator[None]:
-    """Keep the optimizer's state in host memory during the block and give its device memory back.
+class OptimizerOffload:
+    """Moves an optimizer's state to host memory and back, to make room on the device."""
 
-    The tensors stay in place and lose their storage meanwhile, as FSDP does with its own.
-    """
-    storages = _state_storages(optimizer) if enabled else []
-    copies = []
-    for storage in storages:
-        on_host = storage.device.type == "cpu"
-        copies.append(storage.clone() if on_host else storage.cpu())
-        storage.resize_(0)
-    try:
-        yield
-    finally:
-        for storage, copy in zip(storages, copies, strict=True):
-            storage.resize_(copy.nbytes())
-            storage.copy_(copy)
+    def __init__(self, optimizer, enabled: bool = True):
+        self.optimizer = optimizer
+        self.enabled = enabled
+        self.buffer = torch.empty(0, dtype=torch.uint8)  # in host memory
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Keep the state in host memory during the block, if enabled.
+
+        The tensors stay in place and lose their storage meanwhile, as FSDP does with its own.
+        """
+        storages = self._storages() if self.enabled else []
+        slots = self._host_memory([storage.nbytes() for storage in storages])
+        for storage, slot in zip(storages, slots, strict=True):
+            slot.copy_(_as_bytes(storage), non_blocking=True)
+        _wait_for_copies()
+        for storage in storages:
+            storage.resize_(0)
+        try:
+            yield
+        finally:
+            for storage, slot in zip(storages, slots, strict=True):
+                storage.resize_(slot.nbytes)
+                _as_bytes(storage).copy_(slot, non_blocking=True)
+            _wait_for_copies()
+
+    def _storages(self) -> list[torch.UntypedStorage]:
+        """The state's storages on the parameters' device; AdamW counts its steps on the CPU."""
+        storages = []
+        for parameter, state in self.optimizer.state.items():
+            for value in state.values():
+                if isinstance(value, torch.Tensor) and value.device == parameter.device:
+                    local = value.to_local() if isinstance(value, DTensor) else value
+                    storages.append(local.untyped_storage())
+        return storages
+
+    def _host_memory(self, sizes: list[int]) -> Sequence[torch.Tensor]:
+        """Room for so many bytes each. Pinned for CUDA, so that the copies run on their own.
+
+        Kept for the next call, since pinning is slow; in one piece, since torch rounds the size of
+        each pinned piece up to a power of two.
+        """
+        total = sum(sizes)
+        if self.buffer.nbytes < total:
+            pinned = torch.cuda.is_available()
+            self.buffer = torch.empty(total, dtype=torch.uint8, pin_memory=pinned)
+        return self.buffer[:total].split(sizes)
 
 
-def _state_storages(optimizer) -> list[torch.UntypedStorage]:
-    storages = []
-    for state in optimizer.state.values():
-        for value in state.values():
-            if isinstance(value, torch.Tensor):
-                local = value.to_local() if isinstance(value, DTensor) else value
-                storages.append(local.untyped_storage())
-    return storages
+def _as_bytes(storage: torch.UntypedStorage) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
+def _wait_for_copies() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -24,13 +24,13 @@ from support import benchmarks, checkpoint, data, phases, plots
 from support.batch import Group, Prompt
 from support.cli import exit_with_error
 from support.distributed import (
+    OptimizerOffload,
     gather_over_ranks,
     local_world_size,
     make_mesh,
     max_over_ranks,
     on_first_rank,
     one_rank_at_a_time,
-    optimizer_offloaded,
     shard,
 )
 from support.loggers import LOGGERS
@@ -81,6 +81,7 @@ class Run:
             self.reference = self._load_policy(encoder, self.dtype)
         trained = [p for p in self.policy.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay)
+        self.offload = OptimizerOffload(self.optimizer, enabled=config.offload_optimizer)
         cores = (os.cpu_count() or 1) // local_world_size()
         workers = max(1, min(4, cores))
         self.grader = Grader(
@@ -214,10 +215,7 @@ class Run:
     @contextmanager
     def sampling(self) -> Iterator[None]:
         """Mark a block that samples; --offload_optimizer applies to it."""
-        with (
-            phase("sampling"),
-            optimizer_offloaded(self.optimizer, enabled=self.config.offload_optimizer),
-        ):
+        with phase("sampling"), self.offload.active():
             yield
 
     def finish_step(self, metrics: dict[str, float], groups: list[Group]) -> None:

@@ -29,9 +29,8 @@ from conftest import (
 )
 
 import evaluate
-import rollout
 import train
-from support import checkpoint, distributed
+from support import checkpoint, decoding, distributed
 from support import run as run_module
 from support.qwen_vl import Policy
 
@@ -92,13 +91,38 @@ def test_offloaded_optimizer_state_comes_back(model_and_optimizer):
     tensors = state_tensors()
     values = [tensor.clone() for tensor in tensors]
     assert len(tensors) >= 4
-    with pytest.raises(ZeroDivisionError), distributed.optimizer_offloaded(optimizer):
+    offload = distributed.OptimizerOffload(optimizer)
+    with pytest.raises(ZeroDivisionError), offload.active():
         assert all(tensor.untyped_storage().nbytes() == 0 for tensor in tensors)
         raise ZeroDivisionError
     assert [id(tensor) for tensor in state_tensors()] == [id(tensor) for tensor in tensors]
     assert all(map(torch.equal, tensors, values))
-    with distributed.optimizer_offloaded(optimizer, enabled=False):
-        assert all(map(torch.equal, tensors, values))
+
+    buffer = offload.buffer
+    for tensor in tensors:
+        tensor += 1
+    with offload.active():
+        pass
+    assert offload.buffer is buffer  # pinned memory is kept
+    assert all(
+        torch.equal(tensor, value + 1) for tensor, value in zip(tensors, values, strict=True)
+    )
+    with distributed.OptimizerOffload(optimizer, enabled=False).active():
+        assert all(tensor.untyped_storage().nbytes() > 0 for tensor in tensors)
+
+
+def test_offloading_before_the_first_step(model_and_optimizer):
+    model, _ = model_and_optimizer
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    offload = distributed.OptimizerOffload(optimizer)
+    with offload.active():
+        pass
+    optimizer.step()
+    exp_avg = optimizer.state[model.weight]["exp_avg"]
+    before = exp_avg.clone()
+    with offload.active():
+        assert exp_avg.untyped_storage().nbytes() == 0
+    assert torch.equal(exp_avg, before)
 
 
 def test_a_failed_save_leaves_earlier_checkpoints(model_and_optimizer, tmp_path):
@@ -204,7 +228,7 @@ def test_a_signal_loses_nothing(
     "owner, function, phase, flag",
     [
         (Policy, "log_probs", "log-probs", "--tokens_per_forward"),
-        (rollout, "prefill", "sampling", "--rollout_batch"),
+        (decoding, "prefill", "sampling", "--rollout_batch"),
     ],
 )
 def test_out_of_memory_names_the_phase_and_the_flag(run, monkeypatch, owner, function, phase, flag):

@@ -1,12 +1,20 @@
 """distributed.py: meshes of many ranks, and what is set up for CUDA without one."""
 
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+
 import pytest
+import torch
 import torch.distributed as dist
-from conftest import process_restored, run_flags
+from conftest import ROOT, process_restored, run_flags
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+import evaluate
 import train
 from support import distributed
+from support.qwen_vl import Policy
 
 
 @pytest.fixture()
@@ -50,3 +58,57 @@ def test_a_wrong_shard_size_ends_a_run_with_one_line(folder, tmp_path, capsys):
     assert ended.value.code == 2
     [line] = capsys.readouterr().err.strip().splitlines()[-1:]
     assert line.endswith("error: shard_size=3: must divide the number of ranks, 1; choices: 1")
+
+
+# ------------------------------------------------------------------------------ what CUDA will meet
+
+
+def test_cudnn_attention_is_off():
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    with process_restored():
+        distributed.init_distributed()
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.parametrize(
+    "given, settings",
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
+    ],
+)
+def test_the_allocator_reads_our_setting_or_the_users(given, settings):
+    """As torch itself reads it, in a fresh process that imports torch first."""
+    code = "import torch, support.distributed; print(torch._C._accelerator_getAllocatorSettings())"
+    environment = {k: v for k, v in os.environ.items() if not k.endswith("ALLOC_CONF")} | given
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == settings, done.stderr
+
+
+# ------------------------------------------------------------------------------------------ loading
+
+
+def test_evaluation_loads_one_rank_at_a_time(folder, monkeypatch):
+    """Host memory holds one copy of the weights at a time."""
+    waiting, loaded_in_turn = [], []
+    original_turn, original_load = distributed.one_rank_at_a_time, Policy.load
+
+    @contextmanager
+    def turn():
+        with original_turn():
+            waiting.append("this rank's turn")
+            yield
+            waiting.pop()
+
+    def load(*args):
+        loaded_in_turn.append(bool(waiting))
+        return original_load(*args)
+
+    monkeypatch.setattr(distributed, "one_rank_at_a_time", turn)
+    monkeypatch.setattr(Policy, "load", load)
+    with process_restored():
+        evaluate.set_up(evaluate.configure({"model": folder, "data": "toy", "eval_rows": 1}))
+    assert loaded_in_turn == [True]
