@@ -27,7 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from support.batch import Group, Prompt, seeded
-from support.decoding import Chunk, Job, decode, fitting_chunks
+from support.decoding import Chunk, Job, cache_room, decode, fitting
 from support.distributed import full_weights
 from support.qwen_vl import Policy
 
@@ -70,9 +70,16 @@ def generate(
     policy.model.eval()
     bar = tqdm(total=len(jobs), desc="rollout", leave=False, disable=not progress)
     with full_weights(policy.model), bar:
-        for chunk in fitting_chunks(policy.model, prompts, jobs, settings):
-            sampled = _sample_chunk(policy, prompts, chunk, settings, key, stop, bar.update)
-            responses.update(zip(chunk, sampled, strict=True))
+        while jobs:
+            room = cache_room(policy.device)
+            fit = fitting(policy.model, prompts, jobs, settings.max_new_tokens, room)
+            chunk = jobs[: min(fit, settings.rollout_batch)]
+            how = {"room": room, "stop": stop, "report": bar.update}
+            sampled = _sample_chunk(policy, prompts, chunk, settings, key, **how)
+            for job, response in zip(chunk, sampled, strict=True):
+                if response is not None:  # else it was given up, and is sampled again
+                    responses[job] = response
+            jobs = [job for job in jobs if job not in responses]
     groups = []
     for i, prompt in enumerate(prompts):
         of_prompt = [responses[i, sample] for sample in range(group_size)]
@@ -81,9 +88,9 @@ def generate(
 
 
 def _sample_chunk(
-    policy: Policy, prompts, jobs: list[Job], settings: Sampling, key, stop, report
-) -> list[Response]:
-    """Sample the responses of one chunk; returns one per job."""
+    policy: Policy, prompts, jobs: list[Job], settings: Sampling, key, **how
+) -> list[Response | None]:
+    """Sample one response per job. how: further fields of decoding.Chunk."""
     device = policy.device
     numbers = list(dict.fromkeys(i for i, _ in jobs))  # each prompt once
     uniforms = []
@@ -100,12 +107,11 @@ def _sample_chunk(
         temperature=1.0 if greedy else temperature,
         top_p=settings.top_p,
         eos_ids=torch.tensor(policy.eos_ids, device=device),
-        stop=stop,
-        report=report,
+        **how,
     )
-    how = {"do_sample": False}
+    drawing = {"do_sample": False}
     if not greedy:
-        how = {"do_sample": True, "temperature": temperature, "top_k": settings.top_k}
+        drawing = {"do_sample": True, "temperature": temperature, "top_k": settings.top_k}
     last_tokens = torch.stack([prompts[i].input_ids[-1:] for i, _ in jobs]).to(device)
     return policy.model.generate(
         input_ids=last_tokens,
@@ -116,7 +122,7 @@ def _sample_chunk(
         eos_token_id=policy.eos_ids,
         pad_token_id=policy.pad_id,
         suppress_tokens=policy.suppressed_ids,
-        **how,
+        **drawing,
     )
 
 

@@ -13,7 +13,7 @@ changes more than rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +32,7 @@ BLOCK = {"cpu": 16, "cuda": 128}
 # Likeliest tokens among which top-p looks first. Ordering more costs time on a CPU.
 CANDIDATES = {"cpu": 64, "cuda": 1024}
 WIDEN = 8  # factor by which the candidates grow where they do not reach top-p
+EXPECTED_SHARE = 0.25  # of --max_new_tokens that a response is expected to take
 SCORE_BYTES = 40  # per response and vocabulary entry: logits, scores and log-probs in fp32
 CPU_CACHE = 4 * 2**30  # bytes for the cache of a chunk; on CUDA, most of what is free
 CUDA_SHARE = 0.8  # of it; the rest is for activations
@@ -54,28 +55,22 @@ class NonFiniteError(StepError):
 Job = tuple[int, int]  # the numbers of a prompt and of a sample
 
 
-def fitting_chunks(model, prompts: list[Prompt], jobs: list[Job], settings) -> Iterator[list[Job]]:
-    """Cut jobs, ordered by prompt length, into chunks that fit into memory as it is now.
+def fitting(model, prompts: list[Prompt], jobs: list[Job], max_new_tokens: int, room: int) -> int:
+    """How many of the first jobs, ordered by prompt length, fit into `room` bytes; at least one.
 
-    A prompt takes the room of the chunk's longest, and a response that of the longest possible.
-    settings: rollout.Sampling.
+    A prompt takes the room of the longest, and a response that of EXPECTED_SHARE of the longest
+    possible. Should the responses grow longer than that, `decode` gives up the last ones.
     """
     config, weight = model.config.get_text_config(), model.lm_head.weight
     per_token = cache_bytes_per_token(config, weight.element_size())
-    per_response = settings.max_new_tokens * per_token + SCORE_BYTES * config.vocab_size
-    room = cache_room(weight.device)
-    chunk: list[Job] = []
+    per_response = EXPECTED_SHARE * max_new_tokens * per_token + SCORE_BYTES * config.vocab_size
     numbers: set[int] = set()
-    for job in jobs:
-        prompt_tokens = len(numbers | {job[0]}) * len(prompts[job[0]])
-        needed = prompt_tokens * per_token + (len(chunk) + 1) * per_response
-        if chunk and (needed > room or len(chunk) == settings.rollout_batch):
-            yield chunk
-            chunk, numbers = [], set()
-        chunk.append(job)
-        numbers.add(job[0])
-    if chunk:
-        yield chunk
+    for count, (number, _) in enumerate(jobs):
+        numbers.add(number)
+        prompt_tokens = len(numbers) * len(prompts[number])
+        if count and prompt_tokens * per_token + (count + 1) * per_response > room:
+            return count
+    return len(jobs)
 
 
 def cache_bytes_per_token(config, element_size: int) -> int:
@@ -103,17 +98,18 @@ class GroupedCache:
     prompt's last token is not in the cache: it is what the first decoding step feeds.
     """
 
-    def __init__(self, config, prompts: list[Prompt], prompt_of: Tensor, device):
+    def __init__(self, config, prompts: list[Prompt], prompt_of: Tensor, like: Tensor):
         """config: of the language model. prompt_of[n], on the host: the prompt that each response
-        answers, in ascending order."""
-        self.device = device
+        answers, in ascending order. like: a tensor on the device and in the dtype of the model."""
+        self.device = like.device
+        self.bytes_per_token = cache_bytes_per_token(config, like.element_size())
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.lengths = [len(prompt) - 1 for prompt in prompts]
         steps = torch.arange(max(self.lengths))
         is_padding = steps >= torch.tensor(self.lengths)[:, None]  # [p, P]
         bias = torch.zeros(is_padding.shape).masked_fill(is_padding, -torch.inf)
         bias = bias.repeat_interleave(self.kv_heads, 0)[:, None]
-        self.prompt_bias = bias.to(device)  # [p * H_kv, 1, P]
+        self.prompt_bias = bias.to(self.device)  # [p * H_kv, 1, P]
         self.encoded = 0  # prompts whose keys and values are here
         self.prompts: list[tuple[Tensor, Tensor]] = []  # keys and values of each layer
         self.own: list[tuple[Tensor, Tensor]] = []
@@ -144,6 +140,9 @@ class GroupedCache:
             for row, span in enumerate(spans, start=self.encoded):
                 length = self.lengths[row]
                 stored[row, :, :length] = tensor[0, :, span.start : span.start + length]
+
+    def bytes_of_prompts(self) -> int:
+        return len(self.lengths) * max(self.lengths) * self.bytes_per_token
 
     def grow(self, steps: int) -> None:
         """Make room for so many more tokens per response."""
@@ -242,6 +241,7 @@ class Chunk:
     prompts: list[Prompt]
     prompt_of: Tensor  # [n], the prompt of each response, in ascending order; on the host
     uniforms: Tensor  # [n, max_new_tokens] in [0, 1), on the device
+    room: int  # bytes for the cache
     temperature: float  # that of the returned log-probs
     top_p: float
     eos_ids: Tensor  # on the device
@@ -251,23 +251,26 @@ class Chunk:
 
 def decode(
     model, input_ids, logits_processor, generation_config, chunk: Chunk, **unused
-) -> list[tuple[Tensor, Tensor]]:
+) -> list[tuple[Tensor, Tensor] | None]:
     """Sample the chunk's n responses. Called by generate(custom_generate=decode).
 
     input_ids[n, 1]: the last prompt token of each. Returns the tokens and log-probs of each
     response, on the CPU, up to and including its first end token. Log-probs are those of the full
     softmax at `chunk.temperature`, before top-p, top-k and suppression: what the training forward
-    computes.
+    computes. None stands for a response that was given up because the cache outgrew its room.
     """
     text_config = model.config.get_text_config()
-    cache = GroupedCache(text_config, chunk.prompts, chunk.prompt_of, input_ids.device)
+    cache = GroupedCache(text_config, chunk.prompts, chunk.prompt_of, model.lm_head.weight)
     prefill(model, chunk.prompts, cache, chunk.encoder)
     loop = DecodingLoop(model, cache, chunk, logits_processor, generation_config.do_sample)
     tokens, log_probs = loop.run(input_ids[:, 0])
     is_end = torch.isin(tokens, chunk.eos_ids.cpu())
     lengths = torch.where(is_end.any(1), is_end.int().argmax(1) + 1, tokens.shape[1])
-    responses = []
+    responses: list = []
     for row, length in enumerate(lengths.tolist()):
+        if row in loop.given_up:
+            responses.append(None)
+            continue
         if not log_probs[row, :length].isfinite().all():
             raise NonFiniteError(chunk.prompts[chunk.prompt_of[row]])
         responses.append((tokens[row, :length], log_probs[row, :length]))
@@ -290,6 +293,7 @@ class DecodingLoop:
         last = [int(prompt.position_ids[0, -1]) for prompt in chunk.prompts]
         self.first_position = torch.tensor(last, device=device)[chunk.prompt_of.to(device)]
         self.rows = torch.arange(len(chunk.prompt_of), device=device)  # the responses not ended
+        self.given_up: set[int] = set()
 
     def run(self, token: Tensor) -> tuple[Tensor, Tensor]:
         """Decode from the last prompt tokens [n] until all rows have ended.
@@ -303,12 +307,14 @@ class DecodingLoop:
         done = 0
         while len(self.rows) and done < max_new_tokens:
             size = min(self.block, max_new_tokens - done)
+            token = self._give_up_rows(token, done + size)
             self.cache.grow(size)
             ended = self._run_block(token, done, size)
             tokens[self.rows, done : done + size] = self.tokens
             log_probs[self.rows, done : done + size] = self.log_probs
             done += size
-            token = self._keep_alive(ended)
+            alive = [row for row, is_ended in enumerate(ended) if not is_ended]
+            token = self._keep(alive, self.token)
             self.chunk.report(sum(ended))
             if self.chunk.stop():
                 break
@@ -367,18 +373,24 @@ class DecodingLoop:
         self.missed |= missed.any()
         return ids.gather(1, sample_inverse_cdf(kept, uniforms)[:, None])[:, 0]
 
-    def _keep_alive(self, ended: list[bool]) -> Tensor:
-        """Drop the rows that have ended; returns the last token of the others."""
-        alive = [row for row, is_ended in enumerate(ended) if not is_ended]
-        if len(alive) == len(ended):
-            return self.token
+    def _keep(self, alive: list[int], token: Tensor) -> Tensor:
+        """Drop all rows but these; returns their last tokens."""
+        if len(alive) == len(self.rows):
+            return token
         keep = torch.tensor(alive, dtype=torch.long)
-        on_device = keep.to(self.rows.device)
+        on_device = keep.to(token.device)
         self.rows = self.rows[on_device]
         self.first_position = self.first_position[on_device]
         if alive:
             self.cache.keep(keep)
-        return self.token[on_device]
+        return token[on_device]
+
+    def _give_up_rows(self, token: Tensor, steps: int) -> Tensor:
+        """Drop the last rows where `steps` tokens for each would not fit into the room."""
+        left = self.chunk.room - self.cache.bytes_of_prompts()
+        fitting = max(1, left // (steps * self.cache.bytes_per_token))
+        self.given_up.update(self.rows[fitting:].tolist() if fitting < len(self.rows) else [])
+        return self._keep(list(range(min(fitting, len(self.rows)))), token)
 
 
 # ----------------------------------------------------------------------------------------- sampling

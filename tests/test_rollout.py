@@ -6,24 +6,12 @@ import pytest
 import torch
 from transformers import GenerationConfig, TopPLogitsWarper
 
-from rollout import Sampling, generate
+from rollout import generate
 from support import decoding
 from support.batch import pad_and_cat
 from support.decoding import nucleus, sample_inverse_cdf
 from support.errors import StepError
 from support.qwen_vl import Policy
-
-
-@pytest.fixture()
-def varied_policy(policy):
-    """A policy that does not repeat itself, as small random weights do.
-
-    A larger head makes tokens varied and lengths unequal.
-    """
-    torch.manual_seed(3)
-    with torch.no_grad():
-        policy.model.lm_head.weight.add_(0.3 * torch.randn_like(policy.model.lm_head.weight))
-    return policy
 
 
 def stock_greedy(policy, prompt, max_new_tokens):
@@ -222,25 +210,49 @@ def test_a_log_prob_that_is_not_finite_names_the_prompt(varied_policy, prompts):
         generate(policy, [prompts[0], second], 2, max_new_tokens=4)
 
 
-def test_chunks_fit_into_the_room_for_keys_and_values(policy, prompts, monkeypatch, record_calls):
+def test_chunks_fit_into_the_room_for_keys_and_values(policy, prompts):
     """A long prompt shares its chunk with fewer responses; every chunk has at least one."""
     config = policy.model.config.get_text_config()
     per_token = decoding.cache_bytes_per_token(config, 4)
     assert per_token == 2 * 4 * 2 * 32 * 4  # keys and values, layers, heads, head size, fp32
     per_response = 8 * per_token + decoding.SCORE_BYTES * config.vocab_size
-    longest = max(map(len, prompts))
-    settings = Sampling(max_new_tokens=8, rollout_batch=6)
-    jobs = [
-        (i, sample) for i in sorted(range(4), key=lambda i: len(prompts[i])) for sample in (0, 1)
-    ]
+    short, long = sorted(range(4), key=lambda i: len(prompts[i]))[::3]
+    jobs = [(short, 0), (short, 1), (long, 0), (long, 1)]
 
-    def sizes(room):
-        monkeypatch.setattr(decoding, "CPU_CACHE", room)
-        chunks = list(decoding.fitting_chunks(policy.model, prompts, jobs, settings))
-        assert [job for chunk in chunks for job in chunk] == jobs
-        return [len(chunk) for chunk in chunks]
+    def first(room):
+        return decoding.fitting(policy.model, prompts, jobs, 32, room)
 
-    assert sizes(2**40) == [6, 2]
-    assert sizes(1) == [1] * 8
-    assert sizes(longest * per_token + 2 * per_response) == [2, 2, 2, 2]
-    assert sizes(longest * per_token + 2 * per_response - 1)[-2:] == [1, 1]
+    for count, number, n_prompts in [(2, short, 1), (3, long, 2), (4, long, 2)]:
+        room = n_prompts * len(prompts[number]) * per_token + count * per_response
+        assert first(room) == count
+        assert first(room - 1) == count - 1
+    assert first(0) == 1
+
+
+def test_responses_that_outgrow_the_room_are_sampled_again(varied_policy, prompts, monkeypatch):
+    """And the cache never takes more than its room, unless for a single response."""
+    options = {"max_new_tokens": 40, "key": (7, 3)}
+    expected = generate(varied_policy, prompts, 4, **options)
+    per_token = decoding.cache_bytes_per_token(varied_policy.model.config.get_text_config(), 4)
+    prompt_room = 4 * max(map(len, prompts)) * per_token
+    grow, rows = decoding.GroupedCache.grow, []
+
+    def checked_grow(cache, steps):
+        grow(cache, steps)
+        keys, values = cache.own[0]
+        own_bytes = len(cache.own) * (keys.nbytes + values.nbytes)
+        assert len(keys) == 1 or cache.bytes_of_prompts() + own_bytes <= decoding.CPU_CACHE
+        rows.append(len(keys))
+
+    monkeypatch.setattr(decoding.GroupedCache, "grow", checked_grow)
+    monkeypatch.setattr(decoding, "SCORE_BYTES", 0)
+    for tokens in (16 * 10, 16 * 16, 16 * 33):  # for some, all in the first block, most
+        monkeypatch.setattr(decoding, "CPU_CACHE", prompt_room + tokens * per_token)
+        rows.clear()
+        groups = generate(varied_policy, prompts, 4, **options)
+        assert sum(rows) > 3 * 16  # more than the three blocks of a single chunk: some were lost
+        for group, other in zip(groups, expected, strict=True):
+            assert torch.equal(group.tokens, other.tokens)
+    monkeypatch.setattr(decoding, "CPU_CACHE", 0)  # one at a time
+    alone = generate(varied_policy, prompts[:1], 2, **options)
+    assert torch.equal(alone[0].tokens, expected[0].tokens[:2])
