@@ -16,13 +16,11 @@ import os
 import shutil
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.tensor import DTensor
 from transformers.utils import cached_file
 
 from support.distributed import on_first_rank
@@ -137,18 +135,14 @@ def export(model, source: str, folder: Path, dtype) -> Path:
     all ranks, if it cannot be written.
     """
     folder = Path(folder)
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(model, options=options)
+    weights = gather_weights(model, dtype)
 
     def write() -> None:
         partial_dir = _hidden(folder)
         shutil.rmtree(partial_dir, ignore_errors=True)
-        converted = {name: tensor.to(dtype) for name, tensor in weights.items()}
-        if model.lm_head.weight is model.get_input_embeddings().weight:
-            converted.pop("lm_head.weight", None)  # tied: stored once, tied again on loading
         original_dtype = model.config.dtype
         model.config.dtype = dtype
-        model.save_pretrained(partial_dir, state_dict=converted)
+        model.save_pretrained(partial_dir, state_dict=weights)
         model.config.dtype = original_dtype
         for name in COPIED_FILES:
             path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
@@ -160,6 +154,24 @@ def export(model, source: str, folder: Path, dtype) -> Path:
 
     on_first_rank(write)
     return folder
+
+
+@torch.no_grad()
+def gather_weights(model, dtype) -> dict[str, torch.Tensor]:
+    """The whole weights in `dtype` in host memory: on the first rank, {} on the others.
+
+    All ranks call it. They gather one tensor at a time, and nothing keeps its fp32 values.
+    """
+    is_tied = model.lm_head.weight is model.get_input_embeddings().weight
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        if is_tied and name == "lm_head.weight":
+            continue  # stored once, tied again on loading
+        if isinstance(tensor, DTensor):
+            tensor = tensor.full_tensor()
+        if dist.get_rank() == 0:
+            weights[name] = tensor.to(device="cpu", dtype=dtype)
+    return weights
 
 
 # ------------------------------------------------------------------------------------------ helpers

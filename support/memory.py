@@ -85,9 +85,9 @@ def host_memory(model, config, mesh_shape: tuple, device) -> dict[str, float]:
     round's, which the stream encodes ahead. Decoded images (3 bytes per pixel of the file) and the
     libraries' own memory come on top.
 
-    On CUDA, moments may be offloaded while sampling. The export at the end gathers the weights in
-    fp32 on the first rank and converts them to bf16; only the images read ahead are left then.
-    Loading took less, one fp32 copy at a time.
+    On CUDA, moments may be offloaded while sampling, to pinned memory that is kept. The export at
+    the end gathers the weights in bf16 on the first rank; only the images read ahead are left then.
+    Loading, over by now, held one fp32 copy of the weights at a time.
     """
     world, shard_size = math.prod(mesh_shape), mesh_shape[-1]
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -102,10 +102,12 @@ def host_memory(model, config, mesh_shape: tuple, device) -> dict[str, float]:
         update = 12 * trained * ranks / shard_size
         parts = {"encoded images": images, "gradients and moments": update}
         return parts | {"PEAK": images + update}
-    moments = 8 * trained * ranks / shard_size if config.offload_optimizer else 0
-    export = 6 * total
+    moments = 0
+    if config.offload_optimizer:  # torch rounds a pinned piece up to a power of two
+        moments = ranks * 2 ** math.ceil(math.log2(8 * trained / shard_size))
+    export = 2 * total
     parts = {"encoded images": images, "offloaded moments": moments, "export": export}
-    return parts | {"PEAK": max(images + moments, read_ahead + export)}
+    return parts | {"PEAK": moments + max(images, read_ahead + export)}
 
 
 def device_line(lengths: str, table: dict[str, float], capacity: int) -> str:

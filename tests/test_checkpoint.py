@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import time
+import weakref
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from conftest import (
     process_restored,
     run_flags,
 )
+from torch.distributed.tensor import DTensor
 
 import evaluate
 import train
@@ -149,6 +151,28 @@ def test_a_damaged_checkpoint_is_named(model_and_optimizer, tmp_path):
     message = "step_000001 cannot be read: delete it to resume from the one before"
     with pytest.raises(OSError, match=message):
         checkpoint.load(checkpoint_dir, *model_and_optimizer)
+
+
+def test_the_export_gathers_one_tensor_at_a_time(policy, monkeypatch):
+    """Host memory holds the converted weights, and never a second fp32 tensor."""
+    gathered, original = [], DTensor.full_tensor
+
+    def full_tensor(self):
+        assert all(earlier() is None for earlier in gathered)
+        tensor = original(self)
+        gathered.append(weakref.ref(tensor))
+        return tensor
+
+    monkeypatch.setattr(DTensor, "full_tensor", full_tensor)
+    expected = policy.model.lm_head.weight.bfloat16()
+    with process_restored():
+        distributed.init_distributed()
+        distributed.shard(policy.model, distributed.make_mesh("cpu"), torch.float32)
+        weights = checkpoint.gather_weights(policy.model, torch.bfloat16)
+    assert len(gathered) == len(weights) > 50
+    assert all(tensor.dtype == torch.bfloat16 for tensor in weights.values())
+    assert "lm_head.weight" not in weights  # tied: stored once
+    assert torch.equal(weights["model.language_model.embed_tokens.weight"], expected)
 
 
 def test_log_lines_survive_a_full_disk_and_a_kill(tmp_path, capsys):
