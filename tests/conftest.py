@@ -2,11 +2,13 @@
 
 # ruff: noqa: E402  (libraries read the environment when they are imported)
 import copy
+import inspect
 import json
 import os
 import signal
 import subprocess
 import sys
+import textwrap
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -42,6 +44,18 @@ def encoder(folder):
 @pytest.fixture()
 def policy(folder, encoder):
     return Policy.load(folder, encoder)
+
+
+@pytest.fixture()
+def varied_policy(policy):
+    """A policy that does not repeat itself, as small random weights do.
+
+    A larger head makes tokens varied and lengths unequal.
+    """
+    torch.manual_seed(3)
+    with torch.no_grad():
+        policy.model.lm_head.weight.add_(0.3 * torch.randn_like(policy.model.lm_head.weight))
+    return policy
 
 
 def random_image(width, height, seed=0):
@@ -112,6 +126,24 @@ def record_calls(monkeypatch):
         return calls
 
     return wrap
+
+
+@pytest.fixture()
+def plant(monkeypatch):
+    """plant(function, old, new) edits a piece of a function's source, for all who hold it."""
+
+    def edit(function, old, new):
+        function = inspect.unwrap(function)
+        code = function.__code__
+        source = textwrap.dedent(inspect.getsource(function))
+        assert source.count(old) == 1, f"{function.__qualname__} has not one {old!r}: plant another"
+        names = dict(function.__globals__)
+        above = "\n" * (code.co_firstlineno - 1)  # so that errors name the right lines
+        exec(compile(above + source.replace(old, new), code.co_filename, "exec"), names)
+        edited = inspect.unwrap(names[function.__name__])
+        monkeypatch.setattr(function, "__code__", edited.__code__)
+
+    return edit
 
 
 # --------------------------------------------------------------------------------------------- runs
