@@ -59,13 +59,16 @@ class CpuGraph(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if torch.Tag.data_dependent_output in operation.tags:
-            raise RuntimeError(f"{operation} reads a value, so it cannot be replayed")
         result = operation(*args, **kwargs)
-        if operation._schema.is_mutable:
+        kind, into, names = _how_to_replay(operation)
+        if kind == "again":
             self.calls.append(partial(operation, *args, **kwargs))
-        elif not _is_view(operation):
-            self.calls.append(_call_into(result, operation, args, kwargs))
+        elif kind == "into":
+            results = (result,) if isinstance(result, torch.Tensor) else result
+            outputs = dict(zip(names, results, strict=True))
+            self.calls.append(partial(into, *args, **kwargs, **outputs))
+        elif kind == "copy":
+            self.calls.append(partial(_compute_and_copy, result, operation, args, kwargs))
         return result
 
     def replay(self) -> None:
@@ -75,30 +78,20 @@ class CpuGraph(TorchDispatchMode):
 
 
 @cache
-def _is_view(operation) -> bool:
-    """Whether an operation returns a view of an argument, which stays valid."""
-    if operation is torch.ops.aten._unsafe_view.default:  # declares none, but is one
-        return True
-    return any(result.alias_info is not None for result in operation._schema.returns)
+def _how_to_replay(operation) -> tuple[str, Callable | None, list[str]]:
+    """How an operation is replayed; if "into", also by which overload, and its outputs' names.
 
-
-def _call_into(result, operation, args: tuple, kwargs: dict) -> Callable:
-    """A call that computes `operation` again, into the tensors of `result`."""
-    results = tree_leaves(result)
-    into, names = _out_variant(operation)
-    if into is not None:
-        return partial(into, *args, **kwargs, **dict(zip(names, results, strict=True)))
-
-    def compute_and_copy() -> None:
-        for kept, new in zip(results, tree_leaves(operation(*args, **kwargs)), strict=True):
-            kept.copy_(new)
-
-    return compute_and_copy
-
-
-@cache
-def _out_variant(operation) -> tuple[Callable | None, list[str]]:
-    """The overload that writes into given tensors, and their names; None if there is none."""
+    again: it writes to its arguments. view: not at all, since its result is a view of an argument.
+    into: its result is overwritten. copy: the same, where no overload does it.
+    """
+    schema = operation._schema
+    if torch.Tag.data_dependent_output in operation.tags:
+        raise RuntimeError(f"{operation} reads a value, so it cannot be replayed")
+    if schema.is_mutable:
+        return "again", None, []
+    is_view = any(result.alias_info is not None for result in schema.returns)
+    if is_view or operation is torch.ops.aten._unsafe_view.default:  # which declares none
+        return "view", None, []
 
     def inputs(overload) -> list[tuple[str, str]]:
         arguments = overload._schema.arguments
@@ -108,5 +101,10 @@ def _out_variant(operation) -> tuple[Callable | None, list[str]]:
     for overload in (getattr(packet, name) for name in packet.overloads()):
         names = [each.name for each in overload._schema.arguments if each.is_out]
         if names and inputs(overload) == inputs(operation):
-            return overload, names
-    return None, []
+            return "into", overload, names
+    return "copy", None, []
+
+
+def _compute_and_copy(result, operation, args: tuple, kwargs: dict) -> None:
+    for kept, new in zip(tree_leaves(result), tree_leaves(operation(*args, **kwargs)), strict=True):
+        kept.copy_(new)
