@@ -165,8 +165,12 @@ def make_mesh(device_type: str, shard_size: int = 0) -> DeviceMesh:
         )
     if shard_size == world:
         return init_device_mesh(device_type, (world,))
-    shape = (world // shard_size, shard_size)
-    return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
+    # Groups that init_device_mesh makes itself give up after torch's half an hour, not TIMEOUT.
+    ranks = torch.arange(world).view(-1, shard_size)
+    replicas, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist(), timeout=TIMEOUT)
+    shards, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=TIMEOUT)
+    names = ("replicate", "shard")
+    return DeviceMesh.from_group([replicas, shards], device_type, mesh=ranks, mesh_dim_names=names)
 
 
 def fsdp_blocks(model) -> list:

@@ -100,6 +100,9 @@ class Shape:
 
     def __init__(self, folder, encoder, shard_size, out):
         self.mesh = distributed.make_mesh("cpu", shard_size)
+        for group in self.mesh.get_all_groups():  # a slow rank is waited for
+            backend = group._get_backend(torch.device("cpu"))
+            assert backend.options._timeout == distributed.TIMEOUT
         self.source, self.folder = folder, Path(out).with_suffix("") / f"shard_size_{shard_size}"
         self.policy, self.reference = load_policies(folder, encoder)
         for each in (self.policy, self.reference):
