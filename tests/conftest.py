@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
+from pretend_device import PretendDevice
 from transformers import AutoModelForImageTextToText
 
 import train
@@ -109,6 +110,14 @@ def truncate(groups):
     for i, group in enumerate(groups):
         lengths = torch.tensor([12, 1 + i, 7 - i])
         group.response_mask &= torch.arange(group.tokens.shape[1])[None] < lengths[:, None]
+
+
+@pytest.fixture()
+def device(monkeypatch):
+    """A pretend CUDA device, to be entered with `with device:`."""
+    device = PretendDevice()
+    device.install(monkeypatch)
+    return device
 
 
 @pytest.fixture()

@@ -331,7 +331,8 @@ class Graph:
         elif _is_view(operation):
             return operation(*args, **kwargs)
         else:
-            shapes = operation(*tree_map(_on_meta, args), **tree_map(_on_meta, kwargs))
+            args_on_meta, kwargs_on_meta = tree_map(self._on_meta, (args, kwargs))
+            shapes = operation(*args_on_meta, **kwargs_on_meta)
             result = tree_map(_without_values, shapes)
             made = _tensors([result])
         self._own += made
@@ -339,11 +340,16 @@ class Graph:
         self.calls.append((operation, *addresses, [_Address(tensor) for tensor in made]))
         return result
 
+    def _is_here(self, argument) -> bool:
+        """Whether it is a tensor on the device. A kernel takes a scalar of the host by value."""
+        return isinstance(argument, Tensor) and self.device.holds(argument)
+
+    def _on_meta(self, argument):
+        """A tensor as torch's meta device has it, which knows shapes alone."""
+        return argument.to("meta") if self._is_here(argument) else argument
+
     def _address_of(self, argument):
-        """For a tensor on the device. A host scalar is an argument of its kernel, by value."""
-        if isinstance(argument, Tensor) and self.device.holds(argument):
-            return _Address(argument)
-        return argument
+        return _Address(argument) if self._is_here(argument) else argument
 
     def replay(self) -> None:
         with _disable_current_modes():
@@ -359,13 +365,6 @@ def _is_view(operation) -> bool:
     """Whether an operation returns a view of an argument. _unsafe_view does, though undeclared."""
     aliases = any(each.alias_info is not None for each in operation._schema.returns)
     return aliases or operation is aten._unsafe_view.default
-
-
-def _on_meta(argument):
-    """A tensor as torch's meta device has it, which knows shapes alone. Host scalars stay."""
-    if isinstance(argument, Tensor) and argument.dim():
-        return argument.to("meta")
-    return argument
 
 
 def _without_values(tensor: Tensor) -> Tensor:

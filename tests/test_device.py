@@ -9,7 +9,7 @@ import copy
 
 import pytest
 import torch
-from pretend_device import CUDA, PretendDevice
+from pretend_device import CUDA
 from torch.nn import functional as F
 
 import evaluate
@@ -21,13 +21,6 @@ from support import attribution, data, decoding, graph, packing, qwen_vl
 from support.ask import ask
 from support.batch import pad_and_cat
 from support.reward import compute_score
-
-
-@pytest.fixture()
-def device(monkeypatch):
-    device = PretendDevice()
-    device.install(monkeypatch)
-    return device
 
 
 @pytest.fixture()
