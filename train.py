@@ -107,7 +107,7 @@ class Config:
     tokens_per_forward: int = flag(
         16_384, "at most so many tokens per packed row in log-probs and updates", group="memory"
     )
-    rollout_batch: int = flag(320, "responses sampled at a time on each rank")
+    rollout_batch: int = flag(1024, "at most so many responses at a time on each rank")
     offload_optimizer: bool = flag(False, "keep AdamW's state in host memory while sampling")
     shard_size: int = flag(0, "ranks that split one copy of the weights; 0: those of a machine")
 

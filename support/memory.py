@@ -12,15 +12,17 @@ from pathlib import Path
 
 import torch
 
-from support.decoding import PREFILL_TOKENS
+from support.decoding import PREFILL_TOKENS, cache_bytes_per_token
 from support.distributed import fsdp_blocks
+from support.packing import CHUNK
 
 GIB = 2**30
 
 # Phase of a step -> what makes room for it.
 ROOM_FOR = {
-    "sampling": "lower --rollout_batch or set --offload_optimizer",
-    "an update": "lower --tokens_per_forward, shard over more ranks or set --freeze_vision",
+    "sampling": "fewer responses at a time, which takes longer; --offload_optimizer makes room",
+    "an update": "does not fit: lower --tokens_per_forward, shard over more ranks or set "
+    "--freeze_vision",
 }
 
 
@@ -115,7 +117,7 @@ def device_line(lengths: str, table: dict[str, float], capacity: int) -> str:
     peaks = []
     for phase, advice in ROOM_FOR.items():
         peak = table[f"PEAK of {phase}"]
-        problem = f" (does not fit: {advice})" if peak > capacity else ""
+        problem = f" ({advice})" if peak > capacity else ""
         peaks.append(f"{phase} {peak / GIB:.1f} GiB{problem}")
     return (
         f"device memory at {lengths}, estimated: {', '.join(peaks)}; "
@@ -143,20 +145,26 @@ def memory_table(
     root = total - sum(blocks)  # embeddings and head
 
     prompt, response = length * config.max_prompt_tokens, length * config.max_new_tokens
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    cache_per_token = 4 * text.num_hidden_layers * text.num_key_value_heads * head_dim
-    layer_per_token = 2 * (6 * text.hidden_size + 4 * text.intermediate_size)
-    prefill = min(config.rollout_batch / config.group_size * prompt, PREFILL_TOKENS)
+    groups = config.rollout_batch / config.group_size
+    patches_per_token = vision.spatial_merge_size**2
+    prefill = min(groups * prompt, PREFILL_TOKENS)
     row = config.tokens_per_forward
-    patches = vision.spatial_merge_size**2 * row / 2  # half of a row is images
+    patches = patches_per_token * row / 2  # half of a row is images
     layer_inputs = row * text.num_hidden_layers * text.hidden_size
     layer_inputs += patches * vision.depth * vision.hidden_size
 
     moments = 8 * trained / shard_size
     full_weights = 2 * total
-    cache = cache_per_token * config.rollout_batch * (prompt + response)
-    sampling_logits = 40 * config.rollout_batch * text.vocab_size
-    encoding = prefill * layer_per_token
+    per_token = cache_bytes_per_token(text, element_size=2)
+    prompts = per_token * groups * prompt
+    responses = per_token * config.rollout_batch * response
+    sampling_logits = 12 * config.rollout_batch * text.vocab_size
+    # Of one layer at a time: so many intermediate and hidden sizes live at once, as counted in
+    # tests/test_memory.py. A prompt is mostly an image.
+    images = prefill * patches_per_token * _inside(vision, 4, 10)
+    encoding = prefill * _inside(text, 4, 4)
+    inside = max(row * _inside(text, 6, 9), patches * _inside(vision, 6, 9))
+    logits = 12 * CHUNK * text.vocab_size
     resident = {
         "parameters, fp32, sharded": 4 * total / shard_size,
         "AdamW's moments, fp32, sharded": moments,
@@ -164,8 +172,10 @@ def memory_table(
     }
     sampling = {
         "sampling: full weights, bf16": full_weights,
-        "sampling: key-value cache": cache,
+        "sampling: keys and values of prompts": prompts,
+        "sampling: keys and values of responses": responses,
         "sampling: ~logits": sampling_logits,
+        "sampling: ~encoding images": images,
         "sampling: ~encoding prompts": encoding,
     }
     update = {
@@ -173,15 +183,18 @@ def memory_table(
         "update: full embeddings and head, bf16, and their gradients": 8 * root,
         "update: two full layers, bf16, and their gradients": 2 * 8 * max(blocks),
         "update: layer inputs, bf16": 2 * layer_inputs,
-        "update: ~inside a layer, and logits": 2 * row * layer_per_token
-        + 12 * 256 * text.vocab_size,
+        "update: ~inside a layer, or logits": max(inside, logits),
     }
     stays = sum(resident.values())
     offloaded = moments if config.offload_optimizer else 0
-    # Prompts are encoded once per group; then the cache is repeated for each of its responses.
-    peak_cache = max(cache + sampling_logits, encoding + cache / config.group_size)
+    peak_cache = max(images, prompts + encoding, prompts + responses + sampling_logits)
     peaks = {
         "PEAK of sampling": stays - offloaded + full_weights + peak_cache,
         "PEAK of an update": stays + sum(update.values()),
     }
     return resident | sampling | update | peaks
+
+
+def _inside(config, intermediate: int, hidden: int) -> int:
+    """Bytes per token or patch of so many tensors of each size, in bf16."""
+    return 2 * (intermediate * config.intermediate_size + hidden * config.hidden_size)

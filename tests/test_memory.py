@@ -2,17 +2,20 @@
 
 import os
 from pathlib import Path
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
+from shape_only import ShapeOnly, VarlenAttention
 from transformers import AutoModelForImageTextToText
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from support import checkpoint, memory, toy
+from experiments import bench
+from support import checkpoint, decoding, memory, packing, toy
+from support.batch import Example, Prompt
 
 GIB = memory.GIB
 
@@ -73,14 +76,15 @@ def test_memory_table(size, count, world, cache_per_token):
     assert table["AdamW's moments, fp32, sharded"] == 8 * count / world
     assert table["reference model, bf16, sharded"] == 2 * count / world
     assert table["sampling: full weights, bf16"] == 2 * count
-    assert table["sampling: key-value cache"] == cache_per_token * 320 * (4096 + 2048)
+    assert table["sampling: keys and values of prompts"] == cache_per_token * 64 * 4096
+    assert table["sampling: keys and values of responses"] == cache_per_token * 320 * 2048
 
     usual = memory.memory_table(model, config, world, reference=True, length=0.3)
     assert usual["PEAK of sampling"] < 79 * GIB and usual["PEAK of an update"] < 79 * GIB
     config.offload_optimizer = True
     offloaded = memory.memory_table(model, config, world, reference=True, length=0.3)
     saved = usual["PEAK of sampling"] - offloaded["PEAK of sampling"]
-    assert saved == table["AdamW's moments, fp32, sharded"]
+    assert saved == pytest.approx(table["AdamW's moments, fp32, sharded"])
     assert usual["PEAK of an update"] == offloaded["PEAK of an update"]
 
     model.model.visual.requires_grad_(False)
@@ -93,8 +97,10 @@ def test_memory_table(size, count, world, cache_per_token):
 def test_device_line_says_what_does_not_fit_and_which_flag_helps():
     table = {"PEAK of sampling": 100 * GIB, "PEAK of an update": 40 * GIB}
     line = memory.device_line("the length limits", table, 80 * GIB)
-    assert "sampling 100.0 GiB (does not fit: lower --rollout_batch" in line
+    assert "sampling 100.0 GiB (fewer responses at a time, which takes longer; --offload" in line
     assert "an update 40.0 GiB; each device has 80.0 GiB" in line
+    line = memory.device_line("the length limits", table, 30 * GIB)
+    assert "an update 40.0 GiB (does not fit: lower --tokens_per_forward" in line
 
 
 def test_host_memory(monkeypatch):
@@ -151,3 +157,105 @@ def test_the_report_compares_host_memory_with_the_machines(tmp_path, monkeypatch
 def test_available_host_memory():
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert 2**20 < memory.available_host_memory() <= total
+
+
+# ------------------------------------------------------------------- the estimates against shapes
+
+
+def image_prompt(tokens):
+    """A prompt of 1,200 or 4,096 tokens, nearly all of them of one image."""
+    grid = {1200: (1, 64, 72), 4096: (1, 160, 100)}[tokens]
+    patches = grid[1] * grid[2]
+    return Prompt(
+        example=Example("", "", []),
+        input_ids=torch.zeros(tokens, dtype=torch.long),
+        position_ids=torch.arange(tokens).expand(3, -1),
+        is_image_token=torch.arange(tokens) < patches // 4,
+        pixel_values=torch.zeros(patches, 1176, dtype=torch.bfloat16),
+        image_grid_thw=torch.tensor([grid]),
+    )
+
+
+@pytest.fixture(params=["3b", "7b"])
+def by_shape(request, monkeypatch):
+    """The published model in bf16 on the meta device, with the attention of a GPU."""
+    monkeypatch.setattr(
+        packing,
+        "varlen_kernel",
+        lambda *_: lambda q, k, v, *lengths, scale, causal: VarlenAttention.apply(q, k, v),
+    )
+    model = qwen(request.param).to(torch.bfloat16).eval()
+    model.set_attn_implementation(packing.ATTENTION)
+    model.row_hidden_states = MethodType(packing.row_hidden_states, model)
+    return model
+
+
+def table_of(model, groups, prompt, response, row=16_384):
+    config = paper_config(
+        rollout_batch=5 * groups,
+        max_prompt_tokens=prompt,
+        max_new_tokens=response,
+        tokens_per_forward=row,
+    )
+    return memory.memory_table(model, config, 1, reference=True)
+
+
+def test_the_estimate_of_sampling_agrees_with_the_shapes(by_shape, monkeypatch):
+    """Prefill, then two steps at 600 tokens, one prompt being more than three times as long."""
+    model = by_shape
+    encoder = SimpleNamespace(images=SimpleNamespace(merge_size=2), black_patch=torch.zeros(1176))
+    prompts = [image_prompt(tokens) for tokens in (*[1200] * 7, 4096)]
+    prompt_of = torch.arange(8).repeat_interleave(5)
+    like = torch.empty(0, dtype=torch.bfloat16)  # indices stay real
+    cache = decoding.GroupedCache(model.config.get_text_config(), prompts, prompt_of, like)
+    weights = [*model.parameters(), *model.buffers()]
+
+    with torch.no_grad(), ShapeOnly(ignored=weights) as shapes:
+        decoding.prefill(model, prompts, cache, encoder)
+    stored = shapes.live()
+    padded = table_of(model, groups=8, prompt=4096, response=600)
+    assert stored == pytest.approx(padded["sampling: keys and values of prompts"], rel=0.01)
+    mean = sum(map(len, prompts)) / 8
+    table = table_of(model, groups=8, prompt=mean, response=600)
+    with_cache = stored + table["sampling: ~encoding prompts"]
+    expected = max(table["sampling: ~encoding images"], with_cache)
+    assert shapes.peak == pytest.approx(expected, rel=0.2)
+
+    chunk = decoding.Chunk(
+        encoder,
+        prompts,
+        prompt_of,
+        uniforms=torch.rand(40, 600),
+        room=2**50,
+        temperature=1.0,
+        top_p=0.99,
+        eos_ids=torch.tensor([5]),
+        stop=lambda: False,
+        report=lambda _: None,
+    )
+    monkeypatch.setattr(decoding, "repeat", lambda step, times, device: (step(), step()))
+    monkeypatch.setitem(decoding.BLOCK, "cpu", 600)
+    loop = decoding.DecodingLoop(model, cache, chunk, lambda ids, scores: scores, True)
+    prompt_tensors = [tensor for layer in cache.prompts for tensor in layer]
+    with torch.no_grad(), ShapeOnly(ignored=weights, counted=prompt_tensors) as shapes:
+        loop.run(torch.zeros(40, dtype=torch.long))
+    parts = ("keys and values of prompts", "keys and values of responses", "~logits")
+    expected = sum(padded[f"sampling: {part}"] for part in parts)
+    assert shapes.peak == pytest.approx(expected, rel=0.2)
+
+
+def test_the_estimate_of_an_update_agrees_with_the_shapes(by_shape):
+    """The backward of one row, with checkpointing, gradients of weights left out."""
+    model = by_shape.train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for parameter in model.parameters():  # FSDP takes each gradient away at once
+        parameter.register_post_accumulate_grad_hook(lambda each: setattr(each, "grad", None))
+    prompts = [image_prompt(tokens) for tokens in (1200, 1200, 4096)]
+    groups = [bench.random_group(prompt, torch.full((5,), 600)) for prompt in prompts]
+    row = packing.build_row(groups, False, torch.zeros(1176), 2, "cpu")
+    row = row._replace(pixel_values=row.pixel_values.to("meta"))
+    with ShapeOnly(ignored=[*model.parameters(), *model.buffers()]) as shapes:
+        packing.row_log_probs(model, row, 1.0).sum().backward()
+    table = table_of(model, groups=8, prompt=1200, response=600, row=row.input_ids.shape[1])
+    expected = table["update: layer inputs, bf16"] + table["update: ~inside a layer, or logits"]
+    assert shapes.peak == pytest.approx(expected, rel=0.2)
