@@ -28,10 +28,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +52,7 @@ from support import packing, toy
 from support.batch import Example, Group, Prompt, empty_group, seeded
 from support.data import Rows, Stream
 from support.distributed import init_distributed, make_mesh, shard
+from support.memory import ROOM_FOR, device_line, memory_table
 from support.qwen_vl import Encoder, Policy
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -479,21 +481,24 @@ PARTS = {
 class OneStep:
     """One step as train.py runs it. Prints seconds, peak memory and tokens/s or MFU per phase."""
 
-    def __init__(self, args, folder: str):
-        _, _, device = init_distributed()
+    def __init__(self, args, folder: str, device: torch.device):
+        if device.type == "cuda":
+            check_memory(args, torch.cuda.get_device_properties(device).total_memory)
         self.args = args
         self.clock = Clock(device)
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.policy = make_policy(args.model.removeprefix("random:"), folder, device)
         self.linears = count_linears(self.policy.model)
-        self.reference = Policy(copy.deepcopy(self.policy.model), self.policy.encoder)
+        copied = copy.deepcopy(self.policy.model).to(self.dtype)
+        self.reference = Policy(copied, self.policy.encoder)
         mesh = make_mesh(device.type)
         for each in (self.policy, self.reference):
             if device.type == "cuda":
                 each.model.gradient_checkpointing_enable({"use_reentrant": False})
             shard(each.model, mesh, self.dtype)
             each.tokens_per_forward = args.tokens_per_forward
-        self.optimizer = torch.optim.AdamW(self.policy.model.parameters(), lr=1e-6)
+        optimizer = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[args.optimizer]
+        self.optimizer = optimizer(self.policy.model.parameters(), lr=1e-6)
         self.rate = self.matrix_rate(8192 if device.type == "cuda" else 512)
         self.groups: list[Group] = []
 
@@ -578,12 +583,27 @@ class OneStep:
         print_row(what, f"{took:.2f} s", f"{self.clock.peak:.1f} GiB", last)
 
 
-def one_step(args, folder: str) -> None:
+def check_memory(args, capacity: int) -> None:
+    """Print what the step will need of one device, and end with a line if it is too much."""
+    with torch.device("meta"):
+        config = toy.random_config(args.model.removeprefix("random:"))
+        model = Qwen2_5_VLForConditionalGeneration(config)
+    sizes = SimpleNamespace(
+        **vars(args), max_prompt_tokens=args.prompt_tokens, offload_optimizer=False
+    )
+    table = memory_table(model, sizes, shard_size=1, reference=True)
+    if args.optimizer == "sgd":
+        moments = table["AdamW's moments, fp32, sharded"]
+        for phase in ROOM_FOR:
+            table[f"PEAK of {phase}"] -= moments
+    print(device_line("these sizes", table, capacity), flush=True)
+    if table["PEAK of an update"] > capacity:
+        sys.exit("an update does not fit: lower --tokens_per_forward or take --optimizer sgd")
+
+
+def one_step(args, folder: str, device: torch.device) -> None:
     """One step of --algo and one of grpo, on the same rollouts."""
-    try:
-        OneStep(args, folder).run()
-    finally:
-        torch.distributed.destroy_process_group()
+    OneStep(args, folder, device).run()
 
 
 def count_linears(model) -> dict[str, int]:
@@ -631,13 +651,13 @@ def vision_pairs(vision, patches: int) -> int:
     return patches * (full_blocks * patches + window_blocks * min(window, patches))
 
 
-def numerics(args, folder: str) -> None:
+def numerics(args, folder: str, device: torch.device) -> None:
     """Half-precision log-probs, packed and padded, against packed fp32.
 
     Prints ||difference|| / ||fp32|| and the worst token's difference.
     """
-    half = torch.bfloat16 if args.device == "cuda" else torch.float32
-    policy = make_policy(args.model.removeprefix("random:"), folder, args.device)
+    half = torch.bfloat16 if device.type == "cuda" else torch.float32
+    policy = make_policy(args.model.removeprefix("random:"), folder, device)
     lengths = torch.empty(2, args.group_size).geometric_(1 / args.mean, generator=seeded("lengths"))
     lengths = lengths.long().clamp(max=args.max_new_tokens)
     prompts = noise_prompts(policy.encoder, args.prompt_tokens, 2)
@@ -677,13 +697,15 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--numerics", action="store_true", help="with --model: compare log-probs, bf16 and fp32")
     add("--profile", default="", help="with --model: write the profiler's table to this file")
     add("--algo", default="papo_g", help="with --model: the preset to compare with grpo")
+    optimizers = ("adamw", "sgd")
+    add("--optimizer", default="adamw", choices=optimizers, help="with --model: sgd has no moments")
     sizes = {
         "prompts": (192, "prompts per step"),
         "group_size": (5, "responses per prompt"),
         "prompt_tokens": (1200, "tokens per prompt, about"),
         "mean": (350, "mean response length, about"),
         "max_new_tokens": (2048, "longest response"),
-        "rollout_batch": (320, "responses sampled at a time"),
+        "rollout_batch": (1024, "at most so many responses at a time"),
         "mini_batch": (64, "prompts per update"),
         "tokens_per_forward": (16_384, "tokens per training forward"),
     }
@@ -700,13 +722,17 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def measure_model(args, folder: str) -> None:
     measure = numerics if args.numerics else one_step
+    _, _, device = init_distributed()
+    profiler = torch.profiler.profile() if args.profile else nullcontext()
+    try:
+        with profiler:
+            measure(args, folder, device)
+    finally:
+        torch.distributed.destroy_process_group()
     if not args.profile:
-        measure(args, folder)
         return
-    with torch.profiler.profile() as profile:
-        measure(args, folder)
     order = "self_cuda_time_total" if args.device == "cuda" else "self_cpu_time_total"
-    Path(args.profile).write_text(profile.key_averages().table(sort_by=order, row_limit=60))
+    Path(args.profile).write_text(profiler.key_averages().table(sort_by=order, row_limit=60))
 
 
 def print_table(args, folder: str) -> None:
