@@ -26,7 +26,13 @@ import masking
 from losses import Counts, count, papo_loss
 from support import cli
 from support.batch import Group, pad_and_cat, seeded
-from support.distributed import concat_over_ranks, reshard_root, sum_over_ranks, world_size
+from support.distributed import (
+    concat_over_ranks,
+    reduce_over_replicas,
+    reshard_root,
+    sum_over_ranks,
+    world_size,
+)
 from support.packing import pack_rows
 from support.phases import phase
 from support.qwen_vl import Policy
@@ -235,8 +241,10 @@ def accumulate_gradients(policy: Policy, batch: list[Group], algo: Algo) -> dict
     denominator = Counts(*sum_over_ranks(totals))
     sums: dict[str, float] = {}
     # Every rank gets the same number of rows (pack_rows adds empty ones), so all log the same keys.
-    for row in pack_rows(batch, policy.tokens_per_forward):
+    rows = pack_rows(batch, policy.tokens_per_forward)
+    for number, row in enumerate(rows, start=1):
         loss, metrics = row_loss(policy, row, algo, denominator)
+        reduce_over_replicas(policy.model, number == len(rows))
         (loss * world_size()).backward()  # FSDP averages over ranks, but we want the sum
         for name, value in metrics.items():
             sums[name] = sums.get(name, 0.0) + float(value)

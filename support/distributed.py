@@ -209,6 +209,15 @@ def full_weights(model) -> Iterator[None]:
             torch.cuda.empty_cache()
 
 
+def reduce_over_replicas(model, enabled: bool) -> None:
+    """Whether the next backward sums gradients over the replicas, across machines.
+
+    Of several backwards only the last has to: within a replica they add up.
+    """
+    if isinstance(model, FSDPModule):
+        model.set_requires_all_reduce(enabled)
+
+
 def reshard_root(model) -> None:
     """Drop the root's gathered weights after a forward without a backward.
 
