@@ -137,20 +137,25 @@ def record_calls(monkeypatch):
     return wrap
 
 
+def edited_code(function, old, new):
+    """The code of a function after an edit of its source; to be put in place of its __code__."""
+    function = inspect.unwrap(function)
+    code = function.__code__
+    source = textwrap.dedent(inspect.getsource(function))
+    assert source.count(old) == 1, f"{function.__qualname__} has not one {old!r}: edit another line"
+    names = dict(function.__globals__)
+    above = "\n" * (code.co_firstlineno - 1)  # so that errors name the right lines
+    exec(compile(above + source.replace(old, new), code.co_filename, "exec"), names)
+    return inspect.unwrap(names[function.__name__]).__code__
+
+
 @pytest.fixture()
 def plant(monkeypatch):
     """plant(function, old, new) edits a piece of a function's source, for all who hold it."""
 
     def edit(function, old, new):
-        function = inspect.unwrap(function)
-        code = function.__code__
-        source = textwrap.dedent(inspect.getsource(function))
-        assert source.count(old) == 1, f"{function.__qualname__} has not one {old!r}: plant another"
-        names = dict(function.__globals__)
-        above = "\n" * (code.co_firstlineno - 1)  # so that errors name the right lines
-        exec(compile(above + source.replace(old, new), code.co_filename, "exec"), names)
-        edited = inspect.unwrap(names[function.__name__])
-        monkeypatch.setattr(function, "__code__", edited.__code__)
+        code = edited_code(function, old, new)
+        monkeypatch.setattr(inspect.unwrap(function), "__code__", code)
 
     return edit
 
