@@ -62,13 +62,14 @@ class PretendDevice:
         self._modes = _Functions(self), _Operations(self)
 
     def install(self, monkeypatch) -> None:
-        """Put stand-ins for what the code calls of torch.cuda."""
+        """Put stand-ins for what the code calls of torch.cuda where it finds a CUDA device.
+
+        torch.cuda.is_available() stays as it is: torch itself would go on to look for a driver.
+        """
         stand_ins = {
-            "is_available": lambda: True,
             "mem_get_info": lambda device=None: (2**33, 2**34),
             "memory_reserved": lambda device=None: 0,
             "memory_allocated": lambda device=None: 0,
-            "empty_cache": lambda: None,
             "CUDAGraph": partial(Graph, self),
             "graph": self._capture,
         }

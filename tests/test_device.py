@@ -147,6 +147,11 @@ def test_what_a_graph_cannot_hold_raises(device):
             captured.replay()
 
 
+def test_a_graph_of_the_cpu_cannot_hold_a_value_either():
+    with pytest.raises(RuntimeError, match="reads a value, so it cannot be replayed"):
+        graph.record_cpu(lambda: HOST.sum().item())
+
+
 # ---------------------------------------------------------------------------- the step, as on a CPU
 
 SAMPLING = {"max_new_tokens": 13, "key": (0, 1), "top_p": 0.9}

@@ -28,6 +28,7 @@ FLAGS = (
     "--max_new_tokens 3 --eval_every 0 --save_every 0 --tokens_per_forward 16384"
 )
 PHASES = ("generate", "prepare", "update")
+pytestmark = pytest.mark.slow  # bf16 on a CPU
 
 # -------------------------------------------------------------------------------- under torchrun
 
