@@ -1,9 +1,9 @@
 """Sample G responses per prompt with Hugging Face `generate`.
 
 1. Sort the (prompt, sample) jobs by prompt length and cut them into chunks that fit into memory.
-2. generate() builds the logits processors (top-k, suppressed tokens) and calls our loop
-   (`custom_generate`, support/decoding.py). It encodes each prompt once, and samples the responses
-   of a chunk together, token by token.
+2. generate() builds the logits processors (suppressed tokens, temperature, top-k) and calls our
+   loop (`custom_generate`, support/decoding.py). It encodes each prompt once, and samples the
+   responses of a chunk together, token by token.
 3. Collect each prompt's responses in a Group (support/batch.py).
 
 Differences from the released code, which samples with vLLM:
@@ -13,8 +13,8 @@ Differences from the released code, which samples with vLLM:
    replaces it). Qwen ships a repetition penalty of 1.05 and a near-zero temperature there; either
    would silently bias the policy gradient.
 3. The sampler's log-probs are those of the full softmax at the sampling temperature, before top-p,
-   top-k and suppression, so they match the training forward. They serve checks alone: training
-   recomputes the old log-probs.
+   top-k and suppression, so they match the training forward. They are used only for checks:
+   training recomputes the old log-probs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from support.batch import Group, Prompt, seeded
-from support.decoding import Chunk, Job, cache_room, decode, fitting
+from support.decoding import Chunk, Job, cache_room, count_fitting, decode
 from support.distributed import full_weights
 from support.qwen_vl import Policy
 
@@ -36,7 +36,7 @@ Response = tuple[torch.Tensor, torch.Tensor]  # tokens and log-probs
 
 @dataclass(frozen=True)
 class Sampling:
-    """Settings of sampling."""
+    """Sampling settings."""
 
     max_new_tokens: int
     temperature: float | None = None  # None: the policy's; 0: greedy
@@ -58,10 +58,10 @@ def generate(
 ) -> list[Group]:
     """Sample `group_size` responses per prompt. Returns one group per prompt, in their order.
 
-    sampling: the fields of Sampling. key: such as (seed, step); together with Prompt.index and the
-    sample's number it seeds each response. Once `stop()` is True, every unfinished response ends
-    within a few tokens. NonFiniteError if a log-prob is not finite. Entering is a collective, so
-    all ranks must call this; after that they run independently.
+    sampling: the fields of Sampling. key: such as (seed, step); each response is seeded with it,
+    with Prompt.index, which must differ between prompts, and with the sample's number. Returns []
+    soon after `stop()` becomes True. Raises NonFiniteError if a log-prob is not finite. All ranks
+    must call this, because gathering the weights is a collective; then they run independently.
     """
     settings = Sampling(**sampling)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # so padding is small
@@ -70,16 +70,18 @@ def generate(
     policy.model.eval()
     bar = tqdm(total=len(jobs), desc="rollout", leave=False, disable=not progress)
     with full_weights(policy.model), bar:
-        while jobs:
+        while jobs and not stop():
             room = cache_room(policy.device)
-            fit = fitting(policy.model, prompts, jobs, settings.max_new_tokens, room)
-            chunk = jobs[: min(fit, settings.rollout_batch)]
-            how = {"room": room, "stop": stop, "report": bar.update}
-            sampled = _sample_chunk(policy, prompts, chunk, settings, key, **how)
+            n_fit = count_fitting(policy.model, prompts, jobs, settings.max_new_tokens, room)
+            chunk = jobs[: min(n_fit, settings.rollout_batch)]
+            control = {"room": room, "stop": stop, "report": bar.update}
+            sampled = _sample_chunk(policy, prompts, chunk, settings, key, **control)
             for job, response in zip(chunk, sampled, strict=True):
-                if response is not None:  # else it was given up, and is sampled again
+                if response is not None:  # None: no memory was left for it; it stays in jobs
                     responses[job] = response
             jobs = [job for job in jobs if job not in responses]
+    if stop():
+        return []
     groups = []
     for i, prompt in enumerate(prompts):
         of_prompt = [responses[i, sample] for sample in range(group_size)]
@@ -88,9 +90,9 @@ def generate(
 
 
 def _sample_chunk(
-    policy: Policy, prompts, jobs: list[Job], settings: Sampling, key, **how
+    policy: Policy, prompts, jobs: list[Job], settings: Sampling, key, **control
 ) -> list[Response | None]:
-    """Sample one response per job. how: further fields of decoding.Chunk."""
+    """Sample one response per job. control: the fields room, stop and report of Chunk."""
     device = policy.device
     numbers = list(dict.fromkeys(i for i, _ in jobs))  # each prompt once
     uniforms = []
@@ -98,19 +100,18 @@ def _sample_chunk(
         generator = seeded(*key, prompts[i].index, sample)
         uniforms.append(torch.rand(settings.max_new_tokens, generator=generator))
     temperature = policy.temperature if settings.temperature is None else settings.temperature
-    greedy = temperature == 0
     chunk = Chunk(
         encoder=policy.encoder,
         prompts=[prompts[i] for i in numbers],
         prompt_of=torch.tensor([numbers.index(i) for i, _ in jobs]),
         uniforms=torch.stack(uniforms).to(device),
-        temperature=1.0 if greedy else temperature,
+        temperature=temperature or 1.0,
         top_p=settings.top_p,
         eos_ids=torch.tensor(policy.eos_ids, device=device),
-        **how,
+        **control,
     )
-    drawing = {"do_sample": False}
-    if not greedy:
+    drawing = {"do_sample": False}  # temperature 0: greedy
+    if temperature:
         drawing = {"do_sample": True, "temperature": temperature, "top_k": settings.top_k}
     last_tokens = torch.stack([prompts[i].input_ids[-1:] for i, _ in jobs]).to(device)
     return policy.model.generate(

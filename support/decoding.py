@@ -2,13 +2,12 @@
 
 A chunk's prompts are encoded once (`prefill`), as packed rows without padding. Their keys and
 values are kept once per prompt, and every response of the group reads that copy. `decode` samples
-all responses of the chunk together, in blocks of steps. Within a block nothing depends on a value:
-every tensor keeps its shape and its address, so that on CUDA a graph of one step is captured and
-replayed. Between two blocks the host looks once, and drops the responses that have ended.
+all responses of the chunk together, in blocks of steps. Within a block no operation depends on a
+tensor's value and no tensor moves, so one step is recorded and replayed (support/graph.py). Between
+two blocks the host reads which responses have ended, and drops them.
 
-Tokens are drawn by inverse CDF from uniforms that depend on (seed, step, prompt, sample) alone.
-Neither the chunk that a response is sampled in, nor the order of its rows, nor the number of ranks
-changes more than rounding.
+Tokens are drawn by inverse CDF from uniforms that depend on (seed, step, prompt, sample) alone. The
+chunk, the order of its rows and the number of ranks change a response only through rounding.
 """
 
 from __future__ import annotations
@@ -26,16 +25,17 @@ from support.graph import repeat
 from support.packing import build_row, split_rows
 
 PREFILL_TOKENS = 32_768  # prompt tokens encoded at a time; a layer's activations grow with it
-# Steps per block. On a CPU, responses that have ended cost until the block does; on CUDA every
-# block costs a capture.
+# Steps per block. Responses that have ended cost time until the block ends, and each block costs a
+# recording.
 BLOCK = {"cpu": 16, "cuda": 128}
-# Likeliest tokens among which top-p looks first. Ordering more costs time on a CPU.
+# How many of the likeliest tokens top-p considers at first; sorting is slow on a CPU.
 CANDIDATES = {"cpu": 64, "cuda": 1024}
 WIDEN = 8  # factor by which the candidates grow where they do not reach top-p
-EXPECTED_SHARE = 0.25  # of --max_new_tokens that a response is expected to take
-SCORE_BYTES = 40  # per response and vocabulary entry: logits, scores and log-probs in fp32
-CPU_CACHE = 4 * 2**30  # bytes for the cache of a chunk; on CUDA, most of what is free
-CUDA_SHARE = 0.8  # of it; the rest is for activations
+EXPECTED_SHARE = 0.25  # expected length of responses as a share of --max_new_tokens
+# Per response and vocabulary entry: logits, scores and log-probs in fp32, a cumulative sum in fp64.
+SCORE_BYTES = 40
+CPU_ROOM = 4 * 2**30  # bytes for a chunk's cache on a CPU
+CUDA_SHARE = 0.8  # of the free CUDA memory for a chunk's cache; the rest is for activations
 
 
 class NonFiniteError(StepError):
@@ -52,18 +52,22 @@ class NonFiniteError(StepError):
 
 # ------------------------------------------------------------------------------------------- chunks
 
-Job = tuple[int, int]  # the numbers of a prompt and of a sample
+Job = tuple[int, int]  # (prompt number, sample number)
 
 
-def fitting(model, prompts: list[Prompt], jobs: list[Job], max_new_tokens: int, room: int) -> int:
+def count_fitting(
+    model, prompts: list[Prompt], jobs: list[Job], max_new_tokens: int, room: int
+) -> int:
     """How many of the first jobs, ordered by prompt length, fit into `room` bytes; at least one.
 
-    A prompt takes the room of the longest, and a response that of EXPECTED_SHARE of the longest
-    possible. Should the responses grow longer than that, `decode` gives up the last ones.
+    Prompts are padded to the longest of the chunk. A response is counted at EXPECTED_SHARE of
+    max_new_tokens; should responses grow longer, `decode` gives up the last ones.
     """
     config, weight = model.config.get_text_config(), model.lm_head.weight
     per_token = cache_bytes_per_token(config, weight.element_size())
-    per_response = EXPECTED_SHARE * max_new_tokens * per_token + SCORE_BYTES * config.vocab_size
+    first_block = min(BLOCK[weight.device.type], max_new_tokens)
+    expected = max(EXPECTED_SHARE * max_new_tokens, first_block)
+    per_response = expected * per_token + SCORE_BYTES * config.vocab_size
     numbers: set[int] = set()
     for count, (number, _) in enumerate(jobs):
         numbers.add(number)
@@ -82,7 +86,7 @@ def cache_bytes_per_token(config, element_size: int) -> int:
 def cache_room(device: torch.device) -> int:
     """Bytes for a chunk's cache: most of what is free on CUDA, a constant on a CPU."""
     if device.type != "cuda":
-        return CPU_CACHE
+        return CPU_ROOM
     free, _ = torch.cuda.mem_get_info(device)
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(CUDA_SHARE * (free + unused))
@@ -92,44 +96,49 @@ def cache_room(device: torch.device) -> int:
 
 
 class GroupedCache:
-    """Keys and values of p prompts, and of the own tokens of n responses to them.
+    """Keys and values of p prompts, and of the generated tokens of n responses to them.
 
-    Per layer: prompts [p, H_kv, P, D], padded on the right, and own tokens [n, H_kv, T, D]. A
+    Per layer: prompts [p, H_kv, P, D], padded on the right, and generated tokens [n, H_kv, T, D]. A
     prompt's last token is not in the cache: it is what the first decoding step feeds.
     """
 
-    def __init__(self, config, prompts: list[Prompt], prompt_of: Tensor, like: Tensor):
+    def __init__(self, config, prompts: list[Prompt], prompt_of: Tensor, weight: Tensor):
         """config: of the language model. prompt_of[n], on the host: the prompt that each response
-        answers, in ascending order. like: a tensor on the device and in the dtype of the model."""
-        self.device = like.device
-        self.bytes_per_token = cache_bytes_per_token(config, like.element_size())
+        answers, in ascending order. weight: one of the model's, for its device and dtype."""
+        self.device = weight.device
+        self.bytes_per_token = cache_bytes_per_token(config, weight.element_size())
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.lengths = [len(prompt) - 1 for prompt in prompts]
-        steps = torch.arange(max(self.lengths))
-        is_padding = steps >= torch.tensor(self.lengths)[:, None]  # [p, P]
-        bias = torch.zeros(is_padding.shape).masked_fill(is_padding, -torch.inf)
-        bias = bias.repeat_interleave(self.kv_heads, 0)[:, None]
-        self.prompt_bias = bias.to(self.device)  # [p * H_kv, 1, P]
         self.encoded = 0  # prompts whose keys and values are here
         self.prompts: list[tuple[Tensor, Tensor]] = []  # keys and values of each layer
-        self.own: list[tuple[Tensor, Tensor]] = []
+        self.generated: list[tuple[Tensor, Tensor]] = []
+        self._set_lengths([len(prompt) - 1 for prompt in prompts])
         self._arrange(prompt_of)
 
+    def _set_lengths(self, lengths: list[int]) -> None:
+        """Of the prompts; and the bias that hides their padding, [p * H_kv, 1, P]."""
+        self.lengths = lengths
+        positions = torch.arange(max(lengths))
+        is_padding = positions >= torch.tensor(lengths)[:, None]  # [p, P]
+        bias = torch.zeros(is_padding.shape).masked_fill(is_padding, -torch.inf)
+        self.prompt_bias = bias.repeat_interleave(self.kv_heads, 0)[:, None].to(self.device)
+
     def _arrange(self, prompt_of: Tensor) -> None:
-        """Work out where the queries of a prompt's responses stand together, and back."""
+        """Index maps from the rows' order [n, H] to that of groups [p, H_kv, g, H / H_kv] and back.
+
+        Groups of fewer than g responses are padded with row 0; the way back never reads those.
+        """
         self.prompt_of = prompt_of
         counts = prompt_of.bincount()
         first = counts.cumsum(0) - counts
         slot = torch.arange(len(prompt_of)) - first[prompt_of]
-        # The first row stands in where a prompt has fewer responses than another.
         row_of = torch.zeros(len(counts), int(counts.max()), dtype=torch.long)  # [p, g]
         row_of[prompt_of, slot] = torch.arange(len(prompt_of))
         heads = torch.arange(self.heads).view(self.kv_heads, -1)  # [H_kv, H / H_kv]
-        of_group = row_of[:, None, :, None] * self.heads + heads[:, None]  # [p, H_kv, g, H / H_kv]
-        place = (torch.arange(of_group.numel()).view(of_group.shape)).transpose(1, 2)
-        of_row = place[prompt_of, slot]  # [n, H_kv, H / H_kv]
-        self.of_group = of_group.flatten().to(self.device)
-        self.of_row = of_row.flatten().to(self.device)
+        to_groups = row_of[:, None, :, None] * self.heads + heads[:, None]
+        in_groups = torch.arange(to_groups.numel()).view(to_groups.shape)
+        to_rows = in_groups.transpose(1, 2)[prompt_of, slot]  # [n, H_kv, H / H_kv]
+        self.to_groups = to_groups.flatten().to(self.device)
+        self.to_rows = to_rows.flatten().to(self.device)
 
     def add_prompts(self, layer: int, keys: Tensor, values: Tensor, spans: list) -> None:
         """Store a packed row's keys and values[1, H_kv, S, D] in one layer."""
@@ -145,63 +154,61 @@ class GroupedCache:
         return len(self.lengths) * max(self.lengths) * self.bytes_per_token
 
     def grow(self, steps: int) -> None:
-        """Make room for so many more tokens per response."""
-        if not self.own:
-            n = len(self.prompt_of)
-            self.own = [(self._empty(n, keys), self._empty(n, keys)) for keys, _ in self.prompts]
-        for layer, tensors in enumerate(self.own):  # one at a time: both copies exist meanwhile
-            self.own[layer] = tuple(F.pad(tensor, (0, 0, 0, steps)) for tensor in tensors)
-        room = self.own[0][0].shape[2]
-        self.steps = torch.arange(room, dtype=torch.float32, device=self.device)
-
-    @staticmethod
-    def _empty(n: int, like: Tensor) -> Tensor:
-        return like.new_zeros(n, like.shape[1], 0, like.shape[3])
+        """Make room for `steps` more tokens per response."""
+        if not self.generated:
+            keys, _ = self.prompts[0]
+            empty = keys.new_zeros(len(self.prompt_of), self.kv_heads, 0, keys.shape[3])
+            self.generated = [(empty, empty)] * len(self.prompts)
+        for layer, tensors in enumerate(self.generated):  # one at a time: both copies exist
+            self.generated[layer] = tuple(F.pad(tensor, (0, 0, 0, steps)) for tensor in tensors)
+        self.steps = torch.arange(self.generated[0][0].shape[2], device=self.device)
 
     def keep(self, rows: Tensor) -> None:
-        """Drop all responses but `rows`, and prompts that no response is left of."""
+        """Drop all responses but `rows`, and prompts without a response."""
         on_device = rows.to(self.device)
-        for layer, tensors in enumerate(self.own):
-            self.own[layer] = tuple(tensor[on_device] for tensor in tensors)
+        for layer, tensors in enumerate(self.generated):
+            self.generated[layer] = tuple(tensor[on_device] for tensor in tensors)
         prompts, prompt_of = self.prompt_of[rows].unique(return_inverse=True)
         if len(prompts) < len(self.lengths):
-            self.lengths = [self.lengths[i] for i in prompts.tolist()]
-            prompts = prompts.to(self.device)
-            bias = self.prompt_bias.unflatten(0, (-1, self.kv_heads))[prompts]
-            self.prompt_bias = bias.flatten(0, 1)
+            self._set_lengths([self.lengths[i] for i in prompts.tolist()])
+            longest, prompts = max(self.lengths), prompts.to(self.device)
             for layer, tensors in enumerate(self.prompts):
-                self.prompts[layer] = tuple(tensor[prompts] for tensor in tensors)
+                self.prompts[layer] = tuple(tensor[prompts, :, :longest] for tensor in tensors)
         self._arrange(prompt_of)
 
-    def at(self, step: Tensor) -> None:
+    def set_step(self, step: Tensor) -> None:
         """Set the step [1] that `attend` writes; a tensor, because a recorded step is replayed."""
         self.step = step
-        self.own_bias = torch.zeros_like(self.steps).masked_fill_(self.steps > step, -torch.inf)
+        bias = torch.zeros(len(self.steps), device=self.device)
+        self.future_bias = bias.masked_fill_(self.steps > step, -torch.inf)  # [T]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         """Store one token per response, and attend to its prompt and its own tokens.
 
-        query[n, H, 1, D], key and value[n, H_kv, 1, D] -> [n, 1, H, D]. Prompt and own tokens are
-        attended to apart, and joined by their shares of the softmax.
+        query[n, H, 1, D], key and value[n, H_kv, 1, D] -> [n, 1, H, D]. Attention over the prompt
+        and over the generated tokens is computed apart, and combined by their shares of the
+        softmax.
         """
-        own_keys, own_values = self.own[layer]
-        own_keys.index_copy_(2, self.step, key)
-        own_values.index_copy_(2, self.step, value)
+        n, heads, _, dim = query.shape
+        keys, values = self.generated[layer]
+        keys.index_copy_(2, self.step, key)
+        values.index_copy_(2, self.step, value)
         queries = query.flatten(0, 2)  # [n * H, D]
-        own, own_total = _attend(queries, own_keys, own_values, self.own_bias, scale)
+        own, own_total = _attend(queries, keys, values, self.future_bias, scale)
 
         # All queries of a group in one product, so that the prompt is read once per group.
-        grouped = queries.index_select(0, self.of_group)
+        grouped = queries.index_select(0, self.to_groups)
         out, total = _attend(grouped, *self.prompts[layer], self.prompt_bias, scale)
-        out, total = out.index_select(0, self.of_row), total.index_select(0, self.of_row)
+        out, total = out.index_select(0, self.to_rows), total.index_select(0, self.to_rows)
         own_share = (own_total - total).sigmoid().to(out.dtype)
-        return torch.lerp(out, own, own_share).view(len(query), 1, *query.shape[1::2])
+        return torch.lerp(out, own, own_share).view(n, 1, heads, dim)
 
 
 def _attend(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scale: float):
     """Attention [N, D], and the logarithm of the softmax's denominator [N, 1].
 
-    queries[N, D], as many in turn for each of keys and values[b, H_kv, t, D]; bias[b or 1, 1, t].
+    queries[N, D]: N / (b * H_kv) in turn for each of keys and values[b, H_kv, t, D]. bias[t] or
+    [b * H_kv, 1, t].
     """
     keys, values = keys.flatten(0, 1), values.flatten(0, 1)  # [b * H_kv, t, D]
     scores = _products(queries.view(len(keys), -1, queries.shape[1]), keys.transpose(1, 2))
@@ -221,7 +228,7 @@ def _products(queries: Tensor, keys: Tensor) -> Tensor:
 
 
 def prefill(model, prompts: list[Prompt], cache: GroupedCache, encoder) -> None:
-    """Encode every prompt token but the last into the cache, PREFILL_TOKENS at a time."""
+    """Encode the prompts, PREFILL_TOKENS at a time, and store all tokens but their last."""
     groups = [empty_group(prompt) for prompt in prompts]
     merge, black = encoder.images.merge_size, encoder.black_patch
     for row_groups in split_rows(groups, PREFILL_TOKENS):
@@ -241,12 +248,12 @@ class Chunk:
     prompts: list[Prompt]
     prompt_of: Tensor  # [n], the prompt of each response, in ascending order; on the host
     uniforms: Tensor  # [n, max_new_tokens] in [0, 1), on the device
-    room: int  # bytes for the cache
+    room: int  # bytes for the cache and the scores
     temperature: float  # that of the returned log-probs
     top_p: float
     eos_ids: Tensor  # on the device
-    stop: Callable[[], bool]  # once True, responses end with the current block
-    report: Callable[[int], object]  # told after each block how many responses have ended
+    stop: Callable[[], bool]  # once True, sampling ends with the current block
+    report: Callable[[int], object]  # called after each block with how many have just ended
 
 
 def decode(
@@ -262,8 +269,9 @@ def decode(
     text_config = model.config.get_text_config()
     cache = GroupedCache(text_config, chunk.prompts, chunk.prompt_of, model.lm_head.weight)
     prefill(model, chunk.prompts, cache, chunk.encoder)
-    loop = DecodingLoop(model, cache, chunk, logits_processor, generation_config.do_sample)
-    tokens, log_probs = loop.run(input_ids[:, 0])
+    how = {"process": logits_processor, "do_sample": generation_config.do_sample}
+    loop = DecodingLoop(model, cache, chunk, input_ids[:, 0], **how)
+    tokens, log_probs = loop.run()
     is_end = torch.isin(tokens, chunk.eos_ids.cpu())
     lengths = torch.where(is_end.any(1), is_end.int().argmax(1) + 1, tokens.shape[1])
     responses: list = []
@@ -280,76 +288,79 @@ def decode(
 class DecodingLoop:
     """The rows still being sampled, and one step of them.
 
-    Within a block `step` reads and writes the same tensors in place, and its index within the block
-    is a tensor too.
+    `step` reads and writes fixed tensors, its index within the block among them, so that it can be
+    replayed.
     """
 
-    def __init__(self, model, cache: GroupedCache, chunk: Chunk, process, do_sample: bool):
+    def __init__(self, model, cache: GroupedCache, chunk: Chunk, last_tokens, process, do_sample):
+        """last_tokens[n]: the last token of each row's prompt. process: the logits processors."""
         self.model, self.cache, self.chunk = model, cache, chunk
         self.process, self.do_sample = process, do_sample
         device = cache.device
         self.block = BLOCK[device.type]
         self.candidates = CANDIDATES[device.type]
         last = [int(prompt.position_ids[0, -1]) for prompt in chunk.prompts]
-        self.first_position = torch.tensor(last, device=device)[chunk.prompt_of.to(device)]
-        self.rows = torch.arange(len(chunk.prompt_of), device=device)  # the responses not ended
+        # Of the rows that have not ended: their numbers, their last tokens and where prompts end.
+        self.rows = torch.arange(len(chunk.prompt_of), device=device)
+        self.last_tokens = last_tokens
+        self.prompt_ends = torch.tensor(last, device=device)[chunk.prompt_of.to(device)]
         self.given_up: set[int] = set()
 
-    def run(self, token: Tensor) -> tuple[Tensor, Tensor]:
-        """Decode from the last prompt tokens [n] until all rows have ended.
+    def run(self) -> tuple[Tensor, Tensor]:
+        """Decode until all rows have ended.
 
         Returns tokens and log-probs [n, steps taken] on the CPU. What follows an end token is
         arbitrary.
         """
         n, max_new_tokens = self.chunk.uniforms.shape
-        tokens = token.new_zeros(n, max_new_tokens)
-        log_probs = torch.zeros(n, max_new_tokens, device=token.device)
+        tokens = self.last_tokens.new_zeros(n, max_new_tokens)
+        log_probs = torch.zeros(n, max_new_tokens, device=tokens.device)
         done = 0
         while len(self.rows) and done < max_new_tokens:
             size = min(self.block, max_new_tokens - done)
-            token = self._give_up_rows(token, done + size)
+            self._give_up_rows(done + size)
             self.cache.grow(size)
-            ended = self._run_block(token, done, size)
+            ended = self._run_block(done, size)
             tokens[self.rows, done : done + size] = self.tokens
             log_probs[self.rows, done : done + size] = self.log_probs
             done += size
-            alive = [row for row, is_ended in enumerate(ended) if not is_ended]
-            token = self._keep(alive, self.token)
+            self.last_tokens = self.token
+            self._keep([row for row, is_ended in enumerate(ended) if not is_ended])
             self.chunk.report(sum(ended))
             if self.chunk.stop():
                 break
         self.chunk.report(len(self.rows))  # those cut short
         return tokens[:, :done].cpu(), log_probs[:, :done].cpu()
 
-    def _run_block(self, token: Tensor, start: int, size: int) -> list[bool]:
+    def _run_block(self, start: int, size: int) -> list[bool]:
         """Take `size` steps; returns which rows have ended.
 
-        Where the candidates do not reach top-p, the block is run again with more.
+        Where top-p needed more candidates, the block is run again with WIDEN times as many.
         """
-        device, n = token.device, len(token)
+        device, n = self.last_tokens.device, len(self.last_tokens)
         self.start = start
         self.uniforms = self.chunk.uniforms[self.rows, start : start + size]
-        positions = self.first_position[:, None] + torch.arange(start, start + size, device=device)
+        positions = self.prompt_ends[:, None] + torch.arange(start, start + size, device=device)
         text = self.model.model.language_model
-        hidden = text.embed_tokens(token)  # only its dtype and device are used
+        hidden = text.embed_tokens(self.last_tokens)  # only its dtype and device are used
         self.rope = text.rotary_emb(hidden, positions.expand(3, -1, -1))
-        self.tokens = token.new_zeros(n, size)
+        self.tokens = self.last_tokens.new_zeros(n, size)
         self.log_probs = torch.zeros(n, size, device=device)
         while True:
-            self.token = token.clone()
+            self.token = self.last_tokens.clone()
             self.i = torch.zeros(1, dtype=torch.long, device=device)  # step within the block
             self.missed = torch.zeros(1, dtype=torch.bool, device=device)
             repeat(self.step, size, device)
             ended = torch.isin(self.tokens, self.chunk.eos_ids).any(1)
-            *ended, missed = torch.cat([ended, self.missed]).tolist()  # the block's only sync
-            if not missed:
-                return ended
+            flags = torch.cat([ended, self.missed]).tolist()  # the only time the host waits
+            if not flags[-1]:
+                return flags[:-1]
             self.candidates *= WIDEN
 
     def step(self) -> None:
         """Sample one token per row. No shape, address or branch depends on a value."""
         text = self.model.model.language_model
-        self.cache.at(self.i + self.start)
+        self.cache.set_step(self.i + self.start)
         rope = tuple(table.index_select(-2, self.i) for table in self.rope)
         hidden = text.embed_tokens(self.token)[:, None]
         for layer in text.layers:
@@ -373,24 +384,26 @@ class DecodingLoop:
         self.missed |= missed.any()
         return ids.gather(1, sample_inverse_cdf(kept, uniforms)[:, None])[:, 0]
 
-    def _keep(self, alive: list[int], token: Tensor) -> Tensor:
-        """Drop all rows but these; returns their last tokens."""
+    def _keep(self, alive: list[int]) -> None:
+        """Drop all rows but these."""
         if len(alive) == len(self.rows):
-            return token
+            return
         keep = torch.tensor(alive, dtype=torch.long)
-        on_device = keep.to(token.device)
+        on_device = keep.to(self.rows.device)
         self.rows = self.rows[on_device]
-        self.first_position = self.first_position[on_device]
+        self.last_tokens = self.last_tokens[on_device]
+        self.prompt_ends = self.prompt_ends[on_device]
         if alive:
             self.cache.keep(keep)
-        return token[on_device]
 
-    def _give_up_rows(self, token: Tensor, steps: int) -> Tensor:
-        """Drop the last rows where `steps` tokens for each would not fit into the room."""
+    def _give_up_rows(self, steps: int) -> None:
+        """Drop the last rows if `steps` tokens per row would exceed the room; never the first."""
         left = self.chunk.room - self.cache.bytes_of_prompts()
-        fitting = max(1, left // (steps * self.cache.bytes_per_token))
-        self.given_up.update(self.rows[fitting:].tolist() if fitting < len(self.rows) else [])
-        return self._keep(list(range(min(fitting, len(self.rows)))), token)
+        scores = SCORE_BYTES * self.model.config.get_text_config().vocab_size
+        n_fit = max(1, left // (steps * self.cache.bytes_per_token + scores))
+        if n_fit < len(self.rows):
+            self.given_up.update(self.rows[n_fit:].tolist())
+            self._keep(list(range(n_fit)))
 
 
 # ----------------------------------------------------------------------------------------- sampling
@@ -400,13 +413,13 @@ def nucleus(scores: Tensor, top_p: float, candidates: int) -> tuple[Tensor, Tens
     """The fewest likeliest tokens whose probabilities reach top_p; scores[n, V].
 
     Returns their scores (-inf elsewhere) and ids, both [n, candidates] and in the vocabulary's
-    order, and whether the candidates missed top_p [n]. Where they did not miss it, the set is that
-    of transformers' TopPLogitsWarper, which sorts the whole vocabulary.
+    order, and whether the candidates missed top_p [n]. Where they did not miss it, the set is, up
+    to ties, that of transformers' TopPLogitsWarper, which sorts the whole vocabulary.
     """
     vocabulary = scores.shape[-1]
     top, ids = scores.topk(min(candidates, vocabulary))  # descending
     probs = (top - scores.logsumexp(-1, keepdim=True)).exp()
-    likelier = probs.cumsum(-1) - probs  # probability of all likelier tokens
+    likelier = probs.cumsum(-1) - probs  # probability of all tokens before this one
     kept = top.masked_fill(likelier >= top_p, -torch.inf)
     missed = (likelier[:, -1] < top_p) & (candidates < vocabulary)
     ids, order = ids.sort(-1)
@@ -416,8 +429,8 @@ def nucleus(scores: Tensor, top_p: float, candidates: int) -> tuple[Tensor, Tens
 def sample_inverse_cdf(scores: Tensor, uniforms: Tensor) -> Tensor:
     """Draw indices [n] from scores[n, K] with uniforms[n] in [0, 1).
 
-    An index of probability 0 is never drawn. The sum is in float64, because in float32 the tail of
-    a large vocabulary is rounding.
+    An index of probability 0 is never drawn. The sum is in float64: in float32 rounding swamps the
+    tail of a large vocabulary.
     """
     cdf = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
     targets = uniforms.double()[:, None] * cdf[:, -1:]

@@ -1,9 +1,8 @@
-"""Record a function's operations once and replay them: CUDA graphs, and the same for a CPU.
+"""Record a function's operations once and replay them: CUDA graphs, and an equivalent for the CPU.
 
 A replay runs the recorded kernels on the recorded tensors, without the Python that chose them. So
-the function must read and write tensors that stay where they are, and nothing in it may depend on a
-tensor's value. For a small model most of a decoding step is that Python: replayed, a step of the
-toy takes about half as long.
+the function must read and write tensors with fixed addresses, and nothing in it may depend on a
+tensor's value. For a small model most of a decoding step's time is Python overhead.
 """
 
 from __future__ import annotations
@@ -15,9 +14,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+DEPENDS_ON_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+
 
 def repeat(function: Callable[[], None], times: int, device: torch.device) -> None:
-    """Run `function` so many times: once, and then as replays of a recording."""
+    """Run `function` `times` times: the first as Python, the others as replays of it."""
+    if times == 1:
+        function()
+        return
     record = record_cuda if device.type == "cuda" else record_cpu
     graph = record(function)
     for _ in range(times - 1):
@@ -45,8 +49,7 @@ def record_cpu(function: Callable[[], None]):
 class CpuGraph(TorchDispatchMode):
     """Records the operations inside a `with` block, which run as usual; `replay` runs them again.
 
-    Every result keeps its memory for the life of the graph, so that a replay overwrites it, and
-    views of it need not be taken again.
+    Results keep their memory, so a replay overwrites them and views of them stay valid.
     """
 
     def __init__(self):
@@ -82,10 +85,11 @@ def _how_to_replay(operation) -> tuple[str, Callable | None, list[str]]:
     """How an operation is replayed; if "into", also by which overload, and its outputs' names.
 
     again: it writes to its arguments. view: not at all, since its result is a view of an argument.
-    into: its result is overwritten. copy: the same, where no overload does it.
+    into: computed into its result. copy: computed and copied over its result, where there is no
+    overload with out=.
     """
     schema = operation._schema
-    if torch.Tag.data_dependent_output in operation.tags:
+    if DEPENDS_ON_VALUES & set(operation.tags) and operation is not torch.ops.aten.index.Tensor:
         raise RuntimeError(f"{operation} reads a value, so it cannot be replayed")
     if schema.is_mutable:
         return "again", None, []

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from support.decoding import PREFILL_TOKENS, cache_bytes_per_token
+from support.decoding import PREFILL_TOKENS, SCORE_BYTES, cache_bytes_per_token
 from support.distributed import fsdp_blocks
 from support.packing import CHUNK
 
@@ -75,8 +75,8 @@ def available_host_memory() -> int | None:
         text = Path("/proc/meminfo").read_text()
     except OSError:
         return None
-    [kilobytes] = [line.split()[1] for line in text.splitlines() if "MemAvailable:" in line]
-    return int(kilobytes) * 1024
+    kilobytes = [line.split()[1] for line in text.splitlines() if "MemAvailable:" in line]
+    return int(kilobytes[0]) * 1024 if kilobytes else None
 
 
 def host_memory(model, config, mesh_shape: tuple, device) -> dict[str, float]:
@@ -158,7 +158,7 @@ def memory_table(
     per_token = cache_bytes_per_token(text, element_size=2)
     prompts = per_token * groups * prompt
     responses = per_token * config.rollout_batch * response
-    sampling_logits = 12 * config.rollout_batch * text.vocab_size
+    scores = SCORE_BYTES * config.rollout_batch * text.vocab_size
     # Of one layer at a time: so many intermediate and hidden sizes live at once, as counted in
     # tests/test_memory.py. A prompt is mostly an image.
     images = prefill * patches_per_token * _inside(vision, 4, 10)
@@ -174,7 +174,7 @@ def memory_table(
         "sampling: full weights, bf16": full_weights,
         "sampling: keys and values of prompts": prompts,
         "sampling: keys and values of responses": responses,
-        "sampling: ~logits": sampling_logits,
+        "sampling: ~scores": scores,
         "sampling: ~encoding images": images,
         "sampling: ~encoding prompts": encoding,
     }
@@ -187,7 +187,9 @@ def memory_table(
     }
     stays = sum(resident.values())
     offloaded = moments if config.offload_optimizer else 0
-    peak_cache = max(images, prompts + encoding, prompts + responses + sampling_logits)
+    # The first row of prompts is encoded before their cache is made, later ones beside it.
+    beside_images = prompts if groups * prompt > PREFILL_TOKENS else 0
+    peak_cache = max(beside_images + images, prompts + encoding, prompts + responses + scores)
     peaks = {
         "PEAK of sampling": stays - offloaded + full_weights + peak_cache,
         "PEAK of an update": stays + sum(update.values()),

@@ -281,9 +281,10 @@ def shared_prompt_attention(
 ):
     """Attention over a Row without an S x S mask.
 
-    query[1, H, S, D], key and value[1, H_kv, S, D] -> [1, S, H, D]. With a `grouped_cache`
-    (support/decoding.py) the row is of prompts, whose keys and values are stored; or, without a
-    `layout`, one token per response is decoded. With neither this is transformers' own SDPA.
+    query[1, H, S, D], key and value[1, H_kv, S, D] -> [1, S, H, D].
+    layout alone: a row of groups. layout and grouped_cache: a row of prompts, whose keys and values
+    are stored too. grouped_cache alone (support/decoding.py): one token per response is decoded.
+    Neither: transformers' own SDPA attention.
     """
     if grouped_cache and layout is None:
         return grouped_cache.attend(module.layer_idx, query, key, value, scaling), None

@@ -126,7 +126,7 @@ COPIES = {
 
 @pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
 def test_a_copy_of_the_prompts_keys_is_noticed(endless_policy, long_prompts, record, plant, copied):
-    line = "own_keys, own_values = self.own[layer]"
+    line = "keys, values = self.generated[layer]"
     plant(GroupedCache.attend, line, f"{line}; {copied}")
     with pytest.raises(AssertionError, match="aten"):
         check_memory(endless_policy, long_prompts, record("run"))

@@ -177,7 +177,7 @@ def test_sampling_equals_the_cpus(
     with device:
         on_device.model.to(CUDA)
         found = generate(on_device, prompts, 3, **SAMPLING)
-    assert len(captures) >= 13 / block
+    assert len(captures) >= 13 // block
     assert not copied_indices(device)
     check_same_groups(found, expected)
     lengths = pad_and_cat(found, "response_mask").sum(1)
@@ -356,13 +356,12 @@ OMISSIONS = [  # what is run, a function, and a piece of its source: what follow
     (sample, rollout._sample_chunk, "torch.stack(uniforms)|.to(device)"),
     (sample, rollout._sample_chunk, "torch.tensor(policy.eos_ids|, device=device"),
     (sample, rollout._sample_chunk, "for i, _ in jobs])|.to(device)"),
-    (sample, Cache.__init__, "bias|.to(self.device)"),
-    (sample, Cache._arrange, "of_group.flatten()|.to(self.device)"),
-    (sample, Cache._arrange, "of_row.flatten()|.to(self.device)"),
-    (sample, Cache.grow, "dtype=torch.float32|, device=self.device"),
+    (sample, Cache._set_lengths, "[:, None]|.to(self.device)"),
+    (sample, Cache._arrange, "to_groups.flatten()|.to(self.device)"),
+    (sample, Cache._arrange, "to_rows.flatten()|.to(self.device)"),
+    (sample, Cache.grow, "[0][0].shape[2]|, device=self.device"),
     (sample, Loop.__init__, "torch.tensor(last|, device=device"),
-    (sample, Loop.__init__, "torch.arange(len(chunk.prompt_of)|, device=device"),
-    (sample, Loop.run, "torch.zeros(n, max_new_tokens|, device=token.device"),
+    (sample, Loop.run, "torch.zeros(n, max_new_tokens|, device=tokens.device"),
     (sample, Loop.run, "tokens[:, :done]|.cpu()"),
     (sample, Loop._run_block, "torch.arange(start, start + size|, device=device"),
     (sample, Loop._run_block, "torch.zeros(n, size|, device=device"),
@@ -386,9 +385,10 @@ OMISSIONS = [  # what is run, a function, and a piece of its source: what follow
 ]
 SLOW_OMISSIONS = [  # CUDA takes an index from the host, and copies it every time
     (sample, Cache.keep, "rows|.to(self.device)"),
-    (sample, Cache.keep, "prompts = prompts|.to(self.device)"),
+    (sample, Cache.keep, "max(self.lengths), prompts|.to(self.device)"),
+    (sample, Loop.__init__, "torch.arange(len(chunk.prompt_of)|, device=device"),
     (sample, Loop.__init__, "chunk.prompt_of|.to(device)"),
-    (sample, Loop._keep, "keep|.to(token.device)"),
+    (sample, Loop._keep, "keep|.to(self.rows.device)"),
     (forward, packing.build_row, "torch.cat(predicts)|.to(device)"),
     (forward, packing.build_layout, "fed|.to(device)"),
 ]

@@ -235,11 +235,13 @@ def test_the_estimate_of_sampling_agrees_with_the_shapes(by_shape, monkeypatch):
     )
     monkeypatch.setattr(decoding, "repeat", lambda step, times, device: (step(), step()))
     monkeypatch.setitem(decoding.BLOCK, "cpu", 600)
-    loop = decoding.DecodingLoop(model, cache, chunk, lambda ids, scores: scores, True)
+    tokens = torch.zeros(40, dtype=torch.long)
+    how = {"process": lambda ids, scores: scores, "do_sample": True}
+    loop = decoding.DecodingLoop(model, cache, chunk, tokens, **how)
     prompt_tensors = [tensor for layer in cache.prompts for tensor in layer]
     with torch.no_grad(), ShapeOnly(ignored=weights, counted=prompt_tensors) as shapes:
-        loop.run(torch.zeros(40, dtype=torch.long))
-    parts = ("keys and values of prompts", "keys and values of responses", "~logits")
+        loop.run()
+    parts = ("keys and values of prompts", "keys and values of responses", "~scores")
     expected = sum(padded[f"sampling: {part}"] for part in parts)
     assert shapes.peak == pytest.approx(expected, rel=0.2)
 

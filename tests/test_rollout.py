@@ -1,5 +1,6 @@
 """Sampling: equal to stock generate when greedy, and independent of batch, order and compaction."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -215,18 +216,18 @@ def test_chunks_fit_into_the_room_for_keys_and_values(policy, prompts):
     config = policy.model.config.get_text_config()
     per_token = decoding.cache_bytes_per_token(config, 4)
     assert per_token == 2 * 4 * 2 * 32 * 4  # keys and values, layers, heads, head size, fp32
-    per_response = 8 * per_token + decoding.SCORE_BYTES * config.vocab_size
+    scores = decoding.SCORE_BYTES * config.vocab_size
     short, long = sorted(range(4), key=lambda i: len(prompts[i]))[::3]
     jobs = [(short, 0), (short, 1), (long, 0), (long, 1)]
 
-    def first(room):
-        return decoding.fitting(policy.model, prompts, jobs, 32, room)
-
-    for count, number, n_prompts in [(2, short, 1), (3, long, 2), (4, long, 2)]:
-        room = n_prompts * len(prompts[number]) * per_token + count * per_response
-        assert first(room) == count
-        assert first(room - 1) == count - 1
-    assert first(0) == 1
+    # A response is expected to take a quarter of the limit, and takes a block at least.
+    for limit, expected in [(80, 20), (32, 16), (5, 5)]:
+        for count, number, n_prompts in [(2, short, 1), (3, long, 2), (4, long, 2)]:
+            tokens = n_prompts * len(prompts[number]) + count * expected
+            room = tokens * per_token + count * scores
+            assert decoding.count_fitting(policy.model, prompts, jobs, limit, room) == count
+            assert decoding.count_fitting(policy.model, prompts, jobs, limit, room - 1) == count - 1
+    assert decoding.count_fitting(policy.model, prompts, jobs, 80, room=0) == 1
 
 
 def test_responses_that_outgrow_the_room_are_sampled_again(varied_policy, prompts, monkeypatch):
@@ -239,20 +240,21 @@ def test_responses_that_outgrow_the_room_are_sampled_again(varied_policy, prompt
 
     def checked_grow(cache, steps):
         grow(cache, steps)
-        keys, values = cache.own[0]
-        own_bytes = len(cache.own) * (keys.nbytes + values.nbytes)
-        assert len(keys) == 1 or cache.bytes_of_prompts() + own_bytes <= decoding.CPU_CACHE
+        keys, _ = cache.generated[0]
+        tensors = [*itertools.chain.from_iterable(cache.prompts + cache.generated)]
+        used = sum(tensor.nbytes for tensor in tensors)
+        assert len(keys) == 1 or used <= decoding.CPU_ROOM
         rows.append(len(keys))
 
     monkeypatch.setattr(decoding.GroupedCache, "grow", checked_grow)
     monkeypatch.setattr(decoding, "SCORE_BYTES", 0)
     for tokens in (16 * 10, 16 * 16, 16 * 33):  # for some, all in the first block, most
-        monkeypatch.setattr(decoding, "CPU_CACHE", prompt_room + tokens * per_token)
+        monkeypatch.setattr(decoding, "CPU_ROOM", prompt_room + tokens * per_token)
         rows.clear()
         groups = generate(varied_policy, prompts, 4, **options)
         assert sum(rows) > 3 * 16  # more than the three blocks of a single chunk: some were lost
         for group, other in zip(groups, expected, strict=True):
             assert torch.equal(group.tokens, other.tokens)
-    monkeypatch.setattr(decoding, "CPU_CACHE", 0)  # one at a time
+    monkeypatch.setattr(decoding, "CPU_ROOM", 0)  # one at a time
     alone = generate(varied_policy, prompts[:1], 2, **options)
     assert torch.equal(alone[0].tokens, expected[0].tokens[:2])
