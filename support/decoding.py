@@ -212,7 +212,7 @@ def _attend(queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scale: 
     """
     keys, values = keys.flatten(0, 1), values.flatten(0, 1)  # [b * H_kv, t, D]
     scores = _products(queries.view(len(keys), -1, queries.shape[1]), keys.transpose(1, 2))
-    scores = torch.add(bias, scores, alpha=scale)  # [b * H_kv, q, t]
+    torch.add(bias, scores, alpha=scale, out=scores)  # [b * H_kv, q, t]
     weights = scores.softmax(-1)
     # The largest weight is exp(largest score - log denominator), and never 0.
     log_denominator = scores.amax(-1) - weights.amax(-1).log_()
