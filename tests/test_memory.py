@@ -176,7 +176,7 @@ def image_prompt(tokens):
     )
 
 
-@pytest.fixture(params=["3b", "7b"])
+@pytest.fixture(params=["3b", pytest.param("7b", marks=pytest.mark.slow)])
 def by_shape(request, monkeypatch):
     """The published model in bf16 on the meta device, with the attention of a GPU."""
     monkeypatch.setattr(
