@@ -284,6 +284,7 @@ def test_two_processes_cannot_share_a_run_folder(run, capsys):
 # ------------------------------------------------------------------------------------ several ranks
 
 
+@pytest.mark.slow
 def test_a_full_disk_on_one_rank_and_resuming_on_other_numbers(run, folder, tmp_path):
     """Two ranks, then one, then two replicas: the numbers of one rank throughout."""
     out, flags = tmp_path / "changing", "--eval_every 0 --save_every 1"
