@@ -301,6 +301,7 @@ def test_a_full_disk_on_one_rank_and_resuming_on_other_numbers(run, folder, tmp_
     check_same_metrics(one_rank, out, rel=1e-3, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_crashed_rank_ends_the_job_at_once(folder, tmp_path):
     args = run_flags(folder, tmp_path / "crashed", "--steps 3 --eval_every 0")
     done = on_ranks(2, *args, script=FAULTY_RANK, FAULT="crash")
