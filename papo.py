@@ -244,7 +244,8 @@ def accumulate_gradients(policy: Policy, batch: list[Group], algo: Algo) -> dict
     rows = pack_rows(batch, policy.tokens_per_forward)
     for number, row in enumerate(rows, start=1):
         loss, metrics = row_loss(policy, row, algo, denominator)
-        reduce_over_replicas(policy.model, number == len(rows))
+        is_last = number == len(rows)
+        reduce_over_replicas(policy.model, enabled=is_last)
         (loss * world_size()).backward()  # FSDP averages over ranks, but we want the sum
         sums = sums + torch.stack([*metrics.values()]).double()  # on the device: no wait per row
     return dict(zip(metrics, sum_over_ranks(sums.tolist()), strict=True))

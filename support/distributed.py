@@ -45,7 +45,7 @@ TIMEOUT = timedelta(hours=4)
 def init_distributed() -> tuple[int, int, torch.device]:
     """Join torchrun's process group, or make one of a single rank. Returns rank, world, device."""
     # On Hopper torch prefers cuDNN's attention, which builds a plan for each new shape (tenths of a
-    # second, and decoding changes shapes all the time) and is reported to give NaN gradients.
+    # second, and every row has another) and is reported to give NaN gradients.
     torch.backends.cuda.enable_cudnn_sdp(False)
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

@@ -62,16 +62,12 @@ class CpuGraph(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        _refuse_values(operation, args)
         result = operation(*args, **kwargs)
-        kind, into, names = _how_to_replay(operation)
-        if kind == "again":
+        if operation._schema.is_mutable:
             self.calls.append(partial(operation, *args, **kwargs))
-        elif kind == "into":
-            results = (result,) if isinstance(result, torch.Tensor) else result
-            outputs = dict(zip(names, results, strict=True))
-            self.calls.append(partial(into, *args, **kwargs, **outputs))
-        elif kind == "copy":
-            self.calls.append(partial(_compute_and_copy, result, operation, args, kwargs))
+        elif not _is_view(operation):
+            self.calls.append(_call_into(result, operation, args, kwargs))
         return result
 
     def replay(self) -> None:
@@ -80,22 +76,40 @@ class CpuGraph(TorchDispatchMode):
                 call()
 
 
-@cache
-def _how_to_replay(operation) -> tuple[str, Callable | None, list[str]]:
-    """How an operation is replayed; if "into", also by which overload, and its outputs' names.
-
-    again: it writes to its arguments. view: not at all, since its result is a view of an argument.
-    into: computed into its result. copy: computed and copied over its result, where there is no
-    overload with out=.
-    """
-    schema = operation._schema
-    if DEPENDS_ON_VALUES & set(operation.tags) and operation is not torch.ops.aten.index.Tensor:
+def _refuse_values(operation, args: tuple) -> None:
+    """RuntimeError if an operation's result is a number, or has a shape, that depends on values."""
+    reads_values = _is_tagged(operation)
+    if operation is torch.ops.aten.index.Tensor:  # its tag is meant for masks
+        reads_values = any(index is not None and index.dtype == torch.bool for index in args[1])
+    if reads_values:
         raise RuntimeError(f"{operation} reads a value, so it cannot be replayed")
-    if schema.is_mutable:
-        return "again", None, []
-    is_view = any(result.alias_info is not None for result in schema.returns)
-    if is_view or operation is torch.ops.aten._unsafe_view.default:  # which declares none
-        return "view", None, []
+
+
+@cache
+def _is_tagged(operation) -> bool:
+    return bool(DEPENDS_ON_VALUES & set(operation.tags))
+
+
+@cache
+def _is_view(operation) -> bool:
+    """Whether an operation returns a view of an argument, which stays valid."""
+    if operation is torch.ops.aten._unsafe_view.default:  # declares none, but is one
+        return True
+    return any(result.alias_info is not None for result in operation._schema.returns)
+
+
+def _call_into(result, operation, args: tuple, kwargs: dict) -> Callable:
+    """A call that computes `operation` again, into the tensors of `result`."""
+    overload, names = _out_overload(operation)
+    if overload is None:
+        return partial(_compute_and_copy, result, operation, args, kwargs)
+    results = (result,) if isinstance(result, torch.Tensor) else result
+    return partial(overload, *args, **kwargs, **dict(zip(names, results, strict=True)))
+
+
+@cache
+def _out_overload(operation) -> tuple[Callable | None, list[str]]:
+    """The overload that writes into given tensors, and their names; (None, []) without one."""
 
     def inputs(overload) -> list[tuple[str, str]]:
         arguments = overload._schema.arguments
@@ -105,10 +119,11 @@ def _how_to_replay(operation) -> tuple[str, Callable | None, list[str]]:
     for overload in (getattr(packet, name) for name in packet.overloads()):
         names = [each.name for each in overload._schema.arguments if each.is_out]
         if names and inputs(overload) == inputs(operation):
-            return "into", overload, names
-    return "copy", None, []
+            return overload, names
+    return None, []
 
 
 def _compute_and_copy(result, operation, args: tuple, kwargs: dict) -> None:
-    for kept, new in zip(tree_leaves(result), tree_leaves(operation(*args, **kwargs)), strict=True):
+    computed = operation(*args, **kwargs)
+    for kept, new in zip(tree_leaves(result), tree_leaves(computed), strict=True):
         kept.copy_(new)

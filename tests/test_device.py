@@ -148,8 +148,11 @@ def test_what_a_graph_cannot_hold_raises(device):
 
 
 def test_a_graph_of_the_cpu_cannot_hold_a_value_either():
-    with pytest.raises(RuntimeError, match="reads a value, so it cannot be replayed"):
-        graph.record_cpu(lambda: HOST.sum().item())
+    mask = HOST > 0
+    for read in (lambda: HOST.sum().item(), lambda: HOST[mask], lambda: HOST.nonzero()):
+        with pytest.raises(RuntimeError, match="reads a value, so it cannot be replayed"):
+            graph.record_cpu(read)
+    graph.record_cpu(lambda: HOST[torch.tensor([0])])
 
 
 # ---------------------------------------------------------------------------- the step, as on a CPU
