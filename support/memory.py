@@ -89,7 +89,6 @@ def host_memory(model, config, mesh_shape: tuple, device) -> dict[str, float]:
 
     On CUDA, moments may be offloaded while sampling, to pinned memory that is kept. The export at
     the end gathers the weights in bf16 on the first rank; only the images read ahead are left then.
-    Loading, over by now, held one fp32 copy of the weights at a time.
     """
     world, shard_size = math.prod(mesh_shape), mesh_shape[-1]
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))

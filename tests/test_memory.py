@@ -94,6 +94,34 @@ def test_memory_table(size, count, world, cache_per_token):
     assert frozen["update: gradients, fp32, sharded"] == 4 * (count - vision) / world
 
 
+RUNS = {  # the rows of docs/reliability.md: model, devices, fields of train.Config
+    "3B on 2 devices": ("3b", 2, {}),
+    "3B on 2, `--offload_optimizer`": ("3b", 2, {"offload_optimizer": True}),
+    "7B on 4 devices": ("7b", 4, {}),
+    "7B on 4, `--offload_optimizer`": ("7b", 4, {"offload_optimizer": True}),
+    "3B on 8 devices": ("3b", 8, {}),
+    "7B on 8 devices": ("7b", 8, {}),
+}
+
+
+def documented(label):
+    """A row of docs/reliability.md: a device's share of 384 x 5 responses, sampled at once."""
+    size, devices, changes = RUNS[label]
+    config = paper_config(rollout_batch=384 * 5 // devices, **changes)
+    usual, limit = (
+        memory.memory_table(qwen(size), config, devices, reference=True, length=length)
+        for length in (0.3, 1.0)
+    )
+    peaks = (usual["PEAK of sampling"], limit["PEAK of sampling"], usual["PEAK of an update"])
+    return f"| {label} | " + " | ".join(f"{peak / GIB:.1f}" for peak in peaks) + " |"
+
+
+@pytest.mark.parametrize("label", RUNS)
+def test_the_documented_peaks_are_those_of_the_code(label):
+    text = (Path(__file__).parent.parent / "docs" / "reliability.md").read_text()
+    assert documented(label) in text.splitlines()
+
+
 def test_device_line_says_what_does_not_fit_and_which_flag_helps():
     table = {"PEAK of sampling": 100 * GIB, "PEAK of an update": 40 * GIB}
     line = memory.device_line("the length limits", table, 80 * GIB)
