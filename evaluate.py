@@ -33,12 +33,12 @@ from tqdm import tqdm
 import masking
 from papo import Algo
 from rollout import generate
-from support import attribution, benchmarks, cli, distributed, plots, predictions
+from support import attribution, benchmarks, cli, distributed, predictions
 from support.ask import ask, example_of
 from support.batch import Prompt, seeded
 from support.cli import flag
 from support.errors import StepError
-from support.protocol import protocol_line, report, with_protocol
+from support.protocol import compare_or_grade, protocol_line, report, with_protocol
 from support.qwen_vl import PROMPT_SUFFIX, Encoder, Policy
 from support.reward import compute_score
 from support.saliency import saliency_for
@@ -225,22 +225,6 @@ def explain(policy: Policy, prompt: Prompt, config: EvalConfig) -> None:
 # -------------------------------------------------------------------------------------- the command
 
 
-def without_model(config: EvalConfig) -> None:
-    """Handle --compare and --grade."""
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    if config.compare:
-        figure, table = plots.compare(config.compare, out / "compare.png")
-        print(table, figure, sep="\n")
-        return
-    how = {"n": config.n, "reward": config.reward, **config.limits}
-    results = predictions.grade_files(config.grade, **how)
-    baseline = None
-    if config.baseline:
-        baseline = predictions.grade_files([config.baseline], results, **how)
-    report(config, results, baseline, notes=[])
-
-
 def set_up(config: EvalConfig) -> Callable[[], None]:
     """Load what --ask, --explain or an evaluation needs; returns a function that runs it."""
     rank, world, device = distributed.init_distributed()
@@ -281,7 +265,7 @@ def main(argv=None) -> None:
         with cli.one_line_errors():
             config = configure(cli.parse_flags(__doc__, EvalConfig, argv=argv))
             if config.compare or config.grade:
-                return without_model(config)
+                return compare_or_grade(config)
             work = set_up(config)
         work()
     except KeyboardInterrupt:

@@ -180,6 +180,7 @@ def papo_loss(  # noqa: PLR0913  (one argument per symbol of the equation)
     masked_log_probs: Tensor | None = None,
     denominator: Counts | None = None,
     has_image: Tensor | None = None,
+    views: dict[str, tuple[float, Tensor]] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The objective L of the header: a scalar, and each term's value as a metric.
 
@@ -187,7 +188,8 @@ def papo_loss(  # noqa: PLR0913  (one argument per symbol of the equation)
     has a coefficient but not its log-probs. Log-probs without a coefficient only become metrics.
     Responses whose has_image[B] is False have no masked view: their KL_prcp is 0 in value and
     gradient, and masked_entropy leaves them out. `denominator`: Counts of the full mini-batch over
-    all ranks; default: of this batch.
+    all ranks; default: of this batch. `views`: a variant's further views, name -> (coefficient,
+    log-probs[B, T]); each adds coefficient * KL(pi || pi_view).
     """
     _check_inputs(algo, ref_log_probs, masked_log_probs)
     counts = count(mask, has_image) if denominator is None else denominator
@@ -208,15 +210,14 @@ def papo_loss(  # noqa: PLR0913  (one argument per symbol of the equation)
     )
     log_probs = _zero_padding(log_probs, mask)
     kl_ref = kl_prcp = masked_entropy = log_probs.new_zeros(())
+    has_view = mask.bool()  # [B, T], tokens whose prompt has an image
+    if has_image is not None:
+        has_view = has_view & has_image.bool()[:, None]
     if ref_log_probs is not None:
         kl_ref = mean(kl_k3(log_probs, _zero_padding(ref_log_probs, mask)))
         metrics["kl_ref"] = kl_ref.detach()
     if masked_log_probs is not None:
-        has_view = mask.bool()  # [B, T], tokens that have a masked view
-        if has_image is not None:
-            has_view = has_view & has_image.bool()[:, None]
-        # Elsewhere the masked view is the clean one without gradient, so that KL_prcp is 0.
-        masked_log_probs = torch.where(has_view, masked_log_probs, log_probs.detach())
+        masked_log_probs = _only_with_image(masked_log_probs, log_probs, has_view)
         kl_prcp = mean(_kl_prcp(log_probs, masked_log_probs, algo))
         masked_entropy = masked_mean(-masked_log_probs, has_view, counts.image_tokens)
         metrics["kl_prcp"] = kl_prcp.detach()
@@ -231,12 +232,22 @@ def papo_loss(  # noqa: PLR0913  (one argument per symbol of the equation)
         + _weighted(algo.entropy_coef, entropy)
         + _weighted(algo.masked_entropy_coef, masked_entropy)
     )
+    for name, (coefficient, view_log_probs) in (views or {}).items():
+        view_log_probs = _only_with_image(view_log_probs, log_probs, has_view)
+        kl_view = mean(kl_k3(log_probs, view_log_probs))
+        metrics[f"kl_{name}"] = kl_view.detach()
+        loss = loss + _weighted(coefficient, kl_view)
     return loss, metrics
 
 
 def _weighted(coefficient: float, term: Tensor) -> Tensor | float:
     """coefficient * term; at coefficient 0 the term adds nothing to the graph."""
     return coefficient * term if coefficient else 0.0
+
+
+def _only_with_image(view_log_probs: Tensor, log_probs: Tensor, has_view: Tensor) -> Tensor:
+    """A view's log-probs; without an image, pi's own without gradient, so that the KL is 0."""
+    return torch.where(has_view, view_log_probs, log_probs.detach())
 
 
 def _kl_prcp(log_probs: Tensor, masked_log_probs: Tensor, algo) -> Tensor:

@@ -15,6 +15,8 @@ STRATEGIES and a branch in `mask_image_patches`. Its parameters are fields of pa
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -93,21 +95,30 @@ def mask_prompt(
     algo.mask_strategy names the strategy; "semantic" needs `saliency`, a function image -> [h, w].
     If the prompt has pre-masked images (column images_aug), they are used instead.
     """
-    if prompt.aug_pixel_values is not None:
-        changed = (prompt.aug_pixel_values != prompt.pixel_values).any(-1)
-        return prompt.aug_pixel_values, changed
+    if "images_aug" in prompt.more_pixel_values:
+        masked = prompt.more_pixel_values["images_aug"]
+        return masked, (masked != prompt.pixel_values).any(-1)
+
+    def mask(patches: Tensor, grid, image) -> tuple[Tensor, Tensor]:
+        scores = None
+        if algo.mask_strategy == "semantic":
+            if saliency is None:
+                raise ValueError("mask_strategy=semantic needs a saliency function image -> [h, w]")
+            scores = saliency(image)
+        return mask_image_patches(patches, grid, algo, encoder, generator, scores)
+
+    return mask_each_image(prompt, mask)
+
+
+def mask_each_image(prompt, mask: Callable) -> tuple[Tensor, Tensor]:
+    """The view that mask(patches, (rows, columns), image) -> (masked, patch_mask) gives."""
     masked, patch_masks = [], []
     grids = prompt.image_grid_thw  # [n_images, 3]
     patches_per_image = prompt.pixel_values.split(grids.prod(-1).tolist())
     for image, patches, grid in zip(
         prompt.example.images, patches_per_image, grids.tolist(), strict=True
     ):
-        scores = None
-        if algo.mask_strategy == "semantic":
-            if saliency is None:
-                raise ValueError("mask_strategy=semantic needs a saliency function image -> [h, w]")
-            scores = saliency(image)
-        view, patch_mask = mask_image_patches(patches, grid[1:], algo, encoder, generator, scores)
+        view, patch_mask = mask(patches, grid[1:], image)
         masked.append(view)
         patch_masks.append(patch_mask)
     return torch.cat(masked), torch.cat(patch_masks)

@@ -1,4 +1,4 @@
-r"""PAPO, the algorithm: presets, and the update on one batch of rollouts.
+r"""PAPO, the algorithm: presets, the steps a variant may replace, the update on one batch.
 
 Read losses.py for the equations and masking.py for the masked view. rollout.py fills the groups
 that `prepare` and `update` train on; train.py is the loop around them.
@@ -8,8 +8,8 @@ that `prepare` and `update` train on; train.py is the loop around them.
 
 The data they pass is a Group: one prompt, its G responses, and what is recorded about them
 (support/batch.py). Every mean is over the whole mini-batch on all ranks, so packing and the number
-of ranks do not change the update, up to rounding. losses.py and masking.py list the differences
-from the paper and the released code.
+of ranks do not change the update, up to rounding. A variant, such as variants/vppo.py, is a
+subclass of Algo: other defaults, flags of its own, and some of Algo's steps replaced.
 """
 
 from __future__ import annotations
@@ -18,24 +18,27 @@ import itertools
 import math
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import ClassVar
 
 import torch
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
 import masking
 from losses import Counts, count, papo_loss
 from support import cli
-from support.batch import Group, pad_and_cat, seeded
+from support.batch import Group, Prompt, has_image, pad_and_cat, seeded, view_log_probs
 from support.distributed import (
+    clip_gradients,
     concat_over_ranks,
     reduce_over_replicas,
-    reshard_root,
     sum_over_ranks,
     world_size,
 )
 from support.packing import pack_rows
 from support.phases import phase
 from support.qwen_vl import Policy
+from support.stats import mean_metrics
+from support.variants import load_variant
 
 # ------------------------------------------------------------------------------------------ presets
 
@@ -68,47 +71,61 @@ class Algo:
     mask_ratio: float = cli.flag(0.6, "share of patches to mask; random and noise: a probability")
     mask_strategy: str = cli.flag("random", "random, semantic or noise")
     mask_sigma: float = cli.flag(1.0, "noise: standard deviation in normalised pixel units")
-    kl_prcp_estimator: str = cli.flag(
-        "k3", "k3: the released code's form; paper: the formula as printed"
-    )
+    kl_prcp_estimator: str = cli.flag("k3", "k3: as the released code; paper: as printed")
     kl_prcp_clip: float = cli.flag(0.0, "upper limit of KL_prcp per token; 0: none")
     kl_prcp_coef_end: float = cli.flag(
         -1.0, "final gamma, reached linearly; entropies scale along; below 0: constant"
     )
     masked_grad: bool = cli.flag(False, "recompute masked log-probs with gradient in every update")
 
+    # A variant may need further image columns of the data, and "old_log_probs" or "entropies" to
+    # be recorded in the groups.
+    columns: ClassVar[tuple[str, ...]] = ()
+    needs: ClassVar[tuple[str, ...]] = ()
+
     def __post_init__(self):
-        choices = {
-            "average": ("token", "seq"),
-            "mask_strategy": masking.STRATEGIES,
-            "kl_prcp_estimator": ("k3", "paper"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                given = getattr(self, name)
-                raise ValueError(f"{name}={given!r}: choose one of {', '.join(allowed)}")
+        cli.check_choice(self, "average", ("token", "seq"))
+        cli.check_choice(self, "mask_strategy", masking.STRATEGIES)
+        cli.check_choice(self, "kl_prcp_estimator", ("k3", "paper"))
         masking.check_ratio(self.mask_ratio)
         if self.clip_dual <= 1:
             raise ValueError(f"clip_dual={self.clip_dual}: must be above 1")
         if self.kl_prcp_clip < 0:
             raise ValueError(f"kl_prcp_clip={self.kl_prcp_clip}: must be at least 0")
 
-    @property
-    def needs_masked_view(self) -> bool:
-        return bool(self.kl_prcp_coef or self.masked_entropy_coef)
+    # The steps a variant may replace.
 
-    def annealed(self, progress: float) -> Algo:
-        """This objective at `progress` in [0, 1] of training."""
+    def annealed(self, step: int, last_step: int) -> Algo:
+        """The settings at a step, from 0, of last_step."""
         if self.kl_prcp_coef_end < 0 or not self.kl_prcp_coef:
             return self
+        progress = step / max(last_step - 1, 1)
         scale = 1 + progress * (self.kl_prcp_coef_end / self.kl_prcp_coef - 1)
-        return replace(
-            self,
-            kl_prcp_coef=self.kl_prcp_coef * scale,
-            entropy_coef=self.entropy_coef * scale,
-            masked_entropy_coef=self.masked_entropy_coef * scale,
-        )
+        names = ("kl_prcp_coef", "entropy_coef", "masked_entropy_coef")
+        return replace(self, **{name: scale * getattr(self, name) for name in names})
 
+    def images(self, prompt: Prompt, policy: Policy, generator) -> list[tuple[Prompt, Prompt]]:
+        """Pairs of prompts: group_size responses are sampled under the first of a pair and trained
+        under the second. Advantages compare the responses of all pairs."""
+        return [(prompt, prompt)]
+
+    def views(self) -> dict[str, float]:
+        """Views to record log-probs under: name -> coefficient of KL(pi || pi_view) in the loss.
+        Above 0 the KL is minimised. For "mask", PAPO's, kl_prcp_coef decides."""
+        in_loss = self.kl_prcp_coef or self.masked_entropy_coef
+        return {"mask": -self.kl_prcp_coef} if in_loss else {}
+
+    def view(self, name: str, prompt: Prompt, policy: Policy, generator) -> tuple[Tensor, Tensor]:
+        """The pixels of a view, [N_patch, D_patch], and which patches changed, [N_patch] bool."""
+        return masking.mask_prompt(prompt, self, policy.encoder, generator, policy.saliency)
+
+    def weigh(self, groups: list[Group], policy: Policy) -> list[Tensor]:
+        """Factors of the advantages, [G, 1] or [G, T] for each group; none: all are 1.
+        groups: this rank's share of a mini-batch, with all records. All ranks call it."""
+        return []
+
+
+STEPS = ("columns", "needs", "annealed", "images", "views", "view", "weigh")
 
 _DAPO = {"kl_ref_coef": 0.0, "clip_high": 0.28, "dynamic_sampling": True}
 _PRCP_AND_ENTROPY = {"kl_prcp_coef": 0.01, "entropy_coef": 0.03, "masked_entropy_coef": 0.03}
@@ -123,13 +140,16 @@ PRESETS: dict[str, dict] = {
 }
 
 
+def algo_class(name: str) -> type[Algo]:
+    """Algo for a preset; for variants/NAME.py or path/to/FILE.py the subclass defined there."""
+    return Algo if name in PRESETS else load_variant(name, Algo, STEPS, tuple(PRESETS))
+
+
 def preset(name: str, size: str = "3b") -> Algo:
     """The objective called `name`. At size "7b" papo_g adds both entropies, as released."""
-    if name not in PRESETS:
-        raise ValueError(f"algo={name!r}: choose one of {', '.join(PRESETS)}")
     if size not in ("3b", "7b"):
         raise ValueError(f"size={size!r}: choose '3b' or '7b'")
-    algo = Algo(name=name, **PRESETS[name])
+    algo = algo_class(name)(name=name, **PRESETS.get(name, {}))
     if name == "papo_g" and size == "7b":
         algo = replace(algo, entropy_coef=0.05, masked_entropy_coef=0.05)
     return algo
@@ -144,7 +164,7 @@ def mini_batches(groups: list[Group], size: int) -> list[list[Group]]:
     Groups are ordered by Prompt.index over all ranks. So the assignment does not depend on the
     number of ranks, and no group has to move.
     """
-    indices = concat_over_ranks([group.prompt.index for group in groups])
+    indices = set(concat_over_ranks([group.prompt.index for group in groups]))
     batch_of = {index: i // size for i, index in enumerate(sorted(indices))}
     batches = [[] for _ in range(math.ceil(len(indices) / size))]
     for group in groups:
@@ -160,44 +180,42 @@ def prepare(
 
     batches: see mini_batches. Passes that the objective does not use are skipped. With one update
     per step the old log-probs equal that update's own, so they are not computed either. `key` and
-    Prompt.index seed the masks. Returns the share of patches masked over all ranks as
-    {"mask_ratio"}, or {} without a masked view.
+    Prompt.index seed the views. Returns the share of patches changed in each, over all ranks, such
+    as {"mask_ratio": 0.6}.
     """
     groups = list(itertools.chain.from_iterable(batches))
-    if len(batches) > 1:
-        compute_log_probs(policy, groups, "old_log_probs")
+    if len(batches) > 1 or "old_log_probs" in algo.needs:
+        policy.record(groups, "old_log_probs", policy.log_probs)
+    if "entropies" in algo.needs:
+        policy.record(groups, "entropies", policy.entropies)
     if algo.kl_ref_coef:
-        compute_log_probs(reference, groups, "ref_log_probs")
-    if not algo.needs_masked_view:
-        return {}
+        reference.record(groups, "ref_log_probs", reference.log_probs)
+    metrics = prepare_views(policy, groups, algo, key)
+    for batch in batches:
+        with torch.no_grad():
+            weights = algo.weigh(batch, policy)
+        for group, weight in zip(batch if weights else [], weights, strict=True):
+            group.weights = weight.expand_as(group.sample_log_probs)
+    return metrics
 
+
+def prepare_views(policy: Policy, groups: list[Group], algo: Algo, key: tuple) -> dict[str, float]:
+    """Draw the objective's views of the images and record the log-probs under each."""
     with_image = [group for group in groups if group.has_image]
-    for group in groups:  # a placeholder for groups without an image, which papo_loss ignores
-        group.masked_log_probs = torch.zeros_like(group.sample_log_probs)
-    for group in with_image:
-        generator = seeded("mask", *key, group.prompt.index)
-        group.masked_pixel_values, group.patch_mask = masking.mask_prompt(
-            group.prompt, algo, policy.encoder, generator, policy.saliency
-        )
-    if not algo.masked_grad:
-        compute_log_probs(policy, with_image, "masked_log_probs", masked=True)
-    n_masked = sum(int(group.patch_mask.sum()) for group in with_image)
-    n_patches = sum(len(group.patch_mask) for group in with_image)
-    n_masked, n_patches = sum_over_ranks([n_masked, n_patches])
-    return {"mask_ratio": n_masked / max(n_patches, 1.0)}
-
-
-@torch.no_grad()
-def compute_log_probs(policy: Policy, groups: list[Group], name: str, masked: bool = False) -> None:
-    """Store the policy's log-probs of every response in the groups' field `name`, [G, T] on CPU."""
-    rows = pack_rows(groups, policy.tokens_per_forward)
-    for row in rows:
-        log_probs = policy.log_probs(row, masked).cpu()
-        per_group = log_probs.split([len(group.tokens) for group in row])
-        for group, values in zip(row, per_group, strict=True):
-            setattr(group, name, values[:, : group.tokens.shape[1]])
-    if rows:
-        reshard_root(policy.model)
+    metrics = {}
+    for name in algo.views():
+        n_changed = n_patches = 0
+        for group in with_image:
+            generator = seeded(name, *key, group.prompt.index)
+            pixels, changed = algo.view(name, group.prompt, policy, generator)
+            group.view_pixel_values[name] = pixels
+            n_changed += int(changed.sum())
+            n_patches += len(changed)
+        for group, log_probs in policy.per_group(with_image, partial(policy.log_probs, view=name)):
+            group.view_log_probs[name] = log_probs
+        n_changed, n_patches = sum_over_ranks([n_changed, n_patches])
+        metrics[f"{name}_ratio"] = n_changed / max(n_patches, 1.0)
+    return metrics
 
 
 # --------------------------------------------------------------------------------------- the update
@@ -212,7 +230,7 @@ def update(
     If the gradient norm is not finite, the step is skipped (as released). A skipped step counts in
     skipped_updates and in no mean.
     """
-    history, skipped = [], 0
+    history = []
     policy.model.train()
     for batch in batches:
         metrics = accumulate_gradients(policy, batch, algo)
@@ -220,14 +238,9 @@ def update(
         if math.isfinite(norm):
             optimizer.step()
             history.append(metrics | {"grad_norm": norm})
-        else:
-            skipped += 1
         optimizer.zero_grad(set_to_none=True)
     policy.model.eval()
-    means = {}
-    for name in history[0] if history else ():
-        means[name] = sum(metrics[name] for metrics in history) / len(history)
-    return means | {"skipped_updates": float(skipped)}
+    return mean_metrics(history) | {"skipped_updates": float(len(batches) - len(history))}
 
 
 def accumulate_gradients(policy: Policy, batch: list[Group], algo: Algo) -> dict[str, float]:
@@ -236,7 +249,7 @@ def accumulate_gradients(policy: Policy, batch: list[Group], algo: Algo) -> dict
     Denominators are summed over all ranks first. So the losses of rows can be added, and the
     gradient does not depend on how groups were packed: every token has the same weight.
     """
-    counts = [count(group.response_mask, _has_image([group])) for group in batch]
+    counts = [count(group.response_mask, has_image([group])) for group in batch]
     totals = [sum(each[i] for each in counts) for i in range(len(Counts._fields))]
     denominator = Counts(*sum_over_ranks(totals))
     sums = 0.0
@@ -263,37 +276,24 @@ def row_loss(policy: Policy, row: list[Group], algo: Algo, denominator: Counts |
     log_probs = policy.log_probs(row)  # [B, T]
     # Where none were recorded, this is the step's only update: the policy is still the old one.
     has_old = all(group.old_log_probs is not None for group in row)
-    masked = None
-    if algo.needs_masked_view and algo.masked_grad:
-        masked = policy.log_probs(row, masked=True)
-    elif algo.needs_masked_view:
-        masked = recorded("masked_log_probs")
+    advantages = torch.cat([group.advantages for group in row]).to(policy.device)  # [B]
+    if all(group.weights is not None for group in row):
+        advantages = advantages[:, None] * recorded("weights")  # [B, T]
+    views = {}
+    for name, coefficient in algo.views().items():
+        views[name] = (coefficient, view_log_probs(row, name, policy.device))
+    _, masked = views.pop("mask", (0.0, None))
+    if masked is not None and algo.masked_grad:
+        masked = policy.log_probs(row, "mask")
     return papo_loss(
         log_probs,
         old_log_probs=recorded("old_log_probs") if has_old else log_probs.detach(),
-        advantages=torch.cat([group.advantages for group in row]).to(policy.device),
+        advantages=advantages,
         mask=recorded("response_mask").bool(),
         algo=algo,
         ref_log_probs=recorded("ref_log_probs") if algo.kl_ref_coef else None,
         masked_log_probs=masked,
         denominator=denominator,
-        has_image=_has_image(row).to(policy.device),
+        has_image=has_image(row).to(policy.device),
+        views=views,
     )
-
-
-def clip_gradients(optimizer, max_norm: float) -> float:
-    """Clip in place; returns the norm before clipping.
-
-    Uses the optimizer's parameters: after a forward without a backward FSDP2 leaves the root
-    gathered, and model.parameters() then returns tensors without gradients.
-    """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
-    return float(norm)
-
-
-def _has_image(groups: list[Group]) -> torch.Tensor:
-    """Whether each response's prompt has an image, [B] bool."""
-    return torch.tensor([group.has_image for group in groups for _ in group.tokens])

@@ -59,9 +59,9 @@ def generate(
     """Sample `group_size` responses per prompt. Returns one group per prompt, in their order.
 
     sampling: the fields of Sampling. key: such as (seed, step); each response is seeded with it,
-    with Prompt.index, which must differ between prompts, and with the sample's number. Returns []
-    soon after `stop()` becomes True. Raises NonFiniteError if a log-prob is not finite. All ranks
-    must call this, because gathering the weights is a collective; then they run independently.
+    with Prompt.index and with its number, which counts from Prompt.first_sample. Returns [] soon
+    after `stop()` becomes True. Raises NonFiniteError if a log-prob is not finite. All ranks must
+    call this, because gathering the weights is a collective; then they run independently.
     """
     settings = Sampling(**sampling)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # so padding is small
@@ -97,7 +97,7 @@ def _sample_chunk(
     numbers = list(dict.fromkeys(i for i, _ in jobs))  # each prompt once
     uniforms = []
     for i, sample in jobs:
-        generator = seeded(*key, prompts[i].index, sample)
+        generator = seeded(*key, prompts[i].index, prompts[i].first_sample + sample)
         uniforms.append(torch.rand(settings.max_new_tokens, generator=generator))
     temperature = policy.temperature if settings.temperature is None else settings.temperature
     chunk = Chunk(

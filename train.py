@@ -17,26 +17,24 @@ Differences from the released trainer:
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-import sys
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
 
 from evaluate import mean_accuracy, predict
 from losses import group_advantages
-from papo import Algo, mini_batches, prepare, preset, update
+from papo import PRESETS, Algo, algo_class, mini_batches, prepare, preset, update
 from rollout import generate
 from support import cli
-from support.batch import Group
+from support.batch import Group, Prompt, by_prompt, sampling_pairs
 from support.cli import flag
 from support.distributed import concat_over_ranks, init_distributed, sum_over_ranks
-from support.errors import StepError
-from support.phases import out_of_memory_message, phase
+from support.phases import phase
 from support.qwen_vl import PROMPT_SUFFIX, Encoder
-from support.run import Run, Stopped
+from support.run import Run, Stopped, step_errors
 from support.run_folder import with_saved_config
 from support.stats import RolloutStats
 
@@ -49,7 +47,7 @@ class Config:
 
     algo: str = flag(
         "papo_g",
-        "grpo, dapo, papo_g, papo_d, grpo_no_kl_ref or papo_g_no_kl_ref",
+        f"{', '.join(PRESETS)}, the NAME of a variants/NAME.py, or path/to/FILE.py",
         group="what to train",
     )
     model: str = flag("toy", "toy, toy:grid=4,..., a local Hugging Face folder, or a hub id")
@@ -67,9 +65,7 @@ class Config:
     epochs: float = flag(2.0, "passes over the data without --steps", group="sizes (toys differ)")
     prompts_per_step: int = flag(384, "prompts per step, over all ranks")
     group_size: int = flag(5, "responses per prompt")
-    mini_batch: int = flag(
-        128, "prompts per optimizer step, over all ranks; also per round of dynamic sampling"
-    )
+    mini_batch: int = flag(128, "prompts per optimizer step and per round of dynamic sampling")
     max_prompt_tokens: int = flag(4096, "longest prompt in tokens; longer ones are skipped")
     max_new_tokens: int = flag(2048, "longest response in tokens")
     min_pixels: int = flag(200_704, "enlarge smaller images to this")
@@ -82,9 +78,7 @@ class Config:
     top_p: float = flag(0.99, "nucleus sampling")
     top_k: int = flag(0, "top-k sampling; 0: off")
     reward_deadline: float = flag(2.0, "seconds to score one response; a timeout has accuracy 0")
-    reward_budget: float = flag(
-        60.0, "seconds to score one round of responses; the rest stay unscored"
-    )
+    reward_budget: float = flag(60.0, "seconds to score one round; the rest stay unscored")
     reward_memory: float = flag(1.0, "GiB per scoring process (Linux)")
 
     lr: float = flag(1e-6, "AdamW's learning rate, constant", group="optimizer (toys differ)")
@@ -104,9 +98,7 @@ class Config:
     wandb: bool = flag(False, "log to Weights & Biases too")
     tensorboard: bool = flag(False, "log to TensorBoard too")
 
-    tokens_per_forward: int = flag(
-        16_384, "at most so many tokens per packed row in log-probs and updates", group="memory"
-    )
+    tokens_per_forward: int = flag(16_384, "most tokens per packed row", group="memory")
     rollout_batch: int = flag(1024, "at most so many responses at a time on each rank")
     offload_optimizer: bool = flag(False, "keep AdamW's state in host memory while sampling")
     shard_size: int = flag(0, "ranks that split one copy of the weights; 0: those of a machine")
@@ -127,10 +119,10 @@ def train(run: Run) -> None:
     config, policy = run.config, run.policy
     evaluate_if_due(run)
     for step in run.steps():
-        algo = run.algo.annealed(run.progress)
+        algo = run.algo.annealed(step, run.last_step)
 
         # 1. Sample G responses per prompt, grade them, compute group-relative advantages.
-        groups, metrics = collect(run, step)
+        groups, metrics = collect(run, algo, step)
         batches = mini_batches(groups, config.mini_batch)
 
         # 2. Before the first update changes the policy: mask the images, and record the old,
@@ -147,38 +139,27 @@ def train(run: Run) -> None:
 
 
 @phase("rollout")
-def collect(run: Run, step: int) -> tuple[list[Group], dict[str, float]]:
+def collect(run: Run, algo: Algo, step: int) -> tuple[list[Group], dict[str, float]]:
     """Sample and grade one step's groups on this rank.
 
     Without dynamic sampling one round has all prompts of the step. With it (DAPO) a round samples
     `mini_batch` prompts and keeps the groups whose mean accuracy is strictly between 0.01 and 0.99.
-    Rounds stop at `prompts_per_step` kept groups or after MAX_ROUNDS; surplus groups are dropped,
+    Rounds stop at `prompts_per_step` kept prompts or after MAX_ROUNDS; surplus prompts are dropped,
     last sampled first. Returns the groups to train on and rollout metrics over all ranks.
     """
     config, stats = run.config, RolloutStats()
     skipped_before = run.stream.skipped.total()
     kept: list[Group] = []
     for round_index in range(MAX_ROUNDS):
-        with run.sampling():
-            groups = generate(
-                run.policy,
-                run.next_prompts(round_index),
-                config.group_size,
-                key=(config.seed, step),
-                max_new_tokens=config.max_new_tokens,
-                top_p=config.top_p,
-                top_k=config.top_k,
-                rollout_batch=config.rollout_batch,
-                progress=run.rank == 0,
-                stop=lambda: run.stop_requested,
-            )
-        run.raise_if_stopped()
-        kept += grade(run, groups, stats)
-        n_kept = int(sum_over_ranks([len(kept)])[0])
-        if n_kept >= config.prompts_per_step or not run.algo.dynamic_sampling:
+        groups = sample(run, algo, run.next_prompts(round_index), key=(config.seed, step))
+        kept += grade(run, algo, groups, stats)
+        n_kept = int(sum_over_ranks([len(by_prompt(kept))])[0])
+        if n_kept >= config.prompts_per_step or not algo.dynamic_sampling:
             break
     if n_kept > config.prompts_per_step:
-        kept = cut_surplus(kept, config.prompts_per_step)
+        indices = set(concat_over_ranks([group.prompt.index for group in kept]))
+        first_dropped = sorted(indices)[config.prompts_per_step]
+        kept = [group for group in kept if group.prompt.index < first_dropped]
     stats.skipped_rows = run.stream.skipped.total() - skipped_before
     metrics = stats.metrics() | {
         "unusable_rows": run.rows.skipped.total(),
@@ -188,36 +169,56 @@ def collect(run: Run, step: int) -> tuple[list[Group], dict[str, float]]:
     return kept, metrics
 
 
-def grade(run: Run, groups: list[Group], stats: RolloutStats) -> list[Group]:
-    """Grade the groups, set their advantages, and return those to train on."""
-    size = run.config.group_size
+def sample(run: Run, algo: Algo, prompts: list[Prompt], key: tuple) -> list[Group]:
+    """Sample the groups of these prompts, one for each pair of `Algo.images`, in their order."""
+    config = run.config
+    pairs = sampling_pairs(prompts, partial(algo.images, policy=run.policy), config.group_size, key)
+    with run.sampling():
+        groups = generate(
+            run.policy,
+            [sampled for sampled, _ in pairs],
+            config.group_size,
+            key=key,
+            max_new_tokens=config.max_new_tokens,
+            top_p=config.top_p,
+            top_k=config.top_k,
+            rollout_batch=config.rollout_batch,
+            progress=run.rank == 0,
+            stop=lambda: run.stop_requested,
+        )
+    run.raise_if_stopped()
+    for group, (_, trained) in zip(groups, pairs, strict=True):
+        group.prompt = trained
+    return groups
+
+
+def grade(run: Run, algo: Algo, groups: list[Group], stats: RolloutStats) -> list[Group]:
+    """Grade the groups, set their advantages, and return those to train on.
+
+    All responses to a prompt are compared, also if a variant has several groups per prompt.
+    """
     responses = [text for group in groups for text in group.responses]
     answers = [group.prompt.example.answer for group in groups for _ in group.responses]
     scores = run.grader(responses, answers)
     stats.add_scores(scores, run.grader)
-    rewards = torch.tensor([score["overall"] for score in scores], dtype=torch.float64)
-    advantages = group_advantages(rewards, size)
-
+    remaining = iter(scores)
     kept = []
-    for i, group in enumerate(groups):
-        in_group = slice(i * size, (i + 1) * size)
-        accuracy = sum(score["accuracy"] for score in scores[in_group]) / size
-        fully_graded = not any("unscored" in score for score in scores[in_group])
-        group.rewards = rewards[in_group]
-        group.advantages = advantages[in_group].float()
+    for same_prompt in by_prompt(groups):
+        sizes = [len(group.tokens) for group in same_prompt]
+        its_scores = list(itertools.islice(remaining, sum(sizes)))
+        accuracy = sum(score["accuracy"] for score in its_scores) / sum(sizes)
+        rewards = torch.tensor([score["overall"] for score in its_scores], dtype=torch.float64)
+        advantages = group_advantages(rewards, sum(sizes)).float()
+        fully_graded = not any("unscored" in score for score in its_scores)
         if not fully_graded:  # an unscored response counts as 0, which falsifies the group's mean
-            group.advantages = torch.zeros(size)
-        stats.add_group(group)
+            advantages = torch.zeros(sum(sizes))
+        for i, group in enumerate(same_prompt):
+            group.rewards, group.advantages = rewards.split(sizes)[i], advantages.split(sizes)[i]
+        stats.add_prompt(same_prompt)
         is_mixed = fully_graded and 0.01 < accuracy < 0.99
-        if is_mixed or not run.algo.dynamic_sampling:
-            kept.append(group)
+        if is_mixed or not algo.dynamic_sampling:
+            kept += same_prompt
     return kept
-
-
-def cut_surplus(groups: list[Group], n: int) -> list[Group]:
-    """Keep the first n groups over all ranks, in sampling order; returns this rank's."""
-    first_cut = sorted(concat_over_ranks([group.prompt.index for group in groups]))[n]
-    return [group for group in groups if group.prompt.index < first_cut]
 
 
 def evaluate_if_due(run: Run) -> None:
@@ -250,15 +251,15 @@ def evaluate_if_due(run: Run) -> None:
 
 def build_run(argv=None) -> Run:
     """Build the run from the command line. It is loaded but not started."""
-    defaults = asdict(Config()) | asdict(Algo())
-    given = with_saved_config(cli.parse_flags(__doc__, Config, Algo, argv=argv), defaults)
+    early = with_saved_config(cli.early_flags("algo", "resume", argv=argv), {})
+    objective = algo_class(early.get("algo", Config.algo))  # which has flags, too
+    defaults = asdict(Config()) | asdict(objective())
+    given = with_saved_config(cli.parse_flags(__doc__, Config, objective, argv=argv), defaults)
     config = cli.resolve_config(Config, given)
     ranks = init_distributed()
     source = cli.model_folder(config.model, config.seed)
     encoder = Encoder(source, config.min_pixels, config.max_pixels, config.prompt_suffix)
-    algo_fields = {field.name for field in dataclasses.fields(Algo)} - {"name"}
-    algo_flags = {name: value for name, value in given.items() if name in algo_fields}
-    algo = dataclasses.replace(preset(config.algo, encoder.size), **algo_flags)
+    algo = cli.with_flags(preset(config.algo, encoder.size), given)
     if algo.dynamic_sampling and MAX_ROUNDS * config.mini_batch < config.prompts_per_step:
         limit = f"{MAX_ROUNDS} rounds of mini_batch={config.mini_batch} prompts"
         raise ValueError(f"{limit} cannot fill prompts_per_step={config.prompts_per_step}")
@@ -280,16 +281,13 @@ def main(argv=None) -> None:
         with cli.one_line_errors():
             run = build_run(argv)
             run.start()
-        train(run)
-        finish(run)
+        with step_errors():
+            train(run)
+            finish(run)
     except Stopped:
         if run.config.save_every:
             run.save()
         run.say_how_to_resume()
-    except StepError as error:
-        cli.exit_with_error(error)
-    except torch.OutOfMemoryError as error:
-        sys.exit(f"rank {dist.get_rank()}: {out_of_memory_message(error)}")
     finally:
         if run:
             run.close()

@@ -345,7 +345,7 @@ def measure_memory(tied: bool) -> float:
     model.set_attn_implementation(packing.ATTENTION)
     prompt = empty_group().prompt
     groups = [random_group(prompt, torch.full((8,), 50)) for _ in range(5)]
-    row = packing.build_row(groups, False, torch.zeros(1176), 2, "cpu")
+    row = packing.build_row(groups, "", torch.zeros(1176), 2, "cpu")
     before = process_peak()
     packing.row_log_probs(model, row, 1.0).sum().backward()
     return process_peak() - before
@@ -364,7 +364,8 @@ def process_peak() -> float:
 def train_step(policy, reference, optimizer, groups: list[Group], algo: Algo) -> None:
     """Everything a step does after its rollout, with a single update."""
     for group in groups:
-        group.old_log_probs = group.masked_log_probs = None
+        group.old_log_probs = None
+        group.view_log_probs.clear()
     prepare(policy, reference, [groups], algo, key=(0, 0))
     update(policy, optimizer, [groups], algo)
 
@@ -559,7 +560,7 @@ class OneStep:
         """Seconds of log-probs and updates."""
         algo = preset(name)
         flops = forward_flops(self.policy.model.config, self.groups, self.linears)
-        passes = (self.updates > 1) + bool(algo.kl_ref_coef) + algo.needs_masked_view
+        passes = (self.updates > 1) + bool(algo.kl_ref_coef) + len(algo.views())
         prepared = self.clock(partial(self.prepare, self.groups, algo))
         mfu = f"MFU {passes * flops / prepared / self.rate:.1%}"
         self.print_phase(f"{name}: {passes} passes of log-probs", prepared, mfu)

@@ -40,8 +40,8 @@ def log_probs(policy: Policy, group: Group, views: list[Tensor], progress: str =
     parts = []
     for start in tqdm(starts, desc=progress, leave=False, disable=not progress):
         chunk = views[start : start + per_forward]
-        variants = [replace(group, masked_pixel_values=view) for view in chunk]
-        parts.append(policy.log_probs(variants, masked=True).cpu())
+        copies = [replace(group, view_pixel_values={"mask": view}) for view in chunk]
+        parts.append(policy.log_probs(copies, "mask").cpu())
     return torch.cat(parts)
 
 
@@ -106,7 +106,7 @@ def draw(
     example = group.prompt.example
     merge = encoder.images.merge_size
     grids = token_grids(encoder, group)
-    masked_images = example.images_aug
+    masked_images = example.more_images.get("images_aug")
     if not masked_images:
         masked_images = []
         per_image = patch_mask.split([h * w * merge**2 for h, w in grids])

@@ -10,7 +10,9 @@ N_patch = patches of all images of a prompt, D_patch = values per patch.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +27,9 @@ class Example:
     question: str
     answer: str
     images: list[Image.Image]  # RGB, one per marker, in order
-    images_aug: list[Image.Image] | None = None  # pre-masked images, used instead of random masks
     id: str = ""
+    # Further image columns, as many images each: images_aug, and those a variant asks for.
+    more_images: dict[str, list[Image.Image]] = field(default_factory=dict)
 
 
 @dataclass
@@ -39,8 +42,10 @@ class Prompt:
     is_image_token: Tensor  # [P] bool, where image features replace embeddings
     pixel_values: Tensor | None = None  # [N_patch, D_patch]
     image_grid_thw: Tensor | None = None  # [n_images, 3], patches per axis
-    aug_pixel_values: Tensor | None = None  # [N_patch, D_patch], from Example.images_aug
     index: int = 0  # position among the step's prompts, the same on any number of ranks
+    first_sample: int = 0  # number of its first response, where a prompt has several groups
+    # Example.more_images on the same grid, [N_patch, D_patch] each.
+    more_pixel_values: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -60,11 +65,18 @@ class Group:
 
     rewards: Tensor | None = None  # [G]
     advantages: Tensor | None = None  # [G]
-    masked_pixel_values: Tensor | None = None  # [N_patch, D_patch], one mask for the whole group
-    patch_mask: Tensor | None = None  # [N_patch] bool, the patches that the mask changed
     old_log_probs: Tensor | None = None  # [G, T]; None where a step makes a single update
     ref_log_probs: Tensor | None = None  # [G, T]
-    masked_log_probs: Tensor | None = None  # [G, T]
+    entropies: Tensor | None = None  # [G, T], of the distributions that tokens were drawn from
+    weights: Tensor | None = None  # [G, T], factors of the advantages
+    # By name of a view of the image ("mask" is PAPO's), the same for the whole group:
+    view_pixel_values: dict[str, Tensor] = field(default_factory=dict)  # [N_patch, D_patch]
+    view_log_probs: dict[str, Tensor] = field(default_factory=dict)  # [G, T]
+
+    @property
+    def masked_log_probs(self) -> Tensor | None:
+        """Under PAPO's masked view, [G, T]; None without an image."""
+        return self.view_log_probs.get("mask")
 
     @property
     def has_image(self) -> bool:
@@ -101,13 +113,53 @@ def empty_group(prompt: Prompt | None = None) -> Group:
         advantages=torch.zeros(1),
         old_log_probs=nothing,
         ref_log_probs=nothing,
-        masked_log_probs=nothing,
+        weights=nothing,
     )
+
+
+def sampling_pairs(
+    prompts: list[Prompt], images: Callable, group_size: int, key: tuple
+) -> list[tuple[Prompt, Prompt]]:
+    """The pairs images(prompt, generator=...) of all prompts, see papo.Algo.images.
+
+    Responses to the same prompt get different numbers, so that their random numbers differ.
+    """
+    pairs = []
+    for prompt in prompts:
+        generator = seeded("images", *key, prompt.index)
+        for number, (sampled, trained) in enumerate(images(prompt, generator=generator)):
+            sampled = replace(sampled, first_sample=number * group_size)
+            pairs.append((sampled, trained))
+    return pairs
+
+
+def by_prompt(groups: list[Group]) -> list[list[Group]]:
+    """The groups of each prompt. In `groups` they follow one another."""
+    by_index = itertools.groupby(groups, key=lambda group: group.prompt.index)
+    return [list(same_prompt) for _, same_prompt in by_index]
+
+
+def has_image(groups: list[Group]) -> Tensor:
+    """Whether each response's prompt has an image, [B] bool."""
+    return torch.tensor([group.has_image for group in groups for _ in group.tokens])
 
 
 def pad_and_cat(groups: list[Group], name: str, device="cpu") -> Tensor:
     """A field [G, T] of every group as one tensor [B, T], right-padded with zeros."""
-    tensors = [getattr(group, name) for group in groups]
+    return stack_padded([getattr(group, name) for group in groups], device)
+
+
+def view_log_probs(groups: list[Group], view: str, device="cpu") -> Tensor:
+    """The log-probs recorded under a view, [B, T]. Groups without an image have none, and get 0."""
+    tensors = []
+    for group in groups:
+        has_none = torch.zeros_like(group.sample_log_probs)
+        tensors.append(group.view_log_probs[view] if group.has_image else has_none)
+    return stack_padded(tensors, device)
+
+
+def stack_padded(tensors: list[Tensor], device="cpu") -> Tensor:
+    """Tensors [G, T] as one tensor [B, T], right-padded with zeros."""
     width = max(tensor.shape[1] for tensor in tensors)
     padded = [F.pad(tensor, (0, width - tensor.shape[1])) for tensor in tensors]
     return torch.cat(padded).to(device)

@@ -52,6 +52,21 @@ class Parser(argparse.ArgumentParser):
         return f"{hint}the flags are {' '.join(flags)}"
 
 
+def early_flags(*names: str, argv=None) -> dict:
+    """Those of these flags that were given: they decide which other flags there are."""
+    parser = Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for name in names:
+        parser.add_argument(f"--{name}")
+    given, _ = parser.parse_known_args(argv)
+    return vars(given)
+
+
+def with_flags(config, given: dict):
+    """A copy of a dataclass with the given flags among its fields."""
+    names = {one.name for one in dataclasses.fields(config)}
+    return dataclasses.replace(config, **{name: given[name] for name in given.keys() & names})
+
+
 def parse_flags(doc: str, *classes, argv=None) -> dict:
     """The flags that were given, by name. Every field of the dataclasses made with `flag` is one.
 
@@ -66,16 +81,28 @@ def parse_flags(doc: str, *classes, argv=None) -> dict:
     section = parser
     for cls in classes:
         for one in dataclasses.fields(cls):
-            if "help" not in one.metadata:
+            metadata = _metadata(cls, one.name)
+            if "help" not in metadata:
                 continue
-            if one.metadata["group"]:
-                section = parser.add_argument_group(one.metadata["group"])
-            section.add_argument(f"--{one.name}", help=_help_text(one), **_value_options(one))
+            if metadata["group"]:
+                section = parser.add_argument_group(metadata["group"])
+            shown = metadata["shown_default"] if metadata == one.metadata else ""
+            text = _help_text(metadata["help"], shown, one.default)
+            section.add_argument(f"--{one.name}", help=text, **_value_options(one))
     return vars(parser.parse_args(argv))
 
 
+def _metadata(cls: type, name: str) -> dict:
+    """A field's metadata; of the class it comes from, where a subclass changes only the default."""
+    for each in cls.__mro__:
+        one = getattr(each, "__dataclass_fields__", {}).get(name)
+        if one and one.metadata:
+            return one.metadata
+    return {}
+
+
 def _value_options(one: dataclasses.Field) -> dict:
-    kind = type(one.default)
+    kind = float if one.type == "float" else type(one.default)  # a float's default may be 0
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}
     if kind is tuple:
@@ -83,11 +110,9 @@ def _value_options(one: dataclasses.Field) -> dict:
     return {"type": kind, "metavar": kind.__name__}
 
 
-def _help_text(one: dataclasses.Field) -> str:
-    shown = one.metadata["shown_default"]
-    if not shown and one.default not in ("", ()):
-        shown = one.default
-    text = one.metadata["help"]
+def _help_text(text: str, shown: str, default) -> str:
+    if not shown and default not in ("", ()):
+        shown = default
     if shown != "":
         text += f" [{shown}]"
     return text.replace("%", "%%")
@@ -117,6 +142,13 @@ def check_counts(config, *names: str) -> None:
     for name in names:
         if getattr(config, name) < 1:
             raise ValueError(f"{name}={getattr(config, name)}: must be at least 1")
+
+
+def check_choice(config, name: str, choices: tuple[str, ...]) -> None:
+    """ValueError where a field has none of the choices."""
+    value = getattr(config, name)
+    if value not in choices:
+        raise ValueError(f"{name}={value!r}: choose one of {', '.join(choices)}")
 
 
 def check_top_p(config) -> None:

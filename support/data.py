@@ -5,10 +5,11 @@ parquet, JSON or JSONL file, or a folder of such files. (benchmarks.py does so f
 `Stream` shuffles and encodes them, and splits them over the ranks.
 
 A row has `problem` (or `question`), `answer` and `images`, and may have `images_aug` (pre-masked
-images) and `id`. A sharegpt row has `messages` instead: the question is the user's message, the
-answer the assistant's. Each `<image>` marker in the question stands for one image. An image is
-{bytes, path}, bytes, a path (relative to the data file's folder) or a PIL image. Unusable rows are
-skipped and counted, and the first of each kind is reported on stderr.
+images) and `id`; a variant may ask for further columns of images. A sharegpt row has `messages`
+instead: the question is the user's message, the answer the assistant's. Each `<image>` marker in
+the question stands for one image. An image is {bytes, path}, bytes, a path (relative to the data
+file's folder) or a PIL image. Unusable rows are skipped and counted, and the first of each kind is
+reported on stderr.
 
 Differences from the released loader:
 1. Broken, empty and mismatched rows are skipped; there they end the run or go unnoticed. Images
@@ -24,6 +25,7 @@ Differences from the released loader:
 from __future__ import annotations
 
 import glob
+import itertools
 import json
 import os
 import random
@@ -53,6 +55,11 @@ SPLITS = ("test", "validation", "val", "train")  # in the order in which evaluat
 TOY_TRAIN_ROWS, TOY_EVAL_ROWS = 4096, 256
 MAX_ASPECT_RATIO = 200  # Qwen's image processor refuses images beyond it
 MAX_CONSECUTIVE_BAD_ROWS = 64  # while streaming; then something else is wrong
+# Names of further image columns: ours, then the one in TAPO's released data.
+COLUMN_NAMES = {
+    "images_pos": ("images_pos", "image_noisy"),
+    "images_neg": ("images_neg", "image_aug"),
+}
 
 # What PIL raises on broken files, and on more than twice Image.MAX_IMAGE_PIXELS (179 megapixels).
 IMAGE_ERRORS = (
@@ -92,12 +99,14 @@ class BadRowError(DataError):
         self.kind = kind
 
 
-def count_skip(skipped: Counter, where: str, error: ValueError, report: bool = True) -> None:
-    """Count a skipped row by kind, or "refused" by the encoder. Report the first of each kind."""
+def count_skip(skipped: Counter, where: str, error: ValueError) -> str:
+    """Count a skipped row by kind, or "refused" by the encoder.
+
+    Returns a line for the first of each kind, "" for the others.
+    """
     kind = getattr(error, "kind", "refused")
-    if report and not skipped[kind]:
-        print(one_line(f"{where} is skipped, {error}"), file=sys.stderr)
     skipped[kind] += 1
+    return one_line(f"{where} is skipped, {error}") if skipped[kind] == 1 else ""
 
 
 # ------------------------------------------------------------------------------------------- images
@@ -141,8 +150,11 @@ def image_size(source, folder: Path) -> tuple[int, int]:
 # --------------------------------------------------------------------------------------------- rows
 
 
-def parse_row(row, number: int) -> Example:
-    """A row as an example, its images as they are stored. BadRowError if the row is unusable."""
+def parse_row(row, number: int, columns: tuple[str, ...] = ()) -> Example:
+    """A row as an example, its images as they are stored. BadRowError if the row is unusable.
+
+    columns: image columns that a row must have, if it has images at all.
+    """
     row = as_dict(row)
     if row.get("messages") is not None:
         row = from_messages(row)
@@ -155,18 +167,30 @@ def parse_row(row, number: int) -> Example:
     question = as_text(row[question_column], "question")
     answer = as_text(row["answer"], "answer")
     images = as_list(row.get("images"))
-    images_aug = as_list(row.get("images_aug"))
     markers = question.count("<image>")
     if markers != len(images):
         raise BadRowError(
             "markers", f"{markers} <image> markers for {len(images)} images: {question}"
         )
-    if images_aug and len(images_aug) != len(images):
-        raise BadRowError(
-            "images_aug", f"{len(images_aug)} pre-masked images for {len(images)} images"
-        )
+    more_images = find_more_images(row, len(images), columns)
     row_id = number if row.get("id") is None else row["id"]
-    return Example(question, answer, images, images_aug or None, str(row_id))
+    return Example(question, answer, images, str(row_id), more_images)
+
+
+def find_more_images(row: dict, n_images: int, required: tuple[str, ...]) -> dict[str, list]:
+    """The row's images_aug, if it has any, and its required columns. BadRowError: see parse_row."""
+    found = {}
+    for column in ("images_aug", *required):
+        names = COLUMN_NAMES.get(column, (column,))
+        images = next((as_list(row[name]) for name in names if row.get(name) is not None), [])
+        if not images and column in required and n_images:
+            wanted = " or ".join(names)
+            raise BadRowError("missing column", f"{wanted}; the row has {', '.join(row)}")
+        if images and len(images) != n_images:
+            raise BadRowError(column, f"{len(images)} images in {column} for {n_images} images")
+        if images:
+            found[column] = images
+    return found
 
 
 def as_dict(row) -> dict:
@@ -233,23 +257,32 @@ class Rows:
         return self.get(self.numbers[i])
 
 
-def load(spec, split="train", *, seed=0, limit=None, length=None, max_prompt_tokens=None) -> Rows:
+def load(  # noqa: PLR0913  (keywords of one loader)
+    spec, split="train", *, seed=0, limit=None, length=None, max_prompt_tokens=None, columns=()
+) -> Rows:
     """The usable rows of a training set. DataError if it cannot be read or no row is usable.
 
     `spec`: "toy" or "toy:grid=4,..." (see toy.setting_of; `seed` is the toy's), a file (one split,
     whatever `split` says), a folder of files, or a hub id.
     `limit`: read only this many usable rows. None and 0 mean all, or the toy's default number.
     `length(question, [(width, height), ...])` is the number of prompt tokens. Prompts longer than
-    `max_prompt_tokens` are skipped. The toy's are short and not measured.
+    `max_prompt_tokens` are skipped. The toy's are short and not measured. `columns`: image columns
+    that rows with images must have.
     """
     setting = toy.setting_of(spec)
     if setting:
         if split not in toy.SPLITS:
             choices = ", ".join(toy.SPLITS)
             raise DataError(f"the toy has no split {split!r}: choose one of {choices}")
+        unknown = [column for column in columns if column not in toy.RELATIVES]
+        if unknown:
+            choices = ", ".join(toy.RELATIVES)
+            raise DataError(f"the toy has no image column {unknown[0]!r}: choose from {choices}")
         default = TOY_TRAIN_ROWS if split == "train" else TOY_EVAL_ROWS
         numbers = range(limit or default)
-        return Rows(f"toy/{split}", lambda i: toy.example(split, i, seed, setting), numbers)
+        return Rows(
+            f"toy/{split}", lambda i: toy.example(split, i, seed, setting, columns), numbers
+        )
     name = str(spec)
     [(table, folder)] = open_tables(name, (split,)).values()
     return usable_rows(
@@ -259,30 +292,34 @@ def load(spec, split="train", *, seed=0, limit=None, length=None, max_prompt_tok
         limit=limit,
         length=length,
         max_prompt_tokens=max_prompt_tokens,
+        columns=columns,
     )
 
 
-def usable_rows(
-    name: str, table, folder: Path, limit=None, length=None, max_prompt_tokens=None
+def usable_rows(  # noqa: PLR0913  (those of load)
+    name: str, table, folder: Path, limit=None, length=None, max_prompt_tokens=None, columns=()
 ) -> Rows:
     """The usable rows of a table, which is a sequence of what `as_dict` takes. See `load`."""
-    numbers, skipped = [], Counter()
-    is_first_rank = os.environ.get("RANK", "0") == "0"
+    numbers, skipped, reports = [], Counter(), []
     for number in range(len(table)):
         if limit and len(numbers) >= limit:
             break
         try:
-            check(parse_row(table[number], number), folder, length, max_prompt_tokens)
+            example = parse_row(table[number], number, columns)
+            check(example, folder, length, max_prompt_tokens)
             numbers.append(number)
         except ValueError as error:  # a BadRowError, or `length` refuses the question
-            count_skip(skipped, f"{name}: row {number}", error, report=is_first_rank)
+            reports.append(count_skip(skipped, f"{name}: row {number}", error))
+    reports = list(filter(None, reports))
     if not numbers:
         counts = ", ".join(f"{kind} {count}" for kind, count in skipped.items())
-        reason = counts or "it is empty"
+        reason = f"{counts}; {reports[0]}" if reports else "it is empty"
         raise DataError(f"data {name!r}: none of its {len(table)} rows can be used ({reason})")
+    if os.environ.get("RANK", "0") == "0":
+        print("".join(f"{line}\n" for line in reports), end="", file=sys.stderr)
 
     def get(number: int) -> Example:
-        return decode(parse_row(table[number], number), folder)
+        return decode(parse_row(table[number], number, columns), folder)
 
     return Rows(name, get, numbers, skipped)
 
@@ -290,8 +327,9 @@ def usable_rows(
 def check(example: Example, folder: Path, length: Callable | None, max_prompt_tokens) -> None:
     """Reads headers only. BadRowError if an image is broken or too thin, or the prompt too long."""
     sizes = [image_size(source, folder) for source in example.images]
-    sizes_aug = [image_size(source, folder) for source in example.images_aug or []]
-    for width, height in sizes + sizes_aug:
+    more_images = itertools.chain.from_iterable(example.more_images.values())
+    more_sizes = [image_size(source, folder) for source in more_images]
+    for width, height in sizes + more_sizes:
         if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
             limit = f"more than {MAX_ASPECT_RATIO} to 1"
             raise BadRowError("aspect ratio", f"an image of {width} x {height} pixels, {limit}")
@@ -305,8 +343,11 @@ def check(example: Example, folder: Path, length: Callable | None, max_prompt_to
 def decode(example: Example, folder: Path) -> Example:
     """The example with its images decoded."""
     images = [read_image(source, folder) for source in example.images]
-    images_aug = [read_image(source, folder) for source in example.images_aug or []]
-    return replace(example, images=images, images_aug=images_aug or None)
+    more_images = {
+        column: [read_image(source, folder) for source in sources]
+        for column, sources in example.more_images.items()
+    }
+    return replace(example, images=images, more_images=more_images)
 
 
 # -------------------------------------------------------------------------------- files and the hub
@@ -511,7 +552,9 @@ class Stream:
 
     def _skip(self, row: int, error: ValueError) -> None:
         name = self.rows.name
-        count_skip(self.skipped, f"{name}: row {self.rows.numbers[row]}", error)
+        report = count_skip(self.skipped, f"{name}: row {self.rows.numbers[row]}", error)
+        if report:
+            print(report, file=sys.stderr)
         self._consecutive_bad_rows += 1
         if self._consecutive_bad_rows >= MAX_CONSECUTIVE_BAD_ROWS:
             count = self._consecutive_bad_rows

@@ -232,7 +232,7 @@ def prefill(model, prompts: list[Prompt], cache: GroupedCache, encoder) -> None:
     groups = [empty_group(prompt) for prompt in prompts]
     merge, black = encoder.images.merge_size, encoder.black_patch
     for row_groups in split_rows(groups, PREFILL_TOKENS):
-        row = build_row(row_groups, False, black, merge, cache.device)
+        row = build_row(row_groups, "", black, merge, cache.device)
         model.row_hidden_states(row, grouped_cache=cache)
         cache.encoded += len(row_groups)
 

@@ -227,6 +227,19 @@ def reshard_root(model) -> None:
         model.reshard()
 
 
+def clip_gradients(optimizer, max_norm: float) -> float:
+    """Clip in place; returns the norm before clipping.
+
+    Uses the optimizer's parameters: after a forward without a backward FSDP2 leaves the root
+    gathered, and model.parameters() then returns tensors without gradients.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    return float(norm)
+
+
 class OptimizerOffload:
     """Moves an optimizer's state to host memory and back, to make room on the device."""
 

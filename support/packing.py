@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import NamedTuple
 
@@ -106,8 +107,8 @@ class Row(NamedTuple):
     targets: Tensor  # [n], those tokens, in the order of the [B, T] response mask
 
 
-def build_row(groups: list[Group], masked: bool, black: Tensor, merge: int, device) -> Row:
-    """Groups -> Row. masked: use the masked images. black[D_patch], merge: the encoder's."""
+def build_row(groups: list[Group], view: str, black: Tensor, merge: int, device) -> Row:
+    """Groups -> Row. view: under which view of the images. black[D_patch], merge: the encoder's."""
     ids, positions, image_tokens, spans, predicts, targets = [], [], [], [], [], []
     start = 0
     for group in groups:
@@ -124,7 +125,7 @@ def build_row(groups: list[Group], masked: bool, black: Tensor, merge: int, devi
         predicts.append(torch.cat([prompt_end, span.index], 1)[:, : mask.shape[1]][mask])
         targets.append(group.tokens[mask])
         start += len(prompt) + n_fed
-    pixel_values, grid = _images(groups, masked, black, merge)
+    pixel_values, grid = _images(groups, view, black, merge)
     return Row(
         input_ids=torch.cat(ids)[None].to(device),
         position_ids=torch.cat(positions, 1)[:, None].to(device),
@@ -155,14 +156,14 @@ def _response_positions(group: Group, span: GroupSpan) -> Tensor:
     return after_prompt.expand_as(span.fed)[span.fed].expand(3, -1)
 
 
-def _images(groups: list[Group], masked: bool, black: Tensor, merge: int) -> tuple[Tensor, Tensor]:
-    """Patches and grids of the groups' images, clean or masked."""
+def _images(groups: list[Group], view: str, black: Tensor, merge: int) -> tuple[Tensor, Tensor]:
+    """Patches and grids of the groups' images, or of a view of them."""
     with_image = [group for group in groups if group.has_image]
     if not with_image:
         # Under FSDP no rank may skip the vision tower: one black token whose features go nowhere.
         return black.expand(merge**2, -1), torch.tensor([[1, merge, merge]])
-    if masked:
-        pixel_values = [group.masked_pixel_values for group in with_image]
+    if view:
+        pixel_values = [group.view_pixel_values[view] for group in with_image]
     else:
         pixel_values = [group.prompt.pixel_values for group in with_image]
     grids = [group.prompt.image_grid_thw for group in with_image]
@@ -268,7 +269,7 @@ def agrees_with_sdpa(kernel, device: str, dtype: torch.dtype) -> bool:
     return worst < 0.05  # half precision differs by 0.01, another alignment by 1
 
 
-def shared_prompt_attention(
+def shared_prompt_attention(  # noqa: PLR0913  (transformers' arguments and ours)
     module,
     query,
     key,
@@ -277,6 +278,7 @@ def shared_prompt_attention(
     scaling=None,
     layout=None,
     grouped_cache=None,
+    probe=None,
     **kwargs,
 ):
     """Attention over a Row without an S x S mask.
@@ -284,8 +286,11 @@ def shared_prompt_attention(
     query[1, H, S, D], key and value[1, H_kv, S, D] -> [1, S, H, D].
     layout alone: a row of groups. layout and grouped_cache: a row of prompts, whose keys and values
     are stored too. grouped_cache alone (support/decoding.py): one token per response is decoded.
-    Neither: transformers' own SDPA attention.
+    Neither: transformers' own SDPA attention. `probe(layer, query, key, scaling, layout)` is called
+    first, for variants that look at attention weights.
     """
+    if probe:
+        probe(module.layer_idx, query, key, scaling, layout)
     if grouped_cache and layout is None:
         return grouped_cache.attend(module.layer_idx, query, key, value, scaling), None
     if grouped_cache:
@@ -375,24 +380,27 @@ ATTENTION = {"text_config": "shared_prompt", "vision_config": "flash_or_sdpa_win
 # ---------------------------------------------------------------------------------------- log-probs
 
 
-def row_log_probs(self, row: Row, temperature: float) -> Tensor:
-    """Log-probs [n] of a row's response tokens. `self` is the transformers model.
+def row_log_probs(self, row: Row, temperature: float, entropies: bool = False) -> Tensor:
+    """Log-probs [n] of a row's response tokens, or the entropies of their distributions.
 
-    Logits exist for CHUNK tokens at a time, in the forward and again in the backward.
+    `self` is the transformers model. Logits exist for CHUNK tokens at a time, in the forward and
+    again in the backward.
     """
     hidden = row_hidden_states(self, row)
-    log_probs = []
+    of_chunk = _chunk_entropies if entropies else _chunk_log_probs
+    values = []
     chunks = zip(hidden[row.predicts].split(CHUNK), row.targets.split(CHUNK), strict=True)
     for states, targets in chunks:
         inputs = (states, self.lm_head.weight, targets, temperature)
-        log_probs.append(checkpoint(_chunk_log_probs, *inputs, use_reentrant=False))
-    return torch.cat(log_probs)
+        values.append(checkpoint(of_chunk, *inputs, use_reentrant=False))
+    return torch.cat(values)
 
 
-def row_hidden_states(self, row: Row, grouped_cache=None) -> Tensor:
+def row_hidden_states(self, row: Row, grouped_cache=None, probe: Callable | None = None) -> Tensor:
     """The last layer's outputs [S, hidden]. `self` is the transformers model.
 
     grouped_cache: a decoding.GroupedCache that is to take the keys and values of a row of prompts.
+    probe: see shared_prompt_attention.
     """
     embeds = self.get_input_embeddings()(row.input_ids)  # [1, S, hidden]
     image = self.model.get_image_features(row.pixel_values, row.image_grid_thw, return_dict=True)
@@ -404,6 +412,7 @@ def row_hidden_states(self, row: Row, grouped_cache=None) -> Tensor:
         use_cache=False,
         layout=row.layout,
         grouped_cache=grouped_cache,
+        probe=probe,
         **_deepstack_inputs(image, row),
     ).last_hidden_state[0]
 
@@ -420,6 +429,16 @@ def _deepstack_inputs(image, row: Row) -> dict:
 
 
 def _chunk_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    logits = _chunk_logits(hidden, weight, temperature)
+    return -F.cross_entropy(logits, targets, reduction="none")
+
+
+def _chunk_entropies(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    log_probs = _chunk_logits(hidden, weight, temperature).log_softmax(-1)
+    return -(log_probs.exp() * log_probs).sum(-1)
+
+
+def _chunk_logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
     logits = (hidden @ weight.t()).float()
     logits /= temperature  # in place: the logits are the peak of memory
-    return -F.cross_entropy(logits, targets, reduction="none")
+    return logits

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from support import benchmarks, cli, metrics
+from support import benchmarks, cli, metrics, plots, predictions
 
 # Settings that PAPO-Eval samples with: its script's, and its program's top_k and pixel defaults.
 PAPER_PROTOCOL = {
@@ -66,3 +66,19 @@ def report(config, results: dict, baseline: dict | None, notes: list[str]) -> No
         (out / "table.txt").write_text(text + "\n", encoding="utf-8")
         as_json = json.dumps(rows, indent=1).replace("NaN", "null")
         (out / "table.json").write_text(as_json + "\n")
+
+
+def compare_or_grade(config) -> None:
+    """Handle --compare and --grade, which need no model. config: evaluate.EvalConfig."""
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    if config.compare:
+        figure, table = plots.compare(config.compare, out / "compare.png")
+        print(table, figure, sep="\n")
+        return
+    how = {"n": config.n, "reward": config.reward, **config.limits}
+    results = predictions.grade_files(config.grade, **how)
+    baseline = None
+    if config.baseline:
+        baseline = predictions.grade_files([config.baseline], results, **how)
+    report(config, results, baseline, notes=[])

@@ -30,7 +30,15 @@ from transformers import (
 from transformers.utils import cached_file
 
 from support.batch import Example, Group, Prompt, pad_and_cat
-from support.packing import ATTENTION, build_row, row_hidden_states, row_log_probs
+from support.distributed import reshard_root
+from support.packing import (
+    ATTENTION,
+    Row,
+    build_row,
+    pack_rows,
+    row_hidden_states,
+    row_log_probs,
+)
 
 MODEL_TYPES = ("qwen2_5_vl", "qwen3_vl")
 HIDDEN_SIZE_7B = 3584  # text hidden size from which presets take a model for the paper's 7B
@@ -118,7 +126,7 @@ class Encoder:
                 f"{markers} <image> markers for {len(example.images)} images: "
                 f"{example.question[:80]!r}"
             )
-        pixels, grid, augmented = self._process_images(example)
+        pixels, grid, more = self._process_images(example)
         input_ids = self._expand_placeholders(ids, grid)
         is_image_token = input_ids == self.image_id
         position_ids, _ = self.rope.get_rope_index(
@@ -131,8 +139,8 @@ class Encoder:
             is_image_token=is_image_token,
             pixel_values=pixels,
             image_grid_thw=grid,
-            aug_pixel_values=augmented,
             index=index,
+            more_pixel_values=more,
         )
 
     def _tokenize(self, question: str) -> tuple[list[int], int]:
@@ -156,17 +164,18 @@ class Encoder:
         return ids, markers
 
     def _process_images(self, example: Example):
-        """pixel_values, image_grid_thw and pre-masked pixel_values; None where there is none."""
+        """pixel_values, image_grid_thw (None where there is no image), pixels of more_images."""
         if not example.images:
-            return None, None, None
+            return None, None, {}
         processed = self.images(images=example.images, return_tensors="pt")
-        augmented = None
-        if example.images_aug:
+        more_pixel_values = {}
+        for column, others in example.more_images.items():
             resized = []
-            for masked, image in zip(example.images_aug, example.images, strict=True):
-                resized.append(masked.convert("RGB").resize(image.size))  # the same patch grid
-            augmented = self.images(images=resized, return_tensors="pt")["pixel_values"]
-        return processed["pixel_values"], processed["image_grid_thw"], augmented
+            for other, image in zip(others, example.images, strict=True):
+                resized.append(other.convert("RGB").resize(image.size))  # the same patch grid
+            same_grid = self.images(images=resized, return_tensors="pt")
+            more_pixel_values[column] = same_grid["pixel_values"]
+        return processed["pixel_values"], processed["image_grid_thw"], more_pixel_values
 
     def _expand_placeholders(self, ids: list[int], grid: Tensor | None) -> Tensor:
         """One placeholder per image -> one per image token."""
@@ -250,15 +259,53 @@ class Policy:
     def device(self) -> torch.device:
         return self.model.lm_head.weight.device
 
-    def log_probs(self, groups: list[Group], masked: bool = False) -> Tensor:
+    def log_probs(self, groups: list[Group], view: str = "") -> Tensor:
         """log pi(token | prompt, earlier tokens) of groups packed into one row.
 
-        Returns [B, T], 0 at padding. masked: under the groups' masked images.
+        Returns [B, T], 0 at padding. view: under this of the groups' views, not under the images.
         """
-        mask = pad_and_cat(groups, "response_mask", self.device).bool()
+        flat = self.model.row_log_probs(self._row(groups, view), self.temperature)
+        return self._unflatten(flat, groups)
+
+    def entropies(self, groups: list[Group]) -> Tensor:
+        """Entropy in nats of the distribution behind each token, [B, T]; 0 at padding."""
+        row = self._row(groups)
+        return self._unflatten(self.model.row_log_probs(row, self.temperature, True), groups)
+
+    def record(self, groups: list[Group], name: str, values_of: Callable) -> None:
+        """Set a field of the groups to what per_group returns."""
+        for group, values in self.per_group(groups, values_of):
+            setattr(group, name, values)
+
+    @torch.no_grad()
+    def per_group(
+        self, groups: list[Group], values_of: Callable[[list[Group]], Tensor]
+    ) -> list[tuple[Group, Tensor]]:
+        """Each group with its share [G, T] of values_of(row)[B, T], on the CPU; all ranks call it.
+
+        The rows hold at most tokens_per_forward tokens.
+        """
+        rows = pack_rows(groups, self.tokens_per_forward)
+        found = []
+        for row in rows:
+            values = values_of(row).cpu().split([len(group.tokens) for group in row])
+            for group, its_values in zip(row, values, strict=True):
+                found.append((group, its_values[:, : group.tokens.shape[1]]))
+        if rows:
+            reshard_root(self.model)
+        return found[: len(groups)]  # without the empty groups of pack_rows
+
+    def probe_attention(self, groups: list[Group], probe: Callable) -> None:
+        """A forward whose attention calls `probe`, see packing.shared_prompt_attention."""
+        self.model.row_hidden_states(self._row(groups), probe=probe)
+
+    def _row(self, groups: list[Group], view: str = "") -> Row:
         merge_size = self.encoder.images.merge_size
-        row = build_row(groups, masked, self.encoder.black_patch, merge_size, self.device)
-        flat = self.model.row_log_probs(row, self.temperature)  # [tokens of all responses]
+        return build_row(groups, view, self.encoder.black_patch, merge_size, self.device)
+
+    def _unflatten(self, flat: Tensor, groups: list[Group]) -> Tensor:
+        """Values of the tokens of all responses, one after the other, as [B, T]; 0 at padding."""
+        mask = pad_and_cat(groups, "response_mask", self.device).bool()
         return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
 
     def _end_tokens(self) -> list[int]:

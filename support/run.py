@@ -18,6 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from support import benchmarks, checkpoint, data, phases, plots
@@ -33,6 +34,7 @@ from support.distributed import (
     one_rank_at_a_time,
     shard,
 )
+from support.errors import StepError
 from support.loggers import LOGGERS
 from support.memory import resource_report
 from support.metrics import collapse_warning, read_metrics
@@ -49,6 +51,17 @@ SHOWN_CHARACTERS = 400
 
 class Stopped(Exception):  # noqa: N818  (an event, not an error)
     """A signal has asked the run to stop; raised on all ranks together."""
+
+
+@contextmanager
+def step_errors() -> Iterator[None]:
+    """End the program with one line where a step cannot be finished."""
+    try:
+        yield
+    except StepError as error:
+        exit_with_error(error)
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"rank {dist.get_rank()}: {phases.out_of_memory_message(error)}")
 
 
 class Run:
@@ -74,7 +87,7 @@ class Run:
         epoch_steps = int(config.epochs * len(self.rows)) // config.prompts_per_step
         self.last_step = config.steps or max(1, epoch_steps)
         self.policy = self._load_policy(encoder, torch.float32)
-        if algo.needs_masked_view:
+        if "mask" in algo.views():
             self.policy.saliency = saliency_for(algo.mask_strategy, config.data)
         self.reference = None
         if algo.kl_ref_coef:
@@ -103,7 +116,7 @@ class Run:
             "max_prompt_tokens": config.max_prompt_tokens,
             "seed": config.seed,
         }
-        rows = data.load(config.data, "train", **options)
+        rows = data.load(config.data, "train", columns=self.algo.columns, **options)
         eval_sets = {}
         if config.eval_every and config.val_data != "none":
             eval_sets = benchmarks.eval_sets(config.val_data, limit=config.eval_rows, **options)
@@ -198,11 +211,6 @@ class Run:
                 self.started = time.time()
                 yield self.step
                 bar.update()
-
-    @property
-    def progress(self) -> float:
-        """Share of training behind the current step, in [0, 1]."""
-        return self.step / max(self.last_step - 1, 1)
 
     def next_prompts(self, round_index: int) -> list[Prompt]:
         """This rank's prompts of a round of sampling, numbered over all rounds and ranks."""

@@ -10,6 +10,14 @@ from support.batch import Group
 from support.distributed import sum_over_ranks
 
 
+def mean_metrics(history: list[dict[str, float]]) -> dict[str, float]:
+    """The mean of each metric over several updates."""
+    means = {}
+    for name in history[0] if history else ():
+        means[name] = sum(metrics[name] for metrics in history) / len(history)
+    return means
+
+
 @dataclass
 class RolloutStats:
     """Sums over the responses of a step on this rank. The README's glossary explains each."""
@@ -37,12 +45,14 @@ class RolloutStats:
         self.reward_errors += grader.errors
         self.reward_unscored += grader.unscored
 
-    def add_group(self, group: Group) -> None:
-        """Count a group that has its advantages."""
-        self.truncated += group.truncated.sum().item()
-        self.response_tokens += group.response_mask.sum().item()
-        no_signal = group.advantages.abs().max() < 1e-6  # equal rewards leave about 1e-10
-        self.zero_advantage_groups += int(no_signal)
+    def add_prompt(self, groups: list[Group]) -> None:
+        """Count the groups of a prompt, usually one, that have their advantages."""
+        largest = 0.0
+        for group in groups:
+            self.truncated += group.truncated.sum().item()
+            self.response_tokens += group.response_mask.sum().item()
+            largest = max(largest, group.advantages.abs().max().item())
+        self.zero_advantage_groups += int(largest < 1e-6)  # equal rewards leave about 1e-10
 
     def metrics(self) -> dict[str, float]:
         """Over all ranks: means per response, then sums (response_tokens for tokens_per_second)."""

@@ -57,6 +57,8 @@ from support.qwen_vl import Encoder
 SPLITS = ("train", "general", "vision_dependent")
 WARM_SPLIT = "warm"  # rows of the warm start, so that the images of RL are new
 
+RELATIVES = ("images_pos", "images_neg")  # further images that a row may have
+
 PATCH = 14  # pixels per side; 2 x 2 patches become one image token
 
 COLOURS = {
@@ -189,7 +191,7 @@ class Scene(NamedTuple):
 
 
 def make_scene(split: str, row: int, seed: int = 0, setting: Setting = DEFAULT) -> Scene:
-    """The scene of one row, a function of the arguments alone."""
+    """The scene of one row. It depends on the arguments alone."""
     rng = random.Random(f"toy {split} {seed} {row}")  # strings seed alike on every machine
     asked = rng.choice(colours_of(setting))
     answer = rng.randint(0, setting.most)
@@ -272,8 +274,29 @@ def write_response(
     return f"<think> {' '.join(words)} </think> \\boxed{{{boxed}}}"
 
 
-def example(split: str, row: int, seed: int = 0, setting: Setting = DEFAULT) -> Example:
-    """One row of a split, a function of the arguments alone. ValueError for an unknown split."""
+def make_relative(
+    column: str, split: str, row: int, seed: int = 0, setting: Setting = DEFAULT
+) -> Scene:
+    """A row's scene with other dots and the same question.
+
+    column: images_pos, with the row's answer, or images_neg, with another one.
+    """
+    scene = make_scene(split, row, seed, setting)
+    answer = scene.cells.count(scene.asked)
+    rng = random.Random(f"toy {column} {split} {seed} {row}")
+    if column == "images_neg":
+        answer = rng.choice([n for n in range(setting.most + 1) if n != answer])
+    cells = place_dots(scene.asked, answer, rng, setting)
+    return Scene(cells, scene.asked, scene.note, render(cells, rng, setting))
+
+
+def example(
+    split: str, row: int, seed: int = 0, setting: Setting = DEFAULT, columns: tuple[str, ...] = ()
+) -> Example:
+    """One row of a split, with these of RELATIVES. It depends on the arguments alone.
+
+    ValueError for an unknown split.
+    """
     if split not in (*SPLITS, WARM_SPLIT):
         raise ValueError(f"unknown toy split {split!r}: choose from {', '.join(SPLITS)}")
     cells, asked, note, image = make_scene(split, row, seed, setting)
@@ -281,7 +304,11 @@ def example(split: str, row: int, seed: int = 0, setting: Setting = DEFAULT) -> 
     if note is not None:
         question = f"{NOTE.format(note=note)} {question}"
     answer = str(cells.count(asked))
-    return Example("<image>" + question, answer, [image], id=f"toy-{split}-{seed}-{row}")
+    more_images = {
+        column: [make_relative(column, split, row, seed, setting).image] for column in columns
+    }
+    row_id = f"toy-{split}-{seed}-{row}"
+    return Example("<image>" + question, answer, [image], row_id, more_images)
 
 
 def saliency(image: Image.Image) -> Tensor:

@@ -169,9 +169,9 @@ def test_several_images_text_only_rows_and_pre_masked_images():
     ]
     first, *text_only = usable(table)
     assert [is_red(image) for image in first.images] == [True, False]
-    assert [is_red(image) for image in first.images_aug] == [False, True]
+    assert [is_red(image) for image in first.more_images["images_aug"]] == [False, True]
     assert len(text_only) == 4
-    assert all(example.images == [] and example.images_aug is None for example in text_only)
+    assert all(example.images == [] and example.more_images == {} for example in text_only)
 
 
 def test_answers_become_text_and_ids_are_kept():

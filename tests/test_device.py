@@ -346,7 +346,7 @@ def forward(policy, groups):
 
 def loss(policy, groups):
     for group in groups:
-        group.ref_log_probs = group.masked_log_probs = group.sample_log_probs
+        group.ref_log_probs = group.view_log_probs["mask"] = group.sample_log_probs
     row_loss(policy, groups, preset("papo_g"))
 
 
@@ -380,10 +380,11 @@ OMISSIONS = [  # what is run, a function, and a piece of its source: what follow
     (forward, packing.build_layout, "index|.to(device)"),
     (forward, packing._span_attention, "dtype=torch.bool|, device=q.device"),
     (forward, packing.window_attention, "torch.arange(length|, device=q.device"),
-    (forward, qwen_vl.Policy.log_probs, '"response_mask"|, self.device'),
-    (train, papo.compute_log_probs, "policy.log_probs(row, masked)|.cpu()"),
+    (forward, qwen_vl.Policy._unflatten, '"response_mask"|, self.device'),
+    (train, qwen_vl.Policy.per_group, "values_of(row)|.cpu()"),
     (loss, papo.row_loss, "group.advantages for group in row])|.to(policy.device)"),
-    (loss, papo.row_loss, "_has_image(row)|.to(policy.device)"),
+    (loss, papo.row_loss, "has_image=has_image(row)|.to(policy.device)"),
+    (loss, papo.row_loss, "view_log_probs(row, name|, policy.device"),
     (loss, papo.row_loss, "pad_and_cat(row, name|, policy.device"),
 ]
 SLOW_OMISSIONS = [  # CUDA takes an index from the host, and copies it every time

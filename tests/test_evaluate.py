@@ -461,8 +461,8 @@ def test_explain_draws_the_policys_log_probs(folder, tmp_path, record_calls, cap
     [group] = generate(policy, [prompt], 1, temperature=0.0, max_new_tokens=7)
 
     def masked_log_probs(view):
-        group.masked_pixel_values = view
-        return policy.log_probs([group], masked=True)[0]
+        group.view_pixel_values["mask"] = view
+        return policy.log_probs([group], "mask")[0]
 
     [((_, masked_images, tokens, clean, masked, *_), _)] = gain_calls
     assert tokens == [encoder.tokenizer.decode([t]) for t in group.tokens[0].tolist()]
@@ -524,9 +524,9 @@ def test_tokens_read_off_the_image_depend_on_it():
     for i in range(8):
         prompt = encoder.encode(toy.example("vision_dependent", i), i)
         [group] = generate(policy, [prompt], 1, temperature=0.0, max_new_tokens=40)
-        group.masked_pixel_values, _ = mask_prompt(prompt, Algo(), encoder, seeded(i))
+        group.view_pixel_values["mask"], _ = mask_prompt(prompt, Algo(), encoder, seeded(i))
         with torch.no_grad():
-            gains = (policy.log_probs([group]) - policy.log_probs([group], masked=True))[0]
+            gains = (policy.log_probs([group]) - policy.log_probs([group], "mask"))[0]
         for token, gain in zip(group.tokens[0].tolist(), gains.tolist(), strict=True):
             word = encoder.tokenizer.decode([token]).strip()
             is_colour = word in (*toy.COLOURS, "none")

@@ -282,7 +282,7 @@ def test_the_estimate_of_an_update_agrees_with_the_shapes(by_shape):
         parameter.register_post_accumulate_grad_hook(lambda each: setattr(each, "grad", None))
     prompts = [image_prompt(tokens) for tokens in (1200, 1200, 4096)]
     groups = [bench.random_group(prompt, torch.full((5,), 600)) for prompt in prompts]
-    row = packing.build_row(groups, False, torch.zeros(1176), 2, "cpu")
+    row = packing.build_row(groups, "", torch.zeros(1176), 2, "cpu")
     row = row._replace(pixel_values=row.pixel_values.to("meta"))
     with ShapeOnly(ignored=[*model.parameters(), *model.buffers()]) as shapes:
         packing.row_log_probs(model, row, 1.0).sum().backward()

@@ -198,12 +198,12 @@ def test_bad_presets_name_the_choices(make, message):
 
 def test_annealing_is_linear_and_includes_the_entropies():
     algo = replace(preset("papo_d"), kl_prcp_coef_end=0.0)
-    half = algo.annealed(0.5)
+    half = algo.annealed(5, 11)
     assert half.kl_prcp_coef == pytest.approx(0.005)
     assert half.entropy_coef == pytest.approx(0.015)
-    assert algo.annealed(0.0).kl_prcp_coef == 0.01
-    assert algo.annealed(1.0).masked_entropy_coef == 0
-    assert preset("papo_d").annealed(0.7) == preset("papo_d")
+    assert algo.annealed(0, 11).kl_prcp_coef == 0.01
+    assert algo.annealed(10, 11).masked_entropy_coef == 0
+    assert preset("papo_d").annealed(7, 11) == preset("papo_d")
 
 
 # ----------------------------------------------------------------------------------------- prepare
@@ -215,18 +215,16 @@ def test_prepare_masks_each_prompt_by_its_own_seed(policy, groups):
     assert [group.prompt.index for group in with_image] == [0, 1, 3]
     clean = [group.prompt.pixel_values.clone() for group in with_image]
     share = prepare(policy, None, [groups], algo, key=(3, 4))["mask_ratio"]
-    views = [group.masked_pixel_values for group in with_image]
-    patch_masks = torch.cat([group.patch_mask for group in with_image])
-    assert share == pytest.approx(patch_masks.float().mean().item())
+    views = [group.view_pixel_values["mask"] for group in with_image]
+    changed = torch.cat([(view != x).any(-1) for view, x in zip(views, clean, strict=True)])
+    assert share == pytest.approx(changed.float().mean().item())
     assert 0.35 < share < 0.85
-    assert groups[2].masked_pixel_values is None  # text only
-    assert groups[2].masked_log_probs.abs().sum() == 0
+    assert not groups[2].view_pixel_values and not groups[2].view_log_probs  # text only
 
     prepare(policy, None, [groups[::-1]], algo, key=(3, 4))
     for group, view, pixel_values in zip(with_image, views, clean, strict=True):
-        assert torch.equal(group.masked_pixel_values, view)  # in any order
+        assert torch.equal(group.view_pixel_values["mask"], view)  # in any order
         assert torch.equal(group.prompt.pixel_values, pixel_values)
-        assert torch.equal((view != pixel_values).any(-1), group.patch_mask)
 
 
 def test_prepare_makes_no_unneeded_forward(policy, groups, record_calls):
@@ -262,8 +260,8 @@ def test_images_aug_is_the_masked_view(encoder):
     image = random_image(84, 84)
     masked_image = image.copy()
     masked_image.paste((0, 0, 0), (0, 0, 14, 14))
-    images_aug = [masked_image.resize((168, 168))]  # its own size does not matter
-    prompt = encoder.encode(Example("<image>?", "1", [image], images_aug=images_aug))
+    more_images = {"images_aug": [masked_image.resize((168, 168))]}  # its own size does not matter
+    prompt = encoder.encode(Example("<image>?", "1", [image], more_images=more_images))
     view, patch_mask = mask_prompt(prompt, preset("papo_g"), encoder, seeded(0))
     assert view.shape == prompt.pixel_values.shape
     assert patch_mask[0]
@@ -294,7 +292,7 @@ def test_update_moves_the_policy_and_skips_a_gradient_that_is_not_finite(policy,
     metrics = update(policy, optimizer, batches, algo)
     assert metrics["skipped_updates"] == 0
     assert metrics["grad_norm"] > 0
-    assert ("kl_prcp" in metrics) == algo.needs_masked_view
+    assert ("kl_prcp" in metrics) == ("mask" in algo.views())
     assert ("kl_ref" in metrics) == bool(algo.kl_ref_coef)
     unchanged = map(torch.equal, before, policy.model.parameters())
     assert not all(unchanged)

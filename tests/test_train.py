@@ -231,7 +231,8 @@ def test_groups_that_cannot_be_compared_have_no_advantage(prompts, dynamic_sampl
     scores = [formatted, formatted, formatted, good, bad, unscored, good, bad, bad]
     tokens, mask = torch.ones(3, 2, dtype=torch.long), torch.ones(3, 2, dtype=torch.bool)
     groups = [
-        Group(prompts[0], tokens, mask, ~mask[:, 0], torch.zeros(3, 2), ["x"] * 3) for _ in range(3)
+        Group(prompt, tokens, mask, ~mask[:, 0], torch.zeros(3, 2), ["x"] * 3)
+        for prompt in prompts[:3]
     ]
 
     def grader(responses, answers):
@@ -244,7 +245,7 @@ def test_groups_that_cannot_be_compared_have_no_advantage(prompts, dynamic_sampl
         algo=SimpleNamespace(dynamic_sampling=dynamic_sampling),
     )
     stats = RolloutStats()
-    kept = train.grade(run, groups, stats)
+    kept = train.grade(run, run.algo, groups, stats)
     assert stats.zero_advantage_groups == 2
     assert stats.responses == 9
     equal, incomplete, comparable = groups

@@ -1,0 +1,88 @@
+"""Find the class that --algo names: a variant's file defines a subclass of papo.Algo.
+
+Mistakes that Python would let pass (a misspelled step, a setting without its type) are errors of
+one line here, since a run would silently train something else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent.parent / "variants"
+
+
+def variant_names() -> list[str]:
+    return sorted(path.stem for path in FOLDER.glob("[!_]*.py"))
+
+
+def load_variant(name: str, base: type, steps: tuple[str, ...], presets: tuple[str, ...]) -> type:
+    """The subclass of `base` that variants/NAME.py or path/to/FILE.py defines.
+
+    steps: what a subclass may replace beside its fields. ValueError, in one line, for an unknown
+    name (presets: known ones beside the variants) or a file that does not define what it must.
+    """
+    if name in variant_names():
+        module = _import(name, lambda: importlib.import_module(f"variants.{name}"))
+    elif name.endswith(".py") and Path(name).is_file():
+        module = _import(name, lambda: _module_of(Path(name)))
+    else:
+        choices = ", ".join([*presets, *variant_names()])
+        raise ValueError(f"algo={name!r}: choose one of {choices}, or path/to/FILE.py")
+    of_module = [each for each in vars(module).values() if isinstance(each, type)]
+    classes = [
+        each for each in of_module if issubclass(each, base) and each.__module__ == module.__name__
+    ]
+    if len(classes) != 1:
+        found = ", ".join(each.__name__ for each in classes) or "none"
+        raise ValueError(f"algo={name}: must define one subclass of {base.__name__}, has {found}")
+    check_variant(classes[0], base, steps, where=name)
+    return classes[0]
+
+
+def _import(name: str, load):
+    try:
+        return load()
+    except Exception as error:  # whatever a user's file raises
+        line = f"{type(error).__name__}: {error}"
+        raise ValueError(f"algo={name}: cannot be imported: {line}") from error
+
+
+def _module_of(path: Path):
+    """The module of a file anywhere. Its name differs from that of every other module."""
+    spec = importlib.util.spec_from_file_location(f"variant_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses looks modules up by name
+    spec.loader.exec_module(module)
+    return module
+
+
+def check_variant(variant: type, base: type, steps: tuple[str, ...], where: str) -> None:
+    """ValueError for a setting or step that would not take effect."""
+    if "__dataclass_params__" not in vars(variant):
+        raise ValueError(f"algo={where}: decorate {variant.__name__} with @dataclass(frozen=True)")
+    settings = [one.name for one in dataclasses.fields(base)]
+    for one in dataclasses.fields(variant):
+        if one.name not in settings and "help" not in one.metadata:
+            advice = _suggest(one.name, settings)
+            new = f"a new setting is {one.name}: {type(one.default).__name__} = flag(...)"
+            raise ValueError(f"algo={where}: {one.name} is no setting, {advice}; {new}")
+    fields = {one.name for one in dataclasses.fields(variant)}
+    annotated = vars(variant).get("__annotations__", {})
+    for name in vars(variant):
+        if name.startswith("_") or name in steps:
+            continue
+        if name in fields and name not in annotated:
+            raise ValueError(f"algo={where}: write the type, {name}: float = ..., or it is ignored")
+        if name not in fields:
+            raise ValueError(f"algo={where}: {name} is no step, {_suggest(name, list(steps))}")
+
+
+def _suggest(name: str, choices: list[str]) -> str:
+    close = difflib.get_close_matches(name, choices, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return f"{hint}choose one of {', '.join(choices)}"

@@ -1,0 +1,1 @@
+"""Relatives of PAPO, one short file each, run with --algo NAME."""

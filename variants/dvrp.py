@@ -1,0 +1,39 @@
+"""DVRP (arXiv 2601.06801): push the policy away from a masked view, pull it to a noised one.
+
+    L = L_pg - 0.01 KL(pi || pi_mask) + 0.01 KL(pi || pi_noised) + 0.05 (H_mask + H_noised)
+
+A response should change when the image is hidden, and stay when it is only harder to read.
+
+Source: a third-party re-implementation; the authors published no code. Its mask is PAPO's, at 0.6,
+its noise NoisyRollout's, which we take at 500 steps. It has no KL_ref.
+Differences: its entropies carry no gradient. So H_mask is only logged, as PAPO's, and H_noised is
+left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from papo import Algo, flag
+from variants.noisy_rollout import add_noise
+
+
+@dataclass(frozen=True)
+class DVRP(Algo):
+    kl_ref_coef: float = 0.0
+    kl_prcp_coef: float = 0.01
+    masked_entropy_coef: float = 0.05
+    noised_coef: float = flag(0.01, "weight of KL(pi || pi_noised), which is minimised", "dvrp")
+    noise_steps: int = flag(500, "diffusion steps of noise in the noised view")
+
+    def views(self):
+        return super().views() | {"noised": self.noised_coef}
+
+    def view(self, name, prompt, policy, generator):
+        if name == "mask":
+            return super().view(name, prompt, policy, generator)
+        images = policy.encoder.images
+        pixels = add_noise(prompt.pixel_values, self.noise_steps, images, generator)
+        return pixels, torch.ones(len(pixels), dtype=torch.bool)

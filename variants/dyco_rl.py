@@ -1,0 +1,135 @@
+"""DyCo-RL: weigh responses by how well their attention fits each token's role.
+
+Let a_t be the last layer's attention, mean over heads, of the position that predicts token t. Its
+visual part lies on the prompt's image tokens (from the first to the last), its textual part on
+everything after them, the response included. For either part m,
+
+    r_m,t = the part's share of a_t
+    v_m,t = 2 arccos sum sqrt(p_m,t-1 p_m,t)     how far the part moves, p_m,t = the part as a
+                                                 distribution (Fisher-Rao distance)
+    token t is visual if v_vis - v_txt > 0, textual if it is < -0.05, else neutral
+    s_t   = r_m,t / (r_vis,t + r_txt,t) of its role's part m
+    score = tanh(z-score over the batch of sigmoid(mean s_t over tokens with a role))
+    A_i <- A_i clamp(1 + 0.2 score_i, 0.8, 1.2)
+
+A response of fewer than 60 tokens gets score -1. Negative advantages are scaled alike.
+
+Source: the authors' code, github.com/Sammy20207109/DyCo-RL, on GRPO with beta 0.04 (n = 4; as DAPO:
+--kl_ref_coef 0 --clip_high 0.28). It asks 150 tokens of models above 5e9 parameters.
+Differences: its abstract weighs tokens, its code responses, as here. It goes on counting after a
+response's end until the batch's longest ends; here padding never counts. Its z-score is over one
+device's 4 responses; here over the mini-batch on all ranks. It records attention while sampling;
+here one further forward of the same policy gives the same attention. Between tokens the textual
+part grows by one position, on which the two are not compared (as released). Responses without an
+image keep weight 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from papo import Algo, flag
+from support.batch import Group
+from support.distributed import concat_over_ranks, reshard_root
+from support.packing import GroupSpan, pack_rows
+
+
+@dataclass(frozen=True)
+class DyCoRL(Algo):
+    kl_ref_coef: float = 0.04
+    kl_prcp_coef: float = 0.0
+    clip_high: float = 0.2
+    strength: float = flag(0.2, "largest change of an advantage, as a share of it", "dyco_rl")
+    neutral_margin: float = flag(0.05, "by how much v_txt exceeds v_vis at a textual token")
+    shortest_response: int = flag(60, "responses of fewer tokens get score -1 (7B: 150)")
+
+    def weigh(self, groups, policy):
+        fits = attention_fits(policy, groups, self.neutral_margin)
+        pairs = list(zip(groups, fits, strict=True))
+        mine = [float(fit) for group, of_group in pairs if group.has_image for fit in of_group]
+        of_all = torch.tensor(concat_over_ranks(mine), dtype=torch.float64)
+        return [self._weights(group, of_group, of_all)[:, None] for group, of_group in pairs]
+
+    def _weights(self, group: Group, fits: Tensor, of_all: Tensor) -> Tensor:
+        if not group.has_image:
+            return torch.ones(len(fits))
+        too_short = group.response_mask.sum(1) < self.shortest_response
+        scores = standardised(fits, of_all).masked_fill(too_short, -1.0)
+        return (1 + self.strength * scores).clamp(1 - self.strength, 1 + self.strength).float()
+
+
+def standardised(fits: Tensor, of_all: Tensor) -> Tensor:
+    """tanh of the z-scores of fits[G] among those of the mini-batch; 0 where all are equal."""
+    if len(of_all) < 2 or of_all.std() <= 1e-8:
+        return torch.zeros_like(fits)
+    return torch.tanh((fits - of_all.mean()) / of_all.std())
+
+
+def attention_fits(policy, groups: list[Group], margin: float) -> list[Tensor]:
+    """sigmoid(mean s) of every response, [G] float64 per group; all ranks call it."""
+    last_layer = policy.model.config.get_text_config().num_hidden_layers - 1
+    fits = []
+
+    def probe(layer, query, key, scaling, layout):
+        if layer == last_layer:
+            for group, span in zip(row, layout.spans, strict=True):
+                fits.append(group_fits(group, span, query[0], key[0], scaling, margin))
+
+    rows = pack_rows(groups, policy.tokens_per_forward)
+    for row in rows:
+        policy.probe_attention(row, probe)
+    if rows:
+        reshard_root(policy.model)
+    return [each.double().cpu() for each in fits[: len(groups)]]
+
+
+def group_fits(  # noqa: PLR0913
+    group: Group, span: GroupSpan, query: Tensor, key: Tensor, scaling: float, margin: float
+) -> Tensor:
+    """sigmoid(mean s) of a group's responses, [G]. query[H, S, D], key[H_kv, S, D]: the row's."""
+    image_tokens = group.prompt.is_image_token.nonzero()
+    if len(image_tokens) == 0:
+        return query.new_full((len(group.tokens),), 0.5)
+    first, last = int(image_tokens[0]), int(image_tokens[-1])
+    fits = []
+    for index, length in zip(span.index, group.response_mask.sum(1).tolist(), strict=True):
+        fed = index[: max(length - 1, 0)]
+        attention, visible = response_attention(query, key, scaling, span, fed)
+        fits.append(response_fit(attention, visible, first, last, margin))
+    return torch.stack(fits)
+
+
+def response_attention(query, key, scaling, span: GroupSpan, fed: Tensor) -> tuple[Tensor, Tensor]:
+    """a[n, P + n - 1] of a response's n tokens, and the positions that each may attend to.
+
+    fed[n - 1]: row positions of its tokens but the last. a_0 is the prompt's last position's.
+    """
+    prompt = torch.arange(span.start, span.start + span.length, device=fed.device)
+    q = query[:, torch.cat([prompt[-1:], fed])]  # [H, n, D]
+    k = key[:, torch.cat([prompt, fed])].repeat_interleave(len(query) // len(key), 0)
+    scores = (q @ k.transpose(1, 2)).float() * scaling
+    visible = torch.ones_like(scores[0], dtype=torch.bool).tril(span.length - 1)
+    return scores.masked_fill(~visible, -torch.inf).softmax(-1).mean(0), visible
+
+
+def response_fit(attention, visible, first: int, last: int, margin: float) -> Tensor:
+    """sigmoid(mean s) of a response; image tokens at first..last. 0.5 where no token has a role."""
+    visual, textual = attention[:, first : last + 1], attention[:, last + 1 :]
+    shift = shifts(visual, visible[:, first : last + 1]) - shifts(textual, visible[:, last + 1 :])
+    visual_share = visual.sum(1) / (visual.sum(1) + textual.sum(1))
+    is_visual, is_textual = shift > 0, shift < -margin
+    s = torch.where(is_visual, visual_share[1:], 1 - visual_share[1:])
+    has_role = is_visual | is_textual
+    mean = (s * has_role).sum() / has_role.sum().clamp(min=1)
+    return torch.where(has_role.any(), mean.sigmoid(), 0.5)
+
+
+def shifts(part: Tensor, visible: Tensor) -> Tensor:
+    """v[n - 1]: how far a part[n, K] of the attention moves from each token to the next."""
+    before, after = part[:-1], part[1:] * visible[:-1]
+    before = before / before.sum(1, keepdim=True).clamp(min=1e-12)
+    after = after / after.sum(1, keepdim=True).clamp(min=1e-12)
+    return 2 * (before * after).sqrt().sum(1).clamp(0, 1).arccos()

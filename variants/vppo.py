@@ -1,0 +1,86 @@
+"""VPPO: train on the tokens that depend on the image, more in responses that depend on it more.
+
+    S_t = min(k3(d), 10),  d = log pi_mask - log pi_old       dependency of a token
+    L   = L_pg with A_i w_i m_t in place of A_i,  + 0.06 H
+
+m_t is 1 for the ceil(0.4 n) tokens of largest S in a response of n, else 0; all n still count in
+the average. x_i is the response's mean S, scaled over the mini-batch from its least (0) to its
+largest (1), and w_i = 0.9 + 0.1 x_i / mean(x), so that the weights have mean 1.
+
+Source: the authors' code, github.com/huaixuheqing/VPPO-RL. It has n = 8 responses, 384 prompts in
+mini-batches of 128, 2 epochs, and rewards accuracy alone.
+Differences: it masks per response and in 14-px tiles of the raw image; here one mask per prompt
+covers the model's patches (masking.py). Responses without an image keep weight 1 here and do not
+enter the scaling.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from losses import kl_k3
+from papo import Algo, flag
+from support.batch import Group
+from support.distributed import concat_over_ranks
+
+
+@dataclass(frozen=True)
+class VPPO(Algo):
+    kl_ref_coef: float = 0.0
+    kl_prcp_coef: float = 0.0
+    entropy_coef: float = 0.06
+    clip_high: float = 0.28
+    dynamic_sampling: bool = True
+    mask_ratio: float = 0.5
+    token_share: float = flag(0.4, "share of a response's tokens that are trained", group="vppo")
+    least_weight: float = flag(0.9, "weight of the response that depends least on the image")
+
+    needs = ("old_log_probs",)
+
+    def views(self):
+        return {"mask": 0.0} | super().views()
+
+    def weigh(self, groups, policy):
+        with_image = [group for group in groups if group.has_image]
+        mine = [mean for group in with_image for mean in response_dependency(group).tolist()]
+        of_all = torch.tensor(concat_over_ranks(mine))
+        return [self._weights(group, of_all) for group in groups]
+
+    def _weights(self, group: Group, of_all: Tensor) -> Tensor:
+        if not group.has_image:
+            return torch.ones(len(group.tokens), 1)
+        kept = top_tokens(visual_dependency(group), group.response_mask, self.token_share)
+        weights = response_weights(response_dependency(group), of_all, self.least_weight)
+        return weights[:, None] * kept
+
+
+def visual_dependency(group: Group) -> Tensor:
+    """S[G, T] of each token; 0 at padding, and everywhere for a prompt without an image."""
+    if not group.has_image:
+        return torch.zeros_like(group.old_log_probs)
+    return kl_k3(group.old_log_probs, group.masked_log_probs)
+
+
+def response_dependency(group: Group) -> Tensor:
+    """The mean S[G] of each response."""
+    return visual_dependency(group).sum(1) / group.response_mask.sum(1).clamp(min=1)
+
+
+def response_weights(means: Tensor, of_all: Tensor, least: float) -> Tensor:
+    """w of responses with these mean dependencies, among those of the whole mini-batch."""
+    low, spread = of_all.min(), of_all.max() - of_all.min()
+    if spread <= 1e-6:
+        return torch.ones_like(means)
+    mean_x = ((of_all - low) / spread).mean()
+    return least + (means - low) / spread * (1 - least) / mean_x
+
+
+def top_tokens(dependency: Tensor, mask: Tensor, share: float) -> Tensor:
+    """1.0 at the ceil(share * n) tokens of each response with the largest dependency, else 0.0."""
+    order = dependency.masked_fill(~mask, -1.0).argsort(1, descending=True, stable=True)
+    rank = order.argsort(1)
+    n_kept = (share * mask.sum(1, keepdim=True).double() - 1e-9).ceil()  # 0.2 * 15 is not 3
+    return ((rank < n_kept) & mask).float()
