@@ -27,6 +27,7 @@ import masking
 from losses import Counts, count, papo_loss
 from support import cli
 from support.batch import Group, Prompt, has_image, pad_and_cat, seeded, view_log_probs
+from support.cli import flag
 from support.distributed import (
     clip_gradients,
     concat_over_ranks,
@@ -43,7 +44,7 @@ from support.variants import load_variant
 # ------------------------------------------------------------------------------------------ presets
 
 
-flag = partial(cli.flag, shown_default="preset")  # for what presets set
+preset_flag = partial(flag, shown_default="preset")  # for what presets set
 
 
 @dataclass(frozen=True)
@@ -51,32 +52,32 @@ class Algo:
     """Settings of the objective of losses.py. Every field but `name` is a command-line flag."""
 
     name: str = "papo_g"
-    kl_ref_coef: float = flag(
+    kl_ref_coef: float = preset_flag(
         0.01, "beta: weight of KL_ref; 0: load no reference model", group="objective"
     )
-    kl_prcp_coef: float = flag(0.02, "gamma: weight of KL_prcp, which is maximised")
-    entropy_coef: float = flag(0.0, "eta1: weight of the entropy under the image, minimised")
-    masked_entropy_coef: float = flag(
+    kl_prcp_coef: float = preset_flag(0.02, "gamma: weight of KL_prcp, which is maximised")
+    entropy_coef: float = preset_flag(0.0, "eta1: weight of the entropy under the image, minimised")
+    masked_entropy_coef: float = preset_flag(
         0.0, "eta2: the same under the masked image; no gradient without --masked_grad"
     )
-    clip_low: float = flag(0.2, "PPO clip: the ratio's lower bound is 1 - this")
-    clip_high: float = flag(0.3, "PPO clip: the ratio's upper bound is 1 + this")
-    clip_dual: float = cli.flag(3.0, "dual clip: upper bound of the ratio at negative advantages")
-    average: str = cli.flag(
+    clip_low: float = preset_flag(0.2, "PPO clip: the ratio's lower bound is 1 - this")
+    clip_high: float = preset_flag(0.3, "PPO clip: the ratio's upper bound is 1 + this")
+    clip_dual: float = flag(3.0, "dual clip: upper bound of the ratio at negative advantages")
+    average: str = flag(
         "token", "average of L_pg and the KLs; token: over tokens; seq: per response (Eq. 2)"
     )
-    dynamic_sampling: bool = flag(
+    dynamic_sampling: bool = preset_flag(
         False, "drop groups that are all right or all wrong, and sample more (DAPO)"
     )
-    mask_ratio: float = cli.flag(0.6, "share of patches to mask; random and noise: a probability")
-    mask_strategy: str = cli.flag("random", "random, semantic or noise")
-    mask_sigma: float = cli.flag(1.0, "noise: standard deviation in normalised pixel units")
-    kl_prcp_estimator: str = cli.flag("k3", "k3: as the released code; paper: as printed")
-    kl_prcp_clip: float = cli.flag(0.0, "upper limit of KL_prcp per token; 0: none")
-    kl_prcp_coef_end: float = cli.flag(
+    mask_ratio: float = flag(0.6, "share of patches to mask; random and noise: a probability")
+    mask_strategy: str = flag("random", "random, semantic or noise")
+    mask_sigma: float = flag(1.0, "noise: standard deviation in normalised pixel units")
+    kl_prcp_estimator: str = flag("k3", "k3: as the released code; paper: as printed")
+    kl_prcp_clip: float = flag(0.0, "upper limit of KL_prcp per token; 0: none")
+    kl_prcp_coef_end: float = flag(
         -1.0, "final gamma, reached linearly; entropies scale along; below 0: constant"
     )
-    masked_grad: bool = cli.flag(False, "recompute masked log-probs with gradient in every update")
+    masked_grad: bool = flag(False, "recompute masked log-probs with gradient in every update")
 
     # A variant may need further image columns of the data, and "old_log_probs" or "entropies" to
     # be recorded in the groups.

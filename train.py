@@ -37,6 +37,7 @@ from support.qwen_vl import PROMPT_SUFFIX, Encoder
 from support.run import Run, Stopped, step_errors
 from support.run_folder import with_saved_config
 from support.stats import RolloutStats
+from support.variants import variant_names
 
 MAX_ROUNDS = 20  # at most so many rounds of dynamic sampling per step
 
@@ -47,7 +48,7 @@ class Config:
 
     algo: str = flag(
         "papo_g",
-        f"{', '.join(PRESETS)}, the NAME of a variants/NAME.py, or path/to/FILE.py",
+        f"{', '.join([*PRESETS, *variant_names()])} or path/to/FILE.py",
         group="what to train",
     )
     model: str = flag("toy", "toy, toy:grid=4,..., a local Hugging Face folder, or a hub id")

@@ -27,8 +27,9 @@ from support import checkpoint, distributed, toy  # noqa: E402
 from support.batch import Example, Group, seeded  # noqa: E402
 from support.qwen_vl import Encoder, Policy  # noqa: E402
 
-# Every term, with and without a reference; the other presets have fewer terms.
-OBJECTIVES = {name: preset(name) for name in ("grpo", "papo_g", "papo_d")}
+# Every term, with and without a reference, and the variants that need more than one rank's share:
+# weights over the mini-batch, attention, a second view.
+OBJECTIVES = {name: preset(name) for name in ("papo_g", "papo_d", "vppo", "dyco_rl", "dvrp")}
 OBJECTIVES["masked_grad"] = replace(
     preset("papo_d"), masked_grad=True, masked_entropy_coef=0.05, entropy_coef=0.05, average="seq"
 )
@@ -56,12 +57,14 @@ class RecordingAdamW(torch.optim.AdamW):
 
 def make_group(encoder, index):
     """Three random responses to a prompt with one image, two (index 4) or none (1 and 5)."""
-    generator, example = seeded("group", index), toy.example("train", index)
+    generator = seeded("group", index)
+    example = toy.example("train", index, columns=toy.RELATIVES)
     if index in (1, 5):
         example = Example("How many red dots are there" + " really" * index + "?", "1", [])
     elif index == 4:
-        images = example.images + toy.example("train", 99).images
-        example = Example("<image>" + example.question, "1", images)
+        images, more = example.images * 2, example.more_images
+        more_images = {name: others * 2 for name, others in more.items()}
+        example = Example("<image>" + example.question, "1", images, more_images=more_images)
     lengths = torch.randint(1, 9, (3,), generator=generator)
     mask = torch.arange(int(lengths.max())) < lengths[:, None]
     group = Group(
