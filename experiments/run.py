@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -23,6 +24,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from statistics import fmean
+
+import torch
+import transformers
 
 from support import toy
 
@@ -64,6 +68,54 @@ LARGE = {"kl_prcp_coef": 0.5, "mini_batch": 8, "lr": 2e-4, "steps": 40}
 SINGLE = LARGE | {"entropy_coef": 1.25}  # 2.5 gamma, the ratio of the paper's papo_g 7B
 DOUBLE = SINGLE | {"masked_entropy_coef": 1.25}
 
+# The methods of "variants" as published: presets and files of variants/. A method that samples
+# under two images gets half of the 8 responses under each.
+HALVES = {"group_size": 4}
+NO_CURVE = {"eval_every": 0}
+PUBLISHED: dict[str, dict] = {
+    "grpo": {"algo": "grpo"},
+    "dapo": {"algo": "dapo"},
+    "papo_g": {"algo": "papo_g"},
+    "papo_d": {"algo": "papo_d"},
+    "vppo": {"algo": "vppo"},
+    "pgpo": {"algo": "pgpo"},
+    "dvrp": {"algo": "dvrp"},
+    "dyco_rl": {"algo": "dyco_rl"},
+    "noisy_rollout": {"algo": "noisy_rollout"} | HALVES,
+    "noisy_rollout_papo": {"algo": "noisy_rollout", "kl_prcp_coef": 0.02} | HALVES,
+    "tapo": {"algo": "tapo"} | HALVES,
+}
+# The further setting, where the toy needs another scale: the weights of KLs to views times one of
+# FACTORS, which seeds 0 to 2 choose, ...
+FACTORS = (5, 20)
+KL_WEIGHTS: dict[str, dict[str, float]] = {
+    "papo_g": {"kl_prcp_coef": 0.02},
+    "papo_d": {"kl_prcp_coef": 0.01},
+    "dvrp": {"kl_prcp_coef": 0.01, "noised_coef": 0.01},
+    "noisy_rollout_papo": {"kl_prcp_coef": 0.02},
+    "tapo": {"kl_prcp_coef": 0.01},
+}
+# ... and what counts tokens or steps, fitted to responses of 53 tokens and to 30 steps.
+LENGTHS: dict[str, dict] = {
+    "dyco_rl": {"shortest_response": 0},
+    "noisy_rollout": {"noise_middle": 20},
+    "noisy_rollout_papo": {"noise_middle": 20},
+}
+
+
+def methods() -> dict[str, dict]:
+    """The names and flags of all settings of "variants"."""
+    found = {f"variants/{name}": NO_CURVE | flags for name, flags in PUBLISHED.items()}
+    for name, weights in KL_WEIGHTS.items():
+        for factor in FACTORS:
+            scaled = {flag: round(factor * weight, 4) for flag, weight in weights.items()}
+            flags = NO_CURVE | PUBLISHED[name] | LENGTHS.get(name, {}) | scaled
+            found[f"variants/{name}_x{factor}"] = flags
+    for name in LENGTHS.keys() - KL_WEIGHTS.keys():
+        found[f"variants/{name}_scaled"] = NO_CURVE | PUBLISHED[name] | LENGTHS[name]
+    return found
+
+
 # Variant -> flags of train.py. Without "algo" it is papo_g with the given flags changed.
 VARIANTS: dict[str, dict] = {
     "start": {},  # the model before any step; nothing is trained
@@ -90,10 +142,10 @@ VARIANTS: dict[str, dict] = {
     "large_single": SINGLE,
     "large_double": DOUBLE,
     "large_double_grad": DOUBLE | {"masked_grad": True},
-}
+} | methods()
 
 # The reported seeds. Seeds 0 to 2 were used to find the setting.
-EIGHT_SEEDS, THREE_SEEDS = range(10, 18), range(10, 13)
+EIGHT_SEEDS, THREE_SEEDS, DEVELOPMENT_SEEDS = range(10, 18), range(10, 13), range(3)
 
 # Experiment -> its variants and seeds.
 EXPERIMENTS: dict[str, tuple[list[str], range]] = {
@@ -119,6 +171,16 @@ EXPERIMENTS: dict[str, tuple[list[str], range]] = {
         THREE_SEEDS,
     ),
     "estimator": (["papo_g", "estimator_paper", "masked_grad"], THREE_SEEDS),
+    "variants": ([f"variants/{name}" for name in PUBLISHED], EIGHT_SEEDS),
+    "variants_choice": (
+        [f"variants/{name}_x{factor}" for name in KL_WEIGHTS for factor in FACTORS],
+        DEVELOPMENT_SEEDS,
+    ),
+    # Beside these two, the factor that "variants_choice" gives each method, once it is known.
+    "variants_scaled": (
+        ["variants/dyco_rl_scaled", "variants/noisy_rollout_scaled"],
+        EIGHT_SEEDS,
+    ),
 }
 
 
@@ -149,10 +211,13 @@ def run(variant: str, seed: int, work: Path) -> Path:
     RuntimeError with the last line of the log where a command fails.
     """
     log = work / f"{variant}-s{seed}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    result_file(variant, seed).parent.mkdir(exist_ok=True)
     result = {
         "variant": variant,
         "seed": seed,
         "commit": current_commit(),
+        "machine": machine(),
         "spec": SPEC,
         "evaluation": EVALUATION,
     }
@@ -211,6 +276,17 @@ def run_python(words: list[str], flags: dict, log: Path) -> None:
 def current_commit() -> str:
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
     return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+
+
+def machine() -> dict:
+    """What a run's numbers depend on beside its flags."""
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "processor": platform.processor() or platform.machine(),
+        "threads": 1,
+    }
 
 
 def training_record(run_dir: Path) -> dict:
