@@ -313,8 +313,8 @@ def usable_rows(  # noqa: PLR0913  (those of load)
     reports = list(filter(None, reports))
     if not numbers:
         counts = ", ".join(f"{kind} {count}" for kind, count in skipped.items())
-        reason = f"{counts}; {reports[0]}" if reports else "it is empty"
-        raise DataError(f"data {name!r}: none of its {len(table)} rows can be used ({reason})")
+        problem = f"data {name!r}: none of its {len(table)} rows can be used"
+        raise DataError(f"{problem} ({counts}): {reports[0]}" if reports else f"{problem}: no rows")
     if os.environ.get("RANK", "0") == "0":
         print("".join(f"{line}\n" for line in reports), end="", file=sys.stderr)
 

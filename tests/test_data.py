@@ -270,10 +270,50 @@ def test_a_decompression_bomb_is_a_broken_image(capsys, monkeypatch):
 def test_a_set_without_usable_rows():
     with pytest.raises(data.DataError) as caught:
         usable([BROKEN["markers"], BROKEN["empty answer"], BROKEN["markers"]])
-    expected = "data 'mine': none of its 3 rows can be used (markers 2, empty answer 1)"
-    assert str(caught.value) == expected
-    with pytest.raises(data.DataError, match=r"none of its 0 rows can be used \(it is empty\)"):
+    expected = (
+        "data 'mine': none of its 3 rows can be used (markers 2, empty answer 1): mine: row 0"
+    )
+    assert str(caught.value).startswith(expected)
+    with pytest.raises(data.DataError, match=r"none of its 0 rows can be used: no rows"):
         usable([])
+
+
+PAIRS = {"images_pos": "image_noisy", "images_neg": "image_aug"}  # ours, and as released
+
+
+def test_further_image_columns_under_both_names(capsys):
+    """A column that is asked for must be there, for rows with images; others are not read."""
+    red, blue = plain(), plain(color=BLUE)
+    ours = row(red, images_pos=[red], images_neg=[blue])
+    released = row(red, image_noisy=red, image_aug=blue)  # one image, not a list
+    table = [ours, released, text(1), row(red, images_pos=[red]), row(red, image_aug=[blue, blue])]
+    rows = data.usable_rows("mine", table, Path(), columns=tuple(PAIRS))
+    assert rows.numbers == [0, 1, 2]
+    assert rows.skipped == Counter({"missing column": 2})
+    error = capsys.readouterr().err
+    assert "row 3 is skipped, missing column: images_neg or image_aug; the row has" in error
+    for example in (rows[0], rows[1]):
+        found = {name: is_red(images[0]) for name, images in example.more_images.items()}
+        assert found == {"images_pos": True, "images_neg": False}
+    assert rows[2].more_images == {}
+    assert all(usable(table)[i].more_images == {} for i in range(5))
+    with pytest.raises(data.BadRowError, match="2 images in images_neg for 1 images"):
+        data.parse_row(table[4], 0, ("images_neg",))
+
+
+def test_a_set_without_a_column_is_one_line(capsys, tmp_path):
+    with pytest.raises(data.DataError) as caught:
+        data.usable_rows("mine", [row(), row()], Path(), columns=("images_pos",))
+    message = str(caught.value)
+    assert "none of its 2 rows can be used (missing column 2)" in message
+    assert "images_pos or image_noisy; the row has problem, answer, images" in message
+    assert capsys.readouterr().err == ""
+    with pytest.raises(
+        data.DataError, match="toy has no image column 'depth': choose from images_"
+    ):
+        data.load("toy", columns=("depth",))
+    rows = data.load("toy", columns=("images_neg",))
+    assert [*rows[5].more_images] == ["images_neg"]
 
 
 def test_pixels_that_turn_out_broken(tmp_path):

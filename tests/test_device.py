@@ -19,7 +19,7 @@ from papo import mini_batches, prepare, preset, row_loss, update
 from rollout import generate
 from support import attribution, data, decoding, graph, packing, qwen_vl
 from support.ask import ask
-from support.batch import pad_and_cat
+from support.batch import pad_and_cat, seeded
 from support.reward import compute_score
 
 
@@ -225,6 +225,21 @@ def test_a_training_step_equals_the_cpus(policy, varied_policy, groups, device, 
     assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
     for ours, theirs in zip(weights, expected_weights, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["vppo", "pgpo", "dyco_rl", "dvrp", "noisy_rollout"])
+def test_a_variants_step_equals_the_cpus(varied_policy, groups, device, name):
+    algo, on_device = preset(name), copy.deepcopy(varied_policy)
+    prompts = [group.prompt for group in groups]
+    expected, _ = train_step(varied_policy, varied_policy, copy.deepcopy(groups), name)
+    images = [algo.images(prompt, varied_policy, seeded(0)) for prompt in prompts]
+    with device:
+        on_device.model.to(CUDA)
+        found, _ = train_step(on_device, on_device, groups, name)
+        device_images = [algo.images(prompt, on_device, seeded(0)) for prompt in prompts]
+    assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    for pairs, others in zip(images, device_images, strict=True):
+        assert len(pairs) == len(others)
 
 
 def score(responses, answers, budget):

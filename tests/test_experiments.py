@@ -8,7 +8,7 @@ import pytest
 
 import train
 from experiments import report, run
-from papo import Algo, preset
+from papo import algo_class, preset
 from support import toy
 from support.cli import parse_flags, resolve_config
 
@@ -22,7 +22,10 @@ def test_every_run_is_one_job_and_start_models_come_first():
     assert {variant for variant, _ in jobs} == set(run.VARIANTS)
     is_start = [variant == "start" for variant, _ in jobs]
     assert is_start == sorted(is_start, reverse=True)
-    assert not {seed for _, seed in jobs} & {0, 1, 2}  # the seeds that found the setting
+    reported = run.list_jobs([*run.EXPERIMENTS.keys() - {"variants_choice"}], seeds=None)
+    assert not {seed for _, seed in reported} & {0, 1, 2}  # the seeds that found the setting
+    choice = run.list_jobs(["variants_choice"], seeds=None)
+    assert {seed for _, seed in choice} == {0, 1, 2}
     assert run.list_jobs(["estimator"], seeds=[11, 99]) == [
         ("papo_g", 11),
         ("estimator_paper", 11),
@@ -38,12 +41,13 @@ def test_the_report_shows_every_variant():
 
 
 def test_train_accepts_the_flags_of_every_variant(tmp_path):
-    algo_fields = {field.name for field in dataclasses.fields(Algo)}
     for name, flags in run.VARIANTS.items():
+        objective = algo_class(flags.get("algo", "papo_g"))
+        algo_fields = {field.name for field in dataclasses.fields(objective)}
         words = ["--model", run.SPEC, "--out", str(tmp_path / name)]
         for flag, value in (run.TRAINING | flags).items():
             words.append(f"--{flag}" if value is True else f"--{flag}={value}")
-        given = parse_flags("A run.", train.Config, Algo, argv=words)
+        given = parse_flags("A run.", train.Config, objective, argv=words)
         assert flags.items() <= given.items()
         config = resolve_config(train.Config, given)
         assert config.data == run.SPEC and config.max_new_tokens == 61
