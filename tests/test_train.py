@@ -41,6 +41,7 @@ from support.qwen_vl import Encoder, Policy
 from support.run import Run
 from support.sandbox import Grader
 from support.stats import RolloutStats
+from support.variants import variant_names
 
 
 def training_lines(run_folder):
@@ -129,8 +130,11 @@ def varying_reward(tmp_path):
 
 
 def test_two_ranks_give_the_metrics_of_one(run, folder, tmp_path, varying_reward):
-    """With 5 prompts per step and mini-batches of 3, which do not divide evenly."""
-    flags = f"--steps 2 --algo papo_d --top_p 1.0 {varying_reward}"
+    """With 5 prompts per step and mini-batches of 3, which do not divide evenly.
+
+    TAPO is PAPO_D with two groups per prompt.
+    """
+    flags = f"--steps 2 --algo tapo --top_p 1.0 {varying_reward}"
     one, two = run("one", flags), tmp_path / "two"
     assert all(line["groups_kept"] > 0 for line in training_lines(one))
     done = on_ranks(2, *run_flags(folder, two, flags))
@@ -139,8 +143,8 @@ def test_two_ranks_give_the_metrics_of_one(run, folder, tmp_path, varying_reward
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("algo", PRESETS)
-def test_every_preset_on_one_two_and_four_ranks(run, folder, tmp_path, varying_reward, algo):
+@pytest.mark.parametrize("algo", [*PRESETS, *variant_names()])
+def test_every_method_on_one_two_and_four_ranks(run, folder, tmp_path, varying_reward, algo):
     """Uneven shares: on 4 ranks one has no prompt of a mini-batch of 3, and groups are dropped."""
     flags = f"--algo {algo} --steps 2 {varying_reward}"
     one = run("1", flags)
