@@ -26,14 +26,16 @@ ROOM_FOR = {
 }
 
 
-def resource_report(folder: Path, model, config, mesh_shape: tuple, reference: bool, device) -> str:
+def resource_report(
+    folder: Path, model, config, mesh_shape: tuple, reference: bool, device, image_copies: int = 3
+) -> str:
     """Whether the run will fit: a line on disk, one on host memory and, on CUDA, two on devices.
 
     model: the policy's, loaded. config: train.Config. mesh_shape: that of distributed.make_mesh.
     reference: whether there is a reference model.
     """
     lines = [disk_line(folder, model, config.keep)]
-    lines.append(host_line(host_memory(model, config, mesh_shape, device)))
+    lines.append(host_line(host_memory(model, config, mesh_shape, device, image_copies)))
     if device.type == "cuda":
         capacity = torch.cuda.get_device_properties(device).total_memory
         usual = memory_table(model, config, mesh_shape[-1], reference, length=0.3)
@@ -79,13 +81,15 @@ def available_host_memory() -> int | None:
     return int(kilobytes[0]) * 1024 if kilobytes else None
 
 
-def host_memory(model, config, mesh_shape: tuple, device) -> dict[str, float]:
+def host_memory(
+    model, config, mesh_shape: tuple, device, image_copies: int = 3
+) -> dict[str, float]:
     """Estimate the bytes a loaded run will still take on this machine: the parts and their peak.
 
     config: train.Config. mesh_shape: (replicas, ranks in each), or the ranks alone. Images are
-    counted at --max_pixels, one per prompt: the clean and the masked view of a step's, and the next
-    round's, which the stream encodes ahead. Decoded images (3 bytes per pixel of the file) and the
-    libraries' own memory come on top.
+    counted at --max_pixels, one per prompt, image_copies times: those of a step, their views, and
+    those of the next round, which the stream encodes ahead. Decoded images (3 bytes per pixel of
+    the file) and the libraries' own memory come on top.
 
     On CUDA, moments may be offloaded while sampling, to pinned memory that is kept. The export at
     the end gathers the weights in bf16 on the first rank; only the images read ahead are left then.
@@ -98,7 +102,7 @@ def host_memory(model, config, mesh_shape: tuple, device) -> dict[str, float]:
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     read_ahead = prompts * config.max_pixels * bytes_per_pixel
-    images = 3 * read_ahead
+    images = image_copies * read_ahead
     if device.type != "cuda":
         update = 12 * trained * ranks / shard_size
         parts = {"encoded images": images, "gradients and moments": update}

@@ -195,9 +195,15 @@ class Run:
         )
 
     def _resource_report(self) -> str:
-        has_reference = self.reference is not None
+        encoded = 1 + len(self.algo.columns)  # images per marker, of this round and the next
         return resource_report(
-            self.folder, self.policy.model, self.config, self.mesh.shape, has_reference, self.device
+            self.folder,
+            self.policy.model,
+            self.config,
+            self.mesh.shape,
+            reference=self.reference is not None,
+            device=self.device,
+            image_copies=2 * encoded + len(self.algo.views()),
         )
 
     # ------------------------------------------------------------------------------------- the loop
