@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.run import SPLITS
+from experiments.run import DEVELOPMENT_SEEDS, FACTORS, KL_WEIGHTS, SPLITS
+from experiments.run import EXPERIMENTS as RUNS
 from support import metrics, plots
 
 HERE = Path(__file__).resolve().parent
@@ -83,7 +84,7 @@ Results = dict[str, dict[int, dict]]  # variant -> seed -> result
 
 def load() -> Results:
     found: Results = {}
-    for file in sorted((HERE / "results").glob("*.json")):
+    for file in sorted((HERE / "results").rglob("*.json")):
         result = json.loads(file.read_text())
         found.setdefault(result["variant"], {})[result["seed"]] = result
     return found
@@ -257,6 +258,93 @@ def comparison_table(found: Results, names: dict[str, str], base: str) -> str:
     return markdown(rows)
 
 
+# Methods of variants/ that drop groups and sample more: they are compared with DAPO as well.
+DYNAMIC = ("papo_d", "vppo", "pgpo", "tapo")
+
+
+def method_names(experiment: str) -> list[str]:
+    return [name.removeprefix("variants/") for name in RUNS[experiment][0]]
+
+
+def compared(found: Results, variant: str, base: str) -> list[str]:
+    """Paired difference in overall accuracy and its p; blank where there is none."""
+    gains = paired(found, f"variants/{variant}", f"variants/{base}", accuracy_gain)
+    if variant == base or len(gains) < 2:
+        return ["", ""]
+    return [interval(gains, sign=True), f"{sign_flip_p(gains):.3f}"]
+
+
+def variants_table(found: Results) -> str:
+    """Every method as published, then the further settings."""
+    header = [
+        "",
+        "seeds",
+        *SPLITS,
+        "overall",
+        "minus grpo",
+        "p",
+        "minus dapo",
+        "p",
+        "seconds / grpo's",
+    ]
+    rows = [header]
+
+    def relative_seconds(result: dict, base: dict) -> float:
+        return median_seconds(result) / median_seconds(base)
+
+    for name in [*method_names("variants"), *method_names("variants_scaled")]:
+        runs = list(found.get(f"variants/{name}", {}).values())
+        if not runs:
+            continue
+        cells = [interval([accuracy(run, split) for run in runs]) for split in (*SPLITS, "overall")]
+        is_dynamic = any(name.startswith(dynamic) for dynamic in DYNAMIC)
+        with_dapo = compared(found, name, "dapo") if is_dynamic else ["", ""]
+        cost = paired(found, f"variants/{name}", "variants/grpo", relative_seconds)
+        cells += [*compared(found, name, "grpo"), *with_dapo, interval(cost, digits=2)]
+        rows.append([name, str(len(runs)), *cells])
+    return markdown(rows)
+
+
+def choice_table(found: Results) -> str:
+    """Overall accuracy on the development seeds, by the factor of the KLs' weights."""
+    rows = [["", *(f"x{factor}" for factor in FACTORS), "chosen"]]
+    for name in KL_WEIGHTS:
+        means = {}
+        for factor in FACTORS:
+            runs = found.get(f"variants/{name}_x{factor}", {})
+            values = [accuracy(runs[seed]) for seed in DEVELOPMENT_SEEDS if seed in runs]
+            if len(values) == len(DEVELOPMENT_SEEDS):
+                means[factor] = float(np.mean(values))
+        if len(means) == len(FACTORS):
+            best = max(means, key=means.get)
+            rows.append([name, *(f"{mean:.1f}" for mean in means.values()), f"x{best}"])
+    return markdown(rows)
+
+
+def variants_figure(found: Results) -> str:
+    """Difference to grpo at the end: each seed, the mean and its 95% interval."""
+    names = [*method_names("variants"), *method_names("variants_scaled")]
+    gains = {}
+    for name in names:
+        values = paired(found, f"variants/{name}", "variants/grpo", accuracy_gain)
+        if name != "grpo" and len(values) > 1:
+            gains[name] = values
+    if not gains:
+        return ""
+    figure = Figure(figsize=(8, 0.6 + 0.34 * len(gains)), layout="constrained")
+    ax = figure.subplots()
+    for row, values in enumerate(gains.values()):
+        mean, half = metrics.mean_interval(values)
+        ax.plot(values, [row] * len(values), ".", color="tab:gray", markersize=5)
+        ax.errorbar(mean, row, xerr=half, fmt="o", color="tab:blue", capsize=3)
+    ax.axvline(0, color="black", linewidth=0.8)
+    ax.set_yticks(range(len(gains)), gains.keys())
+    ax.invert_yaxis()
+    ax.set_xlabel("overall accuracy at the end, minus grpo's, points; mean, 95% interval and seeds")
+    ax.grid(axis="x", alpha=0.3)
+    return save_figure(figure, "variants")
+
+
 # Figures
 
 
@@ -328,16 +416,25 @@ def collapse_figure(found: Results) -> str:
     return save_figure(figure, "collapse")
 
 
+def provenance(found: Results, in_variants: bool) -> str:
+    """How many results there are, and of which commits."""
+    results = []
+    for variant, runs in found.items():
+        if variant.startswith("variants/") == in_variants:
+            results += runs.values()
+    commits = ", ".join(sorted({result["commit"] for result in results}))
+    return f"{len(results)} results of commit {commits or 'none'}"
+
+
 def main() -> None:
     found = load()
     (HERE / "figures").mkdir(exist_ok=True)
-    results = [result for runs in found.values() for result in runs.values()]
-    commits = ", ".join(sorted({result["commit"] for result in results}))
     parts = [
         "# Results",
-        f"Drawn by `python -m experiments.report` from {len(results)} results of commit {commits}. "
-        "Mean +- 95% interval over seeds; accuracies in %. The protocol and a reading of the "
-        "results are in [README.md](README.md).",
+        f"Drawn by `python -m experiments.report`, from {provenance(found, in_variants=False)}; "
+        f"the section variants from {provenance(found, in_variants=True)}. Mean +- 95% interval "
+        "over seeds; accuracies in %. The protocol and a reading of the results are in "
+        "[README.md](README.md).",
         "## table1",
         table1(found),
         table1_figure(found),
@@ -350,6 +447,8 @@ def main() -> None:
         parts += [f"## {title}", comparison_table(found, names, base)]
         parts.append(dots_figure(found, names, title))
     parts += ["## signs of collapse (from regularisation)", collapse_figure(found)]
+    parts += ["## variants", variants_table(found), variants_figure(found)]
+    parts += ["## variants: choice of the factor", choice_table(found)]
     (HERE / "report.md").write_text("\n\n".join(filter(None, parts)) + "\n")
     print(HERE / "report.md")
 

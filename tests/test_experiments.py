@@ -114,14 +114,25 @@ def fake_result(variant, seed, accuracy):
 
 def test_the_report_needs_results_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "HERE", tmp_path)
-    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "variants").mkdir(parents=True)
     accuracies = {"start": 0.2, "grpo": 0.5, "papo_g": 0.6, "gamma_0.1": 0.4, "mask_1.0": 0.5}
     for variant, accuracy in accuracies.items():
         for seed in (10, 11):
             result = fake_result(variant, seed, accuracy + seed / 1000)
             (tmp_path / "results" / f"{variant}-s{seed}.json").write_text(json.dumps(result))
+    methods = {"grpo": 0.5, "dapo": 0.54, "tapo": 0.6, "dvrp": 0.48}
+    methods |= {"tapo_x5": 0.6, "tapo_x20": 0.7}
+    for name, accuracy in methods.items():
+        for seed in (0, 1, 2) if "_x" in name else (10, 11):
+            result = fake_result(f"variants/{name}", seed, accuracy)
+            path = tmp_path / "results" / "variants" / f"{name}-s{seed}.json"
+            path.write_text(json.dumps(result))
     report.main()
     text = (tmp_path / "report.md").read_text()
+    tapo = "| 60.0 +- 0.0 | 30.0 +- 0.0 | 45.0 +- 0.0 | +7.5 +- 0.0 | 0.500 | +4.5 +- 0.0 | 0.500 |"
+    assert f"| tapo | 2 {tapo} 1.00 +- 0.00 |" in text
+    assert "| dvrp | 2 |" in text and "| -1.5 +- 0.0 | 0.500 |  |  |" in text
+    assert "| tapo | 45.0 | 52.5 | x20 |" in text
     assert "from 10 results of commit abc1234" in text
     cells = "61.0 +- 0.6 | 30.5 +- 0.3 | 45.8 +- 0.5 | 40.0 +- 0.0 | +19.6 +- "
     assert f"| papo_g | 2 | {cells}" in text
@@ -129,7 +140,7 @@ def test_the_report_needs_results_alone(tmp_path, monkeypatch):
     assert "(not run yet)" in text
     figures = {path.stem for path in (tmp_path / "figures").iterdir()}
     # A figure takes two variants.
-    assert figures == {"table1", "gamma", "masking", "no_kl_ref"}
+    assert figures == {"table1", "gamma", "masking", "no_kl_ref", "variants"}
     found = report.load()
     relative = report.delta_rel(found["papo_g"][10], found["grpo"][10])
     assert relative == pytest.approx(100 * (0.61 / 0.51 - 1))
