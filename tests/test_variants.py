@@ -109,18 +109,19 @@ def test_dyco_roles_and_score():
 
     Token 1: the image part moves from its first to its second token, pi; the text part, on the one
     position that both see, not at all: visual, with the image's share 0.6 / 0.8. Token 2: the image
-    part stays; the text part moves from (1, 0) to (0, 1), pi: textual, with its share 0.4 / 0.5.
+    part stays; the text part moves from (1/2, 1/2) to (0, 1), pi / 2: textual, with its share
+    0.4 / 0.5.
     """
     attention = torch.tensor(
         [
             [0.1, 0.5, 0.0, 0.4, 0.0, 0.0, 0.0],
-            [0.2, 0.0, 0.6, 0.2, 0.0, 0.0, 0.0],
+            [0.2, 0.0, 0.6, 0.1, 0.1, 0.0, 0.0],
             [0.5, 0.0, 0.1, 0.0, 0.4, 0.0, 0.0],
         ]
     )
     visible = torch.ones(3, 7, dtype=torch.bool).tril(3)
     close(dyco_rl.shifts(attention[:, 1:3], visible[:, 1:3]), [math.pi, 0], atol=1e-3)
-    close(dyco_rl.shifts(attention[:, 3:], visible[:, 3:]), [0, math.pi], atol=1e-3)
+    close(dyco_rl.shifts(attention[:, 3:], visible[:, 3:]), [0, math.pi / 2], atol=1e-3)
     fit = dyco_rl.response_fit(attention, visible, 1, 2, margin=0.05)
     close(fit, 1 / (1 + math.exp(-(0.6 / 0.8 + 0.4 / 0.5) / 2)))
     half_turn = torch.tensor([[0.5, 0.5], [1.0, 0.0]])
@@ -151,7 +152,7 @@ def prepared(name, policy, groups, n_batches=1, **changes):
     return algo, metrics
 
 
-WEIGHING = ("vppo", "pgpo", "dyco_rl")
+WEIGHING = {"vppo": {}, "pgpo": {}, "dyco_rl": {"shortest_response": 0}}  # and changed settings
 
 
 @pytest.mark.parametrize("name", WEIGHING)
@@ -162,7 +163,7 @@ def test_weights_do_not_depend_on_padding(varied_policy, groups, name):
             tensor = getattr(group, field)
             setattr(group, field, torch.nn.functional.pad(tensor, (0, 3)))
     for these in (groups, padded):
-        prepared(name, varied_policy, these)
+        prepared(name, varied_policy, these, **WEIGHING[name])
     for group, with_padding in zip(groups, padded, strict=True):
         width = group.tokens.shape[1]
         found = with_padding.weights[:, :width] * group.response_mask
@@ -176,7 +177,7 @@ def test_weights_do_not_depend_on_padding(varied_policy, groups, name):
 @pytest.mark.parametrize("name", WEIGHING)
 def test_the_loss_is_that_of_weighted_advantages(varied_policy, groups, name):
     """In value and gradient: the weights have none."""
-    algo, _ = prepared(name, varied_policy, groups, n_batches=2)
+    algo, _ = prepared(name, varied_policy, groups, n_batches=2, **WEIGHING[name])
     loss, _ = row_loss(varied_policy, groups, algo)
     loss.backward()
     found = [p.grad.clone() for p in varied_policy.model.parameters() if p.grad is not None]
