@@ -39,10 +39,9 @@ from support.packing import pack_rows
 from support.phases import phase
 from support.qwen_vl import Policy
 from support.stats import mean_metrics
-from support.variants import load_variant
+from support.variants import check_view, check_weights, load_variant
 
 # ------------------------------------------------------------------------------------------ presets
-
 
 preset_flag = partial(flag, shown_default="preset")  # for what presets set
 
@@ -194,8 +193,8 @@ def prepare(
     metrics = prepare_views(policy, groups, algo, key)
     for batch in batches:
         with torch.no_grad():
-            weights = algo.weigh(batch, policy)
-        for group, weight in zip(batch if weights else [], weights, strict=True):
+            weights = check_weights(algo.weigh(batch, policy), algo, batch)
+        for group, weight in zip(batch, weights, strict=False):  # without weights: none
             group.weights = weight.expand_as(group.sample_log_probs)
     return metrics
 
@@ -208,7 +207,8 @@ def prepare_views(policy: Policy, groups: list[Group], algo: Algo, key: tuple) -
         n_changed = n_patches = 0
         for group in with_image:
             generator = seeded(name, *key, group.prompt.index)
-            pixels, changed = algo.view(name, group.prompt, policy, generator)
+            view = algo.view(name, group.prompt, policy, generator)
+            pixels, changed = check_view(view, algo, name, group.prompt)
             group.view_pixel_values[name] = pixels
             n_changed += int(changed.sum())
             n_patches += len(changed)

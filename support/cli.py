@@ -86,6 +86,8 @@ def parse_flags(doc: str, *classes, argv=None) -> dict:
                 continue
             if metadata["group"]:
                 section = parser.add_argument_group(metadata["group"])
+            if f"--{one.name}" in parser._option_string_actions:
+                raise ValueError(f"{cls.__name__}.{one.name}: there is a flag of this name already")
             shown = metadata["shown_default"] if metadata == one.metadata else ""
             text = _help_text(metadata["help"], shown, one.default)
             section.add_argument(f"--{one.name}", help=text, **_value_options(one))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -180,6 +181,8 @@ class Run:
         checkpoint.clean(self.folder)
         text = json.dumps(config, indent=1) + "\n"
         checkpoint.write_atomically(self.folder / "config.json", text)
+        if self.config.algo.endswith(".py"):  # it may change later: keep what this run used
+            shutil.copy(self.config.algo, self.folder)
         last_kept = self.step if resuming else -1
         rewind(self.folder / "samples.jsonl", last_kept)
         return rewind(self.folder / "metrics.jsonl", last_kept)

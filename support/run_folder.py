@@ -3,6 +3,7 @@
 config.json     every flag, resolved
 metrics.jsonl   one line per step, one per evaluation
 samples.jsonl   decoded responses of evaluations
+NAME.py         a copy of the file that --algo names, if it is one
 checkpoints/    see checkpoint.py
 curves.png, model/, sample0.png    written at the end
 .lock           held as long as a process writes here

@@ -13,6 +13,12 @@ import importlib.util
 import sys
 from pathlib import Path
 
+from torch import Tensor
+
+from support.batch import Group
+from support.errors import StepError
+
+RECORDS = ("old_log_probs", "entropies")  # what a variant may need
 FOLDER = Path(__file__).resolve().parent.parent / "variants"
 
 
@@ -28,8 +34,8 @@ def load_variant(name: str, base: type, steps: tuple[str, ...], presets: tuple[s
     """
     if name in variant_names():
         module = _import(name, lambda: importlib.import_module(f"variants.{name}"))
-    elif name.endswith(".py") and Path(name).is_file():
-        module = _import(name, lambda: _module_of(Path(name)))
+    elif name.endswith(".py"):
+        module = _import(name, lambda: _module_of(Path(name).resolve()))
     else:
         choices = ", ".join([*presets, *variant_names()])
         raise ValueError(f"algo={name!r}: choose one of {choices}, or path/to/FILE.py")
@@ -49,14 +55,21 @@ def _import(name: str, load):
         return load()
     except Exception as error:  # whatever a user's file raises
         line = f"{type(error).__name__}: {error}"
+        if "non-frozen dataclass" in line:
+            line = "write @dataclass(frozen=True)"
         raise ValueError(f"algo={name}: cannot be imported: {line}") from error
 
 
 def _module_of(path: Path):
-    """The module of a file anywhere. Its name differs from that of every other module."""
-    spec = importlib.util.spec_from_file_location(f"variant_{path.stem}", path)
+    """The module of a file anywhere, which may import its neighbours. It is executed once."""
+    name = f"variant_{path.stem}"  # unlike that of any other module
+    if getattr(sys.modules.get(name), "__file__", None) == str(path):
+        return sys.modules[name]
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses looks modules up by name
+    sys.modules[name] = module  # dataclasses looks modules up by name
     spec.loader.exec_module(module)
     return module
 
@@ -65,7 +78,8 @@ def check_variant(variant: type, base: type, steps: tuple[str, ...], where: str)
     """ValueError for a setting or step that would not take effect."""
     if "__dataclass_params__" not in vars(variant):
         raise ValueError(f"algo={where}: decorate {variant.__name__} with @dataclass(frozen=True)")
-    settings = [one.name for one in dataclasses.fields(base)]
+    parents = variant.__mro__[1:]
+    settings = [one.name for one in dataclasses.fields(parents[0])]
     for one in dataclasses.fields(variant):
         if one.name not in settings and "help" not in one.metadata:
             advice = _suggest(one.name, settings)
@@ -79,7 +93,48 @@ def check_variant(variant: type, base: type, steps: tuple[str, ...], where: str)
         if name in fields and name not in annotated:
             raise ValueError(f"algo={where}: write the type, {name}: float = ..., or it is ignored")
         if name not in fields:
-            raise ValueError(f"algo={where}: {name} is no step, {_suggest(name, list(steps))}")
+            advice = f"{_suggest(name, list(steps))}; names of helpers begin with _"
+            raise ValueError(f"algo={where}: {name} is no step, {advice}")
+    unknown = set(variant.needs) - set(RECORDS)
+    if not isinstance(variant.needs, tuple) or unknown:
+        choices = ", ".join(RECORDS)
+        raise ValueError(f"algo={where}: needs={variant.needs!r}: a tuple of some of {choices}")
+
+
+def check_view(view, algo, name: str, prompt) -> tuple[Tensor, Tensor]:
+    """What a step `view` returned; StepError if it is not pixels and a mask of patches."""
+    n, width = prompt.pixel_values.shape
+    tensors = view if isinstance(view, tuple) else (view,)
+    found = [_describe(tensor) for tensor in tensors]
+    expected = [f"float32[{n}, {width}]", f"bool[{n}]"]
+    if found != expected:
+        raise StepError(
+            f"algo={algo.name}: view({name!r}) must return pixels and the changed patches, "
+            f"{' and '.join(expected)}, not {' and '.join(found)}"
+        )
+    return view
+
+
+def check_weights(weights, algo, groups: list[Group]) -> list[Tensor]:
+    """What a step `weigh` returned; StepError if it is not a factor of each group, or nothing."""
+    must = f"algo={algo.name}: weigh must return"
+    if not isinstance(weights, list) or len(weights) not in (0, len(groups)):
+        found = f"{len(weights)}" if isinstance(weights, list) else _describe(weights)
+        raise StepError(f"{must} a list of {len(groups)} tensors, one per group, not {found}")
+    for weight, group in zip(weights, groups, strict=False):
+        n, length = group.tokens.shape
+        choices = (f"float32[{n}, 1]", f"float32[{n}, {length}]")
+        if _describe(weight) not in choices:
+            raise StepError(f"{must} {' or '.join(choices)} per group, not {_describe(weight)}")
+        if not weight.isfinite().all():
+            raise StepError(f"{must} finite weights, not {weight.flatten().tolist()[:8]} ...")
+    return weights
+
+
+def _describe(value) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
 
 
 def _suggest(name: str, choices: list[str]) -> str:

@@ -21,6 +21,7 @@ from papo import mini_batches, prepare, preset, row_loss
 from rollout import generate
 from support import toy
 from support.batch import pad_and_cat, seeded
+from support.errors import StepError
 from support.qwen_vl import Policy
 from support.stats import RolloutStats
 from support.variants import FOLDER, variant_names
@@ -133,6 +134,11 @@ def test_dyco_without_roles_and_with_a_neutral_margin():
     visible = torch.ones(2, 4, dtype=torch.bool).tril(2)
     close(dyco_rl.response_fit(still, visible, 1, 1, margin=0.05), 0.5)
     close(dyco_rl.response_fit(still[:1], visible[:1], 1, 1, margin=0.05), 0.5)  # a single token
+    text_moves_by_0_03 = torch.tensor([[0.2, 0.4, 0.2, 0.2, 0], [0.2, 0.4, 0.206, 0.194, 0]])
+    visible = torch.ones(2, 5, dtype=torch.bool).tril(3)
+    close(dyco_rl.response_fit(text_moves_by_0_03, visible, 1, 1, margin=0.05), 0.5)
+    textual = dyco_rl.response_fit(text_moves_by_0_03, visible, 1, 1, margin=0.02)
+    close(textual, 1 / (1 + math.exp(-0.4 / 0.8)))
 
 
 def test_dyco_standardises_over_the_mini_batch():
@@ -444,20 +450,25 @@ from dataclasses import dataclass
 from papo import Algo, flag
 import torch
 """
+CLASS = "@dataclass(frozen=True)\nclass A(Algo):\n  "
 WRONG_FILES = {  # a file's text -> what its one line says
     "x = 1": "must define one subclass of Algo, has none",
     "class A(Algo): pass": r"decorate A with @dataclass\(frozen=True\)",
     2 * "@dataclass(frozen=True)\nclass A(Algo): pass\nB = A\n" + "class C(A): pass": "A, C",
-    "@dataclass(frozen=True)\nclass A(Algo):\n  def wiegh(self, groups, policy): pass": (
+    CLASS + "def wiegh(self, groups, policy): pass": (
         "wiegh is no step, did you mean weigh\\? choose one of columns, needs, annealed, images"
     ),
-    "@dataclass(frozen=True)\nclass A(Algo):\n  kl_prcp_coef = 0.5": "write the type, kl_prcp_coef",
-    "@dataclass(frozen=True)\nclass A(Algo):\n  kl_prcp_coeff: float = 0.5": (
+    CLASS + "kl_prcp_coef = 0.5": "write the type, kl_prcp_coef",
+    CLASS + "kl_prcp_coeff: float = 0.5": (
         "kl_prcp_coeff is no setting, did you mean kl_prcp_coef"
     ),
     "@dataclass(frozen=True)\nclass A(Algo)\n": "cannot be imported: SyntaxError",
     "import no_such_package": "cannot be imported: ModuleNotFoundError",
-    "@dataclass(frozen=True)\nclass A(Algo):\n  mask_ratio: float = 3.0": "mask_ratio=3.0",
+    CLASS + "mask_ratio: float = 3.0": "mask_ratio=3.0",
+    "@dataclass\nclass A(Algo): pass": r"write @dataclass\(frozen=True\)",
+    CLASS + "needs = ('entropy',)": "of old_log_probs, entropies",
+    CLASS + "needs = ('entropies')": "needs='entropies': a tuple",
+    CLASS + "seed: int = flag(1, 'x')": ("A.seed: there is a flag of this name already"),
 }
 
 
@@ -472,12 +483,51 @@ def test_a_wrong_file_is_one_line(tmp_path, capsys, text, message):
 
 
 def test_an_unknown_name_is_one_line_with_the_choices(tmp_path, capsys):
-    for name in ("papo_x", str(tmp_path / "none.py")):
-        with pytest.raises(SystemExit):
-            train.main(["--algo", name])
-        error = capsys.readouterr().err
-        assert f"algo={name!r}: choose one of grpo, dapo, papo_g" in error
-        assert "dyco_rl, noisy_rollout" in error and error.count("\n") == 1
+    with pytest.raises(SystemExit):
+        train.main(["--algo", "papo_x"])
+    error = capsys.readouterr().err
+    assert "algo='papo_x': choose one of grpo, dapo, papo_g" in error
+    assert "dyco_rl, noisy_rollout" in error and error.count("\n") == 1
+    with pytest.raises(SystemExit):
+        train.main(["--algo", str(tmp_path / "none.py")])
+    error = capsys.readouterr().err
+    assert "No such file" in error and "none.py" in error and error.count("\n") == 1
+
+
+WRONG_STEPS = {  # a step -> what its one line says
+    "weigh(self, groups, _): return None": "a list of 4 tensors, .* not NoneType",
+    "weigh(self, groups, _): return torch.ones(4)": r"4 tensors, .* not float32\[4\]",
+    "weigh(self, groups, _): return [torch.ones(3, 1)] * 3": "a list of 4 tensors, .* not 3",
+    "weigh(self, groups, _): return [torch.ones(3)] * 4": r"float32\[3, 1\] or .*\[3\]",
+    "weigh(self, groups, _): return [torch.full((3, 1), torch.nan)] * 4": "finite weights",
+    "view(self, name, prompt, *_): return prompt.pixel_values": "and the changed",
+    "view(self, name, prompt, *_): return prompt.pixel_values, torch.ones(36)": (
+        r"float32\[36, 1176\] and bool\[36\], not float32\[36, 1176\] and float32\[36\]"
+    ),
+}
+
+
+@pytest.mark.parametrize("step, message", WRONG_STEPS.items())
+def test_a_wrong_result_of_a_step_is_one_line(policy, groups, tmp_path, step, message):
+    file = tmp_path / "wrong.py"
+    file.write_text(f"{HEADER}{CLASS}def {step}\n")
+    algo = replace(preset(str(file)), kl_ref_coef=0.0)
+    with pytest.raises(StepError, match=message) as caught:
+        prepare(policy, None, [groups], algo, key=(0, 0))
+    assert str(caught.value).startswith(f"algo={file}: ") and "\n" not in str(caught.value)
+
+
+def test_a_variant_of_a_variant_and_a_neighbouring_file(tmp_path):
+    (tmp_path / "my_shares.py").write_text("LESS = 0.2\n")
+    file = tmp_path / "narrow.py"
+    file.write_text(
+        "from dataclasses import dataclass\nfrom variants.vppo import VPPO\n"
+        "from my_shares import LESS\n"
+        "@dataclass(frozen=True)\nclass Narrow(VPPO):\n  token_share: float = LESS\n"
+    )
+    algo = preset(str(file))
+    assert (algo.token_share, algo.least_weight, algo.entropy_coef) == (0.2, 0.9, 0.06)
+    assert papo.algo_class(str(file)) is type(algo)
 
 
 def test_a_variants_settings_are_in_help(capsys):
@@ -556,6 +606,7 @@ def test_a_file_of_ones_own_runs_and_resumes_exactly(run, tmp_path, capsys):
     half = run("half", f"{flags} --steps 1")
     config = json.loads((half / "config.json").read_text())
     assert (config["algo"], config["strength"], config["noised_coef"]) == (str(file), 0.5, 0.01)
+    assert (half / "everything.py").read_text() == EVERYTHING
     with pytest.raises(SystemExit):
         train.main(["--resume", str(half), "--strength", "2.0"])
     assert "--strength 2.0 contradicts the run's 0.5" in capsys.readouterr().err
@@ -590,7 +641,7 @@ def test_the_example_in_the_readme_runs(run, tmp_path, capsys):
     text = (ROOT / "README.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.S)
     [block] = [block for block in blocks if "(Algo)" in block]
-    assert len(block.splitlines()) <= 25
+    assert len([line for line in block.splitlines() if line.strip()]) <= 22
     file = tmp_path / "my_idea.py"
     file.write_text(block)
     out = run("mine", f"--algo {file} --steps 1")
