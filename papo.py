@@ -212,10 +212,12 @@ def prepare_views(policy: Policy, groups: list[Group], algo: Algo, key: tuple) -
             group.view_pixel_values[name] = pixels
             n_changed += int(changed.sum())
             n_patches += len(changed)
-        for group, log_probs in policy.per_group(with_image, partial(policy.log_probs, view=name)):
-            group.view_log_probs[name] = log_probs
         n_changed, n_patches = sum_over_ranks([n_changed, n_patches])
         metrics[f"{name}_ratio"] = n_changed / max(n_patches, 1.0)
+        if name == "mask" and algo.masked_grad and not algo.needs:
+            continue  # the update computes them itself, with gradient
+        for group, log_probs in policy.per_group(with_image, partial(policy.log_probs, view=name)):
+            group.view_log_probs[name] = log_probs
     return metrics
 
 
@@ -258,8 +260,7 @@ def accumulate_gradients(policy: Policy, batch: list[Group], algo: Algo) -> dict
     rows = pack_rows(batch, policy.tokens_per_forward)
     for number, row in enumerate(rows, start=1):
         loss, metrics = row_loss(policy, row, algo, denominator)
-        is_last = number == len(rows)
-        reduce_over_replicas(policy.model, enabled=is_last)
+        reduce_over_replicas(policy.model, enabled=number == len(rows))
         (loss * world_size()).backward()  # FSDP averages over ranks, but we want the sum
         sums = sums + torch.stack([*metrics.values()]).double()  # on the device: no wait per row
     return dict(zip(metrics, sum_over_ranks(sums.tolist()), strict=True))
@@ -270,10 +271,7 @@ def row_loss(policy: Policy, row: list[Group], algo: Algo, denominator: Counts |
 
     All log-probs are taken at the sampling temperature and are 0 at padding.
     """
-
-    def recorded(name: str) -> torch.Tensor:
-        return pad_and_cat(row, name, policy.device)  # [B, T]
-
+    recorded = partial(pad_and_cat, row, device=policy.device)  # field -> [B, T]
     log_probs = policy.log_probs(row)  # [B, T]
     # Where none were recorded, this is the step's only update: the policy is still the old one.
     has_old = all(group.old_log_probs is not None for group in row)
@@ -282,10 +280,12 @@ def row_loss(policy: Policy, row: list[Group], algo: Algo, denominator: Counts |
         advantages = advantages[:, None] * recorded("weights")  # [B, T]
     views = {}
     for name, coefficient in algo.views().items():
-        views[name] = (coefficient, view_log_probs(row, name, policy.device))
+        if name == "mask" and algo.masked_grad:
+            under_view = policy.log_probs(row, name)
+        else:
+            under_view = view_log_probs(row, name, policy.device)
+        views[name] = (coefficient, under_view)
     _, masked = views.pop("mask", (0.0, None))
-    if masked is not None and algo.masked_grad:
-        masked = policy.log_probs(row, "mask")
     return papo_loss(
         log_probs,
         old_log_probs=recorded("old_log_probs") if has_old else log_probs.detach(),

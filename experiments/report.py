@@ -447,7 +447,8 @@ def main() -> None:
         parts += [f"## {title}", comparison_table(found, names, base)]
         parts.append(dots_figure(found, names, title))
     parts += ["## signs of collapse (from regularisation)", collapse_figure(found)]
-    parts += ["## variants", variants_table(found), variants_figure(found)]
+    note = "The p of the ten comparisons with grpo are not corrected for their number."
+    parts += ["## variants", variants_table(found), note, variants_figure(found)]
     parts += ["## variants: choice of the factor", choice_table(found)]
     (HERE / "report.md").write_text("\n\n".join(filter(None, parts)) + "\n")
     print(HERE / "report.md")

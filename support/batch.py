@@ -67,7 +67,7 @@ class Group:
     advantages: Tensor | None = None  # [G]
     old_log_probs: Tensor | None = None  # [G, T]; None where a step makes a single update
     ref_log_probs: Tensor | None = None  # [G, T]
-    entropies: Tensor | None = None  # [G, T], of the distributions that tokens were drawn from
+    entropies: Tensor | None = None  # [G, T], of the softmax at each token, before top-p and top-k
     weights: Tensor | None = None  # [G, T], factors of the advantages
     # By name of a view of the image ("mask" is PAPO's), the same for the whole group:
     view_pixel_values: dict[str, Tensor] = field(default_factory=dict)  # [N_patch, D_patch]

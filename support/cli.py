@@ -104,7 +104,8 @@ def _metadata(cls: type, name: str) -> dict:
 
 
 def _value_options(one: dataclasses.Field) -> dict:
-    kind = float if one.type == "float" else type(one.default)  # a float's default may be 0
+    is_float = one.type in (float, "float")  # as a string in a file that postpones annotations
+    kind = float if is_float else type(one.default)
     if kind is bool:
         return {"action": argparse.BooleanOptionalAction}
     if kind is tuple:
@@ -151,6 +152,13 @@ def check_choice(config, name: str, choices: tuple[str, ...]) -> None:
     value = getattr(config, name)
     if value not in choices:
         raise ValueError(f"{name}={value!r}: choose one of {', '.join(choices)}")
+
+
+def check_range(config, name: str, low: float, high: float) -> None:
+    """ValueError where a field is below `low` or above `high`."""
+    value = getattr(config, name)
+    if not low <= value <= high:
+        raise ValueError(f"{name}={value}: must be between {low} and {high}")
 
 
 def check_top_p(config) -> None:

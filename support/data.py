@@ -257,7 +257,7 @@ class Rows:
         return self.get(self.numbers[i])
 
 
-def load(  # noqa: PLR0913  (keywords of one loader)
+def load(
     spec, split="train", *, seed=0, limit=None, length=None, max_prompt_tokens=None, columns=()
 ) -> Rows:
     """The usable rows of a training set. DataError if it cannot be read or no row is usable.
@@ -296,7 +296,7 @@ def load(  # noqa: PLR0913  (keywords of one loader)
     )
 
 
-def usable_rows(  # noqa: PLR0913  (those of load)
+def usable_rows(
     name: str, table, folder: Path, limit=None, length=None, max_prompt_tokens=None, columns=()
 ) -> Rows:
     """The usable rows of a table, which is a sequence of what `as_dict` takes. See `load`."""

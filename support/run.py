@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import sys
 import time
@@ -42,7 +41,7 @@ from support.metrics import collapse_warning, read_metrics
 from support.phases import phase
 from support.qwen_vl import Encoder, Policy
 from support.reward import compute_score
-from support.run_folder import append, free_name, is_evaluation, lock, rewind
+from support.run_folder import append, free_name, is_evaluation, keep_copy, lock, rewind
 from support.saliency import saliency_for
 from support.sandbox import Grader
 
@@ -181,8 +180,8 @@ class Run:
         checkpoint.clean(self.folder)
         text = json.dumps(config, indent=1) + "\n"
         checkpoint.write_atomically(self.folder / "config.json", text)
-        if self.config.algo.endswith(".py"):  # it may change later: keep what this run used
-            shutil.copy(self.config.algo, self.folder)
+        if self.config.algo.endswith(".py"):
+            keep_copy(Path(self.config.algo), self.folder)
         last_kept = self.step if resuming else -1
         rewind(self.folder / "samples.jsonl", last_kept)
         return rewind(self.folder / "metrics.jsonl", last_kept)

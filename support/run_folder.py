@@ -15,6 +15,7 @@ import fcntl
 import itertools
 import json
 import os
+import shutil
 import socket
 import sys
 from contextlib import suppress
@@ -63,10 +64,20 @@ def with_saved_config(given: dict, defaults: dict) -> dict:
 
 def free_name(config) -> str:
     """runs/ALGO-MODEL-sSEED, or the next free suffix: no existing folder is ever overwritten."""
+    algo = Path(config.algo).stem
     model = Path(config.model.rstrip("/")).name.replace(":", "-")
-    name = f"runs/{config.algo}-{model}-s{config.seed}"
+    name = f"runs/{algo}-{model}-s{config.seed}"
     numbered = (f"{name}-{i}" for i in itertools.count(2))
     return next(each for each in itertools.chain([name], numbered) if not Path(each).exists())
+
+
+def keep_copy(source: Path, folder: Path) -> None:
+    """Copy a file of the user's into a new run; warn where a resumed run meets another version."""
+    copy = folder / source.name
+    if not copy.exists():
+        shutil.copy(source, copy)
+    elif copy.read_bytes() != source.read_bytes():
+        print(f"{source} has changed since the run began with {copy}", file=sys.stderr)
 
 
 def lock(folder: Path):

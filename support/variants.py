@@ -78,8 +78,8 @@ def check_variant(variant: type, base: type, steps: tuple[str, ...], where: str)
     """ValueError for a setting or step that would not take effect."""
     if "__dataclass_params__" not in vars(variant):
         raise ValueError(f"algo={where}: decorate {variant.__name__} with @dataclass(frozen=True)")
-    parents = variant.__mro__[1:]
-    settings = [one.name for one in dataclasses.fields(parents[0])]
+    parents = [each for each in variant.__mro__[1:] if issubclass(each, base)]
+    settings = [one.name for parent in parents for one in dataclasses.fields(parent)]
     for one in dataclasses.fields(variant):
         if one.name not in settings and "help" not in one.metadata:
             advice = _suggest(one.name, settings)
@@ -95,10 +95,11 @@ def check_variant(variant: type, base: type, steps: tuple[str, ...], where: str)
         if name not in fields:
             advice = f"{_suggest(name, list(steps))}; names of helpers begin with _"
             raise ValueError(f"algo={where}: {name} is no step, {advice}")
-    unknown = set(variant.needs) - set(RECORDS)
-    if not isinstance(variant.needs, tuple) or unknown:
+    if not isinstance(variant.needs, tuple) or set(variant.needs) - set(RECORDS):
         choices = ", ".join(RECORDS)
         raise ValueError(f"algo={where}: needs={variant.needs!r}: a tuple of some of {choices}")
+    if not isinstance(variant.columns, tuple):
+        raise ValueError(f"algo={where}: columns={variant.columns!r}: a tuple of column names")
 
 
 def check_view(view, algo, name: str, prompt) -> tuple[Tensor, Tensor]:
@@ -112,6 +113,10 @@ def check_view(view, algo, name: str, prompt) -> tuple[Tensor, Tensor]:
             f"algo={algo.name}: view({name!r}) must return pixels and the changed patches, "
             f"{' and '.join(expected)}, not {' and '.join(found)}"
         )
+    coefficient = algo.views()[name]
+    if name == "mask" and coefficient not in (0, -algo.kl_prcp_coef):
+        advice = "set kl_prcp_coef instead, or give the view another name"
+        raise StepError(f"algo={algo.name}: views()['mask']={coefficient} has no effect: {advice}")
     return view
 
 

@@ -11,7 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import check_same_metrics, check_same_weights, examples
+from conftest import (
+    check_same_metrics,
+    check_same_weights,
+    examples,
+    process_restored,
+    run_flags,
+)
 from transformers import AutoModelForImageTextToText
 
 import papo
@@ -21,8 +27,10 @@ from papo import mini_batches, prepare, preset, row_loss
 from rollout import generate
 from support import toy
 from support.batch import pad_and_cat, seeded
+from support.cli import parse_flags
 from support.errors import StepError
 from support.qwen_vl import Policy
+from support.run_folder import free_name
 from support.stats import RolloutStats
 from support.variants import FOLDER, variant_names
 from variants import dyco_rl, noisy_rollout, pgpo, vppo
@@ -82,8 +90,9 @@ def test_pgpo_token_weights():
 
 def test_noisy_rollout_schedule_and_diffusion():
     algo = preset("noisy_rollout")
-    noise = [algo.annealed(step, 60).noise_steps for step in (0, 38, 40, 59)]
+    noise = [algo.annealed(step, 60).noise_steps for step in (0, 37, 39, 59)]
     assert noise == [499, int(500 / (1 + math.exp(-1))), 250, 0]
+    assert algo.annealed(0, 1).noise_steps == 500  # a run of one step: exp would overflow
     betas = [(5e-3 - 1e-5) / (1 + math.exp(6 - 12 * i / 999)) + 1e-5 for i in range(301)]
     expected = math.prod(1 - beta for beta in betas)
     assert float(noisy_rollout.share_kept(300)) == pytest.approx(expected, rel=1e-5)
@@ -123,8 +132,8 @@ def test_dyco_roles_and_score():
     visible = torch.ones(3, 7, dtype=torch.bool).tril(3)
     close(dyco_rl.shifts(attention[:, 1:3], visible[:, 1:3]), [math.pi, 0], atol=1e-3)
     close(dyco_rl.shifts(attention[:, 3:], visible[:, 3:]), [0, math.pi / 2], atol=1e-3)
-    fit = dyco_rl.response_fit(attention, visible, 1, 2, margin=0.05)
-    close(fit, 1 / (1 + math.exp(-(0.6 / 0.8 + 0.4 / 0.5) / 2)))
+    alignment = dyco_rl.response_alignment(attention, visible, 1, 2, margin=0.05)
+    close(alignment, 1 / (1 + math.exp(-(0.6 / 0.8 + 0.4 / 0.5) / 2)))
     half_turn = torch.tensor([[0.5, 0.5], [1.0, 0.0]])
     close(dyco_rl.shifts(half_turn, torch.ones(2, 2, dtype=torch.bool)), [math.pi / 2])
 
@@ -132,12 +141,17 @@ def test_dyco_roles_and_score():
 def test_dyco_without_roles_and_with_a_neutral_margin():
     still = torch.tensor([[0.2, 0.4, 0.4, 0.0], [0.2, 0.4, 0.4, 0.0]])
     visible = torch.ones(2, 4, dtype=torch.bool).tril(2)
-    close(dyco_rl.response_fit(still, visible, 1, 1, margin=0.05), 0.5)
-    close(dyco_rl.response_fit(still[:1], visible[:1], 1, 1, margin=0.05), 0.5)  # a single token
+    close(dyco_rl.response_alignment(still, visible, 1, 1, margin=0.05), 0.5)
+    close(
+        dyco_rl.response_alignment(still[:1], visible[:1], 1, 1, margin=0.05), 0.5
+    )  # a single token
     text_moves_by_0_03 = torch.tensor([[0.2, 0.4, 0.2, 0.2, 0], [0.2, 0.4, 0.206, 0.194, 0]])
     visible = torch.ones(2, 5, dtype=torch.bool).tril(3)
-    close(dyco_rl.response_fit(text_moves_by_0_03, visible, 1, 1, margin=0.05), 0.5)
-    textual = dyco_rl.response_fit(text_moves_by_0_03, visible, 1, 1, margin=0.02)
+    close(dyco_rl.response_alignment(text_moves_by_0_03, visible, 1, 1, margin=0.05), 0.5)
+    image_moves = torch.tensor([[0.2, 0.2, 0.2, 0.4, 0], [0.2, 0.206, 0.194, 0.4, 0]])
+    visual = dyco_rl.response_alignment(image_moves, visible, 1, 2, margin=0.05)  # without a margin
+    close(visual, 1 / (1 + math.exp(-0.4 / 0.8)))
+    textual = dyco_rl.response_alignment(text_moves_by_0_03, visible, 1, 1, margin=0.02)
     close(textual, 1 / (1 + math.exp(-0.4 / 0.8)))
 
 
@@ -176,6 +190,14 @@ def test_weights_do_not_depend_on_padding(varied_policy, groups, name):
         close(found, group.weights * group.response_mask, atol=1e-5)
         if group.has_image:
             assert (group.weights - 1).abs().max() > 0.01
+            mask = group.response_mask
+            if name == "vppo":
+                expected = vppo.top_tokens(vppo.visual_dependency(group), mask, 0.4)
+                assert torch.equal((group.weights * mask) > 0, expected > 0)
+            if name == "pgpo":
+                dependency = vppo.visual_dependency(group)
+                assert torch.equal(group.weights, pgpo.token_weights(dependency, mask, 0.4, 2.0))
+                assert (group.view_pixel_values["mask"] == varied_policy.encoder.black_patch).all()
         else:
             assert (group.weights[group.response_mask] == 1).all()
 
@@ -239,7 +261,8 @@ def test_dyco_uses_the_attention_of_transformers_eager_forward(folder, varied_po
 
     with torch.no_grad():
         varied_policy.probe_attention(with_image, probe)
-        expected = []
+        alignments = torch.cat(dyco_rl.attention_alignments(varied_policy, with_image, 0.05))
+        expected, expected_alignments = [], []
         for group in with_image:
             prompt = group.prompt
             for tokens, mask in zip(group.tokens, group.response_mask, strict=True):
@@ -252,9 +275,25 @@ def test_dyco_uses_the_attention_of_transformers_eager_forward(folder, varied_po
                     output_attentions=True,
                 )
                 expected.append(out.attentions[-1][0].mean(0)[len(prompt) - 1 :])
+                visible = torch.ones_like(expected[-1], dtype=torch.bool).tril(len(prompt) - 1)
+                first, *_, last = prompt.is_image_token.nonzero()[:, 0].tolist()
+                image = (expected[-1], visible, first, last)
+                expected_alignments.append(dyco_rl.response_alignment(*image, margin=0.05))
+    close(alignments, torch.stack(expected_alignments), atol=1e-4)
+    assert alignments.std() > 0.01
     assert len(found) == len(expected) == 9
     for ours, theirs in zip(found, expected, strict=True):
         close(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["vppo", "dyco_rl"])
+def test_each_mini_batch_is_scaled_by_itself(varied_policy, groups, name):
+    prepared(name, varied_policy, groups, n_batches=2, **WEIGHING[name])
+    alone = copy.deepcopy(groups)
+    for half in (alone[:2], alone[2:]):
+        prepared(name, varied_policy, half, **WEIGHING[name])
+    for group, other in zip(groups, alone, strict=True):
+        close(group.weights, other.weights, atol=1e-5)
 
 
 def test_dyco_weighs_short_responses_least_and_stays_within_its_limits(varied_policy, groups):
@@ -271,6 +310,9 @@ def test_dvrp_adds_the_noised_views_kl_to_papos(varied_policy, groups):
     algo, metrics = prepared("dvrp", varied_policy, groups, n_batches=2, noised_coef=0.3)
     assert 0.3 < metrics["mask_ratio"] < 0.9
     assert metrics["noised_ratio"] == 1
+    images, pixels = varied_policy.encoder.images, groups[0].prompt.pixel_values
+    expected = noisy_rollout.add_noise(pixels, 500, images, seeded("noised", 0, 0, 0))
+    assert torch.equal(groups[0].view_pixel_values["noised"], expected)
     without = replace(algo, noised_coef=0.0)
     mask = pad_and_cat(groups, "response_mask").bool()
     noised = torch.zeros(mask.shape)
@@ -294,6 +336,7 @@ def test_dvrp_adds_the_noised_views_kl_to_papos(varied_policy, groups):
 
 
 def test_entropies_are_those_of_the_full_softmax(varied_policy, groups):
+    varied_policy.temperature = 0.7
     for group, found in varied_policy.per_group(groups, varied_policy.entropies):
         alone = [replace(group, tokens=group.tokens.clone()) for _ in range(2)]
         vocabulary = torch.arange(0, len(varied_policy.encoder.tokenizer))
@@ -504,7 +547,37 @@ WRONG_STEPS = {  # a step -> what its one line says
     "view(self, name, prompt, *_): return prompt.pixel_values, torch.ones(36)": (
         r"float32\[36, 1176\] and bool\[36\], not float32\[36, 1176\] and float32\[36\]"
     ),
+    "views(self): return {'mask': -5.0}": r"views\(\)\['mask'\]=-5.0 has no effect: set kl_",
 }
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--algo noisy_rollout --noise_steps 1000", "noise_steps=1000: must be between 0 and 999"),
+        ("--algo dvrp --noise_steps -1", "noise_steps=-1: must be"),
+        ("--algo vppo --token_share 1.5", "token_share=1.5: must be between 0 and 1"),
+        ("--algo vppo --least_weight -1", "least_weight=-1.0"),
+        ("--algo pgpo --threshold 1", "threshold=1.0"),
+        ("--algo dyco_rl --strength 3", "strength=3.0"),
+    ],
+)
+def test_settings_out_of_range_are_one_line(folder, tmp_path, capsys, flags, message):
+    with process_restored(), pytest.raises(SystemExit):
+        train.main(run_flags(folder, tmp_path / "run", flags))
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_noise_falls_while_training(run, monkeypatch):
+    seen, images = [], noisy_rollout.NoisyRollout.images
+
+    def recorded(self, *args, **kwargs):
+        seen.append(self.noise_steps)
+        return images(self, *args, **kwargs)
+
+    monkeypatch.setattr(noisy_rollout.NoisyRollout, "images", recorded)
+    run("noisy", "--algo noisy_rollout --steps 2 --noise_middle 1.5 --eval_every 0")
+    assert sorted(set(seen)) == [0, 499]
 
 
 @pytest.mark.parametrize("step, message", WRONG_STEPS.items())
@@ -528,6 +601,22 @@ def test_a_variant_of_a_variant_and_a_neighbouring_file(tmp_path):
     algo = preset(str(file))
     assert (algo.token_share, algo.least_weight, algo.entropy_coef) == (0.2, 0.9, 0.06)
     assert papo.algo_class(str(file)) is type(algo)
+    flags = parse_flags("Train.", type(algo), argv=["--token_share", "0.5", "--kl_ref_coef", "1"])
+    assert flags == {"token_share": 0.5, "kl_ref_coef": 1.0}
+
+
+def test_a_float_may_have_the_default_0_without_postponed_annotations(tmp_path):
+    file = tmp_path / "zero.py"
+    file.write_text(HEADER + CLASS + "kl_prcp_coef: float = 0\n  own: float = flag(1, 'mine')\n")
+    given = parse_flags(
+        "Train.", papo.algo_class(str(file)), argv=["--kl_prcp_coef=0.5", "--own=2"]
+    )
+    assert given == {"kl_prcp_coef": 0.5, "own": 2.0}
+
+
+def test_a_run_without_out_is_named_after_the_file():
+    config = SimpleNamespace(algo="../some/where/my_idea.py", model="toy", seed=3)
+    assert free_name(config) == "runs/my_idea-toy-s3"
 
 
 def test_a_variants_settings_are_in_help(capsys):
@@ -546,7 +635,7 @@ def test_every_variant_has_the_originals_defaults():
     assert variant_names() == ["dvrp", "dyco_rl", "noisy_rollout", "pgpo", "tapo", "vppo"]
     table = {  # beta, gamma, eta1, eta2, clip_high, dynamic sampling, mask ratio
         "vppo": (0, 0, 0.06, 0, 0.28, True, 0.5),
-        "pgpo": (0, 0, 0, 0, 0.28, True, 1.0),
+        "pgpo": (0, 0, 0, 0, 0.28, True, 0.6),
         "dvrp": (0, 0.01, 0, 0.05, 0.3, False, 0.6),
         "tapo": (0, 0.01, 0.03, 0.03, 0.28, True, 0.6),
         "noisy_rollout": (0, 0, -0.001, 0, 0.2, False, 0.6),
@@ -610,7 +699,10 @@ def test_a_file_of_ones_own_runs_and_resumes_exactly(run, tmp_path, capsys):
     with pytest.raises(SystemExit):
         train.main(["--resume", str(half), "--strength", "2.0"])
     assert "--strength 2.0 contradicts the run's 0.5" in capsys.readouterr().err
+    file.write_text(EVERYTHING + "# changed\n")
     train.main(["--resume", str(half), "--steps", "2"])
+    assert f"{file} has changed since the run began" in capsys.readouterr().err
+    assert (half / "everything.py").read_text() == EVERYTHING
     check_same_metrics(whole, half)
     check_same_weights(whole, half)
     steps = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]

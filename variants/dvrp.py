@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import torch
 
 from papo import Algo, flag
-from variants.noisy_rollout import add_noise
+from support.cli import check_range
+from variants.noisy_rollout import DIFFUSION_STEPS, add_noise
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,10 @@ class DVRP(Algo):
     masked_entropy_coef: float = 0.05
     noised_coef: float = flag(0.01, "weight of KL(pi || pi_noised), which is minimised", "dvrp")
     noise_steps: int = flag(500, "diffusion steps of noise in the noised view")
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_range(self, "noise_steps", 0, DIFFUSION_STEPS - 1)
 
     def views(self):
         return super().views() | {"noised": self.noised_coef}

@@ -27,12 +27,14 @@ image keep weight 1.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from papo import Algo, flag
 from support.batch import Group
+from support.cli import check_range
 from support.distributed import concat_over_ranks, reshard_root
 from support.packing import GroupSpan, pack_rows
 
@@ -46,47 +48,52 @@ class DyCoRL(Algo):
     neutral_margin: float = flag(0.05, "by how much v_txt exceeds v_vis at a textual token")
     shortest_response: int = flag(60, "responses of fewer tokens get score -1 (7B: 150)")
 
-    def weigh(self, groups, policy):
-        fits = attention_fits(policy, groups, self.neutral_margin)
-        pairs = list(zip(groups, fits, strict=True))
-        mine = [float(fit) for group, of_group in pairs if group.has_image for fit in of_group]
-        of_all = torch.tensor(concat_over_ranks(mine), dtype=torch.float64)
-        return [self._weights(group, of_group, of_all)[:, None] for group, of_group in pairs]
+    def __post_init__(self):
+        super().__post_init__()
+        check_range(self, "strength", 0, 1)
 
-    def _weights(self, group: Group, fits: Tensor, of_all: Tensor) -> Tensor:
+    def weigh(self, groups, policy):
+        alignments = attention_alignments(policy, groups, self.neutral_margin)
+        pairs = list(zip(groups, alignments, strict=True))
+        of_images = [each.tolist() for group, each in pairs if group.has_image]
+        everyones = concat_over_ranks(list(chain.from_iterable(of_images)))
+        everyones = torch.tensor(everyones, dtype=torch.float64)
+        return [self._weights(group, each, everyones)[:, None] for group, each in pairs]
+
+    def _weights(self, group: Group, alignments: Tensor, everyones: Tensor) -> Tensor:
         if not group.has_image:
-            return torch.ones(len(fits))
+            return torch.ones(len(alignments))
         too_short = group.response_mask.sum(1) < self.shortest_response
-        scores = standardised(fits, of_all).masked_fill(too_short, -1.0)
+        scores = standardised(alignments, everyones).masked_fill(too_short, -1.0)
         return (1 + self.strength * scores).clamp(1 - self.strength, 1 + self.strength).float()
 
 
-def standardised(fits: Tensor, of_all: Tensor) -> Tensor:
-    """tanh of the z-scores of fits[G] among those of the mini-batch; 0 where all are equal."""
-    if len(of_all) < 2 or of_all.std() <= 1e-8:
-        return torch.zeros_like(fits)
-    return torch.tanh((fits - of_all.mean()) / of_all.std())
+def standardised(alignments: Tensor, everyones: Tensor) -> Tensor:
+    """tanh of the z-scores of alignments[G] among the mini-batch's; 0 where all are equal."""
+    if len(everyones) < 2 or everyones.std() <= 1e-8:
+        return torch.zeros_like(alignments)
+    return torch.tanh((alignments - everyones.mean()) / everyones.std())
 
 
-def attention_fits(policy, groups: list[Group], margin: float) -> list[Tensor]:
+def attention_alignments(policy, groups: list[Group], margin: float) -> list[Tensor]:
     """sigmoid(mean s) of every response, [G] float64 per group; all ranks call it."""
     last_layer = policy.model.config.get_text_config().num_hidden_layers - 1
-    fits = []
-
-    def probe(layer, query, key, scaling, layout):
-        if layer == last_layer:
-            for group, span in zip(row, layout.spans, strict=True):
-                fits.append(group_fits(group, span, query[0], key[0], scaling, margin))
-
+    found = []
     rows = pack_rows(groups, policy.tokens_per_forward)
     for row in rows:
+
+        def probe(layer, query, key, scaling, layout, row=row):
+            if layer == last_layer:
+                for group, span in zip(row, layout.spans, strict=True):
+                    found.append(group_alignments(group, span, query[0], key[0], scaling, margin))
+
         policy.probe_attention(row, probe)
     if rows:
         reshard_root(policy.model)
-    return [each.double().cpu() for each in fits[: len(groups)]]
+    return [each.double().cpu() for each in found[: len(groups)]]
 
 
-def group_fits(  # noqa: PLR0913
+def group_alignments(
     group: Group, span: GroupSpan, query: Tensor, key: Tensor, scaling: float, margin: float
 ) -> Tensor:
     """sigmoid(mean s) of a group's responses, [G]. query[H, S, D], key[H_kv, S, D]: the row's."""
@@ -94,12 +101,12 @@ def group_fits(  # noqa: PLR0913
     if len(image_tokens) == 0:
         return query.new_full((len(group.tokens),), 0.5)
     first, last = int(image_tokens[0]), int(image_tokens[-1])
-    fits = []
+    alignments = []
     for index, length in zip(span.index, group.response_mask.sum(1).tolist(), strict=True):
         fed = index[: max(length - 1, 0)]
         attention, visible = response_attention(query, key, scaling, span, fed)
-        fits.append(response_fit(attention, visible, first, last, margin))
-    return torch.stack(fits)
+        alignments.append(response_alignment(attention, visible, first, last, margin))
+    return torch.stack(alignments)
 
 
 def response_attention(query, key, scaling, span: GroupSpan, fed: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,12 +117,12 @@ def response_attention(query, key, scaling, span: GroupSpan, fed: Tensor) -> tup
     prompt = torch.arange(span.start, span.start + span.length, device=fed.device)
     q = query[:, torch.cat([prompt[-1:], fed])]  # [H, n, D]
     k = key[:, torch.cat([prompt, fed])].repeat_interleave(len(query) // len(key), 0)
-    scores = (q @ k.transpose(1, 2)).float() * scaling
+    scores = q.float() @ k.float().transpose(1, 2) * scaling  # bf16 scores would blur small shifts
     visible = torch.ones_like(scores[0], dtype=torch.bool).tril(span.length - 1)
     return scores.masked_fill(~visible, -torch.inf).softmax(-1).mean(0), visible
 
 
-def response_fit(attention, visible, first: int, last: int, margin: float) -> Tensor:
+def response_alignment(attention, visible, first: int, last: int, margin: float) -> Tensor:
     """sigmoid(mean s) of a response; image tokens at first..last. 0.5 where no token has a role."""
     visual, textual = attention[:, first : last + 1], attention[:, last + 1 :]
     shift = shifts(visual, visible[:, first : last + 1]) - shifts(textual, visible[:, last + 1 :])

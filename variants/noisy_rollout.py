@@ -22,6 +22,9 @@ import torch
 from torch import Tensor
 
 from papo import Algo, flag
+from support.cli import check_range
+
+DIFFUSION_STEPS = 1000
 
 
 @dataclass(frozen=True)
@@ -34,10 +37,14 @@ class NoisyRollout(Algo):
     noise_slope: float = flag(30.0, "how steeply the noise falls to 0")
     noise_middle: float = flag(40.0, "training step at which half of the noise is left")
 
+    def __post_init__(self):
+        super().__post_init__()
+        check_range(self, "noise_steps", 0, DIFFUSION_STEPS - 1)
+
     def annealed(self, step, last_step):
         algo = super().annealed(step, last_step)
-        fall = self.noise_slope * (step - self.noise_middle) / last_step
-        left = 1 - 1 / (1 + math.exp(-fall))
+        fall = self.noise_slope * (step + 1 - self.noise_middle) / last_step  # it counts from 1
+        left = 1 - 1 / (1 + math.exp(min(-fall, 700)))  # exp(710) overflows
         return replace(algo, noise_steps=int(self.noise_steps * left))
 
     def images(self, prompt, policy, generator):
@@ -63,6 +70,6 @@ def add_noise(pixel_values: Tensor, steps: int, processor, generator: torch.Gene
 
 
 def share_kept(steps: int) -> Tensor:
-    """abar_k: the share of the image's variance left after so many of 1000 diffusion steps."""
-    betas = torch.linspace(-6, 6, 1000).sigmoid() * (5e-3 - 1e-5) + 1e-5
+    """abar_k: the share of the image's variance left after so many diffusion steps."""
+    betas = torch.linspace(-6, 6, DIFFUSION_STEPS).sigmoid() * (5e-3 - 1e-5) + 1e-5
     return (1 - betas).cumprod(0)[steps]

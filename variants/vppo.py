@@ -10,8 +10,9 @@ largest (1), and w_i = 0.9 + 0.1 x_i / mean(x), so that the weights have mean 1.
 Source: the authors' code, github.com/huaixuheqing/VPPO-RL. It has n = 8 responses, 384 prompts in
 mini-batches of 128, 2 epochs, and rewards accuracy alone.
 Differences: it masks per response and in 14-px tiles of the raw image; here one mask per prompt
-covers the model's patches (masking.py). Responses without an image keep weight 1 here and do not
-enter the scaling.
+covers the model's patches (masking.py). It scales over one device's share, with mean(x) over a
+micro-batch; here both are over the mini-batch on all ranks. Responses without an image keep weight
+1 here and do not enter the scaling.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor
 from losses import kl_k3
 from papo import Algo, flag
 from support.batch import Group
+from support.cli import check_range
 from support.distributed import concat_over_ranks
 
 
@@ -40,20 +42,25 @@ class VPPO(Algo):
 
     needs = ("old_log_probs",)
 
+    def __post_init__(self):
+        super().__post_init__()
+        check_range(self, "token_share", 0, 1)
+        check_range(self, "least_weight", 0, 1)
+
     def views(self):
         return {"mask": 0.0} | super().views()
 
     def weigh(self, groups, policy):
         with_image = [group for group in groups if group.has_image]
-        mine = [mean for group in with_image for mean in response_dependency(group).tolist()]
-        of_all = torch.tensor(concat_over_ranks(mine))
-        return [self._weights(group, of_all) for group in groups]
+        means = [mean for group in with_image for mean in response_dependency(group).tolist()]
+        all_means = torch.tensor(concat_over_ranks(means))
+        return [self._weights(group, all_means) for group in groups]
 
-    def _weights(self, group: Group, of_all: Tensor) -> Tensor:
+    def _weights(self, group: Group, all_means: Tensor) -> Tensor:
         if not group.has_image:
             return torch.ones(len(group.tokens), 1)
         kept = top_tokens(visual_dependency(group), group.response_mask, self.token_share)
-        weights = response_weights(response_dependency(group), of_all, self.least_weight)
+        weights = response_weights(response_dependency(group), all_means, self.least_weight)
         return weights[:, None] * kept
 
 
@@ -69,12 +76,12 @@ def response_dependency(group: Group) -> Tensor:
     return visual_dependency(group).sum(1) / group.response_mask.sum(1).clamp(min=1)
 
 
-def response_weights(means: Tensor, of_all: Tensor, least: float) -> Tensor:
+def response_weights(means: Tensor, all_means: Tensor, least: float) -> Tensor:
     """w of responses with these mean dependencies, among those of the whole mini-batch."""
-    low, spread = of_all.min(), of_all.max() - of_all.min()
+    low, spread = all_means.min(), all_means.max() - all_means.min()
     if spread <= 1e-6:
         return torch.ones_like(means)
-    mean_x = ((of_all - low) / spread).mean()
+    mean_x = ((all_means - low) / spread).mean()
     return least + (means - low) / spread * (1 - least) / mean_x
 
 
