@@ -27,9 +27,9 @@ from support import checkpoint, distributed, toy  # noqa: E402
 from support.batch import Example, Group, seeded  # noqa: E402
 from support.qwen_vl import Encoder, Policy  # noqa: E402
 
-# Every term, with and without a reference, and the variants that need more than one rank's share:
-# weights over the mini-batch, attention, a second view.
-OBJECTIVES = {name: preset(name) for name in ("papo_g", "papo_d", "vppo", "dyco_rl", "dvrp")}
+# Every term: the entropies; a reference, and weights from attention; a second view; weights scaled
+# over the mini-batch.
+OBJECTIVES = {name: preset(name) for name in ("papo_d", "dyco_rl", "dvrp", "vppo")}
 OBJECTIVES["dyco_rl"] = replace(preset("dyco_rl"), shortest_response=0)
 OBJECTIVES["masked_grad"] = replace(
     preset("papo_d"), masked_grad=True, masked_entropy_coef=0.05, entropy_coef=0.05, average="seq"

@@ -101,8 +101,12 @@ def check_glossary(run_folder):
     assert {re.sub("eval/.*", "eval/SPLIT", key) for key in logged} == listed
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one(run, capsys):
-    """Exactly, in metrics and weights, with AdamW's state offloaded in the second half."""
+    """Exactly, in metrics and weights, with AdamW's state offloaded in the second half.
+
+    test_variants.py does so faster, with a method that uses every step of a variant.
+    """
     uninterrupted = run("uninterrupted", "--steps 4")
     resumed = run("resumed", "--steps 2")
     train.main(["--resume", str(resumed), "--steps", "4", "--offload_optimizer"])
