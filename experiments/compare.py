@@ -1,0 +1,130 @@
+r"""Train GRPO and PAPO from the same starts, side by side, and draw how they differ.
+
+    python -m experiments.compare        ten minutes or less on two cores; writes docs/compare.png
+
+The setting is that of the experiments (README.md here) with gamma 0.2, at two of their seeds. The
+figure has both methods' accuracy over the steps, and what each reads in one image at the end. One
+pair of runs proves nothing: the last line says how often a pair comes out the other way round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from PIL import Image
+
+from experiments import report, run
+from rollout import generate
+from support import toy
+from support.qwen_vl import Encoder, Policy
+
+METHODS = {"grpo": "GRPO", "gamma_0.2": "PAPO_G, gamma 0.2"}
+SEEDS = (10, 11)
+SETTING = toy.setting_of(run.SPEC)
+SPLIT = "vision_dependent"
+
+
+def train_all(work: Path) -> dict[tuple[str, int], Path]:
+    """The folders of all runs, two at a time; finished ones are not run again."""
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda seed: run.build_start_model(seed, work / "start.log"), SEEDS))
+        jobs = [(method, seed) for seed in SEEDS for method in METHODS]
+        logs = [work / f"{method}-s{seed}.log" for method, seed in jobs]
+        folders = pool.map(lambda job, log: run.train(*job, work, log), jobs, logs)
+        return dict(zip(jobs, folders, strict=True))
+
+
+def accuracy_curve(folder: Path) -> dict[int, float]:
+    """Step -> accuracy in %, the mean of both splits."""
+    curve = run.training_record(folder)["curve"]
+    return {step: 100 * sum(scores.values()) / len(scores) for step, scores in curve.items()}
+
+
+def read_images(folder: Path, n: int) -> list[list[str]]:
+    """The colours that a run's model names for the cells of the first n images, in one sample each.
+
+    Every run draws with the same random numbers.
+    """
+    config = json.loads((folder / "config.json").read_text())
+    name = str(folder / "model")
+    encoder = Encoder(name, config["min_pixels"], config["max_pixels"], toy.SUFFIX)
+    policy = Policy.load(name, encoder)
+    examples = [toy.example(SPLIT, row, setting=SETTING) for row in range(n)]
+    prompts = [encoder.encode(example, row) for row, example in enumerate(examples)]
+    groups = generate(policy, prompts, 1, max_new_tokens=config["max_new_tokens"])
+    return [run.read_cells(group.responses[0], SETTING) for group in groups]
+
+
+def first_difference(folders: list[Path], n: int = 64) -> tuple[int, list[list[str]]]:
+    """The first image that the runs read differently, else the last, and their readings of it."""
+    readings = list(zip(*(read_images(folder, n) for folder in folders), strict=True))
+    differ = [row for row, (one, other) in enumerate(readings) if one != other]
+    row = differ[0] if differ else n - 1
+    return row, list(readings[row])
+
+
+def draw_reading(
+    axis, image: Image.Image, cells: list[str], reading: list[str], title: str
+) -> None:
+    """The image with the word that was read in each cell: red where it is wrong."""
+    toy.show_image(axis, image, SETTING)
+    wrong = 0
+    for i, (true, read) in enumerate(zip(cells, reading, strict=True)):
+        row, column = divmod(i, SETTING.grid)
+        x, y = (column + 0.5) * SETTING.cell, (row + 0.92) * SETTING.cell
+        colour = "black" if read == true else "red"
+        weight = "normal" if read == true else "bold"
+        axis.text(x, y, read or "?", color=colour, weight=weight, ha="center", fontsize=8)
+        wrong += read != true
+    axis.set_title(f"{title}: {wrong} of {len(cells)} cells misread", fontsize=10)
+
+
+def draw(folders: dict[tuple[str, int], Path], out: Path) -> None:
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    curves, *images = figure.subplots(1, 3)
+    for index, (method, label) in enumerate(METHODS.items()):
+        for seed in SEEDS:
+            curve = accuracy_curve(folders[method, seed])
+            style = {"color": f"C{index}", "marker": ".", "linewidth": 1.2}
+            shown = label if seed == SEEDS[0] else None
+            curves.plot(curve.keys(), curve.values(), label=shown, **style)
+    curves.set_title(f"accuracy in %, seeds {' and '.join(map(str, SEEDS))}", fontsize=10)
+    curves.set_xlabel("step")
+    curves.grid(alpha=0.3)
+    curves.legend()
+    row, readings = first_difference([folders[method, SEEDS[0]] for method in METHODS])
+    scene = toy.make_scene(SPLIT, row, setting=SETTING)
+    for axis, label, reading in zip(images, METHODS.values(), readings, strict=True):
+        draw_reading(axis, scene.image, scene.cells, reading, label)
+    figure.savefig(out, dpi=110)
+
+
+def other_way_round() -> str:
+    """In how many seeds of the experiments PAPO ended below GRPO."""
+    gains = report.paired(report.load(), "gamma_0.2", "grpo", report.accuracy_gain)
+    below = sum(gain < 0 for gain in gains)
+    return f"in the experiments PAPO at gamma 0.2 ended below GRPO at {below} of {len(gains)} seeds"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compare GRPO and PAPO on two seeds.")
+    parser.add_argument("--work", type=Path, default=run.ROOT / "runs" / "compare")
+    parser.add_argument("--out", type=Path, default=run.ROOT / "docs" / "compare.png")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    folders = train_all(args.work)
+    for (method, seed), folder in folders.items():
+        curve = accuracy_curve(folder)
+        steps = ", ".join(f"{step}: {accuracy:.0f}" for step, accuracy in curve.items())
+        print(f"{METHODS[method]}, seed {seed}, accuracy in % after step {steps}")
+    draw(folders, args.out)
+    print(args.out)
+    print(other_way_round())
+
+
+if __name__ == "__main__":
+    main()
