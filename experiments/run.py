@@ -269,7 +269,7 @@ def run_python(words: list[str], flags: dict, log: Path) -> None:
     with open(log, "a") as out:
         done = subprocess.run(command, stdout=out, stderr=out, env=environment, cwd=ROOT)
     if done.returncode:
-        last_line = log.read_text(errors="replace").strip().splitlines()[-1]
+        last_line = log.read_text(errors="replace").strip().rpartition("\n")[2]
         raise RuntimeError(f"{words[0]} exited with {done.returncode}: {last_line} ({log})")
 
 
