@@ -90,8 +90,7 @@ class Algo:
         masking.check_ratio(self.mask_ratio)
         if self.clip_dual <= 1:
             raise ValueError(f"clip_dual={self.clip_dual}: must be above 1")
-        if self.kl_prcp_clip < 0:
-            raise ValueError(f"kl_prcp_clip={self.kl_prcp_clip}: must be at least 0")
+        cli.check_range(self, "kl_prcp_clip", 0, math.inf)
 
     # The steps a variant may replace.
 
@@ -194,7 +193,7 @@ def prepare(
     for batch in batches:
         with torch.no_grad():
             weights = check_weights(algo.weigh(batch, policy), algo, batch)
-        for group, weight in zip(batch, weights, strict=False):  # without weights: none
+        for group, weight in zip(batch, weights, strict=False):  # an empty list: all are 1
             group.weights = weight.expand_as(group.sample_log_probs)
     return metrics
 
@@ -260,7 +259,8 @@ def accumulate_gradients(policy: Policy, batch: list[Group], algo: Algo) -> dict
     rows = pack_rows(batch, policy.tokens_per_forward)
     for number, row in enumerate(rows, start=1):
         loss, metrics = row_loss(policy, row, algo, denominator)
-        reduce_over_replicas(policy.model, enabled=number == len(rows))
+        is_last = number == len(rows)
+        reduce_over_replicas(policy.model, enabled=is_last)
         (loss * world_size()).backward()  # FSDP averages over ranks, but we want the sum
         sums = sums + torch.stack([*metrics.values()]).double()  # on the device: no wait per row
     return dict(zip(metrics, sum_over_ranks(sums.tolist()), strict=True))

@@ -29,7 +29,7 @@ from losses import group_advantages
 from papo import PRESETS, Algo, algo_class, mini_batches, prepare, preset, update
 from rollout import generate
 from support import cli
-from support.batch import Group, Prompt, by_prompt, sampling_pairs
+from support.batch import Group, Prompt, by_prompt, sampling_pairs, set_shares
 from support.cli import flag
 from support.distributed import concat_over_ranks, init_distributed, sum_over_ranks
 from support.phases import phase
@@ -205,16 +205,16 @@ def grade(run: Run, algo: Algo, groups: list[Group], stats: RolloutStats) -> lis
     remaining = iter(scores)
     kept = []
     for same_prompt in by_prompt(groups):
-        sizes = [len(group.tokens) for group in same_prompt]
-        its_scores = list(itertools.islice(remaining, sum(sizes)))
-        accuracy = sum(score["accuracy"] for score in its_scores) / sum(sizes)
+        size = sum(len(group.tokens) for group in same_prompt)
+        its_scores = list(itertools.islice(remaining, size))
+        accuracy = sum(score["accuracy"] for score in its_scores) / size
         rewards = torch.tensor([score["overall"] for score in its_scores], dtype=torch.float64)
-        advantages = group_advantages(rewards, sum(sizes)).float()
+        advantages = group_advantages(rewards, size).float()
         fully_graded = not any("unscored" in score for score in its_scores)
         if not fully_graded:  # an unscored response counts as 0, which falsifies the group's mean
-            advantages = torch.zeros(sum(sizes))
-        for i, group in enumerate(same_prompt):
-            group.rewards, group.advantages = rewards.split(sizes)[i], advantages.split(sizes)[i]
+            advantages = torch.zeros(size)
+        set_shares(same_prompt, "rewards", rewards)
+        set_shares(same_prompt, "advantages", advantages)
         stats.add_prompt(same_prompt)
         is_mixed = fully_graded and 0.01 < accuracy < 0.99
         if is_mixed or not algo.dynamic_sampling:

@@ -1,6 +1,6 @@
 r"""Train GRPO and PAPO from the same starts, side by side, and draw how they differ.
 
-    python -m experiments.compare        ten minutes or less on two cores; writes docs/compare.png
+    python -m experiments.compare        two runs at a time; writes docs/compare.png
 
 The setting is that of the experiments (README.md here) with gamma 0.2, at two of their seeds. The
 figure has both methods' accuracy over the steps, and what each reads in one image at the end. One

@@ -139,6 +139,13 @@ def by_prompt(groups: list[Group]) -> list[list[Group]]:
     return [list(same_prompt) for _, same_prompt in by_index]
 
 
+def set_shares(groups: list[Group], name: str, values: Tensor) -> None:
+    """Set a field [G] of each group to its share of values[sum of G]."""
+    shares = values.split([len(group.tokens) for group in groups])
+    for group, share in zip(groups, shares, strict=True):
+        setattr(group, name, share)
+
+
 def has_image(groups: list[Group]) -> Tensor:
     """Whether each response's prompt has an image, [B] bool."""
     return torch.tensor([group.has_image for group in groups for _ in group.tokens])

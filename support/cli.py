@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import math
 import os
 import sys
 import time
@@ -155,10 +156,11 @@ def check_choice(config, name: str, choices: tuple[str, ...]) -> None:
 
 
 def check_range(config, name: str, low: float, high: float) -> None:
-    """ValueError where a field is below `low` or above `high`."""
+    """ValueError where a field is below `low` or above `high`, which may be infinite."""
     value = getattr(config, name)
     if not low <= value <= high:
-        raise ValueError(f"{name}={value}: must be between {low} and {high}")
+        limits = f"at least {low}" if math.isinf(high) else f"between {low} and {high}"
+        raise ValueError(f"{name}={value}: must be {limits}")
 
 
 def check_top_p(config) -> None:

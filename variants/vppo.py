@@ -3,8 +3,8 @@
     S_t = min(k3(d), 10),  d = log pi_mask - log pi_old       dependency of a token
     L   = L_pg with A_i w_i m_t in place of A_i,  + 0.06 H
 
-m_t is 1 for the ceil(0.4 n) tokens of largest S in a response of n, else 0; all n still count in
-the average. x_i is the response's mean S, scaled over the mini-batch from its least (0) to its
+m_t is 1 for the ceil(0.4 n) of a response's n tokens whose S is largest, else 0; all n still count
+in the average. x_i is the response's mean S, scaled over the mini-batch from its least (0) to its
 largest (1), and w_i = 0.9 + 0.1 x_i / mean(x), so that the weights have mean 1.
 
 Source: the authors' code, github.com/huaixuheqing/VPPO-RL. It has n = 8 responses, 384 prompts in
