@@ -203,7 +203,7 @@ def evaluate_set(policy: Policy, name: str, rows, grader, config) -> tuple[list[
 @torch.no_grad()
 def explain(policy: Policy, prompt: Prompt, config: EvalConfig) -> None:
     """Draw each token's log-prob under the image minus its mean under masked views; and, for each
-    cell of the image, the drop in the response's log-prob when only that cell is black."""
+    cell of the image, the drop in the tokens' log-probs when only that cell is black."""
     encoder = policy.encoder
     [group] = generate(policy, [prompt], 1, key=("explain", config.seed), **config.sampling)
     algo = Algo(**attribution.mask_settings(config.model))
@@ -216,9 +216,9 @@ def explain(policy: Policy, prompt: Prompt, config: EvalConfig) -> None:
         patch_masks.append(patch_mask)
     [clean] = attribution.log_probs(policy, group, [prompt.pixel_values])  # [T]
     masked = attribution.log_probs(policy, group, views, progress="masks").mean(0)
-    heats = attribution.patch_drops(policy, group, clean, config.heat_patches)
+    drops = attribution.cell_drops(policy, group, clean, config.heat_patches)
     out = config.out or "explained"
-    attribution.draw(encoder, group, patch_masks[0], clean, masked, heats, out)
+    attribution.draw(encoder, group, patch_masks[0], clean, masked, drops, out)
     print(f"perception gain: {(clean - masked).mean():.3f} per token, over {config.masks} masks")
 
 

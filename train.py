@@ -223,10 +223,10 @@ def grade(run: Run, algo: Algo, groups: list[Group], stats: RolloutStats) -> lis
 
 
 def evaluate_if_due(run: Run) -> None:
-    """Log avg@n of each evaluation set, and a few decoded responses, if an evaluation is due."""
+    """Log avg@n of each evaluation set, and a few responses to look at, if one is due."""
     if not run.evaluation_is_due():
         return
-    config, accuracies, samples = run.config, {}, []
+    config, accuracies, records = run.config, {}, {}
     for name, rows in run.eval_sets.items():
         with run.sampling():
             chunks = predict(
@@ -240,11 +240,10 @@ def evaluate_if_due(run: Run) -> None:
                 rollout_batch=config.rollout_batch,
                 stop=lambda: run.stop_requested,
             )
-            records = list(itertools.chain.from_iterable(chunks))
+            records[name] = list(itertools.chain.from_iterable(chunks))
         run.raise_if_stopped()
-        accuracies[name] = mean_accuracy(records)
-        samples += [{"set": name} | record for record in records[:4]]  # a few, to look at
-    run.log_evaluation(accuracies, samples)
+        accuracies[name] = mean_accuracy(records[name])
+    run.log_evaluation(accuracies, records)
 
 
 # -------------------------------------------------------------------------------------- the command

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from support import plots
+from support import attribution_figures, pages
+from support.attribution_figures import Attribution
 from support.batch import Group
+from support.pages import CellDrops
 from support.predictions import boxed
 from support.qwen_vl import Encoder, Policy
 
@@ -45,29 +47,37 @@ def log_probs(policy: Policy, group: Group, views: list[Tensor], progress: str =
     return torch.cat(parts)
 
 
-def patch_drops(policy: Policy, group: Group, clean: Tensor, max_cells: int) -> list[Tensor]:
-    """How much the response's log-prob drops when one cell of the image alone is black.
+def cell_drops(policy: Policy, group: Group, clean: Tensor, max_cells: int) -> list[CellDrops]:
+    """How much the log-prob of each token drops when one cell of an image alone is black.
 
     A cell is one image token, or a square of several where the images have more than `max_cells`
-    tokens. clean[T]: the log-probs under the whole image. Returns a grid [rows, columns] of cells
-    per image.
+    tokens; cells at the right and lower edge may be smaller. clean[T]: the log-probs under the
+    whole image. Returns the drops of each image.
     """
     grids = token_grids(policy.encoder, group)
     side = cell_side(grids, max_cells)
-    cells, shapes = [], []
+    cells, sizes = [], []
     first_token = 0
     for h, w in grids:
         tokens = torch.arange(first_token, first_token + h * w).view(h, w)
-        for rows in tokens.split(side):
-            cells += [cell.flatten() for cell in rows.split(side, dim=1)]
-        shapes.append((math.ceil(h / side), math.ceil(w / side)))
+        rows = tokens.split(side)
+        for row in rows:
+            cells += [cell.flatten() for cell in row.split(side, dim=1)]
+        widths = [cell.shape[1] for cell in rows[0].split(side, dim=1)]
+        sizes.append(([len(row) for row in rows], widths))
         first_token += h * w
-    print(f"heat map: {len(cells)} cells of {side} x {side} image tokens, one view each")
+    size, cost = f"{side} x {side} image tokens", f"one view of {group.n_tokens} tokens each"
+    print(f"heat map: {len(cells)} cells of {size}, {cost}")
     views = [black_out(policy.encoder, group.prompt.pixel_values, cell) for cell in cells]
-    masked = log_probs(policy, group, views, progress="heat map")
-    drops = (clean - masked).sum(1)
-    per_image = drops.split([rows * columns for rows, columns in shapes])
-    return [heat.view(shape) for heat, shape in zip(per_image, shapes, strict=True)]
+    drops = clean - log_probs(policy, group, views, progress="heat map")
+    found, first_cell = [], 0
+    for heights, widths in sizes:
+        n_cells = len(heights) * len(widths)
+        of_image = drops[first_cell : first_cell + n_cells]
+        shape = (len(heights), len(widths), -1)
+        found.append(CellDrops(of_image.view(shape).numpy(), heights, widths))
+        first_cell += n_cells
+    return found
 
 
 def token_grids(encoder: Encoder, group: Group) -> list[tuple[int, int]]:
@@ -95,11 +105,11 @@ def black_out(encoder: Encoder, pixel_values: Tensor, tokens: Tensor) -> Tensor:
 
 
 def draw(
-    encoder: Encoder, group: Group, patch_mask: Tensor, clean: Tensor, masked: Tensor, heats, out
+    encoder: Encoder, group: Group, patch_mask: Tensor, clean: Tensor, masked: Tensor, drops, out
 ) -> None:
     """Write the figures to the folder `out` and print what they show.
 
-    patch_mask[N_patch]: a mask to show. clean, masked[T]: log-probs. heats: see patch_drops.
+    patch_mask[N_patch]: a mask to show. clean, masked[T]: log-probs. drops: see cell_drops.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -113,22 +123,24 @@ def draw(
         for image, changed, (h, w) in zip(example.images, per_image, grids, strict=True):
             blocks = changed.view(h, w, merge, merge).transpose(1, 2)  # undo the merger's order
             grid = blocks.reshape(h * merge, w * merge)
-            masked_images.append(plots.black_out_patches(image, grid))
-    tokens = [encoder.tokenizer.decode([token]) for token in group.tokens[0].tolist()]
+            masked_images.append(attribution_figures.black_out_patches(image, grid))
     question = example.question.replace("<image>", "")
-    gain_files = plots.perception_gain(
+    attribution = Attribution(
         example.images,
         masked_images,
-        tokens,
-        clean,
-        masked,
-        out,
+        tokens=[encoder.tokenizer.decode([token]) for token in group.tokens[0].tolist()],
+        log_probs=clean,
+        masked_log_probs=masked,
         question=question,
         answer=example.answer,
     )
-    files = list(gain_files)
-    for i, (image, heat) in enumerate(zip(example.images, heats, strict=True)):
-        files.append(plots.heat_map(image, heat, out / f"heat_map{i}.png", HEAT_TITLE))
+    files = [
+        attribution_figures.perception_gain(attribution, out / "perception_gain.png"),
+        pages.explanation(attribution, drops, out / "explanation.html"),
+    ]
+    for i, (image, cells) in enumerate(zip(example.images, drops, strict=True)):
+        heat, file = cells.of_response(), out / f"heat_map{i}.png"
+        files.append(attribution_figures.heat_map(image, heat, file, HEAT_TITLE))
     print(f"question: {question}")
     print(f"response: {group.responses[0]}")
     print(f"boxed: {boxed(group.responses[0])}")

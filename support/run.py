@@ -21,11 +21,12 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from support import benchmarks, checkpoint, data, phases, plots
+from support import benchmarks, checkpoint, data, pages, phases, plots
 from support.batch import Group, Prompt
 from support.cli import exit_with_error
 from support.distributed import (
     OptimizerOffload,
+    concat_over_ranks,
     gather_over_ranks,
     local_world_size,
     make_mesh,
@@ -41,12 +42,13 @@ from support.metrics import collapse_warning, read_metrics
 from support.phases import phase
 from support.qwen_vl import Encoder, Policy
 from support.reward import compute_score
-from support.run_folder import append, free_name, is_evaluation, keep_copy, lock, rewind
+from support.run_folder import append, free_name, is_evaluation, keep_copy, lock, read_log, rewind
 from support.saliency import saliency_for
 from support.sandbox import Grader
 
 SHOW_EVERY = 10  # steps between printed responses
 SHOWN_CHARACTERS = 400
+SAMPLE_ROWS = 4  # questions per evaluation set whose responses are kept to look at
 
 
 class Stopped(Exception):  # noqa: N818  (an event, not an error)
@@ -261,11 +263,19 @@ class Run:
         due = self.is_due(self.config.eval_every) and self.evaluated_step != self.step
         return due and bool(self.eval_sets)
 
-    def log_evaluation(self, accuracies: dict[str, float], samples: list[dict]) -> None:
-        """Log the accuracy of each evaluation set, and decoded responses."""
+    def log_evaluation(self, accuracies: dict[str, float], records: dict[str, list]) -> None:
+        """Log the accuracy of each evaluation set, and the first response to its first questions.
+
+        records: evaluation set -> this rank's records.
+        """
+        samples = []
+        for name, of_set in records.items():
+            first = [each for each in of_set if each["row"] < SAMPLE_ROWS and each["loop"] == 0]
+            ordered = sorted(concat_over_ranks(first), key=lambda record: record["row"])
+            samples += [{"step": self.step, "set": name} | record for record in ordered]
         self.evaluated_step = self.step
         line = {f"eval/{name}": accuracy for name, accuracy in accuracies.items()}
-        self.log(line, [{"step": self.step} | sample for sample in samples])
+        self.log(line, samples)
 
     def log(self, metrics: dict, samples: list[dict] = ()) -> None:
         """Write one line of metrics.jsonl, and samples to samples.jsonl, on the first rank."""
@@ -387,7 +397,19 @@ class Run:
         print(f"answer: {example.answer}")
         print(f"metrics: {self.folder}/metrics.jsonl")
         print(f"curves: {curves}")
+        if page := self._samples_page():
+            print(f"samples: {page}")
         print(f"model: {self.folder}/model")
+
+    def _samples_page(self) -> Path | None:
+        """Draw the evaluations' decoded responses beside their images, if there are any."""
+        lines = read_log(self.folder / "samples.jsonl")
+        questions = {(line["set"], line["row"]) for line in lines if line["set"] in self.eval_sets}
+        examples = {(name, row): self.eval_sets[name][row] for name, row in questions}
+        if not examples:
+            return None
+        title = f"Responses of {self.folder.name}"
+        return pages.samples(lines, examples, title, self.folder / "samples.html")
 
     def close(self) -> None:
         """End threads and worker processes, which the interpreter would wait for."""

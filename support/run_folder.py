@@ -5,7 +5,7 @@ metrics.jsonl   one line per step, one per evaluation
 samples.jsonl   decoded responses of evaluations
 NAME.py         a copy of the file that --algo names, if it is one
 checkpoints/    see checkpoint.py
-curves.png, model/, sample0.png    written at the end
+curves.png, samples.html, model/, sample0.png    written at the end
 .lock           held as long as a process writes here
 """
 
@@ -121,15 +121,20 @@ def append(path: Path, lines: list[str]) -> list[str]:
     return []
 
 
-def rewind(path: Path, step: int) -> list[dict]:
-    """Drop the lines of a log after `step`, and a torn last line; returns the rest."""
-    kept: list[dict] = []
+def read_log(path: Path) -> list[dict]:
+    """The lines of a log, without a torn last one; none if there is no file."""
+    lines: list[dict] = []
     if not path.exists():
-        return kept
+        return lines
     for text in path.read_text(errors="replace").splitlines():
         with suppress(json.JSONDecodeError):
-            line = json.loads(text)
-            if line["step"] <= step:
-                kept.append(line)
-    write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+            lines.append(json.loads(text))
+    return lines
+
+
+def rewind(path: Path, step: int) -> list[dict]:
+    """Drop the lines of a log after `step`, and a torn last line; returns the rest."""
+    kept = [line for line in read_log(path) if line["step"] <= step]
+    if path.exists():
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
     return kept

@@ -18,13 +18,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 import torch.distributed as dist
+from matplotlib.figure import Figure
 from PIL import Image
 from pretend_device import PretendDevice
 from transformers import AutoModelForImageTextToText
 
 import train
 from rollout import generate
-from support import toy
+from support import attribution_figures, plots, toy
 from support.batch import Example
 from support.qwen_vl import Encoder, Policy
 
@@ -245,3 +246,18 @@ def check_same_weights(run_folder, other):
 
 def lines_with(text, word):
     return [line for line in text.splitlines() if word in line]
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that support/ draws, kept so that a test can look inside them."""
+    made = []
+
+    class RecordedFigure(Figure):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            made.append(self)
+
+    for module in (plots, attribution_figures):
+        monkeypatch.setattr(module, "Figure", RecordedFigure)
+    return made

@@ -22,7 +22,7 @@ import evaluate
 from masking import mask_prompt
 from papo import Algo
 from rollout import generate
-from support import attribution, benchmarks, metrics, plots, toy
+from support import attribution, attribution_figures, benchmarks, metrics, pages, toy
 from support.batch import Example, seeded
 from support.predictions import boxed
 from support.qwen_vl import Encoder, Policy
@@ -444,13 +444,14 @@ def test_ask(folder, images, capsys, question, n_images):
 @torch.no_grad()
 def test_explain_draws_the_policys_log_probs(folder, tmp_path, record_calls, capsys):
     """Gains are from a mean over masks, the heat map from one black image token at a time."""
-    gain_calls = record_calls(plots, "perception_gain")
-    heat_calls = record_calls(plots, "heat_map")
+    draws = record_calls(attribution_figures, "perception_gain")
+    heat_calls = record_calls(attribution_figures, "heat_map")
+    pages_written = record_calls(pages, "explanation")
     out = tmp_path / "out"
     flags = "--explain --row vision_dependent:1 --max_new_tokens 7 --masks 3".split()
     evaluate.main(["--model", folder, *flags, "--out", str(out)])
     text = capsys.readouterr().out
-    for name in ("perception_gain.png", "perception_gain.html", "heat_map0.png"):
+    for name in ("perception_gain.png", "explanation.html", "heat_map0.png"):
         assert str(out / name) in text
         assert (out / name).stat().st_size > 1000
     example = toy.example("vision_dependent", 1)
@@ -464,23 +465,28 @@ def test_explain_draws_the_policys_log_probs(folder, tmp_path, record_calls, cap
         group.view_pixel_values["mask"] = view
         return policy.log_probs([group], "mask")[0]
 
-    [((_, masked_images, tokens, clean, masked, *_), _)] = gain_calls
-    assert tokens == [encoder.tokenizer.decode([t]) for t in group.tokens[0].tolist()]
-    torch.testing.assert_close(clean, policy.log_probs([group])[0])
+    [((drawn, *_), _)] = draws
+    clean = policy.log_probs([group])[0]
+    assert drawn.tokens == [encoder.tokenizer.decode([t]) for t in group.tokens[0].tolist()]
+    np.testing.assert_allclose(drawn.clean, clean, atol=1e-6)
     masks = [mask_prompt(prompt, Algo(), encoder, seeded("explain", 0, i)) for i in range(3)]
     expected = torch.stack([masked_log_probs(view) for view, _ in masks]).mean(0)
-    torch.testing.assert_close(masked, expected)
+    np.testing.assert_allclose(drawn.masked, expected, atol=1e-6)
 
     [((_, heat, *_), _)] = heat_calls
     assert heat.shape == (3, 3)
     view = prompt.pixel_values.clone()
     view[4 * 5 : 4 * 6] = encoder.black_patch  # the four patches of the token in row 1, column 2
-    torch.testing.assert_close(heat[1, 2], (clean - masked_log_probs(view)).sum())
+    drops = clean - masked_log_probs(view)
+    np.testing.assert_allclose(heat[1, 2], drops.sum(), atol=1e-5)
+    [((_, [cells], _), _)] = pages_written
+    np.testing.assert_allclose(cells.drops[1, 2], drops, atol=1e-6)
 
     # The masked image that is drawn is the one the model gets.
     view, patch_mask = masks[0]
-    drawn = encoder.images(images=[masked_images[0]], return_tensors="pt")["pixel_values"]
-    torch.testing.assert_close(drawn, view)
+    [masked_image] = drawn.masked_images
+    pixel_values = encoder.images(images=[masked_image], return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(pixel_values, view)
     assert 0 < patch_mask.float().mean() < 1
 
 
@@ -499,8 +505,8 @@ def test_explain_bounds_its_forwards_and_masks_as_in_training(
     flags = "--max_new_tokens 5 --masks 2 --heat_patches 12 --max_pixels 200704".split()
     out = ["--out", str(tmp_path / "out")]
     evaluate.main(["--model", str(run_folder / "model"), *question, *flags, *out])
-    [((_, _, patch_mask, clean, masked, [heat], _), _)] = draws
-    assert heat.shape == (3, 4)
+    [((_, _, patch_mask, clean, masked, [cells], _), _)] = draws
+    assert cells.drops.shape == (3, 4, 5)
     assert "12 cells of 2 x 2 image tokens" in capsys.readouterr().out
     assert patch_mask.all()  # the run's mask_ratio, not 0.6
     assert not torch.equal(clean, masked)

@@ -1,16 +1,14 @@
 """plots.py: what is drawn, and that it can be read. Synthetic runs, seconds on a CPU."""
 
-import html
 import json
 import math
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageDraw
+from drawings import assert_drawn, assert_legible, tick_labels
 
 from support import plots
 
@@ -52,51 +50,6 @@ def write_run(folder, steps=30, seed=0, leave_out=(), **config):
             lines.append({"step": step, "eval/general": general, "eval/vision_dependent": vision})
     defaults = {"algo": "papo_g", "seed": seed, "model": "Qwen/Qwen2.5-VL-3B-Instruct"}
     return write_log(folder, lines, **defaults | config)
-
-
-@pytest.fixture
-def figures(monkeypatch):
-    """The figures that plots.py makes, kept so that a test can look inside them."""
-    made = []
-
-    class RecordedFigure(plots.Figure):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            made.append(self)
-
-    monkeypatch.setattr(plots, "Figure", RecordedFigure)
-    return made
-
-
-def assert_drawn(path, least_size=(300, 150)):
-    image = Image.open(path)
-    assert image.format == "PNG"
-    assert image.width >= least_size[0] and image.height >= least_size[1], image.size
-    assert np.asarray(image.convert("L"), dtype=float).std() > 10, "blank"
-
-
-def tick_labels(axis):
-    """The visible labels; matplotlib also keeps one beyond either end."""
-    low, high = sorted(axis.get_view_interval())
-    ticks = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
-    return [tick.label1 if tick.label1.get_visible() else tick.label2 for tick in ticks]
-
-
-def assert_legible(figure):
-    """No title, axis label or tick label overlaps another or leaves the figure."""
-    figure.draw_without_rendering()
-    labels = []
-    for ax in figure.axes:
-        labels.append(ax.title)
-        if ax.axison:
-            labels += [ax.xaxis.label, *tick_labels(ax.xaxis), *tick_labels(ax.yaxis)]
-    shown = [label for label in labels if label.get_text() and label.get_visible()]
-    boxes = [(label.get_text(), label.get_window_extent()) for label in shown]
-    for i, (text, box) in enumerate(boxes):
-        assert box.x0 >= -1 and box.x1 <= figure.bbox.x1 + 1, text
-        assert box.y0 >= -1 and box.y1 <= figure.bbox.y1 + 1, text
-        for other, second in boxes[:i]:
-            assert not box.padded(-1).overlaps(second.padded(-1)), (text, other)
 
 
 def titles(figure):
@@ -278,154 +231,3 @@ def test_compare_groups_by_algorithm_and_keeps_settings_apart(tmp_path, figures)
     colours = [[line.get_color() for line in ax.lines] for ax in figure.axes]
     assert all(panel == colours[0] for panel in colours)
     assert_legible(figure)
-
-
-# ------------------------------------------------------------------------- per-token attribution
-
-TOKENS = [
-    "<think>",
-    " a1",
-    " green",
-    "\n",
-    " ",
-    "$x_1$",
-    "",
-    "\t\n\n",
-    " </think>",
-    '<script>alert("1")</script>',
-    "一",
-    " \\boxed{",
-    "3",
-    "}",
-    "\x07",
-    "<|im_end|>",
-]
-
-
-def red_dot():
-    image = Image.new("RGB", (84, 84), "white")
-    ImageDraw.Draw(image).ellipse((14, 14, 70, 70), fill="red")
-    return image
-
-
-@pytest.fixture
-def attributed(tmp_path, figures):
-    """(tokens, clean, masked, png, page): a response with every awkward token, long enough to wrap.
-
-    The token " green" comes from the image.
-    """
-    rng = np.random.default_rng(0)
-    tokens = TOKENS * 3 + ["x" * 200]
-    clean = -rng.exponential(0.3, len(tokens))
-    masked = clean - rng.normal(size=len(tokens))
-    masked[2] = clean[2] - 3
-    png, page = plots.perception_gain(
-        [red_dot()],
-        [Image.new("RGB", (84, 84))],
-        tokens,
-        list(clean),
-        list(masked),
-        tmp_path,
-        question="<b>How many</b> $\\frac$ dots & more?",
-        answer="<3>",
-    )
-    return tokens, clean, masked, png, page
-
-
-def token_spans(page):
-    """(colour, tooltip, text) of a page's tokens, unescaped. A raw < or " would break the match."""
-    pattern = r'<span style="background:(#\w{6})" title="([^"<>]*)">([^<>]*)</span>'
-    return [
-        tuple(map(html.unescape, span)) for span in re.findall(pattern, page.read_text("utf-8"))
-    ]
-
-
-def test_the_page_is_escaped_and_carries_the_numbers(attributed):
-    tokens, clean, masked, _, page = attributed
-    text, spans = page.read_text("utf-8"), token_spans(page)
-    assert "<script" not in text and "<b>" not in text  # nothing injected
-    assert "http" not in text  # nothing fetched
-    assert html.escape("<b>How many</b> $\\frac$ dots & more?") in text
-    assert len(re.findall(r'<img [^>]*src="data:image/png;base64,[\w+/=]+">', text)) == 2
-    gains = clean - masked
-    assert f"gain {gains.sum():.2f}" in text and f"{gains.mean():.3f} per token" in text
-    assert len(spans) == len(tokens)
-    for (_, tooltip, word), token, a, b in zip(spans, tokens, clean, masked, strict=True):
-        for part in (repr(token), f"{a:+.3f}", f"{b:+.3f}", f"gain {a - b:+.3f}"):
-            assert part in tooltip
-        assert word.strip() and word.isprintable()  # nothing invisible is left
-    words = [word for _, _, word in spans]
-    assert [words[i] for i in (2, 3, 4, 6, 7, 14)] == [" green", "↵", "␣", "∅", "⇥↵↵", "\\x07"]
-    assert '<script>alert("1")</script>' in words
-
-
-def test_the_figure_shows_each_token_on_its_colour(attributed, figures):
-    tokens, _, _, png, _ = attributed
-    assert_drawn(png, (1000, 600))
-    [figure] = figures
-    assert_legible(figure)
-    image, masked_image, sheet, scale = figure.axes
-    assert [image.get_title(), masked_image.get_title()] == ["image", "masked"]
-    shown = "".join(text.get_text() for text in sheet.texts)
-    assert "".join(map(plots._visible, tokens)).replace("一", "□") in shown
-    for text, cell in zip(sheet.texts, sheet.patches, strict=True):  # within 2 or 3 pixels
-        words, background = text.get_window_extent(), cell.get_window_extent()
-        assert words.x0 >= background.x0 - 2 and words.x1 <= background.x1 + 2
-        assert words.y0 >= background.y0 - 3 and words.y1 <= background.y1 + 3
-        assert background.x1 <= figure.bbox.x1 + 1
-    cells = sorted((cell.get_y(), cell.get_x(), cell.get_width()) for cell in sheet.patches)
-    for (line, column, width), (next_line, next_column, _) in zip(cells, cells[1:], strict=False):
-        assert next_line > line or next_column >= column + width  # no cell covers another
-    legend = scale.texts[0].get_window_extent()
-    assert legend.y0 >= 0 and legend.x1 <= figure.bbox.x1
-
-
-def test_gain_colours_are_centred_and_robust(tmp_path, figures):
-    """Gains 0, 1 and -1, and a single one of 500, which must not bleach the others."""
-    gains = np.array([0.0] + [1.0, -1.0] * 50 + [500.0])
-    masked = np.full(len(gains), -600.0)
-    tokens = ["t"] * len(gains)
-    _, page = plots.perception_gain([red_dot()], [], tokens, gains + masked, masked, tmp_path)
-    hex_colours = [colour for colour, _, _ in token_spans(page)]
-    colours = [np.array(plots.colors.to_rgb(colour)) for colour in hex_colours]
-    neutral, positive, negative = colours[:3]
-    assert neutral.min() > 0.94  # white
-    assert positive[2] > positive[0] and negative[0] > negative[2]  # blue, red
-    assert hex_colours[-1] == hex_colours[1]
-    for colour in (neutral, positive, negative):
-        assert colour**2.2 @ [0.2126, 0.7152, 0.0722] > 0.18  # luminance: black text is legible
-    assert figures[0].axes[-1].get_xlim() == pytest.approx((-1, 1))
-
-
-@pytest.mark.parametrize(
-    "tokens, clean, masked, message",
-    [
-        (["a", "b"], [-1.0], [-1.0, -2.0], "2 tokens but 1 and 2"),
-        ([], [], [], "0 tokens"),
-        (["a", "b"], [-1.0, -1.0], [-1.0, -math.inf], "token 1 "),
-    ],
-)
-def test_gain_of_bad_input(tmp_path, tokens, clean, masked, message):
-    with pytest.raises(ValueError, match=message):
-        plots.perception_gain([red_dot()], [], tokens, clean, masked, tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-# ------------------------------------------------------------------------- per-patch attribution
-
-
-@pytest.mark.parametrize("size", [(84, 84), (280, 56), (56, 280)])
-def test_heat_map(tmp_path, figures, size):
-    image = red_dot().resize(size)
-    heat = np.linspace(0, 1, 24).reshape(4, 6)
-    assert_drawn(plots.heat_map(image, heat, tmp_path / "a.png", "cost of $\\frac$ per patch"))
-    plots.heat_map(image, heat - 0.2, tmp_path / "b.png")
-    for figure in figures:
-        assert_legible(figure)
-    positive, signed = (figure.axes[1].images[-1] for figure in figures)
-    assert (positive.norm.vmin, positive.norm.vmax) == (0, 1)
-    assert signed.norm.vmin == -signed.norm.vmax == pytest.approx(-0.8)
-    whole_image = [-0.5, size[0] - 0.5, size[1] - 0.5, -0.5]
-    assert positive.get_extent() == whole_image
-    with pytest.raises(ValueError, match=r"\(24,\)"):
-        plots.heat_map(image, heat.ravel(), tmp_path / "c.png")

@@ -55,7 +55,15 @@ def test_a_run_writes_its_folder(run, folder, monkeypatch, capsys):
     monkeypatch.setattr(run_module, "SHOW_EVERY", 2)
     out = run("a", "--algo papo_g --kl_ref_coef 0.01 --steps 4 --keep 1")
     text = capsys.readouterr().out
-    for word in ("before", "after", "image:", "metrics.jsonl", "curves.png", "model"):
+    for word in (
+        "before",
+        "after",
+        "image:",
+        "metrics.jsonl",
+        "curves.png",
+        "samples.html",
+        "model",
+    ):
         assert word in text
     assert len(re.findall(r"^step [24]: <image>", text, re.M)) == 2
     assert len(re.findall(r"^  reward \d\.\d\d: ", text, re.M)) == 4
@@ -72,6 +80,9 @@ def test_a_run_writes_its_folder(run, folder, monkeypatch, capsys):
     assert evaluated == [0, 2, 4]
     assert (out / "curves.png").stat().st_size > 1000
     assert (out / "sample0.png").exists()
+    page = (out / "samples.html").read_text()
+    assert re.findall(r"<b>step (\d+) ", page) == ["0", "2", "4"] * 8  # four questions per set
+    assert page.count("<img ") == 8
     assert [path.name for path in checkpoint.complete(out)] == ["step_000004"]
     check_is_plain_model_folder(out / "model", Path(folder))
     check_glossary(out)
@@ -144,6 +155,7 @@ def test_two_ranks_give_the_metrics_of_one(run, folder, tmp_path, varying_reward
     done = on_ranks(2, *run_flags(folder, two, flags))
     assert done.returncode == 0, done.stderr[-3000:]
     check_same_metrics(one, two, rel=1e-4, abs=2e-6)
+    assert (one / "samples.jsonl").read_text() == (two / "samples.jsonl").read_text()
 
 
 @pytest.mark.slow
