@@ -33,7 +33,9 @@ import math
 import os
 import random
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -447,14 +449,20 @@ def random_config(name: str) -> Qwen2_5_VLConfig:
 
 
 def make_tokenizer(setting: Setting = DEFAULT) -> PreTrainedTokenizerFast:
-    """Byte-level BPE. Words of the toy are one token each; any other text falls back to bytes."""
+    """The tokenizer of the toy."""
+    words = [*cell_names(setting), *COLOURS, NO_DOT]
+    return tokenizer_of(words, setting.grid**2, [f"{NOTE} {QUESTION}"])
+
+
+def tokenizer_of(words: list[str], largest: int, questions: list[str]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE. The words, the numbers up to the largest and the words of the questions are
+    one token each; any other text falls back to bytes."""
     numbers = []
-    for n in range(setting.grid**2 + 1):
+    for n in range(largest + 1):
         numbers += [f"{n}", f"\\boxed{{{n}}}"]
-    words = [*cell_names(setting), *COLOURS, NO_DOT, *numbers]
     texts = [
-        f"<think> {' '.join(words)} </think>",
-        f"You are a helpful assistant.\n\n{NOTE} {QUESTION} {SUFFIX}",
+        f"<think> {' '.join([*words, *numbers])} </think>",
+        f"You are a helpful assistant.\n\n{' '.join(questions)} {SUFFIX}",
         "system\nuser\nassistant\n",
     ]
     split_words = pre_tokenizers.Split(Regex(r" ?[^\s.?,]+|[.?,]|\s+"), "isolated")
@@ -474,12 +482,8 @@ def make_tokenizer(setting: Setting = DEFAULT) -> PreTrainedTokenizerFast:
     )
 
 
-def write_configs(folder: Path, setting: Setting) -> dict:
-    """Write every file of the tiny model but its weights. Returns the content of config.json.
-
-    task.json names the task, so that a command given the model alone can find its data.
-    """
-    tokenizer = make_tokenizer(setting)
+def write_configs(folder: Path, tokenizer: PreTrainedTokenizerFast) -> dict:
+    """Write every file of the tiny model but its weights. Returns the content of config.json."""
     pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
     config = hub_config(*TINY, vocab_size=len(tokenizer), tied=True, dtype="float32", special=pad)
     chat_defaults = {  # Qwen's own, so that tests meet them; our samplers must not inherit them
@@ -494,7 +498,6 @@ def write_configs(folder: Path, setting: Setting) -> dict:
         "config.json": config,
         "generation_config.json": chat_defaults,
         "preprocessor_config.json": PREPROCESSOR,
-        "task.json": {"data": spec_of(setting)},
     }
     tokenizer.save_pretrained(folder)
     for name, content in files.items():
@@ -545,21 +548,31 @@ def flaw(scene: Scene, rng: random.Random, setting: Setting) -> tuple[list[str],
     return cells, scene.note if copies else None
 
 
-def warm_batch(
-    encoder: Encoder, rows: range, seed: int, setting: Setting, flawed: bool
-) -> tuple[dict, Tensor]:
-    """The model's inputs for B prompts with responses, and which tokens are responses, [B, T] bool.
+class Lesson(NamedTuple):
+    """What the warm start imitates."""
 
-    flawed: some cells are misread, and the count follows; some boxes copy the note (see `Setting`).
-    """
+    example: Example
+    response: str
+
+
+def make_lessons(rows: range, flawed: bool, seed: int, setting: Setting) -> list[Lesson]:
+    """flawed: some cells are misread, and the count follows; some boxes copy the note."""
     rng = random.Random(f"toy labels {seed} {rows.start}")
-    prompts, sequences, is_response = [], [], []
+    lessons = []
     for row in rows:
         scene = make_scene(WARM_SPLIT, row, seed, setting)
         cells, box = flaw(scene, rng, setting) if flawed else (scene.cells, None)
-        text = write_response(cells, scene.asked, box, setting) + "<|im_end|>"
-        response = torch.tensor(encoder.tokenizer(text)["input_ids"])
-        prompt = encoder.encode(example(WARM_SPLIT, row, seed, setting))
+        response = write_response(cells, scene.asked, box, setting)
+        lessons.append(Lesson(example(WARM_SPLIT, row, seed, setting), response))
+    return lessons
+
+
+def warm_batch(encoder: Encoder, lessons: list[Lesson]) -> tuple[dict, Tensor]:
+    """The model's inputs for B lessons, and which tokens are responses, [B, T] bool."""
+    prompts, sequences, is_response = [], [], []
+    for lesson in lessons:
+        response = torch.tensor(encoder.tokenizer(lesson.response + "<|im_end|>")["input_ids"])
+        prompt = encoder.encode(lesson.example)
         prompts.append(prompt)
         sequences.append(torch.cat([prompt.input_ids, response]))
         is_response.append(torch.arange(len(sequences[-1])) >= len(prompt))
@@ -578,22 +591,29 @@ def warm_batch(
 
 
 def warm_start(
-    model, encoder: Encoder, seed: int, steps: int, setting: Setting, batch=16, lr=2e-3
+    model,
+    encoder: Encoder,
+    steps: int,
+    make_lessons: Callable[[range, bool], list[Lesson]],
+    seen_words: list[str],
+    batch=16,
+    lr=2e-3,
 ) -> None:
     """Supervised training, in place: the first half teaches seeing, the second half carelessness.
 
-    The weights depend on the seed and, in their last digits, on the number of torch threads.
+    make_lessons: rows, whether they are flawed -> lessons. seen_words: those that name what is seen
+    count twice in the first half. The weights depend, in their last digits, on the number of torch
+    threads.
     """
-    colour_words = [encoder.tokenizer(f" {word}")["input_ids"][0] for word in (*COLOURS, NO_DOT)]
-    colour_ids = torch.tensor(colour_words)
+    seen_ids = torch.tensor([encoder.tokenizer(f" {word}")["input_ids"][0] for word in seen_words])
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
     for step in tqdm(range(steps), desc="making the toy model, once", unit="step"):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, lr)
         flawed = step >= 0.52 * steps
         rows = range(step * batch, (step + 1) * batch)
-        inputs, is_response = warm_batch(encoder, rows, seed, setting, flawed)
-        loss = warm_loss(model, inputs, is_response, None if flawed else colour_ids)
+        inputs, is_response = warm_batch(encoder, make_lessons(rows, flawed))
+        loss = warm_loss(model, inputs, is_response, None if flawed else seen_ids)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -656,13 +676,35 @@ def cache_folder(seed: int, steps: int, setting: Setting) -> Path:
 
 
 def build_in(scratch: Path, seed: int, steps: int, setting: Setting) -> Path:
-    """Make the model in an empty folder; returns the subfolder that holds it."""
+    """Make the model in an empty folder; returns the subfolder that holds it.
+
+    task.json names the task, so that a command given the model alone can find its data.
+    """
+    lessons = partial(make_lessons, seed=seed, setting=setting)
+    words = [*COLOURS, NO_DOT]
+    folder = train_model(scratch, make_tokenizer(setting), seed, steps, lessons, words)
+    (folder / "task.json").write_text(json.dumps({"data": spec_of(setting)}, indent=2) + "\n")
+    return folder
+
+
+def train_model(
+    scratch: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    seed: int,
+    steps: int,
+    make_lessons: Callable[[range, bool], list[Lesson]],
+    seen_words: list[str],
+) -> Path:
+    """Make a tiny model in an empty folder and train it on lessons (see warm_start).
+
+    Returns the subfolder that holds it.
+    """
     folder, saved = scratch / "toy", scratch / "saved"
-    config = write_configs(folder, setting)
+    config = write_configs(folder, tokenizer)
     model = make_model(config, seed)
     encoder = Encoder(str(folder), TASK_DEFAULTS["min_pixels"], TASK_DEFAULTS["max_pixels"], SUFFIX)
     with one_thread():
-        warm_start(model, encoder, seed, steps, setting)
+        warm_start(model, encoder, steps, make_lessons, seen_words)
     model.save_pretrained(saved)  # elsewhere, because its config.json is not in the hub's shape
     os.replace(saved / WEIGHTS, folder / WEIGHTS)
     return folder

@@ -347,12 +347,16 @@ def test_defaults_of_the_task_and_of_the_model_are_separate_flags_of_train():
 # ------------------------------------------------------------------------------------ the weights
 
 
+def warm_batch(encoder, rows, flawed, setting=toy.DEFAULT):
+    return toy.warm_batch(encoder, toy.make_lessons(rows, flawed, seed=0, setting=setting))
+
+
 def test_warm_batches_hold_the_trainers_prompt_and_a_response(folder):
     """Responses are flawless at first, and later flawed as often as the setting says."""
     encoder = make_encoder(folder)
     wrong = Counter()
     for flawed in (False, True):
-        inputs, is_response = toy.warm_batch(encoder, range(64), 0, toy.DEFAULT, flawed)
+        inputs, is_response = warm_batch(encoder, range(64), flawed)
         for i, (ids, mask) in enumerate(zip(inputs["input_ids"], is_response, strict=True)):
             prompt = encoder.encode(toy.example("warm", i)).input_ids
             assert torch.equal(ids[: len(prompt)], prompt)
@@ -379,11 +383,11 @@ def test_padding_does_not_change_the_loss_of_a_warm_batch(folder):
     setting = toy.Setting(plain_share=0.5)
     lengths, losses = set(), []
     for row in range(8):
-        inputs, is_response = toy.warm_batch(encoder, range(row, row + 1), 0, setting, False)
+        inputs, is_response = warm_batch(encoder, range(row, row + 1), False, setting)
         lengths.add(inputs["input_ids"].shape[1])
         losses.append(toy.warm_loss(model, inputs, is_response, None).item())
     assert len(lengths) == 2
-    batch = toy.warm_batch(encoder, range(8), 0, setting, False)
+    batch = warm_batch(encoder, range(8), False, setting)
     assert toy.warm_loss(model, *batch, None).item() == pytest.approx(sum(losses) / 8)
 
 

@@ -1,0 +1,89 @@
+"""The digits task: its rows, its split of the scans, and training on it with public flags alone."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ENVIRONMENT
+
+pytest.importorskip("sklearn", reason="the digits experiment needs scikit-learn")
+
+from experiments import digits  # noqa: E402  (imports scikit-learn)
+from support import data, toy
+
+ROOT = Path(__file__).parent.parent
+
+
+def scene(kind, subject):
+    return digits.Scene([1, 2, 3, 4, 0, 4, 1, 1, 2], kind, subject, note=0, image=None)
+
+
+@pytest.mark.parametrize(
+    "kind, subject, tally",
+    [
+        ("count", 1, [1, 1, 1, 1, 1, 1, 2, 3, 3]),
+        ("sum", 1, [0, 0, 0, 4, 4, 8, 8, 8, 8]),
+        ("largest", 0, [1, 2, 3, 3, 3, 3, 3, 3, 3]),
+    ],
+)
+def test_the_running_result(kind, subject, tally):
+    asked = scene(kind, subject)
+    assert asked.tally(asked.digits) == tally
+    response = digits.write_response(asked, asked.digits)
+    assert response.startswith(f"<think> a1 one {tally[0]} a2 two {tally[1]} ")
+    assert response.endswith(f"c3 two {tally[-1]} </think> \\boxed{{{tally[-1]}}}")
+
+
+def test_notes_are_wrong_where_vision_decides_and_right_half_the_time_elsewhere():
+    right = {split: 0 for split in digits.ROWS}
+    for split in right:
+        for row in range(200):
+            made = digits.make_scene(split, row, seed=0)
+            right[split] += made.note == made.tally(made.digits)[-1]
+    assert right["vision_dependent"] == 0
+    assert 80 < right["general"] < 120 and 80 < right["train"] < 120
+
+
+def test_no_scan_of_the_evaluation_is_seen_in_training():
+    train, held_out = digits.scans(held_out=False), digits.scans(held_out=True)
+    for digit in range(len(digits.WORDS)):
+        seen = {scan.tobytes() for scan in train[digit]}
+        new = {scan.tobytes() for scan in held_out[digit]}
+        assert len(seen) > 100 and len(new) > 50
+        assert not seen & new
+
+
+def test_an_image_shows_the_scans_on_the_tints():
+    choices = {digit: np.full((1, 8, 8), digit / 8) for digit in range(5)}
+    rng = digits.random.Random(0)
+    image = np.asarray(digits.render([0, 1, 2, 3, 4, 0, 0, 0, 0], rng, choices), dtype=float)
+    plain = np.asarray(toy.render([toy.NO_DOT] * 9, rng), dtype=float)
+    assert image.shape == (84, 84, 3)
+    for position, digit in enumerate([0, 1, 2, 3, 4]):
+        row, column = divmod(position, 3)
+        cell = np.s_[28 * row : 28 * row + 28, 28 * column : 28 * column + 28]
+        np.testing.assert_allclose(image[cell], plain[cell] * (1 - digit / 8), atol=1.5)
+
+
+def test_the_task_trains_with_public_flags(tmp_path, monkeypatch):
+    monkeypatch.setattr(digits, "ROWS", {"train": 16, "general": 4, "vision_dependent": 4})
+    folder = digits.build(tmp_path / "digits", seed=3, steps=2)
+    again = digits.build(tmp_path / "digits", seed=3, steps=2)  # nothing is made twice
+    assert again == folder and len(list((folder / "images").iterdir())) == 24
+    rows = data.load(str(folder / "train.jsonl"), "train")
+    assert (
+        len(rows) == 16
+        and rows[0].question == "<image>" + digits.make_scene("train", 0, 3).question
+    )
+    flags = f"--model {folder / 'model'} --data {folder / 'train.jsonl'} --out {tmp_path / 'run'}"
+    sizes = "--prompts_per_step 4 --group_size 2 --mini_batch 4 --max_new_tokens 8 --steps 1"
+    images = f"--min_pixels 3136 --max_pixels 112896 --val_data {folder / 'general.jsonl'}"
+    command = [sys.executable, "train.py", *f"{flags} {sizes} {images}".split()]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")]
+    assert [line["step"] for line in lines] == [0, 1, 1]
+    assert "eval/general" in lines[0]
