@@ -288,10 +288,7 @@ def variants_table(found: Results) -> str:
         "seconds / grpo's",
     ]
     rows = [header]
-
-    def relative_seconds(result: dict, base: dict) -> float:
-        return median_seconds(result) / median_seconds(base)
-
+    costs = relative_costs()
     for name in [*method_names("variants"), *method_names("variants_scaled")]:
         runs = list(found.get(f"variants/{name}", {}).values())
         if not runs:
@@ -299,10 +296,19 @@ def variants_table(found: Results) -> str:
         cells = [interval([accuracy(run, split) for run in runs]) for split in (*SPLITS, "overall")]
         is_dynamic = any(name.startswith(dynamic) for dynamic in DYNAMIC)
         with_dapo = compared(found, name, "dapo") if is_dynamic else ["", ""]
-        cost = paired(found, f"variants/{name}", "variants/grpo", relative_seconds)
-        cells += [*compared(found, name, "grpo"), *with_dapo, interval(cost, digits=2)]
+        cells += [*compared(found, name, "grpo"), *with_dapo, costs.get(name, "")]
         rows.append([name, str(len(runs)), *cells])
     return markdown(rows)
+
+
+def relative_costs() -> dict[str, str]:
+    """Method -> its median seconds per step, divided by grpo's (see cost.py)."""
+    file = HERE / "cost.json"
+    if not file.exists():
+        return {}
+    methods = json.loads(file.read_text())["methods"]
+    medians = {name: np.median(cost["seconds"]) for name, cost in methods.items()}
+    return {name: f"{median / medians['grpo']:.2f}" for name, median in medians.items()}
 
 
 def choice_table(found: Results) -> str:

@@ -127,10 +127,12 @@ def test_the_report_needs_results_alone(tmp_path, monkeypatch):
             result = fake_result(f"variants/{name}", seed, accuracy)
             path = tmp_path / "results" / "variants" / f"{name}-s{seed}.json"
             path.write_text(json.dumps(result))
+    seconds = {"grpo": {"seconds": [2.0, 1.0, 9.0]}, "tapo": {"seconds": [2.5, 2.4, 8.0]}}
+    (tmp_path / "cost.json").write_text(json.dumps({"methods": seconds}))
     report.main()
     text = (tmp_path / "report.md").read_text()
     tapo = "| 60.0 +- 0.0 | 30.0 +- 0.0 | 45.0 +- 0.0 | +7.5 +- 0.0 | 0.500 | +4.5 +- 0.0 | 0.500 |"
-    assert f"| tapo | 2 {tapo} 1.00 +- 0.00 |" in text
+    assert f"| tapo | 2 {tapo} 1.25 |" in text
     assert "| dvrp | 2 |" in text and "| -1.5 +- 0.0 | 0.500 |  |  |" in text
     assert "| tapo | 45.0 | 52.5 | x20 |" in text
     assert "from 10 results of commit abc1234" in text
