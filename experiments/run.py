@@ -29,6 +29,7 @@ import torch
 import transformers
 
 from support import toy
+from support.run_folder import read_log
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -142,6 +143,7 @@ VARIANTS: dict[str, dict] = {
     "large_single": SINGLE,
     "large_double": DOUBLE,
     "large_double_grad": DOUBLE | {"masked_grad": True},
+    "collapse/large": LARGE,
 } | methods()
 
 # The reported seeds. Seeds 0 to 2 were used to find the setting.
@@ -165,6 +167,7 @@ EXPERIMENTS: dict[str, tuple[list[str], range]] = {
         ],
         THREE_SEEDS,
     ),
+    "collapse": (["collapse/large"], range(10, 11)),  # for docs/walkthrough.md
     "no_kl_ref": (["grpo", "grpo_no_kl_ref", "papo_g", "papo_g_no_kl_ref"], THREE_SEEDS),
     "masking": (
         ["papo_g", "mask_0.4", "mask_0.8", "mask_1.0", "mask_semantic", "mask_noise"],
@@ -290,7 +293,8 @@ def machine() -> dict:
 
 
 def training_record(run_dir: Path) -> dict:
-    """The run's config, kept metrics of every step, and accuracies of its evaluations."""
+    """The run's config, kept metrics of every step, accuracies of its evaluations, and some of the
+    last one's responses."""
     lines = [json.loads(text) for text in (run_dir / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "reward" in line]
     curve = {}
@@ -302,7 +306,10 @@ def training_record(run_dir: Path) -> dict:
         name: [round(step[name], 5) for step in steps] for name in METRICS if name in steps[0]
     }
     config = json.loads((run_dir / "config.json").read_text())
-    return {"config": config, "metrics": metrics, "curve": curve}
+    samples = read_log(run_dir / "samples.jsonl")
+    last = [sample for sample in samples if sample["step"] == len(steps)]
+    kept = [{key: sample[key] for key in ("set", "row", "predict", "accuracy")} for sample in last]
+    return {"config": config, "metrics": metrics, "curve": curve, "samples": kept}
 
 
 # What went wrong in a response

@@ -166,6 +166,7 @@ def plant(monkeypatch):
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+STANDALONE = [*TORCHRUN, "--standalone"]  # on a free port, since tests may run side by side
 SMALL_RUN = (
     "--data toy --val_data toy --prompts_per_step 5 --mini_batch 3 --group_size 3 "
     "--max_new_tokens 6 --eval_rows 4 --eval_every 2 --tokens_per_forward 150 --rollout_batch 6 "
@@ -207,7 +208,7 @@ def run_flags(folder, out, flags):
 def on_ranks(n, *args, script=ROOT / "train.py", **environment):
     """Run train.py, or another script, under torchrun; returns the finished process."""
     return subprocess.run(
-        [*TORCHRUN, "--nproc_per_node", str(n), str(script), *args],
+        [*STANDALONE, "--nproc_per_node", str(n), str(script), *args],
         env=ENVIRONMENT | environment,
         capture_output=True,
         text=True,

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from conftest import random_image
+from conftest import STANDALONE, random_image
 from PIL import Image
 from test_benchmarks import row, split_rows, write_split
 from test_predictions import its_rule, papo_eval_file
@@ -29,7 +28,6 @@ from support.qwen_vl import Encoder, Policy
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 SMALL = "--min_pixels 3136 --max_pixels 200704 --max_new_tokens 6 --n 3 --rollout_batch 6".split()
 
 
@@ -366,7 +364,7 @@ def test_resumption(folder, data_flags, uninterrupted, tmp_path, monkeypatch, ca
 
 def test_two_ranks_write_the_files_of_one(folder, data_flags, uninterrupted, tmp_path):
     out = tmp_path / "out"
-    command = [*TORCHRUN, "--nproc_per_node", "2", "--", str(ROOT / "evaluate.py")]
+    command = [*STANDALONE, "--nproc_per_node", "2", "--", str(ROOT / "evaluate.py")]
     done = subprocess.run(
         [*command, "--model", folder, *data_flags, "--out", str(out)],
         env=ENVIRONMENT,

@@ -178,11 +178,12 @@ def measure(folder, out):
 @pytest.fixture(scope="module")
 def one_and_four(folder, tmp_path_factory):
     """What one rank measured, and {shard size: what four ranks did}."""
+    from conftest import STANDALONE  # not at the top: the four ranks have no use for it
+
     out = tmp_path_factory.mktemp("ranks")
     measure(folder, out / "1.pt")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "4"]
     done = subprocess.run(
-        [*torchrun, __file__, folder, str(out / "4.pt")],
+        [*STANDALONE, "--nproc_per_node", "4", __file__, folder, str(out / "4.pt")],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
