@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from experiments import report, run
 from papo import algo_class, preset
 from support import toy
 from support.cli import parse_flags, resolve_config
+from support.variants import variant_names
 
 ROOT = Path(__file__).parent.parent
 SETTING = toy.setting_of(run.SPEC)
@@ -162,3 +164,16 @@ def test_the_readme_quotes_the_results():
         rows = [line for line in lines if line.startswith(f"| `{variant}` | {cells[0]}")]
         assert len(rows) == 1, f"README: no row with the results of {variant}"
         assert all(cell in rows[0] for cell in cells), rows[0]
+
+
+def test_the_readme_quotes_the_variants_results():
+    """The last column of its table of variants is the difference to grpo."""
+    found = report.load()
+    table = re.findall(
+        r"^\| \[`(\w+)`\].* \| (\S+ ± \S+) \|$", (ROOT / "README.md").read_text(), re.M
+    )
+    assert {name for name, _ in table} == set(variant_names())
+    for name, quoted in table:
+        gains = report.paired(found, f"variants/{name}", "variants/grpo", report.accuracy_gain)
+        assert len(gains) == len(run.EIGHT_SEEDS)
+        assert quoted.replace("±", "+-") == report.interval(gains, sign=True)
