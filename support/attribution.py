@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,6 +20,7 @@ from support.pages import CellDrops
 from support.predictions import boxed
 from support.qwen_vl import Encoder, Policy
 
+MASK_SETTINGS = ("mask_ratio", "mask_strategy", "mask_sigma")
 HEAT_TITLE = "drop of the response's log-prob when a cell alone is black"
 
 
@@ -28,20 +31,24 @@ def mask_settings(model: str) -> dict:
     """
     path = Path(model).parent / "config.json"
     config = json.loads(path.read_text()) if path.is_file() else {}
-    return {name: value for name, value in config.items() if name.startswith("mask_")}
+    return {name: config[name] for name in MASK_SETTINGS if name in config}
 
 
-def log_probs(policy: Policy, group: Group, views: list[Tensor], progress: str = "") -> Tensor:
+def log_probs(
+    policy: Policy, group: Group, views: list, make: Callable | None = None, progress: str = ""
+) -> Tensor:
     """Log-probs [n_views, T] of a group's only response, each view in place of its image.
 
-    views: pixel_values[N_patch, D_patch] each. A forward holds as many views as
-    policy.tokens_per_forward allows.
+    views: pixel_values[N_patch, D_patch] each, or what `make` makes them of. A forward holds as
+    many views as policy.tokens_per_forward allows; no more are made at a time.
     """
     per_forward = max(1, policy.tokens_per_forward // group.n_tokens)
     starts = range(0, len(views), per_forward)
     parts = []
     for start in tqdm(starts, desc=progress, leave=False, disable=not progress):
         chunk = views[start : start + per_forward]
+        if make:
+            chunk = [make(view) for view in chunk]
         copies = [replace(group, view_pixel_values={"mask": view}) for view in chunk]
         parts.append(policy.log_probs(copies, "mask").cpu())
     return torch.cat(parts)
@@ -68,8 +75,8 @@ def cell_drops(policy: Policy, group: Group, clean: Tensor, max_cells: int) -> l
         first_token += h * w
     size, cost = f"{side} x {side} image tokens", f"one view of {group.n_tokens} tokens each"
     print(f"heat map: {len(cells)} cells of {size}, {cost}")
-    views = [black_out(policy.encoder, group.prompt.pixel_values, cell) for cell in cells]
-    drops = clean - log_probs(policy, group, views, progress="heat map")
+    make = partial(black_out, policy.encoder, group.prompt.pixel_values)
+    drops = clean - log_probs(policy, group, cells, make, progress="heat map")
     found, first_cell = [], 0
     for heights, widths in sizes:
         n_cells = len(heights) * len(widths)

@@ -62,7 +62,9 @@ class Attribution:
         finite = np.isfinite(self.gains)
         if not finite.all():
             raise ValueError(f"token {np.argmin(finite)} has a log-prob that is not finite")
-        self.heading = f"Question: {question} True answer: {answer}"
+        self.heading = f"Question: {question}"
+        if answer:
+            self.heading += f" True answer: {answer}"
         self.limit = max(0.5, float(np.percentile(np.abs(self.gains), 95)))
         self.colours = GAIN_COLOURS(0.5 + 0.5 * np.clip(self.gains / self.limit, -1, 1))
         self.legend = LEGEND.substitute(

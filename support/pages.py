@@ -10,6 +10,7 @@ import html
 import io
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from string import Template
 from typing import NamedTuple
@@ -25,12 +26,13 @@ LONGEST_SIDE = 448  # pixels of an image on a page
 LEAST_SCALE = 0.1  # nats: a token with smaller drops than this owes the image nothing
 
 PAGE = Template("""<!doctype html><html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
 <title>$title</title>
 <style>
 body {font: 15px/1.5 sans-serif; max-width: 75em; margin: 1em auto; padding: 0 1em;
       background: #fff; color: #111}
 figure {display: inline-block; margin: 0 1em .5em 0; vertical-align: top}
-img {display: block; width: 16em; height: auto}
+img {display: block; height: auto}
 $style
 </style>
 $body
@@ -40,18 +42,21 @@ $body
 
 def write(out, title: str, style: str, body: str) -> Path:
     page = PAGE.substitute(title=html.escape(title), style=style, body=body)
-    Path(out).write_text(page, encoding="utf-8")
+    Path(out).write_text(page, encoding="utf-8", errors="xmlcharrefreplace")
     return Path(out)
 
 
 def image_tag(image: Image.Image, name: str) -> str:
-    """An <img> that carries its picture, reduced to LONGEST_SIDE."""
+    """An <img> that carries its picture, reduced to LONGEST_SIDE and drawn at most 16 em wide and
+    high."""
     small = image.convert("RGB")
     small.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
     buffer = io.BytesIO()
     small.save(buffer, format="PNG")
     data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="{html.escape(name)}" src="data:image/png;base64,{data}">'
+    width = 16 * min(1, image.width / image.height)
+    style = f'alt="{html.escape(name)}" style="width: {width:.2f}em"'
+    return f'<img {style} src="data:image/png;base64,{data}">'
 
 
 def figure_tag(content: str, caption: str) -> str:
@@ -78,25 +83,30 @@ class CellDrops(NamedTuple):
 
 
 EXPLANATION_STYLE = """
-#views {position: sticky; top: 0; background: #fff; padding-top: .5em}
-.frame {position: relative}
+#views {position: sticky; top: 0; max-height: 55vh; overflow-y: auto; background: #fff;
+        padding-top: .5em; border-bottom: 1px solid #ccc}
+.frame {position: relative; width: fit-content}
 .cells {position: absolute; inset: 0; display: grid}
-#about {white-space: pre-wrap; min-height: 7.5em; margin: 0}
+#about {white-space: pre-wrap; height: 7.5em; overflow-y: auto; margin: 0}
+#heading {white-space: pre-wrap}
 #response {font: 15px/1.9 monospace; white-space: pre-wrap; overflow-wrap: anywhere;
            border: 1px solid #ccc; padding: .6em}
 #response span {border-right: 1px solid #fff; padding: .15em 0; cursor: pointer}
 #response span.shown {outline: 2px solid #111}
 """
 
-EXPLANATION = Template("""<p>$heading</p>
-<div id="views">$figures<p id="about"></p></div>
-<p>Response. Hover over a token to see what it owes to each part of the image; click to hold it.</p>
+EXPLANATION = Template("""<p id="heading">$heading</p>
+<div id="views"><p id="about"></p>$images</div>
+<p>Response. Hover over a token to see what it owes to each part of the image. Click to hold it; the
+left and right arrow keys move on.</p>
 <div id="response">$tokens</div>
 <p>$legend</p>
-<p>The image shows another measure: the drop of the token's log-prob when a cell alone is black. A
-cell stays clear where the drop is largest (framed above half of that), is veiled in white where
-there is none, and in red where the token becomes likelier. Without a token, the sum over the
-response is shown. Move over a cell for its number.</p>
+<p>The image shows another measure: the drop of the token's log-prob when a cell alone is black. The
+scale is the largest change of either sign, at least $least_scale. A cell is clear where the
+log-prob drops by that much (framed from half of it), white where nothing changes, red where the
+token becomes likelier. Without a token, the sum over the response is shown. Move over a cell for
+its number.</p>
+$masked
 <script>
 const drops = $drops;  // [image][cell][token]
 $script
@@ -120,7 +130,7 @@ function show(token) {  // null: the whole response
   grids.forEach((grid, image) => [...grid.children].forEach((cell, k) => {
     const share = values[image][k] / scale;
     cell.style.background = veil(share);
-    cell.style.boxShadow = share > 0.5 ? "inset 0 0 0 2px #111" : "none";
+    cell.style.boxShadow = share > 0.5 ? "inset 0 0 0 1px #111" : "none";
     cell.title = values[image][k].toFixed(3);
   }));
   tokens.forEach((span, k) => span.classList.toggle("shown", k === token));
@@ -128,18 +138,29 @@ function show(token) {  // null: the whole response
   about.textContent = `${subject}\\nlargest drop without one cell: ${largest.toFixed(3)}`;
 }
 
-const linked = location.hash.match(/^#token-(\\d+)$/);
-let held = linked && linked[1] < tokens.length ? Number(linked[1]) : null;
+function held() {  // the token that the address names; null: none
+  const found = location.hash.match(/^#token-(\\d+)$/);
+  return found && found[1] < tokens.length ? Number(found[1]) : null;
+}
+
+function hold(token) {
+  location.hash = token === null ? "" : "token-" + token;
+  show(held());
+}
+
 tokens.forEach((span, k) => {
   span.onmouseenter = () => show(k);
-  span.onmouseleave = () => show(held);
-  span.onclick = () => {
-    held = held === k ? null : k;
-    history.replaceState(null, "", held === null ? " " : "#token-" + k);
-    show(held);
-  };
+  span.onmouseleave = () => show(held());
+  span.onclick = () => hold(held() === k ? null : k);
 });
-show(held);
+document.onkeydown = event => {
+  const step = {ArrowLeft: -1, ArrowRight: 1}[event.key];
+  const next = held() === null ? 0 : held() + step;
+  if (step && tokens[next]) hold(next);
+};
+window.onhashchange = () => show(held());
+show(held());
+tokens[held()]?.scrollIntoView({block: "center"});
 """.replace("LEAST_SCALE", str(LEAST_SCALE))
 
 TOOLTIP = Template(
@@ -150,22 +171,30 @@ TOOLTIP = Template(
 
 def explanation(attribution: Attribution, cells: list[CellDrops], out) -> Path:
     """Write the page of --explain. cells: one per image."""
-    figures = ""
-    for image, of_image in zip(attribution.images, cells, strict=True):
-        frame = f'<div class="frame">{image_tag(image, "image")}{_grid(of_image)}</div>'
-        figures += figure_tag(frame, "image")
+    images = masked = ""
+    for number, (image, of_image) in enumerate(zip(attribution.images, cells, strict=True), 1):
+        name = f"image {number}" if len(cells) > 1 else "image"
+        frame = f'<div class="frame">{image_tag(image, name)}{_grid(of_image)}</div>'
+        images += figure_tag(frame, name)
     for image in attribution.masked_images:
-        figures += figure_tag(image_tag(image, "masked"), "masked, one of the views")
-    drops = [each.drops.reshape(-1, each.drops.shape[-1]).round(3).tolist() for each in cells]
+        masked += figure_tag(image_tag(image, "masked"), "one of the masked views: black is masked")
+    drops = [_rounded(each.drops) for each in cells]
     body = EXPLANATION.substitute(
         heading=html.escape(attribution.heading),
-        figures=figures,
+        images=images,
+        masked=masked,
+        least_scale=LEAST_SCALE,
         tokens=_token_spans(attribution),
         legend=html.escape(attribution.legend),
         drops=json.dumps(drops, allow_nan=False, separators=(",", ":")),
         script=SCRIPT,
     )
     return write(out, "Image attribution", EXPLANATION_STYLE, body)
+
+
+def _rounded(drops: np.ndarray) -> list[list[float]]:
+    """[cell][token], in doubles: a rounded float32 would be written with 17 digits."""
+    return drops.reshape(-1, drops.shape[-1]).astype(float).round(3).tolist()
 
 
 def _grid(cells: CellDrops) -> str:
@@ -205,11 +234,12 @@ def _token_spans(attribution: Attribution) -> str:
 # -------------------------------------------------------------------------------- a run's responses
 
 SAMPLES_STYLE = """
-section {border-top: 1px solid #ccc; padding: 1em 0; display: flex; gap: 1em}
+section {border-top: 1px solid #ccc; padding: 1em 0; display: flex; flex-wrap: wrap; gap: 1em}
 h2 {font-size: 1em; margin: 0}
 .images {flex: none}
-.text {flex: 1}
-.responses {display: grid; grid-template-columns: repeat(3, 1fr); gap: 1em}
+.text {flex: 1 1 20em; min-width: 0}
+.question {white-space: pre-wrap}
+.responses {display: grid; grid-template-columns: repeat(auto-fit, minmax(14em, 1fr)); gap: 1em}
 .response {border-left: 4px solid #c33; padding-left: .6em}
 .response.right {border-color: #393}
 pre {white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; font-size: 13px;
@@ -217,37 +247,47 @@ pre {white-space: pre-wrap; overflow-wrap: anywhere; margin: 0; font-size: 13px;
 """
 
 
-def samples(lines: list[dict], examples: dict[tuple[str, int], Example], title: str, out) -> Path:
+def samples(
+    lines: list[dict], find_example: Callable[[dict], Example | None], title: str, out
+) -> Path | None:
     """Write a page with the responses of a run's first, middle and last evaluation, side by side.
 
-    lines: of samples.jsonl. examples: (evaluation set, row) -> its question. Questions that either
-    lacks are left out.
+    lines: of samples.jsonl. find_example: a line's question; where there is none, the question is
+    left out. Returns None, and writes nothing, if no question is left.
     """
     steps = sorted({line["step"] for line in lines})
-    shown = sorted({steps[0], steps[len(steps) // 2], steps[-1]})
-    by_question: dict[tuple[str, int], dict[int, dict]] = {}
+    by_row: dict[tuple[str, int], list[dict]] = {}
     for line in lines:
-        by_question.setdefault((line["set"], line["row"]), {})[line["step"]] = line
-    body = f"<h1>{html.escape(title)}</h1><p>Green: the right answer in the box. Red: not.</p>"
-    for question, responses in by_question.items():
-        if question in examples:
-            columns = "".join(_response(responses[step]) for step in shown if step in responses)
-            body += _question(*question, examples[question], columns)
-    return write(out, title, SAMPLES_STYLE, body)
+        if line["step"] in (steps[0], steps[len(steps) // 2], steps[-1]):
+            by_row.setdefault((line["set"], line["row"]), []).append(line)
+    sections = ""
+    for of_row in by_row.values():
+        example = find_example(of_row[-1])
+        if example:  # and of its row's lines, those that are about the same question
+            newest = (of_row[-1]["id"], of_row[-1]["label"])
+            same = [line for line in of_row if (line["id"], line["label"]) == newest]
+            sections += _question(example, same)
+    if not sections:
+        return None
+    legend = "<p>Green: accuracy 1. Red: less.</p>"
+    return write(out, title, SAMPLES_STYLE, f"<h1>{html.escape(title)}</h1>{legend}{sections}")
 
 
-def _question(name: str, row: int, example: Example, columns: str) -> str:
+def _question(example: Example, lines: list[dict]) -> str:
     images = "".join(image_tag(image, "image") for image in example.images)
-    text = html.escape(example.question.replace("<image>", ""))
+    question = html.escape(example.question.replace("<image>", ""))
+    heading = f"{lines[-1]['set']}, row {lines[-1]['row']}"
     return (
         f'<section><div class="images">{images}</div><div class="text">'
-        f"<h2>{html.escape(name)}, row {row}</h2><p>{text}<br>Answer: {html.escape(example.answer)}"
-        f'</p><div class="responses">{columns}</div></div></section>'
+        f"<h2>{html.escape(heading)}</h2>"
+        f'<p class="question">{question}<br>Answer: {html.escape(example.answer)}</p>'
+        f'<div class="responses">{"".join(map(_response, lines))}</div></div></section>'
     )
 
 
 def _response(line: dict) -> str:
-    kind = "response right" if line["accuracy"] == 1 else "response"
-    mark = "✓" if line["accuracy"] == 1 else "✗"
+    accuracy = line["accuracy"]
+    kind = "response right" if accuracy == 1 else "response"
+    mark = {0: "✗", 1: "✓"}.get(accuracy, f"accuracy {accuracy:.2f}")
     text = html.escape(line["predict"]) or "(empty)"
     return f'<div class="{kind}"><b>step {line["step"]} {mark}</b><pre>{text}</pre></div>'

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from support import benchmarks, checkpoint, data, pages, phases, plots
-from support.batch import Group, Prompt
+from support.batch import Example, Group, Prompt
 from support.cli import exit_with_error
 from support.distributed import (
     OptimizerOffload,
@@ -64,6 +64,15 @@ def step_errors() -> Iterator[None]:
         exit_with_error(error)
     except torch.OutOfMemoryError as error:
         sys.exit(f"rank {dist.get_rank()}: {phases.out_of_memory_message(error)}")
+
+
+@contextmanager
+def reported(path: Path) -> Iterator[None]:
+    """A picture that a full disk refuses costs a line, not the end of the run."""
+    try:
+        yield
+    except OSError as error:
+        print(f"{path} is not written: {error}", file=sys.stderr)
 
 
 class Run:
@@ -380,7 +389,6 @@ class Run:
         """Draw the curves; print accuracies before and after, a sample response and the files."""
         if self.rank > 0:
             return
-        curves = plots.curves(self.folder)
         _, evals = read_metrics(self.folder / "metrics.jsonl")
         for key in evals[0] if evals else ():
             if key.startswith("eval/"):
@@ -390,26 +398,34 @@ class Run:
         example = sample.prompt.example
         for i, image in enumerate(example.images):
             path = self.folder / f"sample{i}.png"
-            image.save(path)
-            print(f"image: {path}")
+            with reported(path):
+                image.save(path)
+                print(f"image: {path}")
         print(f"question: {example.question}")
         print(f"response: {sample.responses[0]}")
         print(f"answer: {example.answer}")
         print(f"metrics: {self.folder}/metrics.jsonl")
-        print(f"curves: {curves}")
-        if page := self._samples_page():
-            print(f"samples: {page}")
+        with reported(self.folder / "curves.png"):
+            print(f"curves: {plots.curves(self.folder)}")
+        with reported(self.folder / "samples.html"):
+            self._write_samples()
         print(f"model: {self.folder}/model")
 
-    def _samples_page(self) -> Path | None:
-        """Draw the evaluations' decoded responses beside their images, if there are any."""
+    def _write_samples(self) -> None:
+        """Write the evaluations' decoded responses beside their images, if there are any."""
         lines = read_log(self.folder / "samples.jsonl")
-        questions = {(line["set"], line["row"]) for line in lines if line["set"] in self.eval_sets}
-        examples = {(name, row): self.eval_sets[name][row] for name, row in questions}
-        if not examples:
-            return None
-        title = f"Responses of {self.folder.name}"
-        return pages.samples(lines, examples, title, self.folder / "samples.html")
+        title, out = f"Responses of {self.folder.name}", self.folder / "samples.html"
+        page = pages.samples(lines, self._find_example, title, out)
+        if page:
+            print(f"samples: {page}")
+
+    def _find_example(self, line: dict) -> Example | None:
+        """The question of a line of samples.jsonl; None if the data no longer has it there."""
+        row = line["row"]
+        with suppress(KeyError, IndexError, ValueError):
+            example = self.eval_sets[line["set"]][row]
+            same = (example.id or str(row), example.answer) == (line["id"], line["label"])
+            return example if same else None
 
     def close(self) -> None:
         """End threads and worker processes, which the interpreter would wait for."""

@@ -114,7 +114,7 @@ def append(path: Path, lines: list[str]) -> list[str]:
         with open(path, "a") as file:
             file.write("".join(lines))
     except OSError as error:
-        print(f"{path.name}: {len(lines)} lines wait to be written: {error}", file=sys.stderr)
+        print(f"{path.name}: {len(lines)} lines are not written: {error}", file=sys.stderr)
         with suppress(OSError):
             os.truncate(path, size)  # leave no half line
         return lines

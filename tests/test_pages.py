@@ -64,7 +64,7 @@ def attribution():
 
 
 def some_drops(n_tokens, rows=2, columns=3, seed=0):
-    drops = np.random.default_rng(seed).normal(size=(rows, columns, n_tokens))
+    drops = np.random.default_rng(seed).normal(size=(rows, columns, n_tokens)).astype(np.float32)
     return CellDrops(drops, heights=[1] * rows, widths=[1] * columns)
 
 
@@ -96,7 +96,8 @@ def test_the_page_is_escaped_and_carries_the_numbers(attribution, tmp_path):
     assert [words[i] for i in (2, 3, 4, 6, 7, 14)] == [" green", "↵", "␣", "∅", "⇥↵↵", "\\x07"]
     assert '<script>alert("1")</script>' in words
     [numbers] = json.loads(re.search(r"const drops = (.*);  //", text)[1])
-    assert numbers == cells.drops.reshape(6, -1).round(3).tolist()
+    assert numbers == cells.drops.reshape(6, -1).astype(float).round(3).tolist()
+    assert all(len(str(number)) < 8 for cell in numbers for number in cell)
 
 
 def test_the_figure_shows_each_token_on_its_colour(attribution, tmp_path, figures):
@@ -187,10 +188,25 @@ function look(event, k) {
   tokens[k].dispatchEvent(new Event(event));
   log.push(grids.map(grid => [...grid.children].map(cell => cell.style.background)));
 }
+function reachable() {  // tokens that no other element covers at some scroll position
+  const seen = new Set();
+  for (let y = 0; y <= document.body.scrollHeight; y += 100) {
+    scrollTo(0, y);
+    tokens.forEach((span, k) => {
+      const box = [...span.getClientRects()].at(-1);  // a token may wrap after its space
+      if (document.elementFromPoint(box.x + box.width / 2, box.y + box.height / 2) === span) {
+        seen.add(k);
+      }
+    });
+  }
+  scrollTo(0, 0);
+  return seen.size;
+}
 %s
 document.querySelector("#report").textContent = JSON.stringify({
   log, about: about.textContent, hash: location.hash,
   shown: tokens.findIndex(span => span.classList.contains("shown")),
+  reachable: reachable(),
   frame: document.querySelector(".cells").getBoundingClientRect(),
   image: document.querySelector(".frame img").getBoundingClientRect(),
   cells: [...document.querySelectorAll(".cells")].map(
@@ -226,7 +242,7 @@ def test_hovering_a_token_clears_the_cells_it_depends_on(tmp_path):
     cells = [CellDrops(each, heights=[2, 1], widths=[2, 2, 1]) for each in drops]
     log_probs = -np.ones(n_tokens)
     tokens = [f" word{k}" for k in range(n_tokens)]
-    images = [red_dot(), red_dot().resize((84, 168))]
+    images = [red_dot(), red_dot().resize((30, 3000))]
     attribution = Attribution(images, [], tokens, log_probs, log_probs - 1)
     page = pages.explanation(attribution, cells, tmp_path / "page.html")
 
@@ -242,6 +258,7 @@ def test_hovering_a_token_clears_the_cells_it_depends_on(tmp_path):
     assert after != hovered_5 and seen["shown"] == -1  # back to the whole response
     assert seen["about"].startswith("the whole response")
 
+    assert seen["reachable"] == n_tokens  # the images, which stay on top, do not hide them
     for side in ("left", "top", "right", "bottom"):  # the grid covers the image, no more
         assert seen["frame"][side] == pytest.approx(seen["image"][side], abs=1)
     first, *_, last = seen["cells"][0]
@@ -254,6 +271,8 @@ def test_hovering_a_token_clears_the_cells_it_depends_on(tmp_path):
     assert "word5" in held["about"] and "largest drop without one cell: 2.500" in held["about"]
     linked = in_browser(page, "", fragment="#token-5")
     assert linked["shown"] == 5
+    keys = "document.onkeydown({key: 'ArrowRight'}); document.onkeydown({key: 'ArrowRight'});"
+    assert in_browser(page, keys, fragment="#token-5")["shown"] == 7
     assert in_browser(page, "", fragment="#token-200")["shown"] == -1  # no such token
 
 
@@ -261,28 +280,33 @@ def test_hovering_a_token_clears_the_cells_it_depends_on(tmp_path):
 
 
 def sample(step, row, accuracy, text, name="general"):
-    return {"step": step, "set": name, "row": row, "accuracy": accuracy, "predict": text}
+    question = {"set": name, "row": row, "id": str(row), "label": "3"}
+    return {"step": step, "accuracy": accuracy, "predict": text} | question
 
 
 def test_samples_show_the_first_middle_and_last_evaluation(tmp_path):
     lines = [
-        sample(step, row, step / 40, f"{step}/{row}")
-        for step in (0, 10, 20, 30, 40)
-        for row in (0, 1)
+        sample(step, row, step / 40, f"{step}/{row}") for step in (0, 20, 40) for row in (0, 1)
     ]
+    lines += [sample(10, 0, 1.0, "left out"), sample(30, 0, 1.0, "left out")]
     lines += [sample(40, 0, 1.0, "<script>x</script>", name="other"), sample(40, 5, 1.0, "lost")]
     examples = {
         ("general", 0): Example("<image>How many <b>?", "<3>", [red_dot()]),
-        ("general", 1): Example("<image>Before <image>after?", "4", [red_dot(), red_dot()]),
+        ("general", 1): Example("<image>Before <image>after?", "4 \ud800", [red_dot(), red_dot()]),
         ("other", 0): Example("No image?", "5", []),
     }
-    text = pages.samples(lines, examples, "a & b", tmp_path / "samples.html").read_text("utf-8")
-    assert re.findall(r"<b>step (\d+) (.)</b><pre>(.*?)</pre>", text) == [
+
+    def find_example(line):
+        return examples.get((line["set"], line["row"]))
+
+    out = tmp_path / "samples.html"
+    text = pages.samples(lines, find_example, "a & b", out).read_text("utf-8")
+    assert re.findall(r"<b>step (\d+) (.*?)</b><pre>(.*?)</pre>", text) == [
         ("0", "✗", "0/0"),
-        ("20", "✗", "20/0"),
+        ("20", "accuracy 0.50", "20/0"),
         ("40", "✓", "40/0"),
         ("0", "✗", "0/1"),
-        ("20", "✗", "20/1"),
+        ("20", "accuracy 0.50", "20/1"),
         ("40", "✓", "40/1"),
         ("40", "✓", "&lt;script&gt;x&lt;/script&gt;"),
     ]
@@ -291,3 +315,6 @@ def test_samples_show_the_first_middle_and_last_evaluation(tmp_path):
     assert "How many &lt;b&gt;?<br>Answer: &lt;3&gt;" in text and "a &amp; b" in text
     assert "lost" not in text  # its question is not there
     assert "http" not in text and "<script" not in text
+    assert pages.samples(lines, lambda line: None, "none", tmp_path / "none.html") is None
+    assert pages.samples([], find_example, "none", tmp_path / "none.html") is None
+    assert not (tmp_path / "none.html").exists()

@@ -34,7 +34,7 @@ from transformers import AutoModelForImageTextToText
 import train
 from papo import PRESETS
 from rollout import generate
-from support import checkpoint, data, toy
+from support import checkpoint, data, pages, plots, run_folder, toy
 from support import run as run_module
 from support.batch import Group, pad_and_cat
 from support.qwen_vl import Encoder, Policy
@@ -86,6 +86,38 @@ def test_a_run_writes_its_folder(run, folder, monkeypatch, capsys):
     assert [path.name for path in checkpoint.complete(out)] == ["step_000004"]
     check_is_plain_model_folder(out / "model", Path(folder))
     check_glossary(out)
+
+
+def test_pictures_that_cannot_be_written_cost_a_line_each(run, monkeypatch, capsys):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(plots, "curves", full)
+    monkeypatch.setattr(pages, "samples", full)
+    out = run("a", "--algo papo_g --steps 1")
+    text = capsys.readouterr()
+    for name in ("curves.png", "samples.html"):
+        assert f"{out / name} is not written: [Errno 28]" in text.err
+    assert f"model: {out}/model" in text.out
+
+
+def test_samples_leave_out_what_the_data_no_longer_holds(run):
+    """A resumed run may find another row at the same number, or none that can be read."""
+    out = run("a", "--algo papo_g --steps 1")
+    lines = run_folder.read_log(out / "samples.jsonl")
+    for line in lines:
+        line["id"] = "another" if line["row"] == 1 else line["id"]
+        line["row"] = 10_000 if line["row"] == 2 else line["row"]
+    (out / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    train.main(["--resume", str(out), "--steps", "2"])
+    sections = (out / "samples.html").read_text().split("<section>")[1:]
+    steps = {
+        re.search(r"<h2>(.*?)<", each)[1]: re.findall(r"<b>step (\d)", each) for each in sections
+    }
+    for name in ("general", "vision_dependent"):
+        assert [steps.pop(f"{name}, row {row}") for row in (0, 3)] == [["0", "1", "2"]] * 2
+        assert [steps.pop(f"{name}, row {row}") for row in (1, 2)] == [["2"]] * 2
+    assert not steps
 
 
 def check_is_plain_model_folder(model_folder, source):
