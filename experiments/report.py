@@ -422,11 +422,11 @@ def collapse_figure(found: Results) -> str:
     return save_figure(figure, "collapse")
 
 
-def provenance(found: Results, in_variants: bool) -> str:
-    """How many results there are, and of which commits."""
+def provenance(found: Results, folder: str) -> str:
+    """How many results a folder of results/ has, and of which commits."""
     results = []
     for variant, runs in found.items():
-        if variant.startswith("variants/") == in_variants:
+        if variant.rpartition("/")[0] == folder:
             results += runs.values()
     commits = ", ".join(sorted({result["commit"] for result in results}))
     return f"{len(results)} results of commit {commits or 'none'}"
@@ -437,8 +437,8 @@ def main() -> None:
     (HERE / "figures").mkdir(exist_ok=True)
     parts = [
         "# Results",
-        f"Drawn by `python -m experiments.report`, from {provenance(found, in_variants=False)}; "
-        f"the section variants from {provenance(found, in_variants=True)}. Mean +- 95% interval "
+        f"Drawn by `python -m experiments.report`, from {provenance(found, folder='')}; "
+        f"the section variants from {provenance(found, folder='variants')}. Mean +- 95% interval "
         "over seeds; accuracies in %. The protocol and a reading of the results are in "
         "[README.md](README.md).",
         "## table1",
