@@ -17,21 +17,21 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from PIL import Image
 
-from experiments import report, run
+from experiments import report, run, tasks
 from rollout import generate
 from support import toy
 from support.qwen_vl import Encoder, Policy
 
 METHODS = {"grpo": "GRPO", "gamma_0.2": "PAPO_G, gamma 0.2"}
 SEEDS = (10, 11)
-SETTING = toy.setting_of(run.SPEC)
+TASK = tasks.Dots()
 SPLIT = "vision_dependent"
 
 
 def train_all(work: Path) -> dict[tuple[str, int], Path]:
     """The folders of all runs, two at a time; finished ones are not run again."""
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda seed: run.build_start_model(seed, work / "start.log"), SEEDS))
+        list(pool.map(lambda seed: run.build_start_model(TASK, seed, work / "start.log"), SEEDS))
         jobs = [(method, seed) for seed in SEEDS for method in METHODS]
         logs = [work / f"{method}-s{seed}.log" for method, seed in jobs]
         folders = pool.map(lambda job, log: run.train(*job, work, log), jobs, logs)
@@ -53,10 +53,10 @@ def read_images(folder: Path, n: int) -> list[list[str]]:
     name = str(folder / "model")
     encoder = Encoder(name, config["min_pixels"], config["max_pixels"], toy.SUFFIX)
     policy = Policy.load(name, encoder)
-    examples = [toy.example(SPLIT, row, setting=SETTING) for row in range(n)]
+    examples = [toy.example(SPLIT, row, setting=TASK.setting) for row in range(n)]
     prompts = [encoder.encode(example, row) for row, example in enumerate(examples)]
     groups = generate(policy, prompts, 1, max_new_tokens=config["max_new_tokens"])
-    return [run.read_cells(group.responses[0], SETTING) for group in groups]
+    return [tasks.read_cells(TASK, group.responses[0]) for group in groups]
 
 
 def first_difference(folders: list[Path], n: int = 64) -> tuple[int, list[list[str]]]:
@@ -71,11 +71,11 @@ def draw_reading(
     axis, image: Image.Image, cells: list[str], reading: list[str], title: str
 ) -> None:
     """The image with the word that was read in each cell: red where it is wrong."""
-    toy.show_image(axis, image, SETTING)
+    toy.show_image(axis, image, TASK.setting)
     wrong = 0
     for i, (true, read) in enumerate(zip(cells, reading, strict=True)):
-        row, column = divmod(i, SETTING.grid)
-        x, y = (column + 0.5) * SETTING.cell, (row + 0.92) * SETTING.cell
+        row, column = divmod(i, TASK.setting.grid)
+        x, y = (column + 0.5) * TASK.setting.cell, (row + 0.92) * TASK.setting.cell
         colour = "black" if read == true else "red"
         weight = "normal" if read == true else "bold"
         axis.text(x, y, read or "?", color=colour, weight=weight, ha="center", fontsize=8)
@@ -97,7 +97,7 @@ def draw(folders: dict[tuple[str, int], Path], out: Path) -> None:
     curves.grid(alpha=0.3)
     curves.legend()
     row, readings = first_difference([folders[method, SEEDS[0]] for method in METHODS])
-    scene = toy.make_scene(SPLIT, row, setting=SETTING)
+    scene = toy.make_scene(SPLIT, row, setting=TASK.setting)
     for axis, label, reading in zip(images, METHODS.values(), readings, strict=True):
         draw_reading(axis, scene.image, scene.cells, reading, label)
     figure.savefig(out, dpi=110)

@@ -2,10 +2,11 @@ r"""A second task, with real images: questions about handwritten digits.
 
     python -m experiments.digits FOLDER --seed 0
 
-writes what a user would bring: FOLDER/model, a Hugging Face folder, and train.jsonl, general.jsonl
-and vision_dependent.jsonl with their images. Training takes them by the public flags alone:
+writes what a user would bring: FOLDER/model, a Hugging Face folder, train.jsonl and, in held_out/,
+general.jsonl and vision_dependent.jsonl, all with their images. Training takes them by the public
+flags alone (see SIZES for the others):
 
-    torchrun train.py --model FOLDER/model --data FOLDER/train.jsonl ...
+    torchrun train.py --model FOLDER/model --data FOLDER/train.jsonl --val_data FOLDER/held_out
 
 An image is a 3 x 3 grid of scans of the digits 0 to 4 (scikit-learn ships 1,797 of them, 8 x 8
 pixels each), enlarged to one image token per cell and drawn as ink on the tints of the toy's cells.
@@ -44,6 +45,14 @@ MISREAD, COPY_NOTE = 0.12, 0.4  # flaws that the warm start teaches, as the toy'
 WARM_STEPS = 900
 ROWS = {"train": 1024, "general": 512, "vision_dependent": 512}
 NOTE = toy.NOTE
+# Flags: the defaults are made for photographs and long responses.
+SIZES = {
+    "min_pixels": 56 * 56,
+    "max_pixels": 336 * 336,
+    "max_new_tokens": 40,  # a response has 31 tokens
+    "prompt_suffix": toy.SUFFIX,
+}
+STEP_SIZES = {"prompts_per_step": 16, "group_size": 8, "mini_batch": 16}
 
 
 @dataclass
@@ -103,7 +112,7 @@ def scans(held_out: bool) -> dict[int, np.ndarray]:
     return {digit: images[digits == digit] for digit in range(len(WORDS))}
 
 
-def make_scene(split: str, row: int, seed: int) -> Scene:
+def make_scene(split: str, row: int, seed: int = 0) -> Scene:
     """The scene of one row. It depends on the arguments alone."""
     rng = random.Random(f"digits {split} {seed} {row}")
     kind = rng.choice(list(KINDS))
@@ -154,21 +163,19 @@ def example_of(scene: Scene) -> Example:
     return Example("<image>" + scene.question, answer, [scene.image])
 
 
-def write_rows(folder: Path, split: str, seed: int) -> Path:
-    """Write a split's JSONL file and its images."""
-    (folder / "images").mkdir(parents=True, exist_ok=True)
+def write_rows(path: Path, split: str, seed: int) -> None:
+    """Write a split's JSONL file, and its images beside it."""
+    (path.parent / "images").mkdir(parents=True, exist_ok=True)
     lines = []
     for row in range(ROWS[split]):
         scene = make_scene(split, row, seed)
         example = example_of(scene)
         image = f"images/{split}{row}.png"
-        scene.image.save(folder / image)
+        scene.image.save(path.parent / image)
         line = {"id": f"{split}-{row}", "problem": example.question, "answer": example.answer}
         line |= {"images": [image], "kind": scene.kind, "cells": [WORDS[d] for d in scene.digits]}
         lines.append(json.dumps(line) + "\n")
-    path = folder / f"{split}.jsonl"
     path.write_text("".join(lines))
-    return path
 
 
 # -------------------------------------------------------------------------------------------- model
@@ -207,11 +214,14 @@ def build_model(folder: Path, seed: int, steps: int = WARM_STEPS) -> Path:
 
 
 def build(folder: Path, seed: int, steps: int = WARM_STEPS) -> Path:
-    """Write the model and all splits; what exists is kept."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write the model and all splits; what exists is kept. The held-out rows are those of seed 0,
+    whatever the seed."""
     for split in ROWS:
-        if not (folder / f"{split}.jsonl").exists():
-            write_rows(folder, split, seed)
+        path = folder / "held_out" / f"{split}.jsonl"
+        if split == "train":
+            path = folder / "train.jsonl"
+        if not path.exists():
+            write_rows(path, split, seed if split == "train" else 0)
     if not (folder / "model").exists():
         build_model(folder / "model", seed, steps)
     return folder

@@ -17,7 +17,6 @@ import argparse
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
 import time
@@ -28,15 +27,14 @@ from statistics import fmean
 import torch
 import transformers
 
-from support import toy
+from experiments import tasks
+from experiments.tasks import SPLITS, is_misread, share_of_cells_right
 from support.run_folder import read_log
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 RESULTS = HERE / "results"
 
-SPEC = "toy:grid=4,colours=4,most=6,warm_steps=400,plain_share=0"
-SPLITS = ("general", "vision_dependent")
 TRAINING = {
     "steps": 30,
     "lr": 1e-4,
@@ -117,9 +115,11 @@ def methods() -> dict[str, dict]:
     return found
 
 
+START = {"steps": 0}  # the model before any step; nothing is trained
+
 # Variant -> flags of train.py. Without "algo" it is papo_g with the given flags changed.
 VARIANTS: dict[str, dict] = {
-    "start": {},  # the model before any step; nothing is trained
+    "start": START,
     "grpo": {"algo": "grpo"},
     "papo_g": {"algo": "papo_g"},
     "dapo": {"algo": "dapo"},
@@ -221,30 +221,36 @@ def run(variant: str, seed: int, work: Path) -> Path:
         "seed": seed,
         "commit": current_commit(),
         "machine": machine(),
-        "spec": SPEC,
         "evaluation": EVALUATION,
     }
-    if variant == "start":
-        model = build_start_model(seed, log)
+    task = task_of(variant)
+    start = build_start_model(task, seed, log)
+    if VARIANTS[variant] == START:
+        model = start
     else:
         run_dir = train(variant, seed, work, log)
         result |= training_record(run_dir)
         model = run_dir / "model"
     out = work / f"{variant}-s{seed}-eval"
-    flags = {"model": model, "data": SPEC, "seed": seed, "out": out} | EVALUATION
+    flags = {"model": model, "seed": seed, "out": out} | task.evaluation(seed) | EVALUATION
     run_python(["evaluate.py"], flags, log)
-    result["final"] = {split: measure(out / f"{split}.jsonl") for split in SPLITS}
+    result["final"] = {split: measure(out / f"{split}.jsonl", task) for split in SPLITS}
     partial = result_file(variant, seed).with_suffix(".partial")
     partial.write_text(json.dumps(result) + "\n")
     os.replace(partial, result_file(variant, seed))
     return result_file(variant, seed)
 
 
-def build_start_model(seed: int, log: Path) -> Path:
-    """The toy model of a seed, from the cache or built in a process of its own."""
-    build = f"from support import toy; toy.build({seed}, setting=toy.setting_of({SPEC!r}))"
-    run_python(["-c", build], {}, log)
-    return toy.build(seed, setting=toy.setting_of(SPEC))
+def task_of(variant: str):
+    """The task of a variant: the digits for digits/NAME, else the dots."""
+    return tasks.Digits() if variant.startswith("digits/") else tasks.Dots()
+
+
+def build_start_model(task, seed: int, log: Path) -> Path:
+    """The start model of a seed, from the cache or built in a process of its own."""
+    kind = type(task).__name__
+    run_python(["-c", f"from experiments import tasks; tasks.{kind}().build({seed})"], {}, log)
+    return task.build(seed)
 
 
 def train(variant: str, seed: int, work: Path, log: Path) -> Path:
@@ -256,7 +262,8 @@ def train(variant: str, seed: int, work: Path, log: Path) -> Path:
     if (run_dir / "config.json").exists():
         flags = {"resume": run_dir}
     else:
-        flags = {"model": SPEC, "seed": seed, "out": run_dir} | TRAINING | VARIANTS[variant]
+        inputs = task_of(variant).training(seed)
+        flags = inputs | {"seed": seed, "out": run_dir} | TRAINING | VARIANTS[variant]
     run_python(["train.py"], flags, log)
     if not weights.exists():
         raise RuntimeError(f"training stopped early: run the same command to continue ({log})")
@@ -315,40 +322,21 @@ def training_record(run_dir: Path) -> dict:
 # What went wrong in a response
 
 
-def measure(predictions: Path) -> dict:
+def measure(predictions: Path, task) -> dict:
     """Accuracy of a split's predictions, and how many wrong answers rest on a misread image."""
     records = [json.loads(text) for text in predictions.read_text().splitlines()]
-    split, setting = predictions.stem, toy.setting_of(SPEC)
+    split = predictions.stem
     wrong = [record for record in records if not record["accuracy"]]
     return {
         "accuracy": fmean(record["accuracy"] for record in records),
         "responses": len(records),
         "wrong": len(wrong),
-        "misread": sum(is_misread(r["predict"], split, r["row"], setting) for r in wrong),
+        "misread": sum(is_misread(task, r["predict"], split, r["row"]) for r in wrong),
         "cells_right": fmean(
-            share_of_cells_right(r["predict"], split, r["row"], setting) for r in records
+            share_of_cells_right(task, r["predict"], split, r["row"]) for r in records
         ),
         "unboxed": fmean(record["unboxed"] for record in records),
     }
-
-
-def read_cells(response: str, setting: toy.Setting) -> list[str]:
-    """The colour that a response names for each cell, "" where it names none."""
-    words = "|".join([*toy.COLOURS, toy.NO_DOT])
-    named = dict(re.findall(rf"\b([a-i][1-9])\s+({words})\b", response))
-    return [named.get(cell, "") for cell in toy.cell_names(setting)]
-
-
-def is_misread(response: str, split: str, row: int, setting: toy.Setting) -> bool:
-    """Whether the reading has another number of dots of the asked colour than the image."""
-    scene = toy.make_scene(split, row, setting=setting)
-    return read_cells(response, setting).count(scene.asked) != scene.cells.count(scene.asked)
-
-
-def share_of_cells_right(response: str, split: str, row: int, setting: toy.Setting) -> float:
-    scene = toy.make_scene(split, row, setting=setting)
-    pairs = zip(read_cells(response, setting), scene.cells, strict=True)
-    return fmean(read == true for read, true in pairs)
 
 
 # Command line

@@ -11,7 +11,7 @@ from conftest import ENVIRONMENT
 
 pytest.importorskip("sklearn", reason="the digits experiment needs scikit-learn")
 
-from experiments import digits  # noqa: E402  (imports scikit-learn)
+from experiments import digits, tasks  # noqa: E402  (imports scikit-learn)
 from support import data, toy
 
 ROOT = Path(__file__).parent.parent
@@ -70,20 +70,34 @@ def test_an_image_shows_the_scans_on_the_tints():
 
 def test_the_task_trains_with_public_flags(tmp_path, monkeypatch):
     monkeypatch.setattr(digits, "ROWS", {"train": 16, "general": 4, "vision_dependent": 4})
-    folder = digits.build(tmp_path / "digits", seed=3, steps=2)
-    again = digits.build(tmp_path / "digits", seed=3, steps=2)  # nothing is made twice
-    assert again == folder and len(list((folder / "images").iterdir())) == 24
+    monkeypatch.setenv("PAPO_CACHE", str(tmp_path))
+    task = tasks.Digits()
+    folder = digits.build(task.folder(3), seed=3, steps=2)
+    assert task.build(3) == folder / "model"  # nothing is made twice
+    assert len(list((folder / "held_out" / "images").iterdir())) == 8
     rows = data.load(str(folder / "train.jsonl"), "train")
-    assert (
-        len(rows) == 16
-        and rows[0].question == "<image>" + digits.make_scene("train", 0, 3).question
-    )
-    flags = f"--model {folder / 'model'} --data {folder / 'train.jsonl'} --out {tmp_path / 'run'}"
-    sizes = "--prompts_per_step 4 --group_size 2 --mini_batch 4 --max_new_tokens 8 --steps 1"
-    images = f"--min_pixels 3136 --max_pixels 112896 --val_data {folder / 'general.jsonl'}"
-    command = [sys.executable, "train.py", *f"{flags} {sizes} {images}".split()]
+    assert len(rows) == 16
+    assert rows[0].question == "<image>" + digits.make_scene("train", 0, seed=3).question
+    flags = task.training(3) | {"out": tmp_path / "run", "steps": 1, "prompts_per_step": 4}
+    words = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+    command = [sys.executable, "train.py", *words]
     done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")]
     assert [line["step"] for line in lines] == [0, 1, 1]
-    assert "eval/general" in lines[0]
+    assert {"eval/general", "eval/vision_dependent"} <= lines[0].keys()
+
+
+def test_a_response_is_misread_where_its_result_is_wrong():
+    task = tasks.Digits()
+    scene = digits.make_scene("general", 0)
+    assert scene.kind == "sum" and scene.subject == 0
+    right = digits.write_response(scene, scene.digits, box=scene.note)
+    other_row = [*scene.digits[:8], (scene.digits[8] + 1) % 5]
+    same_row = [(scene.digits[0] + 1) % 5, *scene.digits[1:]]
+    assert not tasks.is_misread(task, right, "general", 0)
+    assert not tasks.is_misread(task, digits.write_response(scene, other_row), "general", 0)
+    assert tasks.is_misread(task, digits.write_response(scene, same_row), "general", 0)
+    assert tasks.is_misread(task, "no reading at all", "general", 0)
+    response = digits.write_response(scene, other_row)
+    assert tasks.share_of_cells_right(task, response, "general", 0) == pytest.approx(8 / 9)

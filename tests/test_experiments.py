@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 import train
-from experiments import report, run
+from experiments import report, run, tasks
 from papo import algo_class, preset
 from support import toy
 from support.cli import parse_flags, resolve_config
 from support.variants import variant_names
 
 ROOT = Path(__file__).parent.parent
-SETTING = toy.setting_of(run.SPEC)
+DOTS = tasks.Dots()
 
 
 def test_every_run_is_one_job_and_start_models_come_first():
@@ -46,19 +46,19 @@ def test_train_accepts_the_flags_of_every_variant(tmp_path):
     for name, flags in run.VARIANTS.items():
         objective = algo_class(flags.get("algo", "papo_g"))
         algo_fields = {field.name for field in dataclasses.fields(objective)}
-        words = ["--model", run.SPEC, "--out", str(tmp_path / name)]
+        words = ["--model", DOTS.spec, "--out", str(tmp_path / name)]
         for flag, value in (run.TRAINING | flags).items():
             words.append(f"--{flag}" if value is True else f"--{flag}={value}")
         given = parse_flags("A run.", train.Config, objective, argv=words)
         assert flags.items() <= given.items()
         config = resolve_config(train.Config, given)
-        assert config.data == run.SPEC and config.max_new_tokens == 61
+        assert config.data == DOTS.spec and config.max_new_tokens == 61
         changed = {key: value for key, value in flags.items() if key in algo_fields}
         dataclasses.replace(preset(config.algo), **changed)
 
 
 def test_a_response_is_misread_where_its_count_is_wrong():
-    scene = toy.make_scene("general", 3, setting=SETTING)
+    scene = toy.make_scene("general", 3, setting=DOTS.setting)
     place = next(i for i, colour in enumerate(scene.cells) if colour != scene.asked)
     counted_one_more = [*scene.cells]
     counted_one_more[place] = scene.asked
@@ -68,18 +68,18 @@ def test_a_response_is_misread_where_its_count_is_wrong():
     )
 
     def judge(cells, box=None):
-        response = toy.write_response(cells, scene.asked, box, SETTING)
-        assert run.read_cells(response, SETTING) == cells
+        response = toy.write_response(cells, scene.asked, box, DOTS.setting)
+        assert tasks.read_cells(DOTS, response) == cells
         return (
-            run.is_misread(response, "general", 3, SETTING),
-            run.share_of_cells_right(response, "general", 3, SETTING),
+            tasks.is_misread(DOTS, response, "general", 3),
+            tasks.share_of_cells_right(DOTS, response, "general", 3),
         )
 
     assert judge(scene.cells) == (False, 1)
     assert judge(scene.cells, box=scene.note) == (False, 1)
     assert judge(counted_one_more) == (True, 15 / 16)
     assert judge(same_count) == (False, 15 / 16)
-    silent = run.is_misread("no reading at all", "general", 3, SETTING)
+    silent = tasks.is_misread(DOTS, "no reading at all", "general", 3)
     assert silent == (scene.cells.count(scene.asked) > 0)
 
 

@@ -1,0 +1,99 @@
+"""The two tasks of the experiments: coloured dots, and scans of handwritten digits.
+
+A task says where a seed's start model and data are, and what a response read in the image. Both
+have the splits `general` and `vision_dependent`, whose questions are the same for every seed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from statistics import fmean
+
+from support import toy
+
+SPLITS = ("general", "vision_dependent")
+
+
+class Dots:
+    """The toy, at a setting that GRPO does not solve in 30 steps."""
+
+    spec = "toy:grid=4,colours=4,most=6,warm_steps=400,plain_share=0"
+    setting = toy.setting_of(spec)
+    words = [*toy.COLOURS, toy.NO_DOT]
+    names = toy.cell_names(setting)
+
+    def build(self, seed: int) -> Path:
+        """Make a seed's start model, unless it is in the cache; returns its folder."""
+        return toy.build(seed, setting=self.setting)
+
+    def training(self, seed: int) -> dict:
+        """The flags of train.py that name model and data."""
+        return {"model": self.spec}
+
+    def evaluation(self, seed: int) -> dict:
+        """The flags of evaluate.py that name the data."""
+        return {"data": self.spec}
+
+    def cells(self, split: str, row: int) -> list[str]:
+        """What the cells of an evaluation image hold."""
+        return toy.make_scene(split, row, setting=self.setting).cells
+
+    def result(self, split: str, row: int, cells: list[str]) -> int:
+        """The answer to a question if its image held these cells."""
+        return cells.count(toy.make_scene(split, row, setting=self.setting).asked)
+
+
+class Digits:
+    """Files of one's own: see digits.py."""
+
+    def __init__(self):
+        from experiments import digits  # needs scikit-learn
+
+        self.digits = digits
+        self.words = list(digits.WORDS)
+        self.names = list(digits.NAMES)
+
+    def folder(self, seed: int) -> Path:
+        cache = Path(os.environ.get("PAPO_CACHE") or "~/.cache/papo").expanduser()
+        return cache / f"digits-{seed}"
+
+    def build(self, seed: int) -> Path:
+        return self.digits.build(self.folder(seed), seed) / "model"
+
+    def training(self, seed: int) -> dict:
+        folder = self.folder(seed)
+        files = {"data": folder / "train.jsonl", "val_data": folder / "held_out"}
+        return {"model": folder / "model"} | files | self.digits.SIZES | self.digits.STEP_SIZES
+
+    def evaluation(self, seed: int) -> dict:
+        return {"data": self.folder(seed) / "held_out"} | self.digits.SIZES
+
+    def cells(self, split: str, row: int) -> list[str]:
+        scene = self.digits.make_scene(split, row)
+        return [self.digits.WORDS[digit] for digit in scene.digits]
+
+    def result(self, split: str, row: int, cells: list[str]) -> int | None:
+        if "" in cells:
+            return None
+        scene = self.digits.make_scene(split, row)
+        return scene.tally([self.words.index(word) for word in cells])[-1]
+
+
+def read_cells(task, response: str) -> list[str]:
+    """The word that a response names for each cell, "" where it names none."""
+    words = "|".join(task.words)
+    named = dict(re.findall(rf"\b([a-i][1-9])\s+({words})\b", response))
+    return [named.get(name, "") for name in task.names]
+
+
+def is_misread(task, response: str, split: str, row: int) -> bool:
+    """Whether what a response read has another answer than the image."""
+    read = task.result(split, row, read_cells(task, response))
+    return read != task.result(split, row, task.cells(split, row))
+
+
+def share_of_cells_right(task, response: str, split: str, row: int) -> float:
+    pairs = zip(read_cells(task, response), task.cells(split, row), strict=True)
+    return fmean(read == true for read, true in pairs)
