@@ -179,9 +179,17 @@ EXPERIMENTS: dict[str, tuple[list[str], range]] = {
         [f"variants/{name}_x{factor}" for name in KL_WEIGHTS for factor in FACTORS],
         DEVELOPMENT_SEEDS,
     ),
-    # Beside these two, the factor that "variants_choice" gives each method, once it is known.
+    # The factor that "variants_choice" gave each method, and the two without a choice.
     "variants_scaled": (
-        ["variants/dyco_rl_scaled", "variants/noisy_rollout_scaled"],
+        [
+            "variants/papo_g_x5",
+            "variants/papo_d_x5",
+            "variants/dvrp_x5",
+            "variants/noisy_rollout_papo_x5",
+            "variants/tapo_x20",
+            "variants/dyco_rl_scaled",
+            "variants/noisy_rollout_scaled",
+        ],
         EIGHT_SEEDS,
     ),
 }
