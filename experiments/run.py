@@ -144,6 +144,7 @@ VARIANTS: dict[str, dict] = {
     "large_double": DOUBLE,
     "large_double_grad": DOUBLE | {"masked_grad": True},
     "collapse/large": LARGE,
+    "compare/papo_g": NO_CURVE | {"kl_prcp_coef": 0.2},
 } | methods()
 
 # The reported seeds. Seeds 0 to 2 were used to find the setting.
@@ -168,6 +169,7 @@ EXPERIMENTS: dict[str, tuple[list[str], range]] = {
         THREE_SEEDS,
     ),
     "collapse": (["collapse/large"], range(10, 11)),  # for docs/walkthrough.md
+    "compare": (["variants/grpo", "compare/papo_g"], EIGHT_SEEDS),  # for compare.py's last line
     "no_kl_ref": (["grpo", "grpo_no_kl_ref", "papo_g", "papo_g_no_kl_ref"], THREE_SEEDS),
     "masking": (
         ["papo_g", "mask_0.4", "mask_0.8", "mask_1.0", "mask_semantic", "mask_noise"],
