@@ -91,7 +91,7 @@ class Run:
         self.stop_requested = False
         self.warned_of: set[str] = set()  # subjects of warnings given once
         self.history: list[dict] = []  # the lines of metrics.jsonl
-        self.unwritten: list[str] = []  # lines that a full disk refused
+        self.unwritten: dict[str, list[str]] = {}  # log -> lines that a full disk refused
 
         self.mesh = make_mesh(self.device.type, config.shard_size)
         self.rows, self.eval_sets = self._load_data(encoder)
@@ -293,10 +293,10 @@ class Run:
         line = {"step": self.step}
         for name, value in metrics.items():
             line[name] = round(value, 8) if isinstance(value, float) else value
-        lines = [*self.unwritten, json.dumps(line) + "\n"]
-        self.unwritten = append(self.folder / "metrics.jsonl", lines)
-        if samples:
-            append(self.folder / "samples.jsonl", [json.dumps(each) + "\n" for each in samples])
+        for name, new in {"metrics.jsonl": [line], "samples.jsonl": samples}.items():
+            lines = [json.dumps(each) + "\n" for each in new]
+            waiting = self.unwritten.get(name, [])
+            self.unwritten[name] = append(self.folder / name, waiting + lines)
         for logger in self.loggers:
             logger(line, samples)
         self.history.append(line)

@@ -109,12 +109,14 @@ def is_evaluation(line: dict) -> bool:
 
 def append(path: Path, lines: list[str]) -> list[str]:
     """Append lines to a file. Returns those that a full disk refused, to be tried again later."""
+    if not lines:
+        return []
     size = path.stat().st_size if path.exists() else 0
     try:
         with open(path, "a") as file:
             file.write("".join(lines))
     except OSError as error:
-        print(f"{path.name}: {len(lines)} lines are not written: {error}", file=sys.stderr)
+        print(f"{path.name}: {len(lines)} lines wait to be written: {error}", file=sys.stderr)
         with suppress(OSError):
             os.truncate(path, size)  # leave no half line
         return lines
