@@ -91,7 +91,8 @@ EXPLANATION_STYLE = """
 #heading {white-space: pre-wrap}
 #response {font: 15px/1.9 monospace; white-space: pre-wrap; overflow-wrap: anywhere;
            border: 1px solid #ccc; padding: .6em}
-#response span {border-right: 1px solid #fff; padding: .15em 0; cursor: pointer}
+#response span {border-right: 1px solid #fff; padding: .15em 0; cursor: pointer;
+                scroll-margin-top: 57vh}
 #response span.shown {outline: 2px solid #111}
 """
 
@@ -160,7 +161,7 @@ document.onkeydown = event => {
 };
 window.onhashchange = () => show(held());
 show(held());
-tokens[held()]?.scrollIntoView({block: "center"});
+tokens[held()]?.scrollIntoView({block: "nearest"});
 """.replace("LEAST_SCALE", str(LEAST_SCALE))
 
 TOOLTIP = Template(
