@@ -3,7 +3,8 @@ r"""What a step of each method costs: the runs of "variants" at one seed, again,
     python -m experiments.cost         writes cost.json; nothing else should run meanwhile
 
 The seconds in results/ are of no use for this, because two runs shared the machine, and other work.
-Each run must repeat the metrics of its result, so this also reproduces a row of the table.
+Each run also says which metrics of its result it did not repeat: on another kind of CPU, rounding
+differs, and within a few steps the sampled tokens do too.
 """
 
 from __future__ import annotations
