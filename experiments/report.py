@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.run import DEVELOPMENT_SEEDS, FACTORS, KL_WEIGHTS, SPLITS
+from experiments.run import DEVELOPMENT_SEEDS, EIGHT_SEEDS, FACTORS, KL_WEIGHTS, SPLITS
 from experiments.run import EXPERIMENTS as RUNS
 from support import metrics, plots
 
@@ -275,7 +275,10 @@ def compared(found: Results, variant: str, base: str) -> list[str]:
 
 
 def variants_table(found: Results) -> str:
-    """Every method as published, then the further settings."""
+    """Every method as published, then the further settings, at the reported seeds.
+
+    A method whose runs are not complete is left out: it would be compared on other seeds.
+    """
     header = [
         "",
         "seeds",
@@ -290,8 +293,9 @@ def variants_table(found: Results) -> str:
     rows = [header]
     costs = relative_costs()
     for name in [*method_names("variants"), *method_names("variants_scaled")]:
-        runs = list(found.get(f"variants/{name}", {}).values())
-        if not runs:
+        by_seed = found.get(f"variants/{name}", {})
+        runs = [by_seed[seed] for seed in EIGHT_SEEDS if seed in by_seed]
+        if len(runs) < max(1, len(found.get("variants/grpo", ()))):
             continue
         cells = [interval([accuracy(run, split) for run in runs]) for split in (*SPLITS, "overall")]
         is_dynamic = any(name.startswith(dynamic) for dynamic in DYNAMIC)
@@ -333,7 +337,7 @@ def variants_figure(found: Results) -> str:
     gains = {}
     for name in names:
         values = paired(found, f"variants/{name}", "variants/grpo", accuracy_gain)
-        if name != "grpo" and len(values) > 1:
+        if name != "grpo" and 1 < len(values) == len(found["variants/grpo"]):
             gains[name] = values
     if not gains:
         return ""

@@ -124,6 +124,9 @@ def test_the_report_needs_results_alone(tmp_path, monkeypatch):
             (tmp_path / "results" / f"{variant}-s{seed}.json").write_text(json.dumps(result))
     methods = {"grpo": 0.5, "dapo": 0.54, "tapo": 0.6, "dvrp": 0.48}
     methods |= {"tapo_x5": 0.6, "tapo_x20": 0.7}
+    incomplete = fake_result("variants/tapo_x20", 10, 0.9)
+    path = tmp_path / "results" / "variants" / "tapo_x20-s10.json"
+    path.write_text(json.dumps(incomplete))
     for name, accuracy in methods.items():
         for seed in (0, 1, 2) if "_x" in name else (10, 11):
             result = fake_result(f"variants/{name}", seed, accuracy)
@@ -135,6 +138,7 @@ def test_the_report_needs_results_alone(tmp_path, monkeypatch):
     text = (tmp_path / "report.md").read_text()
     tapo = "| 60.0 +- 0.0 | 30.0 +- 0.0 | 45.0 +- 0.0 | +7.5 +- 0.0 | 0.500 | +4.5 +- 0.0 | 0.500 |"
     assert f"| tapo | 2 {tapo} 1.25 |" in text
+    assert "| tapo_x20 |" not in text
     assert "| dvrp | 2 |" in text and "| -1.5 +- 0.0 | 0.500 |  |  |" in text
     assert "| tapo | 45.0 | 52.5 | x20 |" in text
     assert "from 10 results of commit abc1234" in text
