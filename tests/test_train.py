@@ -481,7 +481,8 @@ def test_bad_rows_are_counted_and_skipped(run, tmp_path, monkeypatch, capsys, n,
         assert len(re.findall(f"row \\d+ is skipped, {kind}:", printed.err)) == times_named
     assert f"left out: {{'broken image': {counts['zero bytes']}" in printed.out
     if n >= 2000:  # long enough that both halves read 20-megapixel images
-        assert max(memory[steps // 2 :]) < max(memory[: steps // 2]) + 100
+        # The allocator keeps up to 400 MiB of them for a while; leaked images would be gigabytes.
+        assert max(memory[steps // 2 :]) < max(memory[: steps // 2]) + 400
 
 
 # -------------------------------------------------------------------------------- hostile responses
