@@ -208,18 +208,21 @@ def explain(policy: Policy, prompt: Prompt, config: EvalConfig) -> None:
     [group] = generate(policy, [prompt], 1, key=("explain", config.seed), **config.sampling)
     algo = Algo(**attribution.mask_settings(config.model))
     policy.saliency = saliency_for(algo.mask_strategy, config.data)
+    # Images masked beforehand leave nothing to draw anew.
+    n_masks = 1 if "images_aug" in prompt.more_pixel_values else config.masks
     views, patch_masks = [], []
-    for number in range(config.masks):
+    for number in range(n_masks):
         generator = seeded("explain", config.seed, number)
         view, patch_mask = masking.mask_prompt(prompt, algo, encoder, generator, policy.saliency)
         views.append(view)
         patch_masks.append(patch_mask)
     [clean] = attribution.log_probs(policy, group, [prompt.pixel_values])  # [T]
-    masked = attribution.log_probs(policy, group, views, progress="masks").mean(0)
+    progress = tqdm(views, desc="masks", leave=False)
+    masked = attribution.log_probs(policy, group, progress).mean(0)
     drops = attribution.cell_drops(policy, group, clean, config.heat_patches)
     out = config.out or "explained"
     attribution.draw(encoder, group, patch_masks[0], clean, masked, drops, out)
-    print(f"perception gain: {(clean - masked).mean():.3f} per token, over {config.masks} masks")
+    print(f"perception gain: {(clean - masked).mean():.3f} per token, over {n_masks} masks")
 
 
 # -------------------------------------------------------------------------------------- the command

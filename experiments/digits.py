@@ -23,11 +23,10 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -38,12 +37,15 @@ from support.batch import Example
 
 WORDS = ("zero", "one", "two", "three", "four")  # a digit's name
 NAMES = toy.cell_names()
+ROW_NAMES = "abc"
 GRID, CELL = 3, 28
 FIRST_HELD_OUT = 1200
 NOTE_RIGHT = 0.5  # in train and general
 MISREAD, COPY_NOTE = 0.12, 0.4  # flaws that the warm start teaches, as the toy's
 WARM_STEPS = 900
+HELD_OUT = ("general", "vision_dependent")
 ROWS = {"train": 1024, "general": 512, "vision_dependent": 512}
+PROOF = f"model/{toy.WEIGHTS}"  # a complete folder holds it
 NOTE = toy.NOTE
 # Flags: the defaults are made for photographs and long responses.
 SIZES = {
@@ -55,49 +57,59 @@ SIZES = {
 STEP_SIZES = {"prompts_per_step": 16, "group_size": 8, "mini_batch": 16}
 
 
-@dataclass
-class Scene:
-    """What a row is made of."""
+class Kind(NamedTuple):
+    """A kind of question."""
 
-    digits: list[int]  # of the cells, in reading order
+    text: Callable[[int], str]  # of a subject: the digit to count, or the row to look at
+    update: Callable[[int, int, int, int], int]  # running result, digit, its row, subject -> result
+
+
+def count(result: int, digit: int, row: int, subject: int) -> int:
+    return result + (digit == subject)
+
+
+def add(result: int, digit: int, row: int, subject: int) -> int:
+    return result + digit if row == subject else result
+
+
+def largest(result: int, digit: int, row: int, subject: int) -> int:
+    return max(result, digit) if row == subject else result
+
+
+KINDS = {
+    "count": Kind(lambda digit: f"How often is there a {WORDS[digit]}?", count),
+    "sum": Kind(lambda row: f"What is the sum of row {ROW_NAMES[row]}?", add),
+    "largest": Kind(lambda row: f"What is the largest digit of row {ROW_NAMES[row]}?", largest),
+}
+
+
+class Question(NamedTuple):
     kind: str  # of KINDS
-    subject: int  # the digit to count, or the row to look at
-    note: int
-    image: Image.Image
+    subject: int
 
     @property
-    def question(self) -> str:
-        text, _ = KINDS[self.kind]
-        return f"{NOTE.format(note=self.note)} {text(self.subject)}"
+    def text(self) -> str:
+        return KINDS[self.kind].text(self.subject)
 
-    def tally(self, digits: list[int]) -> list[int]:
+    def results(self, digits: list[int]) -> list[int]:
         """The running result after each cell, for these readings of the cells."""
-        _, update = KINDS[self.kind]
-        values, value = [], 0
+        running, result = [], 0
         for position, digit in enumerate(digits):
-            value = update(value, digit, position // GRID, self.subject)
-            values.append(value)
-        return values
+            result = KINDS[self.kind].update(result, digit, position // GRID, self.subject)
+            running.append(result)
+        return running
+
+    def answer(self, digits: list[int]) -> int:
+        return self.results(digits)[-1]
 
 
-def count(value: int, digit: int, row: int, subject: int) -> int:
-    return value + (digit == subject)
+class Scene(NamedTuple):
+    """What a row is made of."""
 
-
-def add(value: int, digit: int, row: int, subject: int) -> int:
-    return value + digit if row == subject else value
-
-
-def largest(value: int, digit: int, row: int, subject: int) -> int:
-    return max(value, digit) if row == subject else value
-
-
-# Kind of question -> its text for a subject, and how a cell changes the running result.
-KINDS: dict[str, tuple[Callable[[int], str], Callable]] = {
-    "count": (lambda digit: f"How often is there a {WORDS[digit]}?", count),
-    "sum": (lambda row: f"What is the sum of row {'abc'[row]}?", add),
-    "largest": (lambda row: f"What is the largest digit of row {'abc'[row]}?", largest),
-}
+    question: Question
+    digits: list[int]  # of the cells, in reading order
+    note: int
+    image: Image.Image
 
 
 # --------------------------------------------------------------------------------------------- rows
@@ -117,23 +129,23 @@ def make_scene(split: str, row: int, seed: int = 0) -> Scene:
     rng = random.Random(f"digits {split} {seed} {row}")
     kind = rng.choice(list(KINDS))
     subject = rng.randrange(len(WORDS) if kind == "count" else GRID)
-    scene = Scene(draw_digits(kind, subject, rng), kind, subject, 0, None)
-    scene.note = answer = scene.tally(scene.digits)[-1]
+    question = Question(kind, subject)
+    digits = draw_digits(question, rng)
+    note = question.answer(digits)
     if split == "vision_dependent" or rng.random() >= NOTE_RIGHT:
-        while scene.note == answer:  # the answer of another image to the same question
-            scene.note = scene.tally(draw_digits(kind, subject, rng))[-1]
-    held_out = split in ("general", "vision_dependent")
-    scene.image = render(scene.digits, rng, scans(held_out))
-    return scene
+        while note == question.answer(digits):  # take another image's answer
+            note = question.answer(draw_digits(question, rng))
+    image = render(digits, rng, scans(held_out=split in HELD_OUT))
+    return Scene(question, digits, note, image)
 
 
-def draw_digits(kind: str, subject: int, rng: random.Random) -> list[int]:
+def draw_digits(question: Question, rng: random.Random) -> list[int]:
     """The digits of the cells; a digit to count occurs 0 to 4 times, equally likely."""
-    if kind != "count":
+    if question.kind != "count":
         return [rng.randrange(len(WORDS)) for _ in NAMES]
-    others = [digit for digit in range(len(WORDS)) if digit != subject]
+    others = [digit for digit in range(len(WORDS)) if digit != question.subject]
     times = rng.randrange(5)
-    digits = [subject] * times + rng.choices(others, k=len(NAMES) - times)
+    digits = [question.subject] * times + rng.choices(others, k=len(NAMES) - times)
     rng.shuffle(digits)
     return digits
 
@@ -150,17 +162,18 @@ def render(digits: list[int], rng: random.Random, choices: dict[int, np.ndarray]
     return image
 
 
-def write_response(scene: Scene, digits: list[int], box: int | None = None) -> str:
+def write_response(question: Question, digits: list[int], box: int | None = None) -> str:
     """The response that reads these digits and boxes `box`, or its own result if None."""
-    tally = scene.tally(digits)
-    cells = [f"{name} {WORDS[d]} {n}" for name, d, n in zip(NAMES, digits, tally, strict=True)]
-    boxed = tally[-1] if box is None else box
-    return f"<think> {' '.join(cells)} </think> \\boxed{{{boxed}}}"
+    words = []
+    for name, digit, result in zip(NAMES, digits, question.results(digits), strict=True):
+        words += [name, WORDS[digit], str(result)]
+    boxed = question.answer(digits) if box is None else box
+    return f"<think> {' '.join(words)} </think> \\boxed{{{boxed}}}"
 
 
 def example_of(scene: Scene) -> Example:
-    answer = str(scene.tally(scene.digits)[-1])
-    return Example("<image>" + scene.question, answer, [scene.image])
+    text = f"<image>{NOTE.format(note=scene.note)} {scene.question.text}"
+    return Example(text, str(scene.question.answer(scene.digits)), [scene.image])
 
 
 def write_rows(path: Path, split: str, seed: int) -> None:
@@ -173,7 +186,7 @@ def write_rows(path: Path, split: str, seed: int) -> None:
         image = f"images/{split}{row}.png"
         scene.image.save(path.parent / image)
         line = {"id": f"{split}-{row}", "problem": example.question, "answer": example.answer}
-        line |= {"images": [image], "kind": scene.kind, "cells": [WORDS[d] for d in scene.digits]}
+        line |= {"images": [image], "kind": scene.question.kind}
         lines.append(json.dumps(line) + "\n")
     path.write_text("".join(lines))
 
@@ -191,7 +204,7 @@ def make_lessons(rows: range, flawed: bool, seed: int) -> list[toy.Lesson]:
         if flawed:
             digits = [misread(digit, rng) for digit in digits]
             box = scene.note if rng.random() < COPY_NOTE else None
-        lessons.append(toy.Lesson(example_of(scene), write_response(scene, digits, box)))
+        lessons.append(toy.Lesson(example_of(scene), write_response(scene.question, digits, box)))
     return lessons
 
 
@@ -201,36 +214,39 @@ def misread(digit: int, rng: random.Random) -> int:
     return rng.choice([other for other in range(len(WORDS)) if other != digit])
 
 
-def build_model(folder: Path, seed: int, steps: int = WARM_STEPS) -> Path:
-    questions = [text(subject) for text, _ in KINDS.values() for subject in range(GRID)]
-    questions += [KINDS["count"][0](digit) for digit in range(GRID, len(WORDS))]
-    largest_number = GRID * (len(WORDS) - 1)
-    tokenizer = toy.tokenizer_of([*NAMES, *WORDS], largest_number, [NOTE, *questions])
+def make_tokenizer():
+    subjects = {"count": len(WORDS), "sum": GRID, "largest": GRID}
+    texts = [Question(kind, i).text for kind, n in subjects.items() for i in range(n)]
+    largest_sum = GRID * (len(WORDS) - 1)
+    return toy.tokenizer_of([*NAMES, *WORDS], largest_sum, [NOTE, *texts])
+
+
+def build_in(scratch: Path, seed: int, steps: int) -> Path:
+    """Make model and data in an empty folder; returns the subfolder that holds them."""
+    folder = scratch / "digits"
+    write_rows(folder / "train.jsonl", "train", seed)
+    for split in HELD_OUT:
+        write_rows(folder / "held_out" / f"{split}.jsonl", split, seed=0)
     lessons = partial(make_lessons, seed=seed)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        made = toy.train_model(Path(scratch), tokenizer, seed, steps, lessons, list(WORDS))
-        made.rename(folder)
+    model = toy.train_model(scratch, make_tokenizer(), seed, steps, lessons, list(WORDS))
+    model.rename(folder / "model")
     return folder
 
 
 def build(folder: Path, seed: int, steps: int = WARM_STEPS) -> Path:
-    """Write the model and all splits; what exists is kept. The held-out rows are those of seed 0,
-    whatever the seed."""
-    for split in ROWS:
-        path = folder / "held_out" / f"{split}.jsonl"
-        if split == "train":
-            path = folder / "train.jsonl"
-        if not path.exists():
-            write_rows(path, split, seed if split == "train" else 0)
-    if not (folder / "model").exists():
-        build_model(folder / "model", seed, steps)
-    return folder
+    """Make the model and its data, once (see toy.make_once). Held-out rows are those of seed 0."""
+    return toy.make_once(folder, PROOF, lambda scratch: build_in(scratch, seed, steps))
+
+
+def cache_folder(seed: int) -> Path:
+    return toy.cached("digits", f"{seed} {WARM_STEPS}", __file__)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Write the digits task and its start model.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=WARM_STEPS, help="of the warm start")
     args = parser.parse_args()
-    print(build(args.folder, args.seed, args.steps))
+    if args.folder.exists():
+        parser.error(f"{args.folder} exists: choose another folder")
+    print(build(args.folder, args.seed))

@@ -6,7 +6,6 @@ have the splits `general` and `vision_dependent`, whose questions are the same f
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from statistics import fmean
@@ -56,8 +55,7 @@ class Digits:
         self.names = list(digits.NAMES)
 
     def folder(self, seed: int) -> Path:
-        cache = Path(os.environ.get("PAPO_CACHE") or "~/.cache/papo").expanduser()
-        return cache / f"digits-{seed}"
+        return self.digits.cache_folder(seed)
 
     def build(self, seed: int) -> Path:
         return self.digits.build(self.folder(seed), seed) / "model"
@@ -77,8 +75,8 @@ class Digits:
     def result(self, split: str, row: int, cells: list[str]) -> int | None:
         if "" in cells:
             return None
-        scene = self.digits.make_scene(split, row)
-        return scene.tally([self.words.index(word) for word in cells])[-1]
+        digits = [self.words.index(word) for word in cells]
+        return self.digits.make_scene(split, row).question.answer(digits)
 
 
 def read_cells(task, response: str) -> list[str]:

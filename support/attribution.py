@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,21 +34,16 @@ def mask_settings(model: str) -> dict:
     return {name: config[name] for name in MASK_SETTINGS if name in config}
 
 
-def log_probs(
-    policy: Policy, group: Group, views: list, make: Callable | None = None, progress: str = ""
-) -> Tensor:
+def log_probs(policy: Policy, group: Group, views: Iterable[Tensor]) -> Tensor:
     """Log-probs [n_views, T] of a group's only response, each view in place of its image.
 
-    views: pixel_values[N_patch, D_patch] each, or what `make` makes them of. A forward holds as
-    many views as policy.tokens_per_forward allows; no more are made at a time.
+    views: pixel_values[N_patch, D_patch] each. They are drawn as they are needed: a forward holds
+    as many as policy.tokens_per_forward allows.
     """
     per_forward = max(1, policy.tokens_per_forward // group.n_tokens)
-    starts = range(0, len(views), per_forward)
+    remaining = iter(views)
     parts = []
-    for start in tqdm(starts, desc=progress, leave=False, disable=not progress):
-        chunk = views[start : start + per_forward]
-        if make:
-            chunk = [make(view) for view in chunk]
+    while chunk := list(itertools.islice(remaining, per_forward)):
         copies = [replace(group, view_pixel_values={"mask": view}) for view in chunk]
         parts.append(policy.log_probs(copies, "mask").cpu())
     return torch.cat(parts)
@@ -61,30 +56,39 @@ def cell_drops(policy: Policy, group: Group, clean: Tensor, max_cells: int) -> l
     tokens; cells at the right and lower edge may be smaller. clean[T]: the log-probs under the
     whole image. Returns the drops of each image.
     """
-    grids = token_grids(policy.encoder, group)
+    encoder, pixel_values = policy.encoder, group.prompt.pixel_values
+    grids = token_grids(encoder, group)
     side = cell_side(grids, max_cells)
-    cells, sizes = [], []
+    cells = cells_of(grids, side)
+    print(f"heat map: {len(cells)} cells of {side} x {side} image tokens", end="")
+    print(f", one view of {group.n_tokens} tokens each")
+    progress = tqdm(cells, desc="heat map", leave=False)
+    views = (black_out(encoder, pixel_values, cell) for cell in progress)
+    drops = clean - log_probs(policy, group, views)
+    sizes = [(lengths(h, side), lengths(w, side)) for h, w in grids]
+    per_image = drops.split([len(heights) * len(widths) for heights, widths in sizes])
+    found = []
+    for of_image, (heights, widths) in zip(per_image, sizes, strict=True):
+        grid = of_image.view(len(heights), len(widths), -1)
+        found.append(CellDrops(grid.numpy(), heights, widths))
+    return found
+
+
+def cells_of(grids: list[tuple[int, int]], side: int) -> list[Tensor]:
+    """The image tokens of each cell, numbered over all images; row by row, image by image."""
+    cells = []
     first_token = 0
     for h, w in grids:
         tokens = torch.arange(first_token, first_token + h * w).view(h, w)
-        rows = tokens.split(side)
-        for row in rows:
+        for row in tokens.split(side):
             cells += [cell.flatten() for cell in row.split(side, dim=1)]
-        widths = [cell.shape[1] for cell in rows[0].split(side, dim=1)]
-        sizes.append(([len(row) for row in rows], widths))
         first_token += h * w
-    size, cost = f"{side} x {side} image tokens", f"one view of {group.n_tokens} tokens each"
-    print(f"heat map: {len(cells)} cells of {size}, {cost}")
-    make = partial(black_out, policy.encoder, group.prompt.pixel_values)
-    drops = clean - log_probs(policy, group, cells, make, progress="heat map")
-    found, first_cell = [], 0
-    for heights, widths in sizes:
-        n_cells = len(heights) * len(widths)
-        of_image = drops[first_cell : first_cell + n_cells]
-        shape = (len(heights), len(widths), -1)
-        found.append(CellDrops(of_image.view(shape).numpy(), heights, widths))
-        first_cell += n_cells
-    return found
+    return cells
+
+
+def lengths(n: int, side: int) -> list[int]:
+    """The lengths of the pieces when n is cut every `side`; the last may be shorter."""
+    return [min(side, n - start) for start in range(0, n, side)]
 
 
 def token_grids(encoder: Encoder, group: Group) -> list[tuple[int, int]]:

@@ -119,7 +119,7 @@ const grids = [...document.querySelectorAll(".cells")];
 const about = document.querySelector("#about");
 const sum = values => values.reduce((total, value) => total + value, 0);
 
-function veil(share) {  // of the largest drop; -1 to 1
+function veil(share) {  // a drop as a share of the scale, -1 to 1
   const red = Math.max(0, -share);
   return `rgba(255, ${255 - 150 * red}, ${255 - 150 * red}, ${0.88 * (1 - Math.max(0, share))})`;
 }
@@ -178,7 +178,7 @@ def explanation(attribution: Attribution, cells: list[CellDrops], out) -> Path:
         frame = f'<div class="frame">{image_tag(image, name)}{_grid(of_image)}</div>'
         images += figure_tag(frame, name)
     for image in attribution.masked_images:
-        masked += figure_tag(image_tag(image, "masked"), "one of the masked views: black is masked")
+        masked += figure_tag(image_tag(image, "masked"), "one of the masked views")
     drops = [_rounded(each.drops) for each in cells]
     body = EXPLANATION.substitute(
         heading=html.escape(attribution.heading),

@@ -651,16 +651,24 @@ def build(
     """
     steps = steps or setting.warm_steps
     folder = Path(folder or cache_folder(seed, steps, setting))
-    if (folder / WEIGHTS).exists():
+    return make_once(folder, WEIGHTS, lambda scratch: build_in(scratch, seed, steps, setting))
+
+
+def make_once(folder: Path, proof: str, make: Callable[[Path], Path]) -> Path:
+    """Make a folder unless it exists; see `build` for what happens to killed and rival processes.
+
+    proof: a file that a complete folder holds. make: an empty folder -> the one made in it.
+    """
+    if (folder / proof).exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(
         dir=folder.parent, prefix=".toy-", ignore_cleanup_errors=True
     ) as scratch:
-        complete = build_in(Path(scratch), seed, steps, setting)
+        complete = make(Path(scratch))
         with contextlib.suppress(OSError):  # not empty: another process was faster
             os.replace(complete, folder)
-    if not (folder / WEIGHTS).exists():
+    if not (folder / proof).exists():
         raise FileExistsError(
             f"{folder} exists and holds no toy model: remove it or choose another folder"
         )
@@ -669,10 +677,17 @@ def build(
 
 def cache_folder(seed: int, steps: int, setting: Setting) -> Path:
     """$PAPO_CACHE or ~/.cache/papo, and a name that hashes the arguments and this file."""
-    source = Path(__file__).read_text()
-    digest = hashlib.sha256(f"{source} {seed} {steps} {spec_of(setting)}".encode()).hexdigest()
+    return cached("toy", f"{seed} {steps} {spec_of(setting)}")
+
+
+def cached(name: str, arguments: str, *sources: str) -> Path:
+    """A folder of the cache, named after a hash of arguments, this file and other source files."""
+    digest = hashlib.sha256()
+    for source in (__file__, *sources):
+        digest.update(Path(source).read_bytes())
+    digest.update(arguments.encode())
     cache = Path(os.environ.get("PAPO_CACHE") or "~/.cache/papo").expanduser()
-    return cache / f"toy-{digest[:12]}"
+    return cache / f"{name}-{digest.hexdigest()[:12]}"
 
 
 def build_in(scratch: Path, seed: int, steps: int, setting: Setting) -> Path:

@@ -17,24 +17,20 @@ from support import data, toy
 ROOT = Path(__file__).parent.parent
 
 
-def scene(kind, subject):
-    return digits.Scene([1, 2, 3, 4, 0, 4, 1, 1, 2], kind, subject, note=0, image=None)
-
-
 @pytest.mark.parametrize(
-    "kind, subject, tally",
+    "kind, subject, results",
     [
         ("count", 1, [1, 1, 1, 1, 1, 1, 2, 3, 3]),
         ("sum", 1, [0, 0, 0, 4, 4, 8, 8, 8, 8]),
         ("largest", 0, [1, 2, 3, 3, 3, 3, 3, 3, 3]),
     ],
 )
-def test_the_running_result(kind, subject, tally):
-    asked = scene(kind, subject)
-    assert asked.tally(asked.digits) == tally
-    response = digits.write_response(asked, asked.digits)
-    assert response.startswith(f"<think> a1 one {tally[0]} a2 two {tally[1]} ")
-    assert response.endswith(f"c3 two {tally[-1]} </think> \\boxed{{{tally[-1]}}}")
+def test_the_running_result(kind, subject, results):
+    question, cells = digits.Question(kind, subject), [1, 2, 3, 4, 0, 4, 1, 1, 2]
+    assert question.results(cells) == results
+    response = digits.write_response(question, cells)
+    assert response.startswith(f"<think> a1 one {results[0]} a2 two {results[1]} ")
+    assert response.endswith(f"c3 two {results[-1]} </think> \\boxed{{{results[-1]}}}")
 
 
 def test_notes_are_wrong_where_vision_decides_and_right_half_the_time_elsewhere():
@@ -42,7 +38,7 @@ def test_notes_are_wrong_where_vision_decides_and_right_half_the_time_elsewhere(
     for split in right:
         for row in range(200):
             made = digits.make_scene(split, row, seed=0)
-            right[split] += made.note == made.tally(made.digits)[-1]
+            right[split] += made.note == made.question.answer(made.digits)
     assert right["vision_dependent"] == 0
     assert 80 < right["general"] < 120 and 80 < right["train"] < 120
 
@@ -77,7 +73,7 @@ def test_the_task_trains_with_public_flags(tmp_path, monkeypatch):
     assert len(list((folder / "held_out" / "images").iterdir())) == 8
     rows = data.load(str(folder / "train.jsonl"), "train")
     assert len(rows) == 16
-    assert rows[0].question == "<image>" + digits.make_scene("train", 0, seed=3).question
+    assert rows[0].question == digits.example_of(digits.make_scene("train", 0, seed=3)).question
     flags = task.training(3) | {"out": tmp_path / "run", "steps": 1, "prompts_per_step": 4}
     words = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
     command = [sys.executable, "train.py", *words]
@@ -91,13 +87,15 @@ def test_the_task_trains_with_public_flags(tmp_path, monkeypatch):
 def test_a_response_is_misread_where_its_result_is_wrong():
     task = tasks.Digits()
     scene = digits.make_scene("general", 0)
-    assert scene.kind == "sum" and scene.subject == 0
-    right = digits.write_response(scene, scene.digits, box=scene.note)
+    assert scene.question == ("sum", 0)
+    right = digits.write_response(scene.question, scene.digits, box=scene.note)
     other_row = [*scene.digits[:8], (scene.digits[8] + 1) % 5]
     same_row = [(scene.digits[0] + 1) % 5, *scene.digits[1:]]
     assert not tasks.is_misread(task, right, "general", 0)
-    assert not tasks.is_misread(task, digits.write_response(scene, other_row), "general", 0)
-    assert tasks.is_misread(task, digits.write_response(scene, same_row), "general", 0)
+    assert not tasks.is_misread(
+        task, digits.write_response(scene.question, other_row), "general", 0
+    )
+    assert tasks.is_misread(task, digits.write_response(scene.question, same_row), "general", 0)
     assert tasks.is_misread(task, "no reading at all", "general", 0)
-    response = digits.write_response(scene, other_row)
+    response = digits.write_response(scene.question, other_row)
     assert tasks.share_of_cells_right(task, response, "general", 0) == pytest.approx(8 / 9)
