@@ -30,12 +30,19 @@ SPLIT = "vision_dependent"
 
 def train_all(work: Path) -> dict[tuple[str, int], Path]:
     """The folders of all runs, two at a time; finished ones are not run again."""
+
+    def build(seed: int) -> Path:
+        return run.build_start_model(TASK, seed, work / "start.log")
+
+    def train(job: tuple[str, int]) -> Path:
+        method, seed = job
+        return run.train(method, seed, work, work / f"{method}-s{seed}.log")
+
+    jobs = [(method, seed) for seed in SEEDS for method in METHODS]
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda seed: run.build_start_model(TASK, seed, work / "start.log"), SEEDS))
-        jobs = [(method, seed) for seed in SEEDS for method in METHODS]
-        logs = [work / f"{method}-s{seed}.log" for method, seed in jobs]
-        folders = pool.map(lambda job, log: run.train(*job, work, log), jobs, logs)
-        return dict(zip(jobs, folders, strict=True))
+        list(pool.map(build, SEEDS))
+        folders = list(pool.map(train, jobs))
+    return dict(zip(jobs, folders, strict=True))
 
 
 def accuracy_curve(folder: Path) -> dict[int, float]:
@@ -61,10 +68,10 @@ def read_images(folder: Path, n: int) -> list[list[str]]:
 
 def first_difference(folders: list[Path], n: int = 64) -> tuple[int, list[list[str]]]:
     """The first image that the runs read differently, else the last, and their readings of it."""
-    readings = list(zip(*(read_images(folder, n) for folder in folders), strict=True))
-    differ = [row for row, (one, other) in enumerate(readings) if one != other]
+    one, other = [read_images(folder, n) for folder in folders]
+    differ = [row for row in range(n) if one[row] != other[row]]
     row = differ[0] if differ else n - 1
-    return row, list(readings[row])
+    return row, [one[row], other[row]]
 
 
 def draw_reading(

@@ -13,7 +13,7 @@ import argparse
 import json
 from pathlib import Path
 
-from experiments import run
+from experiments import protocol, run
 
 SEED = 10
 FILE = run.HERE / "cost.json"
@@ -39,7 +39,7 @@ def main() -> None:
     (args.work / "variants").mkdir(parents=True, exist_ok=True)
     run.build_start_model(run.task_of("variants"), SEED, args.work / "start.log")
     costs = {}
-    for name in run.PUBLISHED:
+    for name in protocol.PUBLISHED:
         costs[name] = measure(name, args.work)
         print(name, costs[name])
         found = {"commit": run.current_commit(), "machine": run.machine(), "seed": SEED}

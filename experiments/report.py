@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.run import DEVELOPMENT_SEEDS, EIGHT_SEEDS, FACTORS, KL_WEIGHTS, SPLITS
-from experiments.run import EXPERIMENTS as RUNS
+from experiments.protocol import DEVELOPMENT_SEEDS, EIGHT_SEEDS, FACTORS, KL_WEIGHTS
+from experiments.protocol import EXPERIMENTS as RUNS
+from experiments.tasks import SPLITS
 from support import metrics, plots
 
 HERE = Path(__file__).resolve().parent

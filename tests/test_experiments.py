@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import train
-from experiments import report, run, tasks
+from experiments import protocol, report, run, tasks
 from papo import algo_class, preset
 from support import toy
 from support.cli import parse_flags, resolve_config
@@ -19,12 +19,12 @@ DOTS = tasks.Dots()
 
 
 def test_every_run_is_one_job_and_start_models_come_first():
-    jobs = run.list_jobs(list(run.EXPERIMENTS), seeds=None)
+    jobs = run.list_jobs(list(protocol.EXPERIMENTS), seeds=None)
     assert len(jobs) == len(set(jobs))
-    assert {variant for variant, _ in jobs} == set(run.VARIANTS)
+    assert {variant for variant, _ in jobs} == set(protocol.VARIANTS)
     is_start = [variant == "start" for variant, _ in jobs]
     assert is_start == sorted(is_start, reverse=True)
-    reported = run.list_jobs([*run.EXPERIMENTS.keys() - {"variants_choice"}], seeds=None)
+    reported = run.list_jobs([*protocol.EXPERIMENTS.keys() - {"variants_choice"}], seeds=None)
     assert not {seed for _, seed in reported} & {0, 1, 2}  # the seeds that found the setting
     choice = run.list_jobs(["variants_choice"], seeds=None)
     assert {seed for _, seed in choice} == {0, 1, 2}
@@ -37,17 +37,17 @@ def test_every_run_is_one_job_and_start_models_come_first():
 
 def test_the_report_shows_every_variant():
     for title, (names, base) in report.EXPERIMENTS.items():
-        variants, _ = run.EXPERIMENTS[title]
+        variants, _ = protocol.EXPERIMENTS[title]
         assert set(names) == set(variants) and base in variants
-    assert ["start", *report.TABLE1] == run.EXPERIMENTS["table1"][0]
+    assert ["start", *report.TABLE1] == protocol.EXPERIMENTS["table1"][0]
 
 
 def test_train_accepts_the_flags_of_every_variant(tmp_path):
-    for name, flags in run.VARIANTS.items():
+    for name, flags in protocol.VARIANTS.items():
         objective = algo_class(flags.get("algo", "papo_g"))
         algo_fields = {field.name for field in dataclasses.fields(objective)}
         words = ["--model", DOTS.spec, "--out", str(tmp_path / name)]
-        for flag, value in (run.TRAINING | flags).items():
+        for flag, value in (protocol.TRAINING | flags).items():
             words.append(f"--{flag}" if value is True else f"--{flag}={value}")
         given = parse_flags("A run.", train.Config, objective, argv=words)
         assert flags.items() <= given.items()
@@ -160,7 +160,7 @@ def test_the_readme_quotes_the_results():
     lines = (ROOT / "README.md").read_text().replace("±", "+-").splitlines()
     for variant in report.TABLE1:
         runs = found[variant]
-        assert sorted(runs) == list(run.EIGHT_SEEDS)
+        assert sorted(runs) == list(protocol.EIGHT_SEEDS)
         *cells, _ = report.accuracy_cells(list(runs.values()))
         if variant in report.BASELINES:
             changes = report.paired(found, variant, report.BASELINES[variant], report.delta_rel)
@@ -179,5 +179,5 @@ def test_the_readme_quotes_the_variants_results():
     assert {name for name, _ in table} == set(variant_names())
     for name, quoted in table:
         gains = report.paired(found, f"variants/{name}", "variants/grpo", report.accuracy_gain)
-        assert len(gains) == len(run.EIGHT_SEEDS)
+        assert len(gains) == len(protocol.EIGHT_SEEDS)
         assert quoted.replace("±", "+-") == report.interval(gains, sign=True)

@@ -1,0 +1,149 @@
+"""What the experiments are: variants, as flags of train.py, and the seeds that they are run at.
+
+README.md here says why. It was committed before the reported seeds were run.
+"""
+
+from __future__ import annotations
+
+TRAINING = {
+    "steps": 30,
+    "lr": 1e-4,
+    "eval_every": 10,
+    "eval_rows": 128,
+    "save_every": 10,
+    "keep": 1,
+}
+EVALUATION = {"n": 2, "eval_rows": 512, "protocol": "training", "rollout_batch": 256}
+
+# Variants of "regularisation": gamma, learning rate and steps that invite a collapse, and two
+# updates per step, so that PPO's clip has something to clip.
+LARGE = {"kl_prcp_coef": 0.5, "mini_batch": 8, "lr": 2e-4, "steps": 40}
+SINGLE = LARGE | {"entropy_coef": 1.25}  # 2.5 gamma, the ratio of the paper's papo_g 7B
+DOUBLE = SINGLE | {"masked_entropy_coef": 1.25}
+
+# The methods of "variants" as published: presets and files of variants/. A method that samples
+# under two images gets half of the 8 responses under each.
+HALVES = {"group_size": 4}
+NO_CURVE = {"eval_every": 0}
+PUBLISHED: dict[str, dict] = {
+    "grpo": {"algo": "grpo"},
+    "dapo": {"algo": "dapo"},
+    "papo_g": {"algo": "papo_g"},
+    "papo_d": {"algo": "papo_d"},
+    "vppo": {"algo": "vppo"},
+    "pgpo": {"algo": "pgpo"},
+    "dvrp": {"algo": "dvrp"},
+    "dyco_rl": {"algo": "dyco_rl"},
+    "noisy_rollout": {"algo": "noisy_rollout"} | HALVES,
+    "noisy_rollout_papo": {"algo": "noisy_rollout", "kl_prcp_coef": 0.02} | HALVES,
+    "tapo": {"algo": "tapo"} | HALVES,
+}
+# The further setting, where the toy needs another scale: the weights of KLs to views times one of
+# FACTORS, which seeds 0 to 2 choose, ...
+FACTORS = (5, 20)
+KL_WEIGHTS: dict[str, dict[str, float]] = {
+    "papo_g": {"kl_prcp_coef": 0.02},
+    "papo_d": {"kl_prcp_coef": 0.01},
+    "dvrp": {"kl_prcp_coef": 0.01, "noised_coef": 0.01},
+    "noisy_rollout_papo": {"kl_prcp_coef": 0.02},
+    "tapo": {"kl_prcp_coef": 0.01},
+}
+# ... and what counts tokens or steps, fitted to responses of 53 tokens and to 30 steps.
+LENGTHS: dict[str, dict] = {
+    "dyco_rl": {"shortest_response": 0},
+    "noisy_rollout": {"noise_middle": 20},
+    "noisy_rollout_papo": {"noise_middle": 20},
+}
+
+
+def methods() -> dict[str, dict]:
+    """The names and flags of all settings of "variants"."""
+    found = {f"variants/{name}": NO_CURVE | flags for name, flags in PUBLISHED.items()}
+    for name, weights in KL_WEIGHTS.items():
+        for factor in FACTORS:
+            scaled = {flag: round(factor * weight, 4) for flag, weight in weights.items()}
+            flags = NO_CURVE | PUBLISHED[name] | LENGTHS.get(name, {}) | scaled
+            found[f"variants/{name}_x{factor}"] = flags
+    for name in LENGTHS.keys() - KL_WEIGHTS.keys():
+        found[f"variants/{name}_scaled"] = NO_CURVE | PUBLISHED[name] | LENGTHS[name]
+    return found
+
+
+# Variant -> flags of train.py. Without "algo" it is papo_g with the given flags changed.
+VARIANTS: dict[str, dict] = {
+    "start": {},  # the model before any step: nothing is trained
+    "grpo": {"algo": "grpo"},
+    "papo_g": {"algo": "papo_g"},
+    "dapo": {"algo": "dapo"},
+    "papo_d": {"algo": "papo_d"},
+    "grpo_no_kl_ref": {"algo": "grpo_no_kl_ref"},
+    "papo_g_no_kl_ref": {"algo": "papo_g_no_kl_ref"},
+    "gamma_0.1": {"kl_prcp_coef": 0.1},
+    "gamma_0.2": {"kl_prcp_coef": 0.2},
+    "gamma_0.5": {"kl_prcp_coef": 0.5},
+    "gamma_1.0": {"kl_prcp_coef": 1.0},
+    "mask_0.4": {"mask_ratio": 0.4},
+    "mask_0.8": {"mask_ratio": 0.8},
+    "mask_1.0": {"mask_ratio": 1.0},
+    "mask_semantic": {"mask_strategy": "semantic"},
+    "mask_noise": {"mask_strategy": "noise"},
+    "estimator_paper": {"kl_prcp_estimator": "paper"},
+    "masked_grad": {"masked_grad": True},
+    "large": LARGE,
+    "large_no_kl_ref": LARGE | {"kl_ref_coef": 0.0},
+    "large_kl_ref_0.1": LARGE | {"kl_ref_coef": 0.1},
+    "large_single": SINGLE,
+    "large_double": DOUBLE,
+    "large_double_grad": DOUBLE | {"masked_grad": True},
+    "collapse/large": LARGE,
+    "compare/papo_g": NO_CURVE | {"kl_prcp_coef": 0.2},
+} | methods()
+
+# The reported seeds. Seeds 0 to 2 were used to find the setting.
+EIGHT_SEEDS, THREE_SEEDS, DEVELOPMENT_SEEDS = range(10, 18), range(10, 13), range(3)
+
+# Experiment -> its variants and seeds.
+EXPERIMENTS: dict[str, tuple[list[str], range]] = {
+    "table1": (["start", "grpo", "papo_g", "dapo", "papo_d"], EIGHT_SEEDS),
+    "gamma": (
+        ["grpo", "papo_g", "gamma_0.1", "gamma_0.2", "gamma_0.5", "gamma_1.0"],
+        THREE_SEEDS,
+    ),
+    "regularisation": (
+        [
+            "large",
+            "large_no_kl_ref",
+            "large_kl_ref_0.1",
+            "large_single",
+            "large_double",
+            "large_double_grad",
+        ],
+        THREE_SEEDS,
+    ),
+    "collapse": (["collapse/large"], range(10, 11)),  # for docs/walkthrough.md
+    "compare": (["variants/grpo", "compare/papo_g"], EIGHT_SEEDS),  # for compare.py's last line
+    "no_kl_ref": (["grpo", "grpo_no_kl_ref", "papo_g", "papo_g_no_kl_ref"], THREE_SEEDS),
+    "masking": (
+        ["papo_g", "mask_0.4", "mask_0.8", "mask_1.0", "mask_semantic", "mask_noise"],
+        THREE_SEEDS,
+    ),
+    "estimator": (["papo_g", "estimator_paper", "masked_grad"], THREE_SEEDS),
+    "variants": ([f"variants/{name}" for name in PUBLISHED], EIGHT_SEEDS),
+    "variants_choice": (
+        [f"variants/{name}_x{factor}" for name in KL_WEIGHTS for factor in FACTORS],
+        DEVELOPMENT_SEEDS,
+    ),
+    # The factor that "variants_choice" gave each method, and the two without a choice.
+    "variants_scaled": (
+        [
+            "variants/papo_g_x5",
+            "variants/papo_d_x5",
+            "variants/dvrp_x5",
+            "variants/noisy_rollout_papo_x5",
+            "variants/tapo_x20",
+            "variants/dyco_rl_scaled",
+            "variants/noisy_rollout_scaled",
+        ],
+        EIGHT_SEEDS,
+    ),
+}
