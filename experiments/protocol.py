@@ -1,6 +1,7 @@
 """What the experiments are: variants, as flags of train.py, and the seeds that they are run at.
 
-README.md here says why. It was committed before the reported seeds were run.
+README.md here says why; its protocols were committed before the reported seeds were run. Each part
+below adds to VARIANTS (name -> flags of train.py) and to EXPERIMENTS (name -> variants, seeds).
 """
 
 from __future__ import annotations
@@ -14,6 +15,13 @@ TRAINING = {
     "keep": 1,
 }
 EVALUATION = {"n": 2, "eval_rows": 512, "protocol": "training", "rollout_batch": 256}
+NO_CURVE = {"eval_every": 0}
+
+# Reported seeds; others chose what is not a preset's.
+EIGHT_SEEDS, THREE_SEEDS, DEVELOPMENT_SEEDS = range(10, 18), range(10, 13), range(3)
+
+
+# -------------------------------------------------------------- the first protocol: on the dots
 
 # Variants of "regularisation": gamma, learning rate and steps that invite a collapse, and two
 # updates per step, so that PPO's clip has something to clip.
@@ -21,10 +29,68 @@ LARGE = {"kl_prcp_coef": 0.5, "mini_batch": 8, "lr": 2e-4, "steps": 40}
 SINGLE = LARGE | {"entropy_coef": 1.25}  # 2.5 gamma, the ratio of the paper's papo_g 7B
 DOUBLE = SINGLE | {"masked_entropy_coef": 1.25}
 
+# Without "algo" a variant is papo_g with the given flags changed.
+VARIANTS: dict[str, dict] = {
+    "start": {},  # the model before any step: nothing is trained
+    "grpo": {"algo": "grpo"},
+    "papo_g": {"algo": "papo_g"},
+    "dapo": {"algo": "dapo"},
+    "papo_d": {"algo": "papo_d"},
+    "grpo_no_kl_ref": {"algo": "grpo_no_kl_ref"},
+    "papo_g_no_kl_ref": {"algo": "papo_g_no_kl_ref"},
+    "gamma_0.1": {"kl_prcp_coef": 0.1},
+    "gamma_0.2": {"kl_prcp_coef": 0.2},
+    "gamma_0.5": {"kl_prcp_coef": 0.5},
+    "gamma_1.0": {"kl_prcp_coef": 1.0},
+    "mask_0.4": {"mask_ratio": 0.4},
+    "mask_0.8": {"mask_ratio": 0.8},
+    "mask_1.0": {"mask_ratio": 1.0},
+    "mask_semantic": {"mask_strategy": "semantic"},
+    "mask_noise": {"mask_strategy": "noise"},
+    "estimator_paper": {"kl_prcp_estimator": "paper"},
+    "masked_grad": {"masked_grad": True},
+    "large": LARGE,
+    "large_no_kl_ref": LARGE | {"kl_ref_coef": 0.0},
+    "large_kl_ref_0.1": LARGE | {"kl_ref_coef": 0.1},
+    "large_single": SINGLE,
+    "large_double": DOUBLE,
+    "large_double_grad": DOUBLE | {"masked_grad": True},
+    "collapse/large": LARGE,
+    "compare/papo_g": NO_CURVE | {"kl_prcp_coef": 0.2},
+}
+EXPERIMENTS: dict[str, tuple[list[str], range]] = {
+    "table1": (["start", "grpo", "papo_g", "dapo", "papo_d"], EIGHT_SEEDS),
+    "gamma": (
+        ["grpo", "papo_g", "gamma_0.1", "gamma_0.2", "gamma_0.5", "gamma_1.0"],
+        THREE_SEEDS,
+    ),
+    "regularisation": (
+        [
+            "large",
+            "large_no_kl_ref",
+            "large_kl_ref_0.1",
+            "large_single",
+            "large_double",
+            "large_double_grad",
+        ],
+        THREE_SEEDS,
+    ),
+    "collapse": (["collapse/large"], range(10, 11)),  # for docs/walkthrough.md
+    "compare": (["variants/grpo", "compare/papo_g"], EIGHT_SEEDS),  # for compare.py's last line
+    "no_kl_ref": (["grpo", "grpo_no_kl_ref", "papo_g", "papo_g_no_kl_ref"], THREE_SEEDS),
+    "masking": (
+        ["papo_g", "mask_0.4", "mask_0.8", "mask_1.0", "mask_semantic", "mask_noise"],
+        THREE_SEEDS,
+    ),
+    "estimator": (["papo_g", "estimator_paper", "masked_grad"], THREE_SEEDS),
+}
+
+
+# ----------------------------------------------------------------- the protocol of the relatives
+
 # The methods of "variants" as published: presets and files of variants/. A method that samples
 # under two images gets half of the 8 responses under each.
 HALVES = {"group_size": 4}
-NO_CURVE = {"eval_every": 0}
 PUBLISHED: dict[str, dict] = {
     "grpo": {"algo": "grpo"},
     "dapo": {"algo": "dapo"},
@@ -69,65 +135,8 @@ def methods() -> dict[str, dict]:
     return found
 
 
-# Variant -> flags of train.py. Without "algo" it is papo_g with the given flags changed.
-VARIANTS: dict[str, dict] = {
-    "start": {},  # the model before any step: nothing is trained
-    "grpo": {"algo": "grpo"},
-    "papo_g": {"algo": "papo_g"},
-    "dapo": {"algo": "dapo"},
-    "papo_d": {"algo": "papo_d"},
-    "grpo_no_kl_ref": {"algo": "grpo_no_kl_ref"},
-    "papo_g_no_kl_ref": {"algo": "papo_g_no_kl_ref"},
-    "gamma_0.1": {"kl_prcp_coef": 0.1},
-    "gamma_0.2": {"kl_prcp_coef": 0.2},
-    "gamma_0.5": {"kl_prcp_coef": 0.5},
-    "gamma_1.0": {"kl_prcp_coef": 1.0},
-    "mask_0.4": {"mask_ratio": 0.4},
-    "mask_0.8": {"mask_ratio": 0.8},
-    "mask_1.0": {"mask_ratio": 1.0},
-    "mask_semantic": {"mask_strategy": "semantic"},
-    "mask_noise": {"mask_strategy": "noise"},
-    "estimator_paper": {"kl_prcp_estimator": "paper"},
-    "masked_grad": {"masked_grad": True},
-    "large": LARGE,
-    "large_no_kl_ref": LARGE | {"kl_ref_coef": 0.0},
-    "large_kl_ref_0.1": LARGE | {"kl_ref_coef": 0.1},
-    "large_single": SINGLE,
-    "large_double": DOUBLE,
-    "large_double_grad": DOUBLE | {"masked_grad": True},
-    "collapse/large": LARGE,
-    "compare/papo_g": NO_CURVE | {"kl_prcp_coef": 0.2},
-} | methods()
-
-# The reported seeds. Seeds 0 to 2 were used to find the setting.
-EIGHT_SEEDS, THREE_SEEDS, DEVELOPMENT_SEEDS = range(10, 18), range(10, 13), range(3)
-
-# Experiment -> its variants and seeds.
-EXPERIMENTS: dict[str, tuple[list[str], range]] = {
-    "table1": (["start", "grpo", "papo_g", "dapo", "papo_d"], EIGHT_SEEDS),
-    "gamma": (
-        ["grpo", "papo_g", "gamma_0.1", "gamma_0.2", "gamma_0.5", "gamma_1.0"],
-        THREE_SEEDS,
-    ),
-    "regularisation": (
-        [
-            "large",
-            "large_no_kl_ref",
-            "large_kl_ref_0.1",
-            "large_single",
-            "large_double",
-            "large_double_grad",
-        ],
-        THREE_SEEDS,
-    ),
-    "collapse": (["collapse/large"], range(10, 11)),  # for docs/walkthrough.md
-    "compare": (["variants/grpo", "compare/papo_g"], EIGHT_SEEDS),  # for compare.py's last line
-    "no_kl_ref": (["grpo", "grpo_no_kl_ref", "papo_g", "papo_g_no_kl_ref"], THREE_SEEDS),
-    "masking": (
-        ["papo_g", "mask_0.4", "mask_0.8", "mask_1.0", "mask_semantic", "mask_noise"],
-        THREE_SEEDS,
-    ),
-    "estimator": (["papo_g", "estimator_paper", "masked_grad"], THREE_SEEDS),
+VARIANTS |= methods()
+EXPERIMENTS |= {
     "variants": ([f"variants/{name}" for name in PUBLISHED], EIGHT_SEEDS),
     "variants_choice": (
         [f"variants/{name}_x{factor}" for name in KL_WEIGHTS for factor in FACTORS],
@@ -145,5 +154,32 @@ EXPERIMENTS: dict[str, tuple[list[str], range]] = {
             "variants/noisy_rollout_scaled",
         ],
         EIGHT_SEEDS,
+    ),
+}
+
+
+# ---------------------------------- the second protocol: on both tasks, until GRPO has flattened
+
+TASKS = ("dots", "digits")
+STEPS = 60
+GAMMAS = (0.05, 0.1, 0.2)
+
+
+def on_both_tasks(methods: dict[str, dict]) -> dict[str, dict]:
+    return {f"{task}/{name}": flags for task in TASKS for name, flags in methods.items()}
+
+
+BOTH_TASKS = {"start": {}, "grpo_long": {"algo": "grpo", "steps": 100}}
+for _preset in ("grpo", "papo_g", "dapo", "papo_d"):
+    BOTH_TASKS[_preset] = {"algo": _preset, "steps": STEPS}
+for _gamma in GAMMAS:
+    BOTH_TASKS[f"papo_g_{_gamma}"] = BOTH_TASKS["papo_g"] | {"kl_prcp_coef": _gamma}
+
+VARIANTS |= on_both_tasks(BOTH_TASKS)
+EXPERIMENTS |= {
+    "choice_of_steps": ([f"{task}/grpo_long" for task in TASKS], DEVELOPMENT_SEEDS),
+    "choice_of_gamma": (
+        [f"{task}/papo_g_{gamma}" for task in TASKS for gamma in GAMMAS],
+        DEVELOPMENT_SEEDS,
     ),
 }

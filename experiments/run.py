@@ -14,9 +14,11 @@ were run: what is compared, by which test, with which seeds.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -30,6 +32,7 @@ import transformers
 from experiments import tasks
 from experiments.protocol import EVALUATION, EXPERIMENTS, TRAINING, VARIANTS
 from experiments.tasks import SPLITS, is_misread, share_of_cells_right
+from support import toy
 from support.run_folder import read_log
 
 HERE = Path(__file__).resolve().parent
@@ -52,11 +55,15 @@ METRICS = (
     "seconds",
 )
 
+# MKL's only code path that rounds alike on every x86 CPU. It takes twice as long, so it makes the
+# start models alone.
+SAME_ON_EVERY_CPU = {"MKL_CBWR": "COMPATIBLE", "ATEN_CPU_CAPABILITY": "avx2"}
+
 
 def list_jobs(names: list[str], seeds: list[int] | None) -> list[tuple[str, int]]:
     """(variant, seed) pairs of the experiments, each once, seed by seed.
 
-    "start" comes first because it builds the model that a seed's other runs begin with.
+    Start models come first because a seed's other runs begin with them.
     """
     jobs = []
     for name in names:
@@ -64,7 +71,11 @@ def list_jobs(names: list[str], seeds: list[int] | None) -> list[tuple[str, int]
         chosen = [seed for seed in all_seeds if seeds is None or seed in seeds]
         jobs += [(variant, seed) for seed in chosen for variant in variants]
     unique = list(dict.fromkeys(jobs))
-    return sorted(unique, key=lambda job: job[0] != "start")
+    return sorted(unique, key=lambda job: not is_start(job[0]))
+
+
+def is_start(variant: str) -> bool:
+    return not VARIANTS[variant]
 
 
 def result_file(variant: str, seed: int) -> Path:
@@ -91,12 +102,13 @@ def run(variant: str, seed: int, work: Path) -> Path:
     }
     task = task_of(variant)
     start = build_start_model(task, seed, log)
-    if VARIANTS[variant]:
+    result["start_model"] = sha256(start / toy.WEIGHTS)
+    if is_start(variant):
+        model = start
+    else:
         run_dir = train(variant, seed, work, log)
         result |= training_record(run_dir)
         model = run_dir / "model"
-    else:
-        model = start
     out = work / f"{variant}-s{seed}-eval"
     flags = {"model": model, "seed": seed, "out": out} | task.evaluation(seed) | EVALUATION
     run_python(["evaluate.py"], flags, log)
@@ -114,8 +126,8 @@ def task_of(variant: str):
 
 def build_start_model(task, seed: int, log: Path) -> Path:
     """The start model of a seed, from the cache or built in a process of its own."""
-    kind = type(task).__name__
-    run_python(["-c", f"from experiments import tasks; tasks.{kind}().build({seed})"], {}, log)
+    code = f"from experiments import tasks; tasks.{type(task).__name__}().build({seed})"
+    run_python(["-c", code], {}, log, SAME_ON_EVERY_CPU)
     return task.build(seed)
 
 
@@ -136,17 +148,23 @@ def train(variant: str, seed: int, work: Path, log: Path) -> Path:
     return run_dir
 
 
-def run_python(words: list[str], flags: dict, log: Path) -> None:
+def run_python(
+    words: list[str], flags: dict, log: Path, environment: dict[str, str] | None = None
+) -> None:
     """Run Python on one thread, its output appended to `log`."""
     command = [sys.executable, *words]
     for name, value in flags.items():
         command += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {})
     with open(log, "a") as out:
         done = subprocess.run(command, stdout=out, stderr=out, env=environment, cwd=ROOT)
     if done.returncode:
         last_line = log.read_text(errors="replace").strip().rpartition("\n")[2]
         raise RuntimeError(f"{words[0]} exited with {done.returncode}: {last_line} ({log})")
+
+
+def sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def current_commit() -> str:
@@ -160,9 +178,21 @@ def machine() -> dict:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "cpu": torch.backends.cpu.get_cpu_capability(),
-        "processor": platform.processor() or platform.machine(),
+        "processor": processor(),
         "threads": 1,
     }
+
+
+def processor() -> str:
+    """The CPU's name, family and model, where Linux tells; rounding may differ between them."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    facts = dict(re.split(r"\s*:\s*", line, maxsplit=1) for line in lines if ":" in line)
+    return (
+        f"{facts.get('model name')}, family {facts.get('cpu family')}, model {facts.get('model')}"
+    )
 
 
 def training_record(run_dir: Path) -> dict:
