@@ -160,6 +160,7 @@ EXPERIMENTS |= {
 
 # ---------------------------------- the second protocol: on both tasks, until GRPO has flattened
 
+NEW_SEEDS = range(20, 28)
 TASKS = ("dots", "digits")
 STEPS = 60
 GAMMAS = (0.05, 0.1, 0.2)
@@ -169,15 +170,22 @@ def on_both_tasks(methods: dict[str, dict]) -> dict[str, dict]:
     return {f"{task}/{name}": flags for task in TASKS for name, flags in methods.items()}
 
 
-BOTH_TASKS = {"start": {}, "grpo_long": {"algo": "grpo", "steps": 100}}
-for _preset in ("grpo", "papo_g", "dapo", "papo_d"):
-    BOTH_TASKS[_preset] = {"algo": _preset, "steps": STEPS}
+BOTH_TASKS = {
+    "start": {},
+    "grpo": {"algo": "grpo", "steps": STEPS},
+    "papo_g": {"algo": "papo_g", "steps": STEPS},
+    "dapo": {"algo": "dapo", "steps": STEPS},
+    "papo_d": {"algo": "papo_d", "steps": STEPS},
+}
+COMPARED = [*BOTH_TASKS]
+BOTH_TASKS["grpo_long"] = {"algo": "grpo", "steps": 100}
 for _gamma in GAMMAS:
-    BOTH_TASKS[f"papo_g_{_gamma}"] = BOTH_TASKS["papo_g"] | {"kl_prcp_coef": _gamma}
+    BOTH_TASKS[f"papo_g_{_gamma}"] = {"algo": "papo_g", "kl_prcp_coef": _gamma, "steps": STEPS}
 
 VARIANTS |= on_both_tasks(BOTH_TASKS)
 EXPERIMENTS |= {
     "choice_of_steps": ([f"{task}/grpo_long" for task in TASKS], DEVELOPMENT_SEEDS),
+    "both_tasks": ([f"{task}/{name}" for task in TASKS for name in COMPARED], NEW_SEEDS),
     "choice_of_gamma": (
         [f"{task}/papo_g_{gamma}" for task in TASKS for gamma in GAMMAS],
         DEVELOPMENT_SEEDS,

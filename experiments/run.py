@@ -190,9 +190,8 @@ def processor() -> str:
     except OSError:
         return platform.processor() or platform.machine()
     facts = dict(re.split(r"\s*:\s*", line, maxsplit=1) for line in lines if ":" in line)
-    return (
-        f"{facts.get('model name')}, family {facts.get('cpu family')}, model {facts.get('model')}"
-    )
+    name, family, model = (facts.get(key) for key in ("model name", "cpu family", "model"))
+    return f"{name}, family {family}, model {model}"
 
 
 def training_record(run_dir: Path) -> dict:
