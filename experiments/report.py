@@ -69,6 +69,14 @@ EXPERIMENTS = {
     "estimator": (ESTIMATOR, "papo_g"),
 }
 
+FURTHER = [
+    ("variants/tapo", "variants/papo_d"),
+    ("variants/dvrp", "variants/papo_g"),
+    ("variants/noisy_rollout_papo", "variants/noisy_rollout"),
+    ("compare/papo_g", "variants/grpo"),
+    ("masked_grad", "grpo"),
+]
+
 ACCURACY_PANELS = {
     "general": "accuracy, general",
     "vision_dependent": "accuracy, vision_dependent",
@@ -306,6 +314,17 @@ def variants_table(found: Results) -> str:
     return markdown(rows)
 
 
+def further_table(found: Results) -> str:
+    """Differences that no experiment names but a README quotes."""
+    rows = [["", "minus", "seeds", "overall", "p"]]
+    for variant, base in FURTHER:
+        gains = paired(found, variant, base, accuracy_gain)
+        if len(gains) > 1:
+            cells = [str(len(gains)), interval(gains, sign=True), f"{sign_flip_p(gains):.3f}"]
+            rows.append([variant, base, *cells])
+    return markdown(rows)
+
+
 def relative_costs() -> dict[str, str]:
     """Method -> its median seconds per step, divided by grpo's (see cost.py)."""
     file = HERE / "cost.json"
@@ -461,6 +480,7 @@ def main() -> None:
     note = "The p of the ten comparisons with grpo are not corrected for their number."
     parts += ["## variants", variants_table(found), note, variants_figure(found)]
     parts += ["## variants: choice of the factor", choice_table(found)]
+    parts += ["## further differences", further_table(found)]
     (HERE / "report.md").write_text("\n\n".join(filter(None, parts)) + "\n")
     print(HERE / "report.md")
 
