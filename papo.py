@@ -213,8 +213,8 @@ def prepare_views(policy: Policy, groups: list[Group], algo: Algo, key: tuple) -
             n_patches += len(changed)
         n_changed, n_patches = sum_over_ranks([n_changed, n_patches])
         metrics[f"{name}_ratio"] = n_changed / max(n_patches, 1.0)
-        if name == "mask" and algo.masked_grad and not algo.needs:
-            continue  # the update computes them itself, with gradient
+        if name == "mask" and algo.masked_grad and type(algo).weigh is Algo.weigh:
+            continue  # the update computes them itself, with gradient, and nothing else reads them
         for group, log_probs in policy.per_group(with_image, partial(policy.log_probs, view=name)):
             group.view_log_probs[name] = log_probs
     return metrics

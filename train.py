@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import asdict, dataclass
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -29,7 +28,7 @@ from losses import group_advantages
 from papo import PRESETS, Algo, algo_class, mini_batches, prepare, preset, update
 from rollout import generate
 from support import cli
-from support.batch import Group, Prompt, by_prompt, sampling_pairs, set_shares
+from support.batch import Group, Prompt, by_prompt, set_shares
 from support.cli import flag
 from support.distributed import concat_over_ranks, init_distributed, sum_over_ranks
 from support.phases import phase
@@ -37,7 +36,7 @@ from support.qwen_vl import PROMPT_SUFFIX, Encoder
 from support.run import Run, Stopped, step_errors
 from support.run_folder import with_saved_config
 from support.stats import RolloutStats
-from support.variants import variant_names
+from support.variants import sampling_pairs, variant_names
 
 MAX_ROUNDS = 20  # at most so many rounds of dynamic sampling per step
 
@@ -173,7 +172,7 @@ def collect(run: Run, algo: Algo, step: int) -> tuple[list[Group], dict[str, flo
 def sample(run: Run, algo: Algo, prompts: list[Prompt], key: tuple) -> list[Group]:
     """Sample the groups of these prompts, one for each pair of `Algo.images`, in their order."""
     config = run.config
-    pairs = sampling_pairs(prompts, partial(algo.images, policy=run.policy), config.group_size, key)
+    pairs = sampling_pairs(algo, prompts, run.policy, config.group_size, key)
     with run.sampling():
         groups = generate(
             run.policy,

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -115,22 +114,6 @@ def empty_group(prompt: Prompt | None = None) -> Group:
         ref_log_probs=nothing,
         weights=nothing,
     )
-
-
-def sampling_pairs(
-    prompts: list[Prompt], images: Callable, group_size: int, key: tuple
-) -> list[tuple[Prompt, Prompt]]:
-    """The pairs images(prompt, generator=...) of all prompts, see papo.Algo.images.
-
-    Responses to the same prompt get different numbers, so that their random numbers differ.
-    """
-    pairs = []
-    for prompt in prompts:
-        generator = seeded("images", *key, prompt.index)
-        for number, (sampled, trained) in enumerate(images(prompt, generator=generator)):
-            sampled = replace(sampled, first_sample=number * group_size)
-            pairs.append((sampled, trained))
-    return pairs
 
 
 def by_prompt(groups: list[Group]) -> list[list[Group]]:

@@ -11,11 +11,12 @@ import difflib
 import importlib
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
-from support.batch import Group
+from support.batch import Group, Prompt, seeded
 from support.errors import StepError
 
 RECORDS = ("old_log_probs", "entropies")  # what a variant may need
@@ -100,6 +101,37 @@ def check_variant(variant: type, base: type, steps: tuple[str, ...], where: str)
         raise ValueError(f"algo={where}: needs={variant.needs!r}: a tuple of some of {choices}")
     if not isinstance(variant.columns, tuple):
         raise ValueError(f"algo={where}: columns={variant.columns!r}: a tuple of column names")
+
+
+def sampling_pairs(
+    algo, prompts: list[Prompt], policy, group_size: int, key: tuple
+) -> list[tuple[Prompt, Prompt]]:
+    """The pairs of all prompts, see papo.Algo.images.
+
+    Responses to the same prompt get different numbers, so that their random numbers differ.
+    """
+    pairs = []
+    for prompt in prompts:
+        of_prompt = algo.images(prompt, policy, generator=seeded("images", *key, prompt.index))
+        check_pairs(of_prompt, algo, prompt)
+        for number, (sampled, trained) in enumerate(of_prompt):
+            sampled = replace(sampled, first_sample=number * group_size)
+            pairs.append((sampled, trained))
+    return pairs
+
+
+def check_pairs(pairs, algo, prompt: Prompt) -> None:
+    """StepError if a step `images` returned anything but pairs made from its prompt."""
+    must = f"algo={algo.name}: images must return a list of pairs of prompts"
+    if not isinstance(pairs, list) or not pairs:
+        raise StepError(f"{must}, not {'none' if pairs == [] else _describe(pairs)}")
+    for pair in pairs:
+        prompts = pair if isinstance(pair, tuple) else (pair,)
+        found = [_describe(each) for each in prompts]
+        if found != ["Prompt", "Prompt"]:
+            raise StepError(f"{must}, not of {' and '.join(found)}")
+        if any(each.index != prompt.index for each in prompts):
+            raise StepError(f"{must} made by dataclasses.replace from the one it was given")
 
 
 def check_view(view, algo, name: str, prompt) -> tuple[Tensor, Tensor]:

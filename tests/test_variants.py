@@ -32,7 +32,7 @@ from support.errors import StepError
 from support.qwen_vl import Policy
 from support.run_folder import free_name
 from support.stats import RolloutStats
-from support.variants import FOLDER, variant_names
+from support.variants import FOLDER, sampling_pairs, variant_names
 from variants import dyco_rl, noisy_rollout, pgpo, vppo
 
 ROOT = Path(__file__).parent.parent
@@ -489,7 +489,7 @@ def test_without_a_variant_nothing_about_sampling_changes(varied_policy, prompts
 # ------------------------------------------------------------------------- --algo finds a file
 
 HEADER = """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from papo import Algo, flag
 import torch
 """
@@ -547,6 +547,12 @@ WRONG_STEPS = {  # a step -> what its one line says
     "view(self, name, prompt, *_): return prompt.pixel_values, torch.ones(36)": (
         r"float32\[36, 1176\] and bool\[36\], not float32\[36, 1176\] and float32\[36\]"
     ),
+    "images(self, prompt, *_, **__): return prompt": "a list of pairs of prompts, not Prompt",
+    "images(self, prompt, *_, **__): return []": "a list of pairs of prompts, not none",
+    "images(self, prompt, *_, **__): return [prompt]": "pairs of prompts, not of Prompt",
+    "images(self, prompt, *_, **__): return [(prompt, replace(prompt, index=7))]": (
+        "made by dataclasses.replace"
+    ),
     "views(self): return {'mask': -5.0}": r"views\(\)\['mask'\]=-5.0 has no effect: set kl_",
 }
 
@@ -586,8 +592,19 @@ def test_a_wrong_result_of_a_step_is_one_line(policy, groups, tmp_path, step, me
     file.write_text(f"{HEADER}{CLASS}def {step}\n")
     algo = replace(preset(str(file)), kl_ref_coef=0.0)
     with pytest.raises(StepError, match=message) as caught:
+        sampling_pairs(algo, [groups[0].prompt], policy, 4, key=(0, 0))
         prepare(policy, None, [groups], algo, key=(0, 0))
     assert str(caught.value).startswith(f"algo={file}: ") and "\n" not in str(caught.value)
+
+
+def test_weights_may_read_the_masked_view_that_the_update_computes_again(policy, groups, tmp_path):
+    file = tmp_path / "reads.py"
+    step = "weigh(self, groups, _): return [0 * g.masked_log_probs + 2 for g in groups]"
+    file.write_text(f"{HEADER}{CLASS}def {step}\n")
+    algo = replace(preset(str(file)), kl_ref_coef=0.0, masked_grad=True)
+    with_image = [group for group in groups if group.has_image]
+    prepare(policy, None, [with_image], algo, key=(0, 0))
+    assert all((group.weights == 2).all() for group in with_image)
 
 
 def test_a_variant_of_a_variant_and_a_neighbouring_file(tmp_path):
