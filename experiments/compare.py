@@ -17,7 +17,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from PIL import Image
 
-from experiments import report, run, tasks
+from experiments import measures, run, tasks
 from rollout import generate
 from support import toy
 from support.qwen_vl import Encoder, Policy
@@ -112,9 +112,11 @@ def draw(folders: dict[tuple[str, int], Path], out: Path) -> None:
 
 def other_way_round() -> str:
     """At how many seeds of the experiments PAPO ended below GRPO, and by how much it differs."""
-    gains = report.paired(report.load(), "compare/papo_g", "variants/grpo", report.accuracy_gain)
+    gains = measures.paired(
+        measures.load(), "compare/papo_g", "variants/grpo", measures.accuracy_gain
+    )
     below = sum(gain < 0 for gain in gains)
-    difference = report.interval(gains, sign=True)
+    difference = measures.interval(gains, sign=True)
     return (
         f"in the experiments PAPO at gamma 0.2 ended below GRPO at {below} of {len(gains)} seeds; "
         f"overall accuracy differs by {difference} points"

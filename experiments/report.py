@@ -6,14 +6,27 @@ python -m experiments.report
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Iterable
-from itertools import product
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 
+from experiments import report_tasks
+from experiments.measures import (
+    Results,
+    accuracy,
+    accuracy_cells,
+    accuracy_gain,
+    common_seeds,
+    count,
+    delta_rel,
+    interval,
+    load,
+    markdown,
+    median_seconds,
+    paired,
+    sign_flip_p,
+)
 from experiments.protocol import DEVELOPMENT_SEEDS, EIGHT_SEEDS, FACTORS, KL_WEIGHTS
 from experiments.protocol import EXPERIMENTS as RUNS
 from experiments.tasks import SPLITS
@@ -88,94 +101,8 @@ COLLAPSE_PANELS = ACCURACY_PANELS | {
     "masked_entropy": "entropy, masked image",
 }
 
-Results = dict[str, dict[int, dict]]  # variant -> seed -> result
-
-
-def load() -> Results:
-    found: Results = {}
-    for file in sorted((HERE / "results").rglob("*.json")):
-        result = json.loads(file.read_text())
-        found.setdefault(result["variant"], {})[result["seed"]] = result
-    return found
-
-
-# Measures
-
-
-def accuracy(result: dict, split: str = "overall") -> float:
-    """Accuracy at the end in %; "overall" is the mean of the two splits."""
-    splits = SPLITS if split == "overall" else (split,)
-    return 100 * float(np.mean([result["final"][name]["accuracy"] for name in splits]))
-
-
-def accuracy_over_training(result: dict) -> float:
-    """Mean accuracy in % of the evaluations during training, without the one before it."""
-    scores = [list(scores.values()) for step, scores in result["curve"].items() if int(step) > 0]
-    return 100 * float(np.mean(scores))
-
-
-def accuracy_gain(result: dict, base: dict) -> float:
-    return accuracy(result) - accuracy(base)
-
-
-def delta_rel(result: dict, base: dict) -> float:
-    """The paper's: the mean over splits of the relative gain, in %."""
-    ratios = [accuracy(result, split) / accuracy(base, split) for split in SPLITS]
-    return float(np.mean([100 * (ratio - 1) for ratio in ratios]))
-
-
-def count(result: dict, what: str) -> float:
-    """A count of the final evaluation, summed over the splits."""
-    return sum(result["final"][split][what] for split in SPLITS)
-
-
-def median_seconds(result: dict) -> float:
-    return float(np.median(result["metrics"]["seconds"]))
-
-
-# Statistics
-
-
-def paired(found: Results, variant: str, base: str, measure: Callable) -> list[float]:
-    """measure(result, base's result) at each seed that both have."""
-    runs, base_runs = found.get(variant, {}), found.get(base, {})
-    return [measure(runs[seed], base_runs[seed]) for seed in sorted(runs.keys() & base_runs.keys())]
-
-
-def common_seeds(found: Results, variants: Iterable[str]) -> list[int]:
-    return sorted(set.intersection(*(set(found[variant]) for variant in variants)))
-
-
-def sign_flip_p(differences: list[float]) -> float:
-    """Two-sided exact p: the share of sign patterns whose mean is at least as far from 0."""
-    values = np.array(differences)
-    patterns = product((1, -1), repeat=len(values))
-    means = np.abs([np.mean(values * signs) for signs in patterns])
-    return float(np.mean(means >= abs(values.mean()) - 1e-12))
-
-
-def interval(values: list[float], digits: int = 1, sign: bool = False) -> str:
-    """Mean +- half the width of the 95% t interval; "-" without values."""
-    if not values:
-        return "-"
-    mean, half = metrics.mean_interval(values)
-    shown = f"{mean:+.{digits}f}" if sign else f"{mean:.{digits}f}"
-    return shown if math.isnan(half) else f"{shown} +- {half:.{digits}f}"
-
 
 # Tables
-
-
-def markdown(rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
-
-
-def accuracy_cells(runs: list[dict]) -> list[str]:
-    """Each split, overall, and the mean over training."""
-    cells = [interval([accuracy(run, split) for run in runs]) for split in (*SPLITS, "overall")]
-    trained = [run for run in runs if "curve" in run]
-    return [*cells, interval([accuracy_over_training(run) for run in trained])]
 
 
 def table1(found: Results) -> str:
@@ -457,7 +384,7 @@ def provenance(found: Results, folder: str) -> str:
 
 
 def main() -> None:
-    found = load()
+    found = load(HERE / "results")
     (HERE / "figures").mkdir(exist_ok=True)
     parts = [
         "# Results",
@@ -481,6 +408,7 @@ def main() -> None:
     parts += ["## variants", variants_table(found), note, variants_figure(found)]
     parts += ["## variants: choice of the factor", choice_table(found)]
     parts += ["## further differences", further_table(found)]
+    parts += report_tasks.sections(found, HERE / "figures")
     (HERE / "report.md").write_text("\n\n".join(filter(None, parts)) + "\n")
     print(HERE / "report.md")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import train
-from experiments import protocol, report, run, tasks
+from experiments import measures, protocol, report, run, tasks
 from papo import algo_class, preset
 from support import toy
 from support.cli import parse_flags, resolve_config
@@ -83,10 +83,10 @@ def test_a_response_is_misread_where_its_count_is_wrong():
 
 
 def test_the_sign_flip_test_is_exact():
-    assert report.sign_flip_p([1.0] * 8) == 2 / 256
-    assert report.sign_flip_p([1.0, -1.0]) == 1.0
-    assert report.sign_flip_p([3.0, -1.0]) == 1.0
-    assert report.sign_flip_p([3.0, 1.0]) == 0.5
+    assert measures.sign_flip_p([1.0] * 8) == 2 / 256
+    assert measures.sign_flip_p([1.0, -1.0]) == 1.0
+    assert measures.sign_flip_p([3.0, -1.0]) == 1.0
+    assert measures.sign_flip_p([3.0, 1.0]) == 0.5
 
 
 def fake_result(variant, seed, accuracy):
@@ -148,8 +148,8 @@ def test_the_report_needs_results_alone(tmp_path, monkeypatch):
     figures = {path.stem for path in (tmp_path / "figures").iterdir()}
     # A figure takes two variants.
     assert figures == {"table1", "gamma", "masking", "no_kl_ref", "variants"}
-    found = report.load()
-    relative = report.delta_rel(found["papo_g"][10], found["grpo"][10])
+    found = measures.load(tmp_path / "results")
+    relative = measures.delta_rel(found["papo_g"][10], found["grpo"][10])
     assert relative == pytest.approx(100 * (0.61 / 0.51 - 1))
 
 
