@@ -32,7 +32,7 @@ def train_all(work: Path) -> dict[tuple[str, int], Path]:
     """The folders of all runs, two at a time; finished ones are not run again."""
 
     def build(seed: int) -> Path:
-        return run.build_start_model(TASK, seed, work / "start.log")
+        return run.build_start_model("grpo", seed, work / "start.log")
 
     def train(job: tuple[str, int]) -> Path:
         method, seed = job

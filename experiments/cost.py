@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=run.ROOT / "runs" / "cost")
     args = parser.parse_args()
     (args.work / "variants").mkdir(parents=True, exist_ok=True)
-    run.build_start_model(run.task_of("variants"), SEED, args.work / "start.log")
+    run.build_start_model("variants/grpo", SEED, args.work / "start.log")
     costs = {}
     for name in protocol.PUBLISHED:
         costs[name] = measure(name, args.work)

@@ -42,7 +42,6 @@ GRID, CELL = 3, 28
 FIRST_HELD_OUT = 1200
 NOTE_RIGHT = 0.5  # in train and general
 MISREAD, COPY_NOTE = 0.12, 0.4  # flaws that the warm start teaches, as the toy's
-WARM_STEPS = 900
 HELD_OUT = ("general", "vision_dependent")
 ROWS = {"train": 1024, "general": 512, "vision_dependent": 512}
 PROOF = f"model/{toy.WEIGHTS}"  # a complete folder holds it
@@ -233,20 +232,24 @@ def build_in(scratch: Path, seed: int, steps: int) -> Path:
     return folder
 
 
-def build(folder: Path, seed: int, steps: int = WARM_STEPS) -> Path:
-    """Make the model and its data, once (see toy.make_once). Held-out rows are those of seed 0."""
+def build(folder: Path, seed: int, steps: int) -> Path:
+    """Make the model and its data, once (see toy.make_once). Held-out rows are those of seed 0.
+
+    steps: of the warm start.
+    """
     return toy.make_once(folder, PROOF, lambda scratch: build_in(scratch, seed, steps))
 
 
-def cache_folder(seed: int) -> Path:
-    return toy.cached("digits", f"{seed} {WARM_STEPS}", __file__)
+def cache_folder(seed: int, steps: int) -> Path:
+    return toy.cached("digits", f"{seed} {steps}", __file__)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Write the digits task and its start model.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=900, help="of the warm start")
     args = parser.parse_args()
     if args.folder.exists():
         parser.error(f"{args.folder} exists: choose another folder")
-    print(build(args.folder, args.seed))
+    print(build(args.folder, args.seed, args.steps))

@@ -30,7 +30,7 @@ import torch
 import transformers
 
 from experiments import tasks
-from experiments.protocol import EVALUATION, EXPERIMENTS, TRAINING, VARIANTS
+from experiments.protocol import ENVIRONMENTS, EVALUATION, EXPERIMENTS, TRAINING, VARIANTS
 from experiments.tasks import SPLITS, is_misread, share_of_cells_right
 from support import toy
 from support.run_folder import read_log
@@ -52,6 +52,7 @@ METRICS = (
     "response_length",
     "rounds",
     "truncated",
+    "tokens_per_second",
     "seconds",
 )
 
@@ -101,13 +102,13 @@ def run(variant: str, seed: int, work: Path) -> Path:
         "evaluation": EVALUATION,
     }
     task = task_of(variant)
-    start = build_start_model(task, seed, log)
+    start = build_start_model(variant, seed, log)
     result["start_model"] = sha256(start / toy.WEIGHTS)
     if is_start(variant):
         model = start
     else:
         run_dir = train(variant, seed, work, log)
-        result |= training_record(run_dir)
+        result |= training_record(run_dir) | {"environment": ENVIRONMENTS.get(variant, {})}
         model = run_dir / "model"
     out = work / f"{variant}-s{seed}-eval"
     flags = {"model": model, "seed": seed, "out": out} | task.evaluation(seed) | EVALUATION
@@ -120,15 +121,20 @@ def run(variant: str, seed: int, work: Path) -> Path:
 
 
 def task_of(variant: str):
-    """The task of a variant: the digits for digits/NAME, else the dots."""
-    return tasks.Digits() if variant.startswith("digits/") else tasks.Dots()
+    """The task of a variant: digits for digits/NAME, else dots.
+
+    The start model of dots_800/NAME was taught for 800 steps.
+    """
+    found = re.match(r"(dots|digits)_(\d+)/", variant)
+    warm_steps = [int(found[2])] if found else []
+    return tasks.Digits(*warm_steps) if variant.startswith("digits") else tasks.Dots(*warm_steps)
 
 
-def build_start_model(task, seed: int, log: Path) -> Path:
+def build_start_model(variant: str, seed: int, log: Path) -> Path:
     """The start model of a seed, from the cache or built in a process of its own."""
-    code = f"from experiments import tasks; tasks.{type(task).__name__}().build({seed})"
+    code = f"from experiments import run; run.task_of({variant!r}).build({seed})"
     run_python(["-c", code], {}, log, SAME_ON_EVERY_CPU)
-    return task.build(seed)
+    return task_of(variant).build(seed)
 
 
 def train(variant: str, seed: int, work: Path, log: Path) -> Path:
@@ -142,7 +148,7 @@ def train(variant: str, seed: int, work: Path, log: Path) -> Path:
     else:
         inputs = task_of(variant).training(seed)
         flags = inputs | {"seed": seed, "out": run_dir} | TRAINING | VARIANTS[variant]
-    run_python(["train.py"], flags, log)
+    run_python(["train.py"], flags, log, ENVIRONMENTS.get(variant))
     if not weights.exists():
         raise RuntimeError(f"training stopped early: run the same command to continue ({log})")
     return run_dir

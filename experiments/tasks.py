@@ -16,12 +16,17 @@ SPLITS = ("general", "vision_dependent")
 
 
 class Dots:
-    """The toy, at a setting that GRPO does not solve in 30 steps."""
+    """The toy, at a setting that GRPO does not solve in 30 steps.
 
-    spec = "toy:grid=4,colours=4,most=6,warm_steps=400,plain_share=0"
-    setting = toy.setting_of(spec)
+    warm_steps: how long the start model was taught to read.
+    """
+
     words = [*toy.COLOURS, toy.NO_DOT]
-    names = toy.cell_names(setting)
+
+    def __init__(self, warm_steps: int = 400):
+        self.spec = f"toy:grid=4,colours=4,most=6,warm_steps={warm_steps},plain_share=0"
+        self.setting = toy.setting_of(self.spec)
+        self.names = toy.cell_names(self.setting)
 
     def build(self, seed: int) -> Path:
         """Make a seed's start model, unless it is in the cache; returns its folder."""
@@ -45,20 +50,21 @@ class Dots:
 
 
 class Digits:
-    """Files of one's own: see digits.py."""
+    """Files of one's own: see digits.py. warm_steps: as for Dots."""
 
-    def __init__(self):
+    def __init__(self, warm_steps: int = 900):
         from experiments import digits  # needs scikit-learn
 
         self.digits = digits
+        self.warm_steps = warm_steps
         self.words = list(digits.WORDS)
         self.names = list(digits.NAMES)
 
     def folder(self, seed: int) -> Path:
-        return self.digits.cache_folder(seed)
+        return self.digits.cache_folder(seed, self.warm_steps)
 
     def build(self, seed: int) -> Path:
-        return self.digits.build(self.folder(seed), seed) / "model"
+        return self.digits.build(self.folder(seed), seed, self.warm_steps) / "model"
 
     def training(self, seed: int) -> dict:
         folder = self.folder(seed)

@@ -68,6 +68,7 @@ def test_the_task_trains_with_public_flags(tmp_path, monkeypatch):
     monkeypatch.setattr(digits, "ROWS", {"train": 16, "general": 4, "vision_dependent": 4})
     monkeypatch.setenv("PAPO_CACHE", str(tmp_path))
     task = tasks.Digits()
+    task.warm_steps = 2
     folder = digits.build(task.folder(3), seed=3, steps=2)
     assert task.build(3) == folder / "model"  # nothing is made twice
     assert len(list((folder / "held_out" / "images").iterdir())) == 8

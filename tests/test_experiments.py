@@ -34,6 +34,11 @@ def test_every_run_is_one_job_and_start_models_come_first():
     ]
 
 
+def test_a_variant_names_its_task():
+    assert run.task_of("grpo").spec == run.task_of("dots/grpo").spec == DOTS.spec
+    assert "warm_steps=800," in run.task_of("dots_800/grpo").spec
+
+
 def test_the_report_shows_every_variant():
     for title, (names, base) in report.EXPERIMENTS.items():
         variants, _ = protocol.EXPERIMENTS[title]
