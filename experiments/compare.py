@@ -47,8 +47,7 @@ def train_all(work: Path) -> dict[tuple[str, int], Path]:
 
 def accuracy_curve(folder: Path) -> dict[int, float]:
     """Step -> accuracy in %, the mean of both splits."""
-    curve = run.training_record(folder)["curve"]
-    return {step: 100 * sum(scores.values()) / len(scores) for step, scores in curve.items()}
+    return measures.overall_curve(run.training_record(folder))
 
 
 def read_images(folder: Path, n: int) -> list[list[str]]:

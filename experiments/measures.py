@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable
 from itertools import product
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 
@@ -37,8 +38,12 @@ def accuracy(result: dict, split: str = "overall") -> float:
 
 def accuracy_over_training(result: dict) -> float:
     """Mean accuracy in % of the evaluations during training, without the one before it."""
-    scores = [list(scores.values()) for step, scores in result["curve"].items() if int(step) > 0]
-    return 100 * float(np.mean(scores))
+    return fmean(score for step, score in overall_curve(result).items() if step > 0)
+
+
+def overall_curve(result: dict) -> dict[int, float]:
+    """Step -> mean accuracy of both splits in % of the evaluations during training."""
+    return {int(step): 100 * fmean(scores.values()) for step, scores in result["curve"].items()}
 
 
 def accuracy_gain(result: dict, base: dict) -> float:
@@ -96,6 +101,20 @@ def markdown(rows: list[list[str]]) -> str:
         return "(not run yet)"
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+READING = ("wrong %", "of these misread %", "cells read right %")
+
+
+def reading_cells(runs: Iterable[dict]) -> list[str]:
+    """How many answers are wrong, how many of those rest on a misread image: see READING."""
+    wrong, misread, cells_right = [], [], []
+    for run in runs:
+        n_wrong = count(run, "wrong")
+        wrong.append(100 * n_wrong / count(run, "responses"))
+        misread.append(100 * count(run, "misread") / max(n_wrong, 1))
+        cells_right.append(100 * count(run, "cells_right") / len(SPLITS))
+    return [interval(wrong), interval(misread), interval(cells_right)]
 
 
 def accuracy_cells(runs: list[dict]) -> list[str]:

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from experiments import report_tasks
 from experiments.measures import (
+    READING,
     Results,
     accuracy,
     accuracy_cells,
@@ -25,6 +26,7 @@ from experiments.measures import (
     markdown,
     median_seconds,
     paired,
+    reading_cells,
     sign_flip_p,
 )
 from experiments.protocol import DEVELOPMENT_SEEDS, EIGHT_SEEDS, FACTORS, KL_WEIGHTS
@@ -135,15 +137,7 @@ def table1(found: Results) -> str:
 
 def perception_table(found: Results) -> str:
     """Share of wrong answers whose reading was wrong, and PAPO's change of their number."""
-    rows = [
-        [
-            "",
-            "wrong %",
-            "of these misread %",
-            "cells read right %",
-            "misread answers, relative to baseline %",
-        ]
-    ]
+    rows = [["", *READING, "misread answers, relative to baseline %"]]
 
     def change(result: dict, base: dict) -> float:
         return 100 * (count(result, "misread") / count(base, "misread") - 1)
@@ -151,15 +145,11 @@ def perception_table(found: Results) -> str:
     for variant in ["start", *TABLE1]:
         if variant not in found:
             continue
-        runs = found[variant].values()
-        wrong = [100 * count(run, "wrong") / count(run, "responses") for run in runs]
-        misread = [100 * count(run, "misread") / max(count(run, "wrong"), 1) for run in runs]
-        cells_right = [100 * count(run, "cells_right") / len(SPLITS) for run in runs]
         relative = ""
         if variant in BASELINES:
             changes = paired(found, variant, BASELINES[variant], change)
             relative = interval(changes, sign=True)
-        rows.append([variant, interval(wrong), interval(misread), interval(cells_right), relative])
+        rows.append([variant, *reading_cells(found[variant].values()), relative])
     return markdown(rows)
 
 

@@ -6,14 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 
+from experiments import report_cost
 from experiments.measures import (
+    READING,
     Results,
     accuracy,
     accuracy_over_training,
-    count,
     interval,
     markdown,
+    overall_curve,
     paired,
+    reading_cells,
     sign_flip_p,
 )
 from experiments.protocol import COMPARED, DEVELOPMENT_SEEDS, GAMMAS, TASKS
@@ -25,11 +28,6 @@ def baseline_of(method: str) -> str | None:
     if not method.startswith("papo"):
         return None
     return "dapo" if method.startswith("papo_d") else "grpo"
-
-
-def overall_curve(run: dict) -> dict[int, float]:
-    """Step -> mean accuracy of both splits in %."""
-    return {int(step): 100 * fmean(scores.values()) for step, scores in run["curve"].items()}
 
 
 def gain(measure: Callable[[dict], float]) -> Callable[[dict, dict], float]:
@@ -65,17 +63,12 @@ def task_table(found: Results, task: str) -> str:
 
 
 def reading_table(found: Results, task: str) -> str:
-    """The start model's errors: perception must limit it, not the shortcut."""
-    rows = [["", "seeds", "cells read right %", "wrong %", "of these misread %"]]
+    """Errors of the start model and of every method: reading must limit the start model."""
+    rows = [["", *READING]]
     for method in COMPARED:
-        runs = list(found.get(f"{task}/{method}", {}).values())
-        if not runs:
-            continue
-        cells = [100 * count(run, "cells_right") / len(SPLITS) for run in runs]
-        wrong = [100 * count(run, "wrong") / count(run, "responses") for run in runs]
-        misread = [100 * count(run, "misread") / max(count(run, "wrong"), 1) for run in runs]
-        row = [method, str(len(runs)), interval(cells), interval(wrong), interval(misread)]
-        rows.append(row)
+        runs = found.get(f"{task}/{method}", {}).values()
+        if runs:
+            rows.append([method, *reading_cells(runs)])
     return markdown(rows)
 
 
@@ -125,11 +118,24 @@ def curves_figure(found: Results, figures: Path) -> str:
     return "![accuracy over the steps of both tasks](figures/both_tasks.png)"
 
 
+def cost_sections(found: Results, figures: Path) -> list[str]:
+    """What PAPO gains over its baseline when both have spent the same."""
+    parts = []
+    for task in TASKS:
+        pairs = [
+            (f"{task}/{method}", f"{task}/{baseline_of(method)}")
+            for method in COMPARED
+            if baseline_of(method)
+        ]
+        parts += [f"## {task}: at equal cost", report_cost.pay_table(found, pairs)]
+    return [*parts, report_cost.pay_figure(found, COMPARED[1:], figures)]
+
+
 def sections(found: Results, figures: Path) -> list[str]:
     parts = []
     for task in TASKS:
         parts += [f"## {task}", task_table(found, task), reading_table(found, task)]
-    parts += [curves_figure(found, figures)]
+    parts += [curves_figure(found, figures), *cost_sections(found, figures)]
     parts += ["## choice of the number of steps", steps_table(found)]
     parts += ["## choice of gamma", gamma_table(found)]
     return parts

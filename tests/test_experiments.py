@@ -5,10 +5,11 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import train
-from experiments import measures, protocol, report, run, tasks
+from experiments import measures, protocol, report, report_cost, run, tasks
 from papo import algo_class, preset
 from support import toy
 from support.cli import parse_flags, resolve_config
@@ -92,6 +93,37 @@ def test_the_sign_flip_test_is_exact():
     assert measures.sign_flip_p([1.0, -1.0]) == 1.0
     assert measures.sign_flip_p([3.0, -1.0]) == 1.0
     assert measures.sign_flip_p([3.0, 1.0]) == 0.5
+
+
+def cost_result(curve, seconds, tokens):
+    """A run of two steps, with an evaluation after each."""
+    scores = {str(step): dict.fromkeys(tasks.SPLITS, value) for step, value in enumerate(curve)}
+    metrics = {"seconds": [seconds] * 2, "tokens_per_second": [tokens / seconds] * 2}
+    return {"curve": scores, "metrics": metrics}
+
+
+def test_methods_are_compared_when_they_have_spent_the_same():
+    """A method that takes twice as long is as good after two steps as its baseline after one."""
+    found = {
+        "slow": {seed: cost_result([0.2, 0.5, 0.8], 4.0, 10) for seed in (1, 2)},
+        "base": {seed: cost_result([0.2, 0.4, 0.6], 2.0, 10) for seed in (1, 2)},
+    }
+    budgets, of_seeds = report_cost.differences(found, "slow", "base", "seconds")
+    assert budgets[-1] == 4.0 and of_seeds.shape == (2, 201)
+    assert of_seeds[0, [0, 100, 200]] == pytest.approx([0, 35 - 40, 50 - 60])
+    budgets, of_seeds = report_cost.differences(found, "slow", "base", "sampled tokens")
+    assert budgets[-1] == 20.0
+    assert of_seeds[0, [0, 100, 200]] == pytest.approx([0, 10, 20])
+    table = report_cost.pay_table(found, [("slow", "base")])
+    assert "| slow | seconds | 2.00 | -2.5 +- 0.0 | -5.0 +- 0.0 | -7.5 +- 0.0 |" in table
+    assert "| slow | sampled tokens | 1.00 |" in table and "none (none in 100%" in table
+
+
+def test_the_crossing_is_where_the_sign_changes_last():
+    budgets = np.array([0.0, 1.0, 2.0, 3.0, 4.0])
+    assert report_cost.crossing(budgets, np.array([1.0, -1, 2, 1, -3])) == 4.0
+    assert report_cost.crossing(budgets, np.array([-1.0, -1, 0, 1, 3])) == 2.0
+    assert report_cost.crossing(budgets, np.array([0.0, 1, 2, 1, 3])) is None
 
 
 def fake_result(variant, seed, accuracy):
