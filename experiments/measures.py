@@ -56,9 +56,9 @@ def delta_rel(result: dict, base: dict) -> float:
     return float(np.mean([100 * (ratio - 1) for ratio in ratios]))
 
 
-def count(result: dict, what: str) -> float:
+def count(result: dict, what: str, splits: Iterable[str] = SPLITS) -> float:
     """A count of the final evaluation, summed over the splits."""
-    return sum(result["final"][split][what] for split in SPLITS)
+    return sum(result["final"][split][what] for split in splits)
 
 
 def median_seconds(result: dict) -> float:
@@ -74,6 +74,15 @@ def paired(found: Results, variant: str, base: str, measure: Callable) -> list[f
     return [measure(runs[seed], base_runs[seed]) for seed in sorted(runs.keys() & base_runs.keys())]
 
 
+def at_seeds(found: Results, seeds: Iterable[int]) -> Results:
+    """The results at these seeds alone; variants without any are left out."""
+    chosen = {
+        variant: {seed: runs[seed] for seed in seeds if seed in runs}
+        for variant, runs in found.items()
+    }
+    return {variant: runs for variant, runs in chosen.items() if runs}
+
+
 def common_seeds(found: Results, variants: Iterable[str]) -> list[int]:
     return sorted(set.intersection(*(set(found[variant]) for variant in variants)))
 
@@ -84,6 +93,16 @@ def sign_flip_p(differences: list[float]) -> float:
     patterns = product((1, -1), repeat=len(values))
     means = np.abs([np.mean(values * signs) for signs in patterns])
     return float(np.mean(means >= abs(values.mean()) - 1e-12))
+
+
+def holm(ps: list[float]) -> list[float]:
+    """The p corrected by Holm's method: the smallest times their number, the next times one less,
+    and none below the one before it."""
+    corrected, least = [0.0] * len(ps), 0.0
+    for rank, index in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
+        least = max(least, min(1.0, (len(ps) - rank) * ps[index]))
+        corrected[index] = least
+    return corrected
 
 
 def interval(values: list[float], digits: int = 1, sign: bool = False) -> str:
@@ -106,14 +125,14 @@ def markdown(rows: list[list[str]]) -> str:
 READING = ("wrong %", "of these misread %", "cells read right %")
 
 
-def reading_cells(runs: Iterable[dict]) -> list[str]:
+def reading_cells(runs: Iterable[dict], splits: tuple[str, ...] = SPLITS) -> list[str]:
     """How many answers are wrong, how many of those rest on a misread image: see READING."""
     wrong, misread, cells_right = [], [], []
     for run in runs:
-        n_wrong = count(run, "wrong")
-        wrong.append(100 * n_wrong / count(run, "responses"))
-        misread.append(100 * count(run, "misread") / max(n_wrong, 1))
-        cells_right.append(100 * count(run, "cells_right") / len(SPLITS))
+        n_wrong = count(run, "wrong", splits)
+        wrong.append(100 * n_wrong / count(run, "responses", splits))
+        misread.append(100 * count(run, "misread", splits) / max(n_wrong, 1))
+        cells_right.append(100 * count(run, "cells_right", splits) / len(splits))
     return [interval(wrong), interval(misread), interval(cells_right)]
 
 

@@ -160,50 +160,22 @@ EXPERIMENTS |= {
 
 # ---------------------------------- the second protocol: on both tasks, until GRPO has flattened
 
-NEW_SEEDS = range(20, 28)
 TASKS = ("dots", "digits")
-STEPS = 60
+NEW_SEEDS = range(20, 28)
 GAMMAS = (0.05, 0.1, 0.2)
+# The choices of the development seeds; what follows from them is added once they are made.
+STEPS: int | None = None
+GAMMA: float | None = None
+COMPARED = ("grpo", "papo_g", f"papo_g_{GAMMA}", "dapo", "papo_d", f"papo_d_{GAMMA}")
 
 
 def on_both_tasks(methods: dict[str, dict]) -> dict[str, dict]:
     return {f"{task}/{name}": flags for task in TASKS for name, flags in methods.items()}
 
 
-BOTH_TASKS = {
-    "start": {},
-    "grpo": {"algo": "grpo", "steps": STEPS},
-    "papo_g": {"algo": "papo_g", "steps": STEPS},
-    "dapo": {"algo": "dapo", "steps": STEPS},
-    "papo_d": {"algo": "papo_d", "steps": STEPS},
-}
-COMPARED = [*BOTH_TASKS]  # and the chosen gamma
-BOTH_TASKS["grpo_long"] = {"algo": "grpo", "steps": 100}
-for _gamma in GAMMAS:
-    BOTH_TASKS[f"papo_g_{_gamma}"] = {"algo": "papo_g", "kl_prcp_coef": _gamma, "steps": STEPS}
+LONG = on_both_tasks({"start": {}, "grpo_long": {"algo": "grpo", "steps": 100}})
+VARIANTS |= LONG
+EXPERIMENTS["choice_of_steps"] = ([*LONG], DEVELOPMENT_SEEDS)
 
-VARIANTS |= on_both_tasks(BOTH_TASKS)
-
-# The same runs with other rounding: variant -> environment variables of train.py.
-ROUNDINGS = {
-    "two_threads": {"OMP_NUM_THREADS": "2"},
-    "mkl_sse2": {"MKL_CBWR": "COMPATIBLE"},
-    "no_avx": {"ATEN_CPU_CAPABILITY": "default"},
-    "mkl_sse2_no_avx": {"MKL_CBWR": "COMPATIBLE", "ATEN_CPU_CAPABILITY": "default"},
-}
+# The same run with other rounding: variant -> environment variables of train.py.
 ENVIRONMENTS: dict[str, dict[str, str]] = {}
-for _method in ("grpo", "papo_g"):
-    for _name, _environment in ROUNDINGS.items():
-        VARIANTS[f"rounding/{_method}_{_name}"] = BOTH_TASKS[_method]
-        ENVIRONMENTS[f"rounding/{_method}_{_name}"] = _environment
-    # Other rows of tokens, and so another order of summation.
-    VARIANTS[f"rounding/{_method}_short_rows"] = BOTH_TASKS[_method] | {"tokens_per_forward": 4096}
-EXPERIMENTS |= {
-    "rounding": ([name for name in VARIANTS if name.startswith("rounding/")], range(20, 21)),
-    "choice_of_steps": ([f"{task}/grpo_long" for task in TASKS], DEVELOPMENT_SEEDS),
-    "both_tasks": ([f"{task}/{name}" for task in TASKS for name in COMPARED], NEW_SEEDS),
-    "choice_of_gamma": (
-        [f"{task}/papo_g_{gamma}" for task in TASKS for gamma in GAMMAS],
-        DEVELOPMENT_SEEDS,
-    ),
-}

@@ -242,14 +242,21 @@ def further_table(found: Results) -> str:
     return markdown(rows)
 
 
-def relative_costs() -> dict[str, str]:
-    """Method -> its median seconds per step, divided by grpo's (see cost.py)."""
+def load_costs() -> dict[str, dict]:
+    """What cost.py measured: variant -> {"seconds": of each step}."""
     file = HERE / "cost.json"
-    if not file.exists():
-        return {}
-    methods = json.loads(file.read_text())["methods"]
-    medians = {name: np.median(cost["seconds"]) for name, cost in methods.items()}
-    return {name: f"{median / medians['grpo']:.2f}" for name, median in medians.items()}
+    return json.loads(file.read_text())["methods"] if file.exists() else {}
+
+
+def relative_costs() -> dict[str, str]:
+    """Method of variants/ -> its median seconds per step, divided by grpo's."""
+    medians = {name: np.median(cost["seconds"]) for name, cost in load_costs().items()}
+    prefix = "variants/"
+    return {
+        name.removeprefix(prefix): f"{median / medians[prefix + 'grpo']:.2f}"
+        for name, median in medians.items()
+        if name.startswith(prefix)
+    }
 
 
 def choice_table(found: Results) -> str:
@@ -398,7 +405,7 @@ def main() -> None:
     parts += ["## variants", variants_table(found), note, variants_figure(found)]
     parts += ["## variants: choice of the factor", choice_table(found)]
     parts += ["## further differences", further_table(found)]
-    parts += report_tasks.sections(found, HERE / "figures")
+    parts += report_tasks.sections(found, load_costs(), HERE / "figures")
     (HERE / "report.md").write_text("\n\n".join(filter(None, parts)) + "\n")
     print(HERE / "report.md")
 

@@ -1,4 +1,9 @@
-"""The part of the report on cost: accuracy against the seconds and the sampled tokens it took."""
+"""The part of the report on cost: accuracy against the seconds and the sampled tokens it took.
+
+Seconds are those of cost.py, one run per method on an otherwise idle machine, at every seed: runs
+that shared the machine say nothing about time. Tokens are each run's own. They are the responses'
+alone; PAPO's forward under the masked view counts in seconds only.
+"""
 
 from __future__ import annotations
 
@@ -13,89 +18,98 @@ from experiments.protocol import TASKS
 from support import metrics
 
 UNITS = ("seconds", "sampled tokens")
-BUDGETS = (0.25, 0.5, 0.75, 1.0)  # of what the baseline spent in all
+BUDGETS = (0.25, 0.5, 0.75, 1.0)  # of what the baseline spends in all
 RESAMPLES = 2000
 
 
-def cost_per_step(runs: list[dict], unit: str) -> float:
-    """What a step of a method costs: the median of its seconds, or the mean of its tokens.
+def spent(run: dict, unit: str, costs: dict) -> np.ndarray:
+    """What a run had spent at each of its evaluations.
 
-    The median leaves out steps that waited for other work on the machine.
+    costs: variant -> {"seconds": of each step}.
     """
-    seconds = np.concatenate([run["metrics"]["seconds"] for run in runs])
     if unit == "seconds":
-        return float(np.median(seconds))
-    per_second = np.concatenate([run["metrics"]["tokens_per_second"] for run in runs])
-    return float(np.mean(seconds * per_second))
+        of_steps = np.array(costs[run["variant"]]["seconds"])
+    else:
+        of_steps = np.multiply(run["metrics"]["seconds"], run["metrics"]["tokens_per_second"])
+    total = np.concatenate([[0.0], np.cumsum(of_steps)])
+    return total[list(overall_curve(run))]
 
 
-def differences(found: Results, method: str, base: str, unit: str) -> tuple[np.ndarray, np.ndarray]:
-    """Budgets [N], and at each of them accuracy minus the baseline's at each seed [seeds, N]."""
-    runs, base_runs = found[method], found[base]
-    seeds = sorted(runs.keys() & base_runs.keys())
-    cost = cost_per_step([runs[seed] for seed in seeds], unit)
-    base_cost = cost_per_step([base_runs[seed] for seed in seeds], unit)
-    budgets = np.linspace(0, base_cost * max(overall_curve(base_runs[seeds[0]])), 201)
+def accuracy_at(run: dict, unit: str, costs: dict, budgets: np.ndarray) -> np.ndarray:
+    """Accuracy by the time each budget is spent, interpolated between evaluations; not a number
+    beyond the run's end."""
+    scores = list(overall_curve(run).values())
+    return np.interp(budgets, spent(run, unit, costs), scores, right=np.nan)
+
+
+def differences(
+    found: Results, costs: dict, method: str, base: str, unit: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Budgets [N], and at each of them accuracy minus the baseline's at each seed [seeds, N].
+
+    The last budget is what the cheapest of all runs spends.
+    """
+    seeds = sorted(found[method].keys() & found[base].keys())
+    pairs = [(found[method][seed], found[base][seed]) for seed in seeds]
+    least = min(spent(run, unit, costs)[-1] for pair in pairs for run in pair)
+    budgets = np.linspace(0, least, 201)
     rows = []
-    for seed in seeds:
-        own = at_budgets(runs[seed], cost, budgets)
-        rows.append(own - at_budgets(base_runs[seed], base_cost, budgets))
+    for run, base_run in pairs:
+        own = accuracy_at(run, unit, costs, budgets)
+        rows.append(own - accuracy_at(base_run, unit, costs, budgets))
     return budgets, np.array(rows)
 
 
-def at_budgets(run: dict, cost: float, budgets: np.ndarray) -> np.ndarray:
-    """Accuracy by the time each budget is spent, interpolated between evaluations."""
-    curve = overall_curve(run)
-    return np.interp(budgets, cost * np.array(list(curve)), list(curve.values()))
+def ahead_from(budgets: np.ndarray, difference: np.ndarray) -> float:
+    """The budget from which a difference [N] is above 0 for good; infinite if it ends at or below.
 
-
-def crossing(budgets: np.ndarray, difference: np.ndarray) -> float | None:
-    """The last budget at which a difference [N] changes its sign; None if it keeps it."""
-    signs = np.sign(difference)
-    signs[signs == 0] = 1
-    changes = np.flatnonzero(signs[1:] != signs[:-1])
-    return float(budgets[changes[-1] + 1]) if len(changes) else None
-
-
-def crossing_cell(budgets: np.ndarray, of_seeds: np.ndarray) -> str:
-    """The crossing of the mean over seeds, and its bootstrap interval over the seeds.
-
-    Resamples without a crossing are named: of them nothing else is known.
+    The first budget, 0, does not count: no method is ahead before it begins.
     """
+    not_ahead = np.flatnonzero(difference[1:] <= 0)
+    if len(not_ahead) == 0:
+        return float(budgets[1])
+    last = not_ahead[-1] + 1
+    return float(budgets[last + 1]) if last + 1 < len(budgets) else np.inf
+
+
+def ahead_cell(budgets: np.ndarray, of_seeds: np.ndarray) -> str:
+    """From which budget the mean over seeds is ahead for good, with its 95% bootstrap interval."""
     rng = np.random.default_rng(0)
-    found = []
+    resampled = []
     for _ in range(RESAMPLES):
-        chosen = rng.integers(len(of_seeds), size=len(of_seeds))
-        found.append(crossing(budgets[1:], of_seeds[chosen, 1:].mean(0)))
-    crossings = [each for each in found if each is not None]
-    at = crossing(budgets[1:], of_seeds[:, 1:].mean(0))
-    none = f"none in {100 * (1 - len(crossings) / RESAMPLES):.0f}% of resamples"
-    if at is None:
-        return f"none ({none})"
-    low, high = np.percentile(crossings, [2.5, 97.5])
-    return f"{at:.0f} ({low:.0f} to {high:.0f}; {none})"
+        seeds = rng.integers(len(of_seeds), size=len(of_seeds))
+        resampled.append(ahead_from(budgets, of_seeds[seeds].mean(0)))
+    low, high = np.quantile(resampled, [0.025, 0.975], method="inverted_cdf")
+    shown = []
+    for value in (ahead_from(budgets, of_seeds.mean(0)), low, high):
+        shown.append("never" if np.isinf(value) else f"{value:.0f}")
+    return f"{shown[0]} ({shown[1]} to {shown[2]})"
 
 
-def pay_table(found: Results, pairs: list[tuple[str, str]]) -> str:
-    """What a method is ahead of its baseline when both have spent the same."""
-    shares = [f"at {share:.0%}" for share in BUDGETS]
-    rows = [["", "unit", "per step, relative", *shares, "crossing"]]
-    for method, base in pairs:
-        if method not in found or base not in found:
-            continue
+def pay_table(found: Results, costs: dict, pairs: dict[str, str]) -> str:
+    """What a method is ahead of its baseline when both have spent the same.
+
+    pairs: method -> baseline.
+    """
+    shares = [f"{share:.0%} of the budget" for share in BUDGETS]
+    rows = [["", "unit", "budget", *shares, "ahead from"]]
+    for method, base in pairs.items():
         for unit in UNITS:
-            budgets, of_seeds = differences(found, method, base, unit)
-            costs = [cost_per_step(list(found[name].values()), unit) for name in (method, base)]
+            if method not in found or base not in found:
+                continue
+            if unit == "seconds" and not {method, base} <= costs.keys():
+                continue
+            budgets, of_seeds = differences(found, costs, method, base, unit)
             cells = []
             for share in BUDGETS:
-                at = round(share * (len(budgets) - 1))
-                cells.append(interval(of_seeds[:, at].tolist(), sign=True))
-            relative = f"{costs[0] / costs[1]:.2f}"
-            rows.append([method, unit, relative, *cells, crossing_cell(budgets, of_seeds)])
+                column = round(share * (len(budgets) - 1))
+                cells.append(interval(of_seeds[:, column].tolist(), sign=True))
+            name = method.rpartition("/")[2]
+            rows.append([name, unit, f"{budgets[-1]:.0f}", *cells, ahead_cell(budgets, of_seeds)])
     return markdown(rows)
 
 
-def pay_figure(found: Results, methods: list[str], figures: Path) -> str:
+def pay_figure(found: Results, costs: dict, methods: list[str], figures: Path) -> str:
     """Mean accuracy of the seeds against what was spent: a row per task, a column per unit."""
     shown = [task for task in TASKS if f"{task}/{methods[0]}" in found]
     if not shown:
@@ -106,8 +120,8 @@ def pay_figure(found: Results, methods: list[str], figures: Path) -> str:
         for ax, unit in zip(row, UNITS, strict=True):
             for index, method in enumerate(methods):
                 runs = list(found.get(f"{task}/{method}", {}).values())
-                if runs:
-                    _draw_mean(ax, runs, unit, method, f"C{index}")
+                if runs and (unit != "seconds" or f"{task}/{method}" in costs):
+                    _draw_mean(ax, runs, unit, costs, method, f"C{index}")
             ax.set_title(f"{task}: overall accuracy in %", fontsize=9.5)
             ax.set_xlabel(unit, fontsize=8)
             ax.grid(alpha=0.3)
@@ -116,11 +130,12 @@ def pay_figure(found: Results, methods: list[str], figures: Path) -> str:
     return "![accuracy against seconds and sampled tokens](figures/cost.png)"
 
 
-def _draw_mean(ax, runs: list[dict], unit: str, label: str, colour: str) -> None:
-    curves = [overall_curve(run) for run in runs]
-    spent = cost_per_step(runs, unit) * np.array(list(curves[0]))
-    means = [fmean(curve[step] for curve in curves) for step in curves[0]]
-    halves = [metrics.mean_interval([curve[step] for curve in curves])[1] for step in curves[0]]
+def _draw_mean(ax, runs: list[dict], unit: str, costs: dict, label: str, colour: str) -> None:
+    """The mean of the runs at what they had spent on average, with a 95% interval."""
+    x = np.mean([spent(run, unit, costs) for run in runs], axis=0)
+    curves = np.array([list(overall_curve(run).values()) for run in runs])  # [runs, evaluations]
+    means = [fmean(column) for column in curves.T]
+    halves = [metrics.mean_interval(column.tolist())[1] for column in curves.T]
+    ax.plot(x, means, color=colour, label=label)
     low, high = np.subtract(means, halves), np.add(means, halves)
-    ax.plot(spent, means, color=colour, label=label)
-    ax.fill_between(spent, low, high, color=colour, alpha=0.12, linewidth=0)
+    ax.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)

@@ -1,8 +1,8 @@
-"""The part of the report on both tasks: how far the methods get, and how fast."""
+"""The part of the report on both tasks: how far the methods get, how fast, and at what cost."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import fmean
 
@@ -12,6 +12,8 @@ from experiments.measures import (
     Results,
     accuracy,
     accuracy_over_training,
+    at_seeds,
+    holm,
     interval,
     markdown,
     overall_curve,
@@ -19,56 +21,82 @@ from experiments.measures import (
     reading_cells,
     sign_flip_p,
 )
-from experiments.protocol import COMPARED, DEVELOPMENT_SEEDS, GAMMAS, TASKS
+from experiments.protocol import COMPARED, DEVELOPMENT_SEEDS, GAMMA, GAMMAS, NEW_SEEDS, TASKS
 from experiments.tasks import SPLITS
 from support import plots
 
+BASELINES = {
+    "papo_g": "grpo",
+    f"papo_g_{GAMMA}": "grpo",
+    "papo_d": "dapo",
+    f"papo_d_{GAMMA}": "dapo",
+}
+PRIMARY = f"papo_g_{GAMMA}"
+QUESTIONS = {"how far": accuracy, "how fast": accuracy_over_training}
 
-def baseline_of(method: str) -> str | None:
-    if not method.startswith("papo"):
-        return None
-    return "dapo" if method.startswith("papo_d") else "grpo"
+
+def gains(found: Results, task: str, method: str, measure: Callable) -> list[float] | None:
+    """The differences to the method's baseline, seed by seed; None unless every seed has both."""
+
+    def gain(result: dict, base: dict) -> float:
+        if result["start_model"] != base["start_model"]:
+            raise ValueError(f"{task}/{method}: two start models at seed {result['seed']}")
+        return measure(result) - measure(base)
+
+    values = paired(found, f"{task}/{method}", f"{task}/{BASELINES[method]}", gain)
+    return values if len(values) == len(NEW_SEEDS) else None
 
 
-def gain(measure: Callable[[dict], float]) -> Callable[[dict, dict], float]:
-    return lambda result, base: measure(result) - measure(base)
-
-
-def difference_cells(found: Results, task: str, method: str, measure: Callable) -> list[str]:
-    """The paired difference to the method's baseline and its p; blank for a baseline."""
-    base = baseline_of(method)
-    gains = paired(found, f"{task}/{method}", f"{task}/{base}", gain(measure))
-    if len(gains) < 2:
-        return ["", ""]
-    return [interval(gains, sign=True), f"{sign_flip_p(gains):.3f}"]
+def primary_table(found: Results) -> str:
+    """The two primary comparisons, over the seeds of both tasks; p as is and corrected by Holm."""
+    names, rows, ps = list(QUESTIONS), [], []
+    for question in names:
+        of_tasks = [gains(found, task, PRIMARY, QUESTIONS[question]) for task in TASKS]
+        if None in of_tasks:
+            return "(not complete)"
+        values = [value for of_task in of_tasks for value in of_task]
+        ahead = sum(value > 0 for value in values)
+        rows.append([question, interval(values, sign=True), f"{ahead} of {len(values)}"])
+        ps.append(sign_flip_p(values))
+    for row, p, corrected in zip(rows, ps, holm(ps), strict=True):
+        row += [f"{p:.4f}", f"{corrected:.4f}"]
+    return markdown([["", f"{PRIMARY} minus grpo", "pairs ahead", "p", "corrected p"], *rows])
 
 
 def task_table(found: Results, task: str) -> str:
     """Every method of one task: accuracy at the end, then the mean over training."""
     header = ["", "seeds", "overall", *SPLITS, "minus baseline", "p"]
     rows = [[*header, "mean over training", "minus baseline", "p"]]
-    for method in COMPARED:
+    for method in ["start", *COMPARED]:
         runs = list(found.get(f"{task}/{method}", {}).values())
         if not runs:
             continue
-        far = [accuracy(run) for run in runs]
-        by_split = [interval([accuracy(run, split) for run in runs]) for split in SPLITS]
+        far = [interval([accuracy(run, split) for run in runs]) for split in ("overall", *SPLITS)]
         fast = [accuracy_over_training(run) for run in runs if "curve" in run]
-        row = [method, str(len(runs)), interval(far), *by_split]
-        row += difference_cells(found, task, method, accuracy)
-        row.append(interval(fast))
-        row += difference_cells(found, task, method, accuracy_over_training)
+        row = [method, str(len(runs)), *far, *difference_cells(found, task, method, accuracy)]
+        row += [interval(fast), *difference_cells(found, task, method, accuracy_over_training)]
         rows.append(row)
     return markdown(rows)
 
 
-def reading_table(found: Results, task: str) -> str:
-    """Errors of the start model and of every method: reading must limit the start model."""
-    rows = [["", *READING]]
-    for method in COMPARED:
-        runs = found.get(f"{task}/{method}", {}).values()
-        if runs:
-            rows.append([method, *reading_cells(runs)])
+def difference_cells(found: Results, task: str, method: str, measure: Callable) -> list[str]:
+    """The paired difference to the method's baseline and its p; blank for a baseline."""
+    if method not in BASELINES:
+        return ["", ""]
+    values = gains(found, task, method, measure)
+    if values is None:
+        return ["(not complete)", ""]
+    return [interval(values, sign=True), f"{sign_flip_p(values):.3f}"]
+
+
+def reading_table(found: Results, task: str, methods: Iterable[str]) -> str:
+    """Errors by split, and how many of them rest on a misread image."""
+    rows = [["", "split", *READING]]
+    for method in methods:
+        runs = list(found.get(f"{task}/{method}", {}).values())
+        for split in SPLITS:
+            if runs:
+                rows.append([method, split, *reading_cells(runs, (split,))])
     return markdown(rows)
 
 
@@ -91,13 +119,9 @@ def gamma_table(found: Results) -> str:
     """Overall accuracy at the end by gamma: mean of the development seeds, then of both tasks."""
     rows = [["gamma", *TASKS, "both"]]
     for gamma in GAMMAS:
-        means = []
-        for task in TASKS:
-            runs = found.get(f"{task}/papo_g_{gamma}", {})
-            chose = [accuracy(runs[seed]) for seed in DEVELOPMENT_SEEDS if seed in runs]
-            if len(chose) == len(DEVELOPMENT_SEEDS):
-                means.append(fmean(chose))
-        if len(means) == len(TASKS):
+        of_tasks = [found.get(f"{task}/papo_g_{gamma}", {}) for task in TASKS]
+        if all(len(runs) == len(DEVELOPMENT_SEEDS) for runs in of_tasks):
+            means = [fmean(accuracy(run) for run in runs.values()) for runs in of_tasks]
             rows.append([str(gamma), *(f"{mean:.1f}" for mean in (*means, fmean(means)))])
     return markdown(rows)
 
@@ -107,7 +131,7 @@ def curves_figure(found: Results, figures: Path) -> str:
     panels = {}
     for task in TASKS:
         lines = {}
-        for method in COMPARED[1:]:
+        for method in COMPARED:
             runs = found.get(f"{task}/{method}", {}).values()
             lines[method] = [overall_curve(run) for run in runs]
         panels[f"{task}: overall accuracy in %"] = lines
@@ -118,24 +142,17 @@ def curves_figure(found: Results, figures: Path) -> str:
     return "![accuracy over the steps of both tasks](figures/both_tasks.png)"
 
 
-def cost_sections(found: Results, figures: Path) -> list[str]:
-    """What PAPO gains over its baseline when both have spent the same."""
-    parts = []
+def sections(found: Results, costs: dict, figures: Path) -> list[str]:
+    """costs: see report_cost.spent."""
+    reported, development = at_seeds(found, NEW_SEEDS), at_seeds(found, DEVELOPMENT_SEEDS)
+    parts = ["## both tasks", primary_table(reported), curves_figure(reported, figures)]
     for task in TASKS:
-        pairs = [
-            (f"{task}/{method}", f"{task}/{baseline_of(method)}")
-            for method in COMPARED
-            if baseline_of(method)
-        ]
-        parts += [f"## {task}: at equal cost", report_cost.pay_table(found, pairs)]
-    return [*parts, report_cost.pay_figure(found, COMPARED[1:], figures)]
-
-
-def sections(found: Results, figures: Path) -> list[str]:
-    parts = []
-    for task in TASKS:
-        parts += [f"## {task}", task_table(found, task), reading_table(found, task)]
-    parts += [curves_figure(found, figures), *cost_sections(found, figures)]
-    parts += ["## choice of the number of steps", steps_table(found)]
-    parts += ["## choice of gamma", gamma_table(found)]
+        pairs = {f"{task}/{method}": f"{task}/{base}" for method, base in BASELINES.items()}
+        parts += [f"## {task}", task_table(reported, task)]
+        parts += [reading_table(reported, task, ["start", *COMPARED])]
+        parts += [f"## {task}: at equal cost", report_cost.pay_table(reported, costs, pairs)]
+    parts += [report_cost.pay_figure(reported, costs, COMPARED, figures)]
+    parts += ["## choices on the development seeds"]
+    parts += [reading_table(development, task, ["start"]) for task in TASKS]
+    parts += [steps_table(development), gamma_table(development)]
     return parts

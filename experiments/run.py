@@ -83,6 +83,15 @@ def result_file(variant: str, seed: int) -> Path:
     return RESULTS / f"{variant}-s{seed}.json"
 
 
+def has_result(variant: str, seed: int) -> bool:
+    file = result_file(variant, seed)
+    if not file.exists():
+        return False
+    if not is_start(variant):
+        check_flags(json.loads(file.read_text())["config"], variant, file)
+    return True
+
+
 # One run
 
 
@@ -94,30 +103,52 @@ def run(variant: str, seed: int, work: Path) -> Path:
     log = work / f"{variant}-s{seed}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     result_file(variant, seed).parent.mkdir(exist_ok=True)
-    result = {
-        "variant": variant,
-        "seed": seed,
-        "commit": current_commit(),
-        "machine": machine(),
-        "evaluation": EVALUATION,
-    }
-    task = task_of(variant)
     start = build_start_model(variant, seed, log)
-    result["start_model"] = sha256(start / toy.WEIGHTS)
+    result = origin(variant, seed, start, log.with_suffix(".origin"))
     if is_start(variant):
         model = start
     else:
         run_dir = train(variant, seed, work, log)
-        result |= training_record(run_dir) | {"environment": ENVIRONMENTS.get(variant, {})}
+        result |= training_record(run_dir)
         model = run_dir / "model"
+    task = task_of(variant)
     out = work / f"{variant}-s{seed}-eval"
     flags = {"model": model, "seed": seed, "out": out} | task.evaluation(seed) | EVALUATION
     run_python(["evaluate.py"], flags, log)
     result["final"] = {split: measure(out / f"{split}.jsonl", task) for split in SPLITS}
-    partial = result_file(variant, seed).with_suffix(".partial")
-    partial.write_text(json.dumps(result) + "\n")
-    os.replace(partial, result_file(variant, seed))
+    write_json(result_file(variant, seed), result)
     return result_file(variant, seed)
+
+
+def origin(variant: str, seed: int, start: Path, file: Path) -> dict:
+    """What a run's numbers depend on beside its flags, as it was when the run began.
+
+    Kept in `file` for a run that continues. RuntimeError if its start model is another one now.
+    """
+    model = sha256(start / toy.WEIGHTS)
+    if not file.exists():
+        environment = ENVIRONMENTS.get(variant, {})
+        facts = {"variant": variant, "seed": seed, "commit": current_commit()}
+        facts |= {"machine": machine(environment), "environment": environment}
+        write_json(file, facts | {"evaluation": EVALUATION, "start_model": model})
+    facts = json.loads(file.read_text())
+    if facts["start_model"] != model:
+        raise RuntimeError(f"{file}: the start model has changed since this run began: remove it")
+    return facts
+
+
+def check_flags(config: dict, variant: str, source: Path) -> None:
+    """ValueError if a run had other flags than the protocol has now."""
+    for name, value in (TRAINING | VARIANTS[variant]).items():
+        if config.get(name) != value:
+            found = f"{name}={config.get(name)}, the protocol has {value}"
+            raise ValueError(f"{source} was made with {found}: remove it")
+
+
+def write_json(file: Path, content: dict) -> None:
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(content) + "\n")
+    os.replace(partial, file)
 
 
 def task_of(variant: str):
@@ -143,7 +174,9 @@ def train(variant: str, seed: int, work: Path, log: Path) -> Path:
     weights = run_dir / "model" / "model.safetensors"
     if weights.exists():
         return run_dir
-    if (run_dir / "config.json").exists():
+    config = run_dir / "config.json"
+    if config.exists():
+        check_flags(json.loads(config.read_text()), variant, config)
         flags = {"resume": run_dir}
     else:
         inputs = task_of(variant).training(seed)
@@ -178,14 +211,14 @@ def current_commit() -> str:
     return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
-def machine() -> dict:
-    """What a run's numbers depend on beside its flags."""
+def machine(environment: dict[str, str]) -> dict:
+    """Library versions, CPU and threads of a run with these environment variables."""
     return {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "processor": processor(),
-        "threads": 1,
+        "threads": int(environment.get("OMP_NUM_THREADS", 1)),
     }
 
 
@@ -261,12 +294,18 @@ def main() -> None:
     args = parse_args()
     names = list(EXPERIMENTS) if "all" in args.names else args.names
     jobs = list_jobs(names, args.seeds)
-    missing = [job for job in jobs if not result_file(*job).exists()]
+    try:
+        missing = [job for job in jobs if not has_result(*job)]
+    except ValueError as error:
+        sys.exit(str(error))
     print(f"{len(jobs)} runs, {len(missing)} missing")
     if args.list:
         for variant, seed in missing:
             print(f"{variant} seed {seed}")
         return
+    # Start models of their own: those that train.py made may be rounded otherwise.
+    cache = Path(os.environ.get("PAPO_CACHE") or "~/.cache/papo").expanduser()
+    os.environ["PAPO_CACHE"] = str(cache / "experiments")
     work = args.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     failures = run_all(missing, args.jobs, work)

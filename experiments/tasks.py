@@ -1,7 +1,8 @@
 """The two tasks of the experiments: coloured dots, and scans of handwritten digits.
 
 A task says where a seed's start model and data are, and what a response read in the image. Both
-have the splits `general` and `vision_dependent`, whose questions are the same for every seed.
+have the splits `general` and `vision_dependent`. At the end they ask the same questions at every
+seed; so do the digits during training, while the dots then draw questions of the seed's own.
 """
 
 from __future__ import annotations
@@ -78,10 +79,9 @@ class Digits:
         scene = self.digits.make_scene(split, row)
         return [self.digits.WORDS[digit] for digit in scene.digits]
 
-    def result(self, split: str, row: int, cells: list[str]) -> int | None:
-        if "" in cells:
-            return None
-        digits = [self.words.index(word) for word in cells]
+    def result(self, split: str, row: int, cells: list[str]) -> int:
+        """The answer to a question if its image held these cells; "" holds no digit."""
+        digits = [self.words.index(word) if word else None for word in cells]
         return self.digits.make_scene(split, row).question.answer(digits)
 
 

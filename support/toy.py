@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -666,12 +667,14 @@ def make_once(folder: Path, proof: str, make: Callable[[Path], Path]) -> Path:
         dir=folder.parent, prefix=".toy-", ignore_cleanup_errors=True
     ) as scratch:
         complete = make(Path(scratch))
-        with contextlib.suppress(OSError):  # not empty: another process was faster
+        try:
             os.replace(complete, folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+            # Another process was faster, or it is a folder of the user's.
     if not (folder / proof).exists():
-        raise FileExistsError(
-            f"{folder} exists and holds no toy model: remove it or choose another folder"
-        )
+        raise FileExistsError(f"{folder} exists without {proof}: remove it or choose another")
     return folder
 
 

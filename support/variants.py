@@ -124,12 +124,12 @@ def check_pairs(pairs, algo, prompt: Prompt) -> None:
     """StepError if a step `images` returned anything but pairs made from its prompt."""
     must = f"algo={algo.name}: images must return a list of pairs of prompts"
     if not isinstance(pairs, list) or not pairs:
-        raise StepError(f"{must}, not {'none' if pairs == [] else _describe(pairs)}")
+        raise StepError(f"{must}, not {'an empty list' if pairs == [] else _describe(pairs)}")
     for pair in pairs:
         prompts = pair if isinstance(pair, tuple) else (pair,)
-        found = [_describe(each) for each in prompts]
-        if found != ["Prompt", "Prompt"]:
-            raise StepError(f"{must}, not of {' and '.join(found)}")
+        if len(prompts) != 2 or not all(isinstance(each, Prompt) for each in prompts):
+            found = " and ".join(_describe(each) for each in prompts)
+            raise StepError(f"{must}, not of {found}")
         if any(each.index != prompt.index for each in prompts):
             raise StepError(f"{must} made by dataclasses.replace from the one it was given")
 

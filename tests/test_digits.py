@@ -98,5 +98,7 @@ def test_a_response_is_misread_where_its_result_is_wrong():
     )
     assert tasks.is_misread(task, digits.write_response(scene.question, same_row), "general", 0)
     assert tasks.is_misread(task, "no reading at all", "general", 0)
+    cut = digits.write_response(scene.question, scene.digits).partition(" b1 ")[0]
+    assert not tasks.is_misread(task, cut, "general", 0)  # the row that is asked about was read
     response = digits.write_response(scene.question, other_row)
     assert tasks.share_of_cells_right(task, response, "general", 0) == pytest.approx(8 / 9)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import train
-from experiments import measures, protocol, report, report_cost, run, tasks
+from experiments import measures, protocol, report, report_cost, report_tasks, run, tasks
 from papo import algo_class, preset
 from support import toy
 from support.cli import parse_flags, resolve_config
@@ -95,35 +95,91 @@ def test_the_sign_flip_test_is_exact():
     assert measures.sign_flip_p([3.0, 1.0]) == 0.5
 
 
-def cost_result(curve, seconds, tokens):
-    """A run of two steps, with an evaluation after each."""
-    scores = {str(step): dict.fromkeys(tasks.SPLITS, value) for step, value in enumerate(curve)}
-    metrics = {"seconds": [seconds] * 2, "tokens_per_second": [tokens / seconds] * 2}
-    return {"curve": scores, "metrics": metrics}
+def task_result(variant, seed, curve, tokens=10):
+    """A run of two steps of both splits alike, with an evaluation after each."""
+    result = fake_result(variant, seed, curve[-1])
+    result["start_model"] = f"start {seed}"
+    result["final"]["vision_dependent"] = result["final"]["general"]
+    scores = [dict.fromkeys(tasks.SPLITS, value) for value in curve]
+    result["curve"] = {str(step): score for step, score in enumerate(scores)}
+    result["metrics"] = {"seconds": [1.0, 1.0], "tokens_per_second": [float(tokens)] * 2}
+    return result
 
 
 def test_methods_are_compared_when_they_have_spent_the_same():
     """A method that takes twice as long is as good after two steps as its baseline after one."""
     found = {
-        "slow": {seed: cost_result([0.2, 0.5, 0.8], 4.0, 10) for seed in (1, 2)},
-        "base": {seed: cost_result([0.2, 0.4, 0.6], 2.0, 10) for seed in (1, 2)},
+        "slow": {seed: task_result("slow", seed, [0.2, 0.5, 0.8]) for seed in (1, 2)},
+        "base": {seed: task_result("base", seed, [0.2, 0.4, 0.6]) for seed in (1, 2)},
     }
-    budgets, of_seeds = report_cost.differences(found, "slow", "base", "seconds")
+    costs = {"slow": {"seconds": [4.0, 4.0]}, "base": {"seconds": [2.0, 2.0]}}
+    budgets, of_seeds = report_cost.differences(found, costs, "slow", "base", "seconds")
     assert budgets[-1] == 4.0 and of_seeds.shape == (2, 201)
     assert of_seeds[0, [0, 100, 200]] == pytest.approx([0, 35 - 40, 50 - 60])
-    budgets, of_seeds = report_cost.differences(found, "slow", "base", "sampled tokens")
+    budgets, of_seeds = report_cost.differences(found, costs, "slow", "base", "sampled tokens")
     assert budgets[-1] == 20.0
     assert of_seeds[0, [0, 100, 200]] == pytest.approx([0, 10, 20])
-    table = report_cost.pay_table(found, [("slow", "base")])
-    assert "| slow | seconds | 2.00 | -2.5 +- 0.0 | -5.0 +- 0.0 | -7.5 +- 0.0 |" in table
-    assert "| slow | sampled tokens | 1.00 |" in table and "none (none in 100%" in table
+    table = report_cost.pay_table(found, costs, {"slow": "base"})
+    cells = "| -2.5 +- 0.0 | -5.0 +- 0.0 | -7.5 +- 0.0 | -10.0 +- 0.0 | never (never to never) |"
+    assert f"| slow | seconds | 4 {cells}" in table
+    assert "| slow | sampled tokens | 20 |" in table and "| 0 (0 to 0) |" in table
 
 
-def test_the_crossing_is_where_the_sign_changes_last():
+def test_a_method_is_ahead_from_where_it_stays_ahead():
     budgets = np.array([0.0, 1.0, 2.0, 3.0, 4.0])
-    assert report_cost.crossing(budgets, np.array([1.0, -1, 2, 1, -3])) == 4.0
-    assert report_cost.crossing(budgets, np.array([-1.0, -1, 0, 1, 3])) == 2.0
-    assert report_cost.crossing(budgets, np.array([0.0, 1, 2, 1, 3])) is None
+    assert report_cost.ahead_from(budgets, np.array([0, 1.0, -1, 2, 1])) == 3.0
+    assert report_cost.ahead_from(budgets, np.array([0, 1.0, 2, 1, 3])) == 1.0
+    assert report_cost.ahead_from(budgets, np.array([0, 1.0, 2, 1, 0])) == np.inf
+
+
+def test_holms_correction():
+    assert measures.holm([0.03, 0.01, 0.2]) == pytest.approx([0.06, 0.03, 0.2])
+    assert measures.holm([0.04, 0.03]) == pytest.approx([0.06, 0.06])
+
+
+def test_the_report_on_both_tasks_takes_the_reported_seeds_alone(tmp_path):
+    found = {}
+    accuracies = {"grpo": 0.5, "papo_g": 0.6, report_tasks.PRIMARY: 0.7, "dapo": 0.5, "papo_d": 0.4}
+    for task in protocol.TASKS:
+        for method, final in accuracies.items():
+            name = f"{task}/{method}"
+            curve = [0.2, final, final]
+            found[name] = {seed: task_result(name, seed, curve) for seed in protocol.NEW_SEEDS}
+            found[name][1] = task_result(name, 1, [0.2, 0.9, 0.9])  # of the choices
+    del found["digits/papo_d"][23]
+    text = "\n".join(report_tasks.sections(found, {}, tmp_path))
+    dots, digits = text.partition("## dots")[2].split("## digits", maxsplit=1)
+    assert f"{report_tasks.PRIMARY} minus grpo" in text
+    assert "| how far | +20.0 +- 0.0 | 16 of 16 | 0.0000 | 0.0001 |" in text
+    assert "| papo_g | 8 | 60.0 +- 0.0 |" in dots and "| +10.0 +- 0.0 | 0.008 |" in dots
+    assert "| papo_d | 7 | 40.0 +- 0.0 |" in digits and "| (not complete) |" in digits
+    assert {path.stem for path in tmp_path.iterdir()} == {"both_tasks", "cost"}
+    found["dots/grpo"][20]["start_model"] = "another"
+    with pytest.raises(ValueError, match="dots/papo_g.*two start models at seed 20"):
+        report_tasks.sections(found, {}, tmp_path)
+
+
+def test_a_result_made_with_other_flags_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "RESULTS", tmp_path)
+    result = {"config": protocol.TRAINING | {"algo": "grpo", "steps": 31}}
+    (tmp_path / "grpo-s10.json").write_text(json.dumps(result))
+    with pytest.raises(ValueError, match=r"grpo-s10.json was made with steps=31, .* has 30"):
+        run.has_result("grpo", 10)
+    result["config"]["steps"] = 30
+    (tmp_path / "grpo-s10.json").write_text(json.dumps(result))
+    assert run.has_result("grpo", 10) and not run.has_result("grpo", 11)
+
+
+def test_a_continued_run_keeps_its_origin(tmp_path, monkeypatch):
+    (tmp_path / toy.WEIGHTS).write_text("weights")
+    file = tmp_path / "grpo.origin"
+    first = run.origin("grpo", 10, tmp_path, file)
+    monkeypatch.setattr(run, "current_commit", lambda: "later")
+    assert run.origin("grpo", 10, tmp_path, file) == first
+    assert first["machine"]["threads"] == 1 and first["commit"] != "later"
+    (tmp_path / toy.WEIGHTS).write_text("others")
+    with pytest.raises(RuntimeError, match="the start model has changed"):
+        run.origin("grpo", 10, tmp_path, file)
 
 
 def fake_result(variant, seed, accuracy):
@@ -168,7 +224,10 @@ def test_the_report_needs_results_alone(tmp_path, monkeypatch):
             result = fake_result(f"variants/{name}", seed, accuracy)
             path = tmp_path / "results" / "variants" / f"{name}-s{seed}.json"
             path.write_text(json.dumps(result))
-    seconds = {"grpo": {"seconds": [2.0, 1.0, 9.0]}, "tapo": {"seconds": [2.5, 2.4, 8.0]}}
+    seconds = {
+        "variants/grpo": {"seconds": [2.0, 1.0, 9.0]},
+        "variants/tapo": {"seconds": [2.5, 2.4, 8.0]},
+    }
     (tmp_path / "cost.json").write_text(json.dumps({"methods": seconds}))
     report.main()
     text = (tmp_path / "report.md").read_text()

@@ -448,7 +448,7 @@ def test_of_two_builds_at_once_the_slower_takes_the_others(tmp_path, monkeypatch
 
 def test_a_folder_of_something_else_is_not_overwritten(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="holds no toy model"):
+    with pytest.raises(FileExistsError, match="without model.safetensors"):
         toy.build(0, tmp_path, steps=1)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 

@@ -548,7 +548,7 @@ WRONG_STEPS = {  # a step -> what its one line says
         r"float32\[36, 1176\] and bool\[36\], not float32\[36, 1176\] and float32\[36\]"
     ),
     "images(self, prompt, *_, **__): return prompt": "a list of pairs of prompts, not Prompt",
-    "images(self, prompt, *_, **__): return []": "a list of pairs of prompts, not none",
+    "images(self, prompt, *_, **__): return []": "pairs of prompts, not an empty list",
     "images(self, prompt, *_, **__): return [prompt]": "pairs of prompts, not of Prompt",
     "images(self, prompt, *_, **__): return [(prompt, replace(prompt, index=7))]": (
         "made by dataclasses.replace"
