@@ -61,10 +61,6 @@ def count(result: dict, what: str, splits: Iterable[str] = SPLITS) -> float:
     return sum(result["final"][split][what] for split in splits)
 
 
-def median_seconds(result: dict) -> float:
-    return float(np.median(result["metrics"]["seconds"]))
-
-
 # Statistics
 
 

@@ -25,7 +25,6 @@ from experiments.measures import (
     interval,
     load,
     markdown,
-    median_seconds,
     paired,
     reading_cells,
     sign_flip_p,
@@ -157,21 +156,6 @@ def perception_table(found: Results) -> str:
             changes = paired(found, variant, BASELINES[variant], change)
             relative = interval(changes, sign=True)
         rows.append([variant, *reading_cells(found[variant].values()), relative])
-    return markdown(rows)
-
-
-def cost_table(found: Results) -> str:
-    """Seconds per step on one thread, the median of each run's steps."""
-    rows = [["", "seconds per step", "over its baseline %"]]
-
-    def extra(result: dict, base: dict) -> float:
-        return 100 * (median_seconds(result) / median_seconds(base) - 1)
-
-    for variant in TABLE1:
-        if variant in found:
-            took = [median_seconds(run) for run in found[variant].values()]
-            over = paired(found, variant, BASELINES.get(variant, ""), extra)
-            rows.append([variant, interval(took, digits=2), interval(over, sign=True)])
     return markdown(rows)
 
 
@@ -402,8 +386,6 @@ def main() -> None:
         table1_figure(found),
         "## perception (from table1)",
         perception_table(found),
-        "## cost (from table1)",
-        cost_table(found),
     ]
     for title, (names, base) in EXPERIMENTS.items():
         parts += [f"## {title}", comparison_table(found, names, base)]
