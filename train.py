@@ -251,8 +251,9 @@ def evaluate_if_due(run: Run) -> None:
 def build_run(argv=None) -> Run:
     """Build the run from the command line. It is loaded but not started."""
     early = with_saved_config(cli.early_flags("algo", "resume", argv=argv), {})
-    objective = algo_class(early.get("algo", Config.algo))  # which has flags, too
-    defaults = asdict(Config()) | asdict(objective())
+    name = early.get("algo", Config.algo)
+    objective = algo_class(name)  # which has flags, too
+    defaults = asdict(Config()) | asdict(objective(name=name))
     given = with_saved_config(cli.parse_flags(__doc__, Config, objective, argv=argv), defaults)
     config = cli.resolve_config(Config, given)
     ranks = init_distributed()

@@ -79,14 +79,16 @@ def parse_flags(doc: str, *classes, argv=None) -> dict:
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
-    section = parser
+    section, sections = parser, {}
     for cls in classes:
         for one in dataclasses.fields(cls):
             metadata = _metadata(cls, one.name)
             if "help" not in metadata:
                 continue
-            if metadata["group"]:
-                section = parser.add_argument_group(metadata["group"])
+            title = metadata["group"]
+            if title:
+                section = sections.get(title) or parser.add_argument_group(title)
+                sections[title] = section
             if f"--{one.name}" in parser._option_string_actions:
                 raise ValueError(f"{cls.__name__}.{one.name}: there is a flag of this name already")
             shown = metadata["shown_default"] if metadata == one.metadata else ""
