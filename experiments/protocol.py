@@ -76,7 +76,7 @@ EXPERIMENTS: dict[str, tuple[list[str], range]] = {
         THREE_SEEDS,
     ),
     "collapse": (["collapse/large"], range(10, 11)),  # for docs/walkthrough.md
-    "compare": (["variants/grpo", "compare/papo_g"], EIGHT_SEEDS),  # for compare.py's last line
+    "compare": (["variants/grpo", "compare/papo_g"], EIGHT_SEEDS),  # gamma 0.2
     "no_kl_ref": (["grpo", "grpo_no_kl_ref", "papo_g", "papo_g_no_kl_ref"], THREE_SEEDS),
     "masking": (
         ["papo_g", "mask_0.4", "mask_0.8", "mask_1.0", "mask_semantic", "mask_noise"],
@@ -164,7 +164,7 @@ TASKS = ("dots", "digits")
 NEW_SEEDS = range(20, 28)
 GAMMAS = (0.05, 0.1, 0.2)
 # The choices of the development seeds; what follows from them is added once they are made.
-STEPS: int | None = None
+STEPS = 60
 GAMMA: float | None = None
 COMPARED = ("grpo", "papo_g", f"papo_g_{GAMMA}", "dapo", "papo_d", f"papo_d_{GAMMA}")
 
@@ -176,6 +176,15 @@ def on_both_tasks(methods: dict[str, dict]) -> dict[str, dict]:
 LONG = on_both_tasks({"start": {}, "grpo_long": {"algo": "grpo", "steps": 100}})
 VARIANTS |= LONG
 EXPERIMENTS["choice_of_steps"] = ([*LONG], DEVELOPMENT_SEEDS)
+
+
+def papo_at(gamma: float) -> dict:
+    return {"algo": "papo_g", "kl_prcp_coef": gamma, "steps": STEPS}
+
+
+CANDIDATES = on_both_tasks({f"papo_g_{gamma}": papo_at(gamma) for gamma in GAMMAS})
+VARIANTS |= CANDIDATES
+EXPERIMENTS["choice_of_gamma"] = ([*CANDIDATES], DEVELOPMENT_SEEDS)
 
 # The same run with other rounding: variant -> environment variables of train.py.
 ENVIRONMENTS: dict[str, dict[str, str]] = {}
