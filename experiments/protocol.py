@@ -163,10 +163,9 @@ EXPERIMENTS |= {
 TASKS = ("dots", "digits")
 NEW_SEEDS = range(20, 28)
 GAMMAS = (0.05, 0.1, 0.2)
-# The choices of the development seeds; what follows from them is added once they are made.
+# The choices of the development seeds.
 STEPS = 60
-GAMMA: float | None = None
-COMPARED = ("grpo", "papo_g", f"papo_g_{GAMMA}", "dapo", "papo_d", f"papo_d_{GAMMA}")
+GAMMA = 0.1
 
 
 def on_both_tasks(methods: dict[str, dict]) -> dict[str, dict]:
@@ -186,5 +185,62 @@ CANDIDATES = on_both_tasks({f"papo_g_{gamma}": papo_at(gamma) for gamma in GAMMA
 VARIANTS |= CANDIDATES
 EXPERIMENTS["choice_of_gamma"] = ([*CANDIDATES], DEVELOPMENT_SEEDS)
 
-# The same run with other rounding: variant -> environment variables of train.py.
+METHODS = {
+    "grpo": {"algo": "grpo", "steps": STEPS},
+    "papo_g": {"algo": "papo_g", "steps": STEPS},
+    f"papo_g_{GAMMA}": papo_at(GAMMA),
+    "dapo": {"algo": "dapo", "steps": STEPS},
+    "papo_d": {"algo": "papo_d", "steps": STEPS},
+    f"papo_d_{GAMMA}": {"algo": "papo_d", "kl_prcp_coef": GAMMA, "steps": STEPS},
+}
+COMPARED = tuple(METHODS)
+VARIANTS |= on_both_tasks(METHODS)
+for _task in TASKS:
+    EXPERIMENTS[_task] = ([f"{_task}/{name}" for name in ("start", *METHODS)], NEW_SEEDS)
+
+# On the dots alone: more gammas, semantic masks of as many patches as dots cover, and collapse.
+SALIENT_SHARE = 0.17
+ON_DOTS = {
+    "papo_g_0.5": papo_at(0.5),
+    "papo_g_1.0": papo_at(1.0),
+    "random_0.17": papo_at(GAMMA) | {"mask_ratio": SALIENT_SHARE},
+    "semantic_0.17": papo_at(GAMMA) | {"mask_ratio": SALIENT_SHARE, "mask_strategy": "semantic"},
+    "large": LARGE,
+    "large_no_kl_ref": LARGE | {"kl_ref_coef": 0.0},
+    "large_kl_ref_0.1": LARGE | {"kl_ref_coef": 0.1},
+    "large_single": SINGLE,
+    "large_double_grad": DOUBLE | {"masked_grad": True},
+}
+VARIANTS |= {f"dots/{name}": flags for name, flags in ON_DOTS.items()}
+_more = [f"dots/papo_g_{gamma}" for gamma in (*GAMMAS, 0.5, 1.0)]
+EXPERIMENTS["more_gammas"] = (["dots/grpo", "dots/papo_g", *_more], NEW_SEEDS)
+EXPERIMENTS["semantic"] = (
+    [f"dots/papo_g_{GAMMA}", "dots/random_0.17", "dots/semantic_0.17"],
+    NEW_SEEDS,
+)
+EXPERIMENTS["remedies"] = ([f"dots/{name}" for name in ON_DOTS if "large" in name], NEW_SEEDS)
+
+# The same runs with other rounding: variant -> environment variables of train.py.
+ROUNDINGS = {
+    "two_threads": {"OMP_NUM_THREADS": "2"},
+    "mkl_sse2": {"MKL_CBWR": "COMPATIBLE"},
+    "no_avx": {"ATEN_CPU_CAPABILITY": "default"},
+    "mkl_sse2_no_avx": {"MKL_CBWR": "COMPATIBLE", "ATEN_CPU_CAPABILITY": "default"},
+}
+SHORT_ROWS = {"tokens_per_forward": 4096}  # another order of summation
 ENVIRONMENTS: dict[str, dict[str, str]] = {}
+EXPERIMENTS["rounding"] = ([], range(12, 13))
+
+
+def add_rounding(method: str) -> None:
+    flags = METHODS[method]
+    found = {f"rounding/{method}": flags, f"rounding/{method}_short_rows": flags | SHORT_ROWS}
+    for name, environment in ROUNDINGS.items():
+        found[f"rounding/{method}_{name}"] = flags
+        ENVIRONMENTS[f"rounding/{method}_{name}"] = environment
+    VARIANTS.update(found)
+    EXPERIMENTS["rounding"][0].extend(found)
+
+
+add_rounding("grpo")
+add_rounding("papo_g")

@@ -29,7 +29,15 @@ from experiments.measures import (
     reading_cells,
     sign_flip_p,
 )
-from experiments.protocol import DEVELOPMENT_SEEDS, EIGHT_SEEDS, FACTORS, KL_WEIGHTS
+from experiments.protocol import (
+    DEVELOPMENT_SEEDS,
+    EIGHT_SEEDS,
+    FACTORS,
+    GAMMA,
+    GAMMAS,
+    KL_WEIGHTS,
+    NEW_SEEDS,
+)
 from experiments.protocol import EXPERIMENTS as RUNS
 from experiments.tasks import SPLITS
 from support import metrics, plots
@@ -40,7 +48,7 @@ BASELINES = {"papo_g": "grpo", "papo_d": "dapo"}
 TABLE1 = ["grpo", "papo_g", "dapo", "papo_d"]
 
 # The other experiments: variant -> its name in tables and figures.
-GAMMA = {
+GAMMA_SWEEP = {
     "grpo": "gamma 0",
     "papo_g": "gamma 0.02",
     "gamma_0.1": "gamma 0.1",
@@ -77,7 +85,7 @@ ESTIMATOR = {
 }
 # Experiment -> its names, and the variant that the others are compared with.
 EXPERIMENTS = {
-    "gamma": (GAMMA, "grpo"),
+    "gamma": (GAMMA_SWEEP, "grpo"),
     "regularisation": (REGULARISATION, "large"),
     "no_kl_ref": (NO_KL_REF, "grpo"),
     "masking": (MASKING, "papo_g"),
@@ -97,6 +105,33 @@ FURTHER = [
     ("compare/papo_g", "variants/grpo"),
     ("masked_grad", "grpo"),
 ]
+
+# The second protocol's further experiments, by the same plan as EXPERIMENTS.
+SECOND = {
+    "more_gammas": (
+        {"dots/grpo": "gamma 0", "dots/papo_g": "gamma 0.02"}
+        | {f"dots/papo_g_{gamma}": f"gamma {gamma}" for gamma in (*GAMMAS, 0.5, 1.0)},
+        "dots/grpo",
+    ),
+    "remedies": (
+        {
+            "dots/large_no_kl_ref": "no KL_ref",
+            "dots/large": "KL_ref 0.01",
+            "dots/large_kl_ref_0.1": "KL_ref 0.1",
+            "dots/large_single": "single entropy",
+            "dots/large_double_grad": "double entropy, gradient",
+        },
+        "dots/large",
+    ),
+    "semantic": (
+        {
+            f"dots/papo_g_{GAMMA}": "random 0.6",
+            "dots/random_0.17": "random 0.17",
+            "dots/semantic_0.17": "semantic 0.17",
+        },
+        "dots/random_0.17",
+    ),
+}
 
 ACCURACY_PANELS = {
     "general": "accuracy, general",
@@ -290,6 +325,18 @@ def variants_figure(found: Results) -> str:
     return save_figure(figure, "variants")
 
 
+def rounding_table(found: Results) -> str:
+    """How far the same run spreads when nothing but rounding differs."""
+    rows = [["", "runs", "overall: mean", "standard deviation", "lowest", "highest"]]
+    for method in ("grpo", "papo_g"):
+        names = [name for name in RUNS["rounding"][0] if name.startswith(f"rounding/{method}")]
+        values = [accuracy(run) for name in names for run in found.get(name, {}).values()]
+        if len(values) > 1:
+            spread = [np.mean(values), np.std(values, ddof=1), min(values), max(values)]
+            rows.append([method, str(len(values)), *(f"{value:.1f}" for value in spread)])
+    return markdown(rows)
+
+
 # Figures
 
 
@@ -395,6 +442,11 @@ def main() -> None:
     parts += ["## variants", variants_table(found), note, variants_figure(found)]
     parts += ["## variants: choice of the factor", choice_table(everything)]
     parts += ["## further differences", further_table(found)]
+    second = at_seeds(everything, NEW_SEEDS)
+    for title, (names, base) in SECOND.items():
+        parts += [f"## {title}", comparison_table(second, names, base)]
+        parts.append(dots_figure(second, names, title))
+    parts += ["## rounding", rounding_table(everything)]
     parts += report_tasks.sections(everything, load_costs(), HERE / "figures")
     (HERE / "report.md").write_text("\n\n".join(filter(None, parts)) + "\n")
     print(HERE / "report.md")

@@ -41,7 +41,7 @@ def test_a_variant_names_its_task():
 
 
 def test_the_report_shows_every_variant():
-    for title, (names, base) in report.EXPERIMENTS.items():
+    for title, (names, base) in (report.EXPERIMENTS | report.SECOND).items():
         variants, _ = protocol.EXPERIMENTS[title]
         assert set(names) == set(variants) and base in variants
     assert ["start", *report.TABLE1] == protocol.EXPERIMENTS["table1"][0]
