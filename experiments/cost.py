@@ -41,6 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the cost of each method's step.")
     parser.add_argument("--work", type=Path, default=run.ROOT / "runs" / "cost")
     args = parser.parse_args()
+    run.use_own_cache()
     costs = json.loads(FILE.read_text())["methods"] if FILE.exists() else {}
     for variant, seed in METHODS.items():
         if variant not in costs:

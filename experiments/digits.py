@@ -43,6 +43,7 @@ FIRST_HELD_OUT = 1157  # where a block of writers begins
 NOTE_RIGHT = 0.5  # in train and general
 MISREAD, COPY_NOTE = 0.12, 0.4  # flaws that the warm start teaches, as the toy's
 HELD_OUT = ("general", "vision_dependent")
+WARM_STEPS = 900
 ROWS = {"train": 4096, "general": 512, "vision_dependent": 512}
 PROOF = f"model/{toy.WEIGHTS}"  # a complete folder holds it
 NOTE = toy.NOTE
@@ -249,7 +250,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Write the digits task and its start model.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=900, help="of the warm start")
+    parser.add_argument("--steps", type=int, default=WARM_STEPS, help="of the warm start")
     args = parser.parse_args()
     if args.folder.exists():
         parser.error(f"{args.folder} exists: choose another folder")

@@ -79,6 +79,16 @@ def at_seeds(found: Results, seeds: Iterable[int]) -> Results:
     return {variant: runs for variant, runs in chosen.items() if runs}
 
 
+def complete(found: Results, seeds: Iterable[int]) -> Results:
+    """The results at these seeds of the variants that have them all."""
+    wanted = list(seeds)
+    return {
+        variant: runs
+        for variant, runs in at_seeds(found, wanted).items()
+        if len(runs) == len(wanted)
+    }
+
+
 def common_seeds(found: Results, variants: Iterable[str]) -> list[int]:
     return sorted(set.intersection(*(set(found[variant]) for variant in variants)))
 

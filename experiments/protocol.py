@@ -220,7 +220,7 @@ EXPERIMENTS["semantic"] = (
 )
 EXPERIMENTS["remedies"] = ([f"dots/{name}" for name in ON_DOTS if "large" in name], NEW_SEEDS)
 
-# The same runs with other rounding: variant -> environment variables of train.py.
+# The same runs with other rounding: name -> environment variables of train.py.
 ROUNDINGS = {
     "two_threads": {"OMP_NUM_THREADS": "2"},
     "mkl_sse2": {"MKL_CBWR": "COMPATIBLE"},
@@ -228,19 +228,13 @@ ROUNDINGS = {
     "mkl_sse2_no_avx": {"MKL_CBWR": "COMPATIBLE", "ATEN_CPU_CAPABILITY": "default"},
 }
 SHORT_ROWS = {"tokens_per_forward": 4096}  # another order of summation
-ENVIRONMENTS: dict[str, dict[str, str]] = {}
-EXPERIMENTS["rounding"] = ([], range(12, 13))
-
-
-def add_rounding(method: str) -> None:
-    flags = METHODS[method]
-    found = {f"rounding/{method}": flags, f"rounding/{method}_short_rows": flags | SHORT_ROWS}
-    for name, environment in ROUNDINGS.items():
-        found[f"rounding/{method}_{name}"] = flags
-        ENVIRONMENTS[f"rounding/{method}_{name}"] = environment
-    VARIANTS.update(found)
-    EXPERIMENTS["rounding"][0].extend(found)
-
-
-add_rounding("grpo")
-add_rounding("papo_g")
+ENVIRONMENTS: dict[str, dict[str, str]] = {}  # variant -> environment variables
+ROUNDED: dict[str, dict] = {}
+for _method in ("grpo", "papo_g"):
+    ROUNDED[f"rounding/{_method}"] = METHODS[_method]
+    ROUNDED[f"rounding/{_method}_short_rows"] = METHODS[_method] | SHORT_ROWS
+    for _name, _environment in ROUNDINGS.items():
+        ROUNDED[f"rounding/{_method}_{_name}"] = METHODS[_method]
+        ENVIRONMENTS[f"rounding/{_method}_{_name}"] = _environment
+VARIANTS |= ROUNDED
+EXPERIMENTS["rounding"] = ([*ROUNDED], range(12, 13))

@@ -20,6 +20,7 @@ from experiments.measures import (
     accuracy_gain,
     at_seeds,
     common_seeds,
+    complete,
     count,
     delta_rel,
     interval,
@@ -442,7 +443,7 @@ def main() -> None:
     parts += ["## variants", variants_table(found), note, variants_figure(found)]
     parts += ["## variants: choice of the factor", choice_table(everything)]
     parts += ["## further differences", further_table(found)]
-    second = at_seeds(everything, NEW_SEEDS)
+    second = complete(everything, NEW_SEEDS)
     for title, (names, base) in SECOND.items():
         parts += [f"## {title}", comparison_table(second, names, base)]
         parts.append(dots_figure(second, names, title))

@@ -13,6 +13,7 @@ from experiments.measures import (
     accuracy,
     accuracy_over_training,
     at_seeds,
+    complete,
     holm,
     interval,
     markdown,
@@ -35,24 +36,23 @@ PRIMARY = f"papo_g_{GAMMA}"
 QUESTIONS = {"how far": accuracy, "how fast": accuracy_over_training}
 
 
-def gains(found: Results, task: str, method: str, measure: Callable) -> list[float] | None:
-    """The differences to the method's baseline, seed by seed; None unless every seed has both."""
+def gains(found: Results, task: str, method: str, measure: Callable) -> list[float]:
+    """The differences to the method's baseline, seed by seed; none unless both are complete."""
 
     def gain(result: dict, base: dict) -> float:
         if result["start_model"] != base["start_model"]:
             raise ValueError(f"{task}/{method}: two start models at seed {result['seed']}")
         return measure(result) - measure(base)
 
-    values = paired(found, f"{task}/{method}", f"{task}/{BASELINES[method]}", gain)
-    return values if len(values) == len(NEW_SEEDS) else None
+    return paired(found, f"{task}/{method}", f"{task}/{BASELINES[method]}", gain)
 
 
 def primary_table(found: Results) -> str:
     """The two primary comparisons, over the seeds of both tasks; p as is and corrected by Holm."""
-    names, rows, ps = list(QUESTIONS), [], []
-    for question in names:
-        of_tasks = [gains(found, task, PRIMARY, QUESTIONS[question]) for task in TASKS]
-        if None in of_tasks:
+    rows, ps = [], []
+    for question, measure in QUESTIONS.items():
+        of_tasks = [gains(found, task, PRIMARY, measure) for task in TASKS]
+        if not all(of_tasks):
             return "(not complete)"
         values = [value for of_task in of_tasks for value in of_task]
         ahead = sum(value > 0 for value in values)
@@ -80,12 +80,10 @@ def task_table(found: Results, task: str) -> str:
 
 
 def difference_cells(found: Results, task: str, method: str, measure: Callable) -> list[str]:
-    """The paired difference to the method's baseline and its p; blank for a baseline."""
-    if method not in BASELINES:
+    """The paired difference to the method's baseline and its p; blank where there is none."""
+    values = gains(found, task, method, measure) if method in BASELINES else []
+    if not values:
         return ["", ""]
-    values = gains(found, task, method, measure)
-    if values is None:
-        return ["(not complete)", ""]
     return [interval(values, sign=True), f"{sign_flip_p(values):.3f}"]
 
 
@@ -143,8 +141,9 @@ def curves_figure(found: Results, figures: Path) -> str:
 
 
 def sections(found: Results, costs: dict, figures: Path) -> list[str]:
-    """costs: see report_cost.spent."""
-    reported, development = at_seeds(found, NEW_SEEDS), at_seeds(found, DEVELOPMENT_SEEDS)
+    """Methods whose seeds are not complete are left out. costs: see report_cost.spent."""
+    reported = complete(found, NEW_SEEDS)
+    development = at_seeds(found, DEVELOPMENT_SEEDS)
     parts = ["## both tasks", primary_table(reported), curves_figure(reported, figures)]
     for task in TASKS:
         pairs = {f"{task}/{method}": f"{task}/{base}" for method, base in BASELINES.items()}

@@ -152,13 +152,14 @@ def write_json(file: Path, content: dict) -> None:
 
 
 def task_of(variant: str):
-    """The task of a variant: digits for digits/NAME, else dots.
+    """The task of a variant: digits for digits/NAME, else dots."""
+    return tasks.Digits() if variant.startswith("digits/") else tasks.Dots()
 
-    The start model of dots_800/NAME was taught for 800 steps.
-    """
-    found = re.match(r"(dots|digits)_(\d+)/", variant)
-    warm_steps = [int(found[2])] if found else []
-    return tasks.Digits(*warm_steps) if variant.startswith("digits") else tasks.Dots(*warm_steps)
+
+def use_own_cache() -> None:
+    """Keep start models apart from those that train.py made, whose rounding may differ."""
+    cache = Path(os.environ.get("PAPO_CACHE") or "~/.cache/papo").expanduser()
+    os.environ["PAPO_CACHE"] = str(cache / "experiments")
 
 
 def build_start_model(variant: str, seed: int, log: Path) -> Path:
@@ -172,11 +173,12 @@ def train(variant: str, seed: int, work: Path, log: Path) -> Path:
     """The folder of a finished training run; continues it if it was interrupted."""
     run_dir = work / f"{variant}-s{seed}"
     weights = run_dir / "model" / "model.safetensors"
-    if weights.exists():
-        return run_dir
     config = run_dir / "config.json"
     if config.exists():
         check_flags(json.loads(config.read_text()), variant, config)
+    if weights.exists():
+        return run_dir
+    if config.exists():
         flags = {"resume": run_dir}
     else:
         inputs = task_of(variant).training(seed)
@@ -303,9 +305,7 @@ def main() -> None:
         for variant, seed in missing:
             print(f"{variant} seed {seed}")
         return
-    # Start models of their own: those that train.py made may be rounded otherwise.
-    cache = Path(os.environ.get("PAPO_CACHE") or "~/.cache/papo").expanduser()
-    os.environ["PAPO_CACHE"] = str(cache / "experiments")
+    use_own_cache()
     work = args.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     failures = run_all(missing, args.jobs, work)

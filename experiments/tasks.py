@@ -17,17 +17,12 @@ SPLITS = ("general", "vision_dependent")
 
 
 class Dots:
-    """The toy, at a setting that GRPO does not solve in 30 steps.
+    """The toy, at a setting that GRPO does not solve in 30 steps."""
 
-    warm_steps: how long the start model was taught to read.
-    """
-
+    spec = "toy:grid=4,colours=4,most=6,warm_steps=400,plain_share=0"
+    setting = toy.setting_of(spec)
     words = [*toy.COLOURS, toy.NO_DOT]
-
-    def __init__(self, warm_steps: int = 400):
-        self.spec = f"toy:grid=4,colours=4,most=6,warm_steps={warm_steps},plain_share=0"
-        self.setting = toy.setting_of(self.spec)
-        self.names = toy.cell_names(self.setting)
+    names = toy.cell_names(setting)
 
     def build(self, seed: int) -> Path:
         """Make a seed's start model, unless it is in the cache; returns its folder."""
@@ -51,13 +46,13 @@ class Dots:
 
 
 class Digits:
-    """Files of one's own: see digits.py. warm_steps: as for Dots."""
+    """Files of one's own: see digits.py."""
 
-    def __init__(self, warm_steps: int = 900):
+    def __init__(self):
         from experiments import digits  # needs scikit-learn
 
         self.digits = digits
-        self.warm_steps = warm_steps
+        self.warm_steps = digits.WARM_STEPS
         self.words = list(digits.WORDS)
         self.names = list(digits.NAMES)
 

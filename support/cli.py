@@ -79,7 +79,8 @@ def parse_flags(doc: str, *classes, argv=None) -> dict:
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
-    section, sections = parser, {}
+    section = parser
+    sections = {}
     for cls in classes:
         for one in dataclasses.fields(cls):
             metadata = _metadata(cls, one.name)

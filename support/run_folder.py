@@ -77,7 +77,7 @@ def keep_copy(source: Path, folder: Path) -> None:
     if not copy.exists():
         shutil.copy(source, copy)
     elif copy.read_bytes() != source.read_bytes():
-        print(f"{source} differs from {copy}, the copy of the run's start", file=sys.stderr)
+        print(f"{source} differs from the run's copy of it, {copy}", file=sys.stderr)
 
 
 def lock(folder: Path):

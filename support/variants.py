@@ -1,4 +1,4 @@
-"""Find the class that --algo names: a variant's file defines a subclass of papo.Algo.
+"""Find the class that --algo names, a subclass of papo.Algo, and check what its steps return.
 
 Mistakes that Python would let pass (a misspelled step, a setting without its type) are errors of
 one line here, since a run would silently train something else.

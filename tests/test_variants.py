@@ -720,7 +720,10 @@ def test_a_file_of_ones_own_runs_and_resumes_exactly(run, tmp_path, capsys):
         assert train.build_run(["--resume", str(half)]).algo.name == str(file)
     file.write_text(EVERYTHING + "# changed\n")
     train.main(["--resume", str(half), "--steps", "2", "--offload_optimizer"])
-    assert f"{file} differs from {half / 'everything.py'}" in capsys.readouterr().err
+    assert (
+        f"{file} differs from the run's copy of it, {half / 'everything.py'}"
+        in capsys.readouterr().err
+    )
     assert (half / "everything.py").read_text() == EVERYTHING
     check_same_metrics(whole, half)
     check_same_weights(whole, half)
