@@ -505,7 +505,7 @@ def test_explain_bounds_its_forwards_and_masks_as_in_training(
     evaluate.main(["--model", str(run_folder / "model"), *question, *flags, *out])
     [((_, _, patch_mask, clean, masked, [cells], _), _)] = draws
     assert cells.drops.shape == (3, 4, 5)
-    assert "12 cells of 2 x 2 image tokens" in capsys.readouterr().out
+    assert "one cell of 2 x 2 image tokens" in capsys.readouterr().out
     assert patch_mask.all()  # the run's mask_ratio, not 0.6
     assert not torch.equal(clean, masked)
     assert len(forwards) == 3  # clean, two masked views, twelve cells
