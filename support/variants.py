@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import importlib
 import importlib.util
+import inspect
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -79,6 +80,17 @@ def check_variant(variant: type, base: type, steps: tuple[str, ...], where: str)
     """ValueError for a setting or step that would not take effect."""
     if "__dataclass_params__" not in vars(variant):
         raise ValueError(f"algo={where}: decorate {variant.__name__} with @dataclass(frozen=True)")
+    check_settings(variant, base, where)
+    check_steps(variant, base, steps, where)
+    if not isinstance(variant.needs, tuple) or set(variant.needs) - set(RECORDS):
+        choices = ", ".join(RECORDS)
+        raise ValueError(f"algo={where}: needs={variant.needs!r}: a tuple of some of {choices}")
+    if not isinstance(variant.columns, tuple):
+        raise ValueError(f"algo={where}: columns={variant.columns!r}: a tuple of column names")
+
+
+def check_settings(variant: type, base: type, where: str) -> None:
+    """ValueError for a field that replaces no setting and is no flag."""
     parents = [each for each in variant.__mro__[1:] if issubclass(each, base)]
     settings = [one.name for parent in parents for one in dataclasses.fields(parent)]
     for one in dataclasses.fields(variant):
@@ -86,6 +98,10 @@ def check_variant(variant: type, base: type, steps: tuple[str, ...], where: str)
             advice = _suggest(one.name, settings)
             new = f"a new setting is {one.name}: {type(one.default).__name__} = flag(...)"
             raise ValueError(f"algo={where}: {one.name} is no setting, {advice}; {new}")
+
+
+def check_steps(variant: type, base: type, steps: tuple[str, ...], where: str) -> None:
+    """ValueError for a member that is neither a setting, a step, nor a helper."""
     fields = {one.name for one in dataclasses.fields(variant)}
     annotated = vars(variant).get("__annotations__", {})
     for name in vars(variant):
@@ -96,11 +112,20 @@ def check_variant(variant: type, base: type, steps: tuple[str, ...], where: str)
         if name not in fields:
             advice = f"{_suggest(name, list(steps))}; names of helpers begin with _"
             raise ValueError(f"algo={where}: {name} is no step, {advice}")
-    if not isinstance(variant.needs, tuple) or set(variant.needs) - set(RECORDS):
-        choices = ", ".join(RECORDS)
-        raise ValueError(f"algo={where}: needs={variant.needs!r}: a tuple of some of {choices}")
-    if not isinstance(variant.columns, tuple):
-        raise ValueError(f"algo={where}: columns={variant.columns!r}: a tuple of column names")
+    for name in steps:
+        check_parameters(name, getattr(variant, name), getattr(base, name), where)
+
+
+def check_parameters(name: str, step, default, where: str) -> None:
+    """ValueError if a step cannot be called as the one it replaces."""
+    if not callable(default):
+        return
+    parameters = list(inspect.signature(default).parameters)
+    try:
+        inspect.signature(step).bind(*parameters)
+    except TypeError:
+        expected = ", ".join(parameters)
+        raise ValueError(f"algo={where}: write def {name}({expected})") from None
 
 
 def sampling_pairs(
@@ -112,7 +137,8 @@ def sampling_pairs(
     """
     pairs = []
     for prompt in prompts:
-        of_prompt = algo.images(prompt, policy, generator=seeded("images", *key, prompt.index))
+        generator = seeded("images", *key, prompt.index)
+        of_prompt = algo.images(prompt, policy, generator)
         check_pairs(of_prompt, algo, prompt)
         for number, (sampled, trained) in enumerate(of_prompt):
             sampled = replace(sampled, first_sample=number * group_size)

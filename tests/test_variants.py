@@ -501,6 +501,10 @@ WRONG_FILES = {  # a file's text -> what its one line says
     CLASS + "def wiegh(self, groups, policy): pass": (
         "wiegh is no step, did you mean weigh\\? choose one of columns, needs, annealed, images"
     ),
+    CLASS + "def view(self, name, prompt): pass": (
+        r"write def view\(self, name, prompt, policy, generator\)"
+    ),
+    CLASS + "weigh = None": r"write def weigh\(self, groups, policy\)",
     CLASS + "kl_prcp_coef = 0.5": "write the type, kl_prcp_coef",
     CLASS + "kl_prcp_coeff: float = 0.5": (
         "kl_prcp_coeff is no setting, did you mean kl_prcp_coef"
