@@ -17,6 +17,7 @@ from experiments import protocol, run
 
 FILE = run.HERE / "cost.json"
 METHODS = {f"variants/{name}": 10 for name in protocol.PUBLISHED}  # variant -> seed
+METHODS |= {f"{task}/{name}": 20 for task in protocol.TASKS for name in protocol.COMPARED}
 
 
 def measure(variant: str, seed: int, work: Path) -> dict:
