@@ -2,7 +2,7 @@ r"""Train GRPO and PAPO from the same starts, side by side, and draw how they di
 
     python -m experiments.compare        two runs at a time; writes docs/compare.png
 
-The setting is that of the experiments (README.md here) with gamma 0.1, at two of their seeds. The
+The setting is that of the experiments (protocols.md) with gamma 0.1, at two of their seeds. The
 figure has both methods' accuracy over the steps, and what each reads in one image at the end. One
 pair of runs proves nothing: the last line says how often a pair comes out the other way round.
 """

@@ -1,6 +1,6 @@
 """What the experiments are: variants, as flags of train.py, and the seeds that they are run at.
 
-README.md here says why; its protocols were committed before the reported seeds were run. Each part
+protocols.md says why; each protocol was committed before its reported seeds were run. Each part
 below adds to VARIANTS (name -> flags of train.py) and to EXPERIMENTS (name -> variants, seeds).
 """
 

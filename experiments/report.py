@@ -409,14 +409,46 @@ def collapse_figure(found: Results) -> str:
     return save_figure(figure, "collapse")
 
 
-def provenance(found: Results, folder: str) -> str:
-    """How many results a folder of results/ has, and of which commits."""
-    results = []
+def provenance_table(found: Results) -> str:
+    """Where the results in each folder of results/ come from."""
+    rows = [["folder", "results", "commits", "torch", "transformers", "processors"]]
+    folders: dict[str, list[dict]] = {}
     for variant, runs in found.items():
-        if variant.rpartition("/")[0] == folder:
-            results += runs.values()
-    commits = ", ".join(sorted({result["commit"] for result in results}))
-    return f"{len(results)} results of commit {commits or 'none'}"
+        folders.setdefault(variant.rpartition("/")[0], []).extend(runs.values())
+    for folder, results in sorted(folders.items()):
+        machines = [result.get("machine", {}) for result in results]
+        facts = [{result["commit"] for result in results}]
+        for key in ("torch", "transformers", "processor"):
+            facts.append({machine.get(key, "not recorded") for machine in machines})
+        cells = [", ".join(sorted(of_folder)) for of_folder in facts]
+        rows.append([folder or "(top)", str(len(results)), *cells])
+    return markdown(rows)
+
+
+def first_sections(found: Results) -> list[str]:
+    """The first protocol."""
+    parts = ["## table1", table1(found), table1_figure(found)]
+    parts += ["## perception (from table1)", perception_table(found)]
+    for title, (names, base) in EXPERIMENTS.items():
+        parts += [f"## {title}", comparison_table(found, names, base)]
+        parts.append(dots_figure(found, names, title))
+    return [*parts, "## signs of collapse (from regularisation)", collapse_figure(found)]
+
+
+def variants_sections(found: Results, everything: Results) -> list[str]:
+    note = "The p of the ten comparisons with grpo are not corrected for their number."
+    parts = ["## variants", variants_table(found), note, variants_figure(found)]
+    return [*parts, "## variants: choice of the factor", choice_table(everything)]
+
+
+def second_sections(everything: Results) -> list[str]:
+    """The second protocol."""
+    parts = report_tasks.sections(everything, load_costs(), HERE / "figures")
+    found = complete(everything, NEW_SEEDS)
+    for title, (names, base) in SECOND.items():
+        parts += [f"## {title}", comparison_table(found, names, base)]
+        parts.append(dots_figure(found, names, title))
+    return [*parts, "## rounding", rounding_table(everything)]
 
 
 def main() -> None:
@@ -425,30 +457,17 @@ def main() -> None:
     (HERE / "figures").mkdir(exist_ok=True)
     parts = [
         "# Results",
-        f"Drawn by `python -m experiments.report`, from {provenance(found, folder='')}; "
-        f"the section variants from {provenance(found, folder='variants')}. Mean +- 95% interval "
-        "over seeds; accuracies in %. The protocol and a reading of the results are in "
-        "[README.md](README.md).",
-        "## table1",
-        table1(found),
-        table1_figure(found),
-        "## perception (from table1)",
-        perception_table(found),
+        "Drawn by `python -m experiments.report` from the JSON files in results/. Mean +- 95% "
+        "interval over seeds; accuracies in %. [README.md](README.md) says how to read them, "
+        "[protocols.md](protocols.md) how they were planned.",
+        *second_sections(everything),
+        *variants_sections(found, everything),
+        *first_sections(found),
+        "## further differences",
+        further_table(found),
+        "## where the results come from",
+        provenance_table(everything),
     ]
-    for title, (names, base) in EXPERIMENTS.items():
-        parts += [f"## {title}", comparison_table(found, names, base)]
-        parts.append(dots_figure(found, names, title))
-    parts += ["## signs of collapse (from regularisation)", collapse_figure(found)]
-    note = "The p of the ten comparisons with grpo are not corrected for their number."
-    parts += ["## variants", variants_table(found), note, variants_figure(found)]
-    parts += ["## variants: choice of the factor", choice_table(everything)]
-    parts += ["## further differences", further_table(found)]
-    second = complete(everything, NEW_SEEDS)
-    for title, (names, base) in SECOND.items():
-        parts += [f"## {title}", comparison_table(second, names, base)]
-        parts.append(dots_figure(second, names, title))
-    parts += ["## rounding", rounding_table(everything)]
-    parts += report_tasks.sections(everything, load_costs(), HERE / "figures")
     (HERE / "report.md").write_text("\n\n".join(filter(None, parts)) + "\n")
     print(HERE / "report.md")
 

@@ -1,14 +1,14 @@
 r"""The paper's experiments at toy scale: train and evaluate, one JSON file per run, on a CPU.
 
-    python -m experiments.run table1           one experiment; README.md here lists them
+    python -m experiments.run table1           one experiment; --help lists them
     python -m experiments.run all --jobs 2     every run without a result, two at a time
     python -m experiments.run table1 --list    what would be run
 
 A run is one variant (flags of train.py) at one seed: `train.py`, then `evaluate.py` on the exported
 model, each a command of its own. Its result goes to results/VARIANT-sSEED.json and is not computed
 again. An interrupted run continues from its checkpoint in --work. report.py draws tables and
-figures from the JSON files alone. README.md holds the protocol, committed before the reported seeds
-were run: what is compared, by which test, with which seeds.
+figures from the JSON files alone. protocols.md says what is compared, by which test, with which
+seeds.
 """
 
 from __future__ import annotations
