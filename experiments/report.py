@@ -26,6 +26,7 @@ from experiments.measures import (
     interval,
     load,
     markdown,
+    overall_curve,
     paired,
     reading_cells,
     sign_flip_p,
@@ -338,6 +339,20 @@ def rounding_table(found: Results) -> str:
     return markdown(rows)
 
 
+def rerun_table(found: Results) -> str:
+    """Results of the first protocol beside the same runs at the same commit on another machine."""
+    rows = [["", "seed", "overall", "again", "start model, overall", "again"]]
+    for variant, runs in found.items():
+        for seed, again in runs.items():
+            if variant.startswith("rerun/"):
+                name = variant.removeprefix("rerun/")
+                both = (found[name][seed], again)
+                ends = [f"{accuracy(run):.1f}" for run in both]
+                starts = [f"{overall_curve(run)[0]:.1f}" for run in both]
+                rows.append([name, str(seed), *ends, *starts])
+    return markdown(rows)
+
+
 # Figures
 
 
@@ -448,7 +463,8 @@ def second_sections(everything: Results) -> list[str]:
     for title, (names, base) in SECOND.items():
         parts += [f"## {title}", comparison_table(found, names, base)]
         parts.append(dots_figure(found, names, title))
-    return [*parts, "## rounding", rounding_table(everything)]
+    parts += ["## rounding", rounding_table(everything)]
+    return [*parts, "## results of table1, computed again", rerun_table(everything)]
 
 
 def main() -> None:

@@ -1,4 +1,6 @@
-"""The two tasks of the experiments: coloured dots, and scans of handwritten digits.
+r"""The two tasks of the experiments: coloured dots, and scans of handwritten digits.
+
+    python -m experiments.tasks      draws figures/tasks.png, examples of both
 
 A task says where a seed's start model and data are, and what a response read in the image. Both
 have the splits `general` and `vision_dependent`. At the end they ask the same questions at every
@@ -11,7 +13,10 @@ import re
 from pathlib import Path
 from statistics import fmean
 
+from matplotlib.figure import Figure
+
 from support import toy
+from support.batch import Example
 
 SPLITS = ("general", "vision_dependent")
 
@@ -35,6 +40,10 @@ class Dots:
     def evaluation(self, seed: int) -> dict:
         """The flags of evaluate.py that name the data."""
         return {"data": self.spec}
+
+    def example(self, split: str, row: int) -> Example:
+        """A row of the evaluation."""
+        return toy.example(split, row, setting=self.setting)
 
     def cells(self, split: str, row: int) -> list[str]:
         """What the cells of an evaluation image hold."""
@@ -70,6 +79,9 @@ class Digits:
     def evaluation(self, seed: int) -> dict:
         return {"data": self.folder(seed) / "held_out"} | self.digits.SIZES
 
+    def example(self, split: str, row: int) -> Example:
+        return self.digits.example_of(self.digits.make_scene(split, row))
+
     def cells(self, split: str, row: int) -> list[str]:
         scene = self.digits.make_scene(split, row)
         return [self.digits.WORDS[digit] for digit in scene.digits]
@@ -96,3 +108,20 @@ def is_misread(task, response: str, split: str, row: int) -> bool:
 def share_of_cells_right(task, response: str, split: str, row: int) -> float:
     pairs = zip(read_cells(task, response), task.cells(split, row), strict=True)
     return fmean(read == true for read, true in pairs)
+
+
+def draw_examples(file: Path) -> None:
+    """Two rows of each task's `general` split, with question and answer."""
+    figure = Figure(figsize=(12, 3.8), layout="constrained")
+    shown = [(task, row) for task in (Dots(), Digits()) for row in (0, 3)]
+    for ax, (task, row) in zip(figure.subplots(1, len(shown)), shown, strict=True):
+        example = task.example("general", row)
+        question = example.question.removeprefix("<image>").replace(". ", ".\n")
+        ax.set_title(f"{question}\nAnswer: {example.answer}", fontsize=9)
+        ax.imshow(example.images[0], interpolation="nearest")
+        ax.axis("off")
+    figure.savefig(file, dpi=110)
+
+
+if __name__ == "__main__":
+    draw_examples(Path(__file__).resolve().parent / "figures" / "tasks.png")

@@ -102,3 +102,16 @@ def test_a_response_is_misread_where_its_result_is_wrong():
     assert not tasks.is_misread(task, cut, "general", 0)  # the row that is asked about was read
     response = digits.write_response(scene.question, other_row)
     assert tasks.share_of_cells_right(task, response, "general", 0) == pytest.approx(8 / 9)
+
+
+@pytest.mark.parametrize("task", [tasks.Dots(), tasks.Digits()])
+def test_an_image_read_correctly_gives_the_answer(task):
+    for split in tasks.SPLITS:
+        for row in range(20):
+            answer = task.example(split, row).answer
+            assert str(task.result(split, row, task.cells(split, row))) == answer
+
+
+def test_the_figure_of_the_tasks(tmp_path):
+    tasks.draw_examples(tmp_path / "tasks.png")
+    assert (tmp_path / "tasks.png").stat().st_size > 10_000
