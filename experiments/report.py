@@ -360,7 +360,8 @@ def series(run: dict, key: str) -> dict[int, float]:
     """{step: value} of one run: a split's evaluations, or a metric."""
     if key in SPLITS:
         return {int(step): scores[key] for step, scores in run["curve"].items()}
-    return dict(enumerate(run["metrics"].get(key, []), start=1))
+    values = dict(enumerate(run["metrics"].get(key, []), start=1))
+    return {step: value for step, value in values.items() if value is not None}
 
 
 def save_figure(figure: Figure, name: str) -> str:

@@ -245,9 +245,11 @@ def training_record(run_dir: Path) -> dict:
         if "reward" not in line:
             scores = {key.removeprefix("eval/"): value for key, value in line.items()}
             curve[scores.pop("step")] = scores
-    metrics = {
-        name: [round(step[name], 5) for step in steps] for name in METRICS if name in steps[0]
-    }
+    metrics = {}
+    for name in METRICS:
+        if any(name in step for step in steps):
+            # A step without any group to train on has no metrics of the update.
+            metrics[name] = [round(step[name], 5) if name in step else None for step in steps]
     config = json.loads((run_dir / "config.json").read_text())
     samples = read_log(run_dir / "samples.jsonl")
     last = [sample for sample in samples if sample["step"] == len(steps)]

@@ -177,6 +177,25 @@ def test_a_continued_run_keeps_its_origin(tmp_path, monkeypatch):
         run.origin("grpo", 10, tmp_path, file)
 
 
+def test_a_step_that_trained_on_nothing_has_no_metrics_of_the_update(tmp_path):
+    steps = [
+        {"step": 1, "reward": 0.9, "seconds": 2.0, "kl_prcp": 0.123456},
+        {"step": 2, "reward": 1.0, "seconds": 1.0},
+        {"step": 2, "eval/general": 0.75},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in steps))
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "samples.jsonl").write_text("")
+    record = run.training_record(tmp_path)
+    assert record["metrics"] == {
+        "reward": [0.9, 1.0],
+        "kl_prcp": [0.12346, None],
+        "seconds": [2.0, 1.0],
+    }
+    assert record["curve"] == {2: {"general": 0.75}}
+    assert report.series(record, "kl_prcp") == {1: 0.12346}
+
+
 def fake_result(variant, seed, accuracy):
     final = {
         "accuracy": accuracy,
