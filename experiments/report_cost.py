@@ -114,10 +114,12 @@ def pay_figure(found: Results, costs: dict, methods: list[str], figures: Path) -
     shown = [task for task in TASKS if f"{task}/{methods[0]}" in found]
     if not shown:
         return ""
-    figure = Figure(figsize=(11, 3.6 * len(shown)), layout="constrained")
-    axes = figure.subplots(len(shown), len(UNITS), squeeze=False)
+    has_seconds = all(f"{task}/{methods[0]}" in costs for task in shown)
+    units = UNITS if has_seconds else ("sampled tokens",)
+    figure = Figure(figsize=(5.5 * len(units), 3.6 * len(shown)), layout="constrained")
+    axes = figure.subplots(len(shown), len(units), squeeze=False)
     for row, task in zip(axes, shown, strict=True):
-        for ax, unit in zip(row, UNITS, strict=True):
+        for ax, unit in zip(row, units, strict=True):
             for index, method in enumerate(methods):
                 runs = list(found.get(f"{task}/{method}", {}).values())
                 if runs and (unit != "seconds" or f"{task}/{method}" in costs):
@@ -125,7 +127,7 @@ def pay_figure(found: Results, costs: dict, methods: list[str], figures: Path) -
             ax.set_title(f"{task}: overall accuracy in %", fontsize=9.5)
             ax.set_xlabel(unit, fontsize=8)
             ax.grid(alpha=0.3)
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=len(methods))
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.savefig(figures / "cost.png", dpi=110)
     return "![accuracy against seconds and sampled tokens](figures/cost.png)"
 

@@ -6,6 +6,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import fmean
 
+import numpy as np
+from matplotlib.figure import Figure
+
 from experiments import report_cost
 from experiments.measures import (
     READING,
@@ -24,7 +27,7 @@ from experiments.measures import (
 )
 from experiments.protocol import COMPARED, DEVELOPMENT_SEEDS, GAMMA, GAMMAS, NEW_SEEDS, TASKS
 from experiments.tasks import SPLITS
-from support import plots
+from support import metrics
 
 BASELINES = {
     "papo_g": "grpo",
@@ -125,19 +128,52 @@ def gamma_table(found: Results) -> str:
 
 
 def curves_figure(found: Results, figures: Path) -> str:
-    """Overall accuracy over the steps of both tasks."""
-    panels = {}
-    for task in TASKS:
-        lines = {}
-        for method in COMPARED:
-            runs = found.get(f"{task}/{method}", {}).values()
-            lines[method] = [overall_curve(run) for run in runs]
-        panels[f"{task}: overall accuracy in %"] = lines
-    if not any(lines for of_task in panels.values() for lines in of_task.values()):
+    """Overall accuracy over the steps, and the paired difference to each baseline; a row per task.
+
+    The differences need a panel of their own: seeds differ more than methods.
+    """
+    shown = [task for task in TASKS if f"{task}/{COMPARED[0]}" in found]
+    if not shown:
         return ""
-    heading = "mean over the seeds; band: 95% interval"
-    plots.draw(panels, heading, figures / "both_tasks.png", shared_legend=True)
+    figure = Figure(figsize=(12, 3.4 * len(shown)), layout="constrained")
+    rows = figure.subplots(len(shown), 3, squeeze=False)
+    for task, axes in zip(shown, rows, strict=True):
+        axes[0].set_title(f"{task}: overall accuracy in %, mean", fontsize=9.5)
+        for method in COMPARED:
+            curves = [overall_curve(run) for run in found.get(f"{task}/{method}", {}).values()]
+            draw_mean(axes[0], curves, method, with_interval=False)
+        for base, ax in zip(("grpo", "dapo"), axes[1:], strict=True):
+            ax.set_title(f"{task}: minus {base}, points; mean and 95% interval", fontsize=9.5)
+            ax.axhline(0, color="black", linewidth=0.8)
+            for method in [method for method, its_base in BASELINES.items() if its_base == base]:
+                gains_over_steps = paired(found, f"{task}/{method}", f"{task}/{base}", curve_gain)
+                draw_mean(ax, gains_over_steps, method, with_interval=True)
+        for ax in axes:
+            ax.set_xlabel("step", fontsize=8)
+            ax.grid(alpha=0.3)
+    handles = rows[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=len(COMPARED))
+    figure.savefig(figures / "both_tasks.png", dpi=110)
     return "![accuracy over the steps of both tasks](figures/both_tasks.png)"
+
+
+def curve_gain(result: dict, base: dict) -> dict[int, float]:
+    """Step -> difference in overall accuracy."""
+    base_curve = overall_curve(base)
+    return {step: score - base_curve[step] for step, score in overall_curve(result).items()}
+
+
+def draw_mean(ax, curves: list[dict[int, float]], method: str, with_interval: bool) -> None:
+    """The mean over seeds of curves {step: value}, and its 95% interval."""
+    if not curves:
+        return
+    steps = list(curves[0])
+    intervals = [metrics.mean_interval([curve[step] for curve in curves]) for step in steps]
+    means, halves = np.transpose(intervals)
+    colour = f"C{COMPARED.index(method)}"
+    ax.plot(steps, means, ".-", color=colour, label=method)
+    if with_interval:
+        ax.fill_between(steps, means - halves, means + halves, color=colour, alpha=0.15)
 
 
 def sections(found: Results, costs: dict, figures: Path) -> list[str]:
