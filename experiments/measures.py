@@ -61,6 +61,11 @@ def count(result: dict, what: str, splits: Iterable[str] = SPLITS) -> float:
     return sum(result["final"][split][what] for split in splits)
 
 
+def misread_change(result: dict, base: dict, splits: tuple[str, ...] = SPLITS) -> float:
+    """How many more answers rest on a misread image than the baseline has, in %."""
+    return 100 * (count(result, "misread", splits) / count(base, "misread", splits) - 1)
+
+
 # Statistics
 
 
@@ -129,6 +134,7 @@ def markdown(rows: list[list[str]]) -> str:
 
 
 READING = ("wrong %", "of these misread %", "cells read right %")
+MISREAD_CHANGE = "misread answers, relative to baseline %"
 
 
 def reading_cells(runs: Iterable[dict], splits: tuple[str, ...] = SPLITS) -> list[str]:

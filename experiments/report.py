@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from experiments import report_tasks
 from experiments.measures import (
+    MISREAD_CHANGE,
     READING,
     Results,
     accuracy,
@@ -21,11 +22,11 @@ from experiments.measures import (
     at_seeds,
     common_seeds,
     complete,
-    count,
     delta_rel,
     interval,
     load,
     markdown,
+    misread_change,
     overall_curve,
     paired,
     reading_cells,
@@ -180,17 +181,13 @@ def table1(found: Results) -> str:
 
 def perception_table(found: Results) -> str:
     """Share of wrong answers whose reading was wrong, and PAPO's change of their number."""
-    rows = [["", *READING, "misread answers, relative to baseline %"]]
-
-    def change(result: dict, base: dict) -> float:
-        return 100 * (count(result, "misread") / count(base, "misread") - 1)
-
+    rows = [["", *READING, MISREAD_CHANGE]]
     for variant in ["start", *TABLE1]:
         if variant not in found:
             continue
         relative = ""
         if variant in BASELINES:
-            changes = paired(found, variant, BASELINES[variant], change)
+            changes = paired(found, variant, BASELINES[variant], misread_change)
             relative = interval(changes, sign=True)
         rows.append([variant, *reading_cells(found[variant].values()), relative])
     return markdown(rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -11,6 +12,7 @@ from matplotlib.figure import Figure
 
 from experiments import report_cost
 from experiments.measures import (
+    MISREAD_CHANGE,
     READING,
     Results,
     accuracy,
@@ -20,6 +22,7 @@ from experiments.measures import (
     holm,
     interval,
     markdown,
+    misread_change,
     overall_curve,
     paired,
     reading_cells,
@@ -92,12 +95,17 @@ def difference_cells(found: Results, task: str, method: str, measure: Callable) 
 
 def reading_table(found: Results, task: str, methods: Iterable[str]) -> str:
     """Errors by split, and how many of them rest on a misread image."""
-    rows = [["", "split", *READING]]
+    rows = [["", "split", *READING, MISREAD_CHANGE]]
     for method in methods:
         runs = list(found.get(f"{task}/{method}", {}).values())
         for split in SPLITS:
             if runs:
-                rows.append([method, split, *reading_cells(runs, (split,))])
+                cells = reading_cells(runs, (split,))
+                change = partial(misread_change, splits=(split,))
+                base = f"{task}/{BASELINES.get(method)}"
+                changes = paired(found, f"{task}/{method}", base, change)
+                cells.append(interval(changes, sign=True) if changes else "")
+                rows.append([method, split, *cells])
     return markdown(rows)
 
 
