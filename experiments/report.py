@@ -340,13 +340,14 @@ def rerun_table(found: Results) -> str:
     """Results of the first protocol beside the same runs at the same commit on another machine."""
     rows = [["", "seed", "overall", "again", "start model, overall", "again"]]
     for variant, runs in found.items():
+        folder, _, name = variant.rpartition("/")
+        if folder != "rerun":
+            continue
         for seed, again in runs.items():
-            if variant.startswith("rerun/"):
-                name = variant.removeprefix("rerun/")
-                both = (found[name][seed], again)
-                ends = [f"{accuracy(run):.1f}" for run in both]
-                starts = [f"{overall_curve(run)[0]:.1f}" for run in both]
-                rows.append([name, str(seed), *ends, *starts])
+            both = (found[name][seed], again)
+            ends = [f"{accuracy(run):.1f}" for run in both]
+            starts = [f"{overall_curve(run)[0]:.1f}" for run in both]
+            rows.append([name, str(seed), *ends, *starts])
     return markdown(rows)
 
 

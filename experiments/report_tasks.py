@@ -153,9 +153,10 @@ def curves_figure(found: Results, figures: Path) -> str:
         for base, ax in zip(("grpo", "dapo"), axes[1:], strict=True):
             ax.set_title(f"{task}: minus {base}, points; mean and 95% interval", fontsize=9.5)
             ax.axhline(0, color="black", linewidth=0.8)
-            for method in [method for method, its_base in BASELINES.items() if its_base == base]:
-                gains_over_steps = paired(found, f"{task}/{method}", f"{task}/{base}", curve_gain)
-                draw_mean(ax, gains_over_steps, method, with_interval=True)
+            for method, its_base in BASELINES.items():
+                if its_base == base:
+                    curves = paired(found, f"{task}/{method}", f"{task}/{base}", curve_gain)
+                    draw_mean(ax, curves, method, with_interval=True)
         for ax in axes:
             ax.set_xlabel("step", fontsize=8)
             ax.grid(alpha=0.3)
