@@ -28,6 +28,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import transformers
 from torch import Tensor
 from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
@@ -36,6 +37,7 @@ from torch.utils._pytree import tree_map
 
 CUDA = torch.device("cuda", 0)
 PROJECT = str(Path(__file__).parent.parent)
+TRANSFORMERS = str(Path(transformers.__file__).parent)
 aten = torch.ops.aten
 
 INDEXING = {aten.index, aten._unsafe_index, aten.index_put, aten.index_put_, aten._index_put_impl_}
@@ -200,8 +202,10 @@ def _source_line() -> str:
     frame = sys._getframe()
     while frame:
         path = frame.f_code.co_filename
-        in_transformers = "/transformers/" in path
-        if in_transformers or path.startswith(PROJECT) and path != __file__:
+        in_transformers = path.startswith(TRANSFORMERS)
+        # A virtual environment may lie in the project's folder.
+        in_project = path.startswith(PROJECT) and "site-packages" not in path
+        if in_transformers or in_project and path != __file__:
             line = f"{Path(path).name}: {linecache.getline(path, frame.f_lineno).strip()}"
             return f"transformers {line}" if in_transformers else line
         frame = frame.f_back
