@@ -59,7 +59,7 @@ class EvalConfig:
     n: int = flag(8, "samples per question (avg@n)")
     out: str = flag("", "folder for predictions, tables, figures; also resumes an evaluation")
     baseline: str = flag("", "folder of predictions to measure Delta_rel against")
-    eval_rows: int = flag(0, "use only the first so many usable rows of each set; 0: all")
+    eval_rows: int = flag(0, "number of usable rows of each set, the first ones; 0: all")
     reward: str = flag("", "score with path/file.py:function(response, answer)")
     reward_deadline: float = flag(2.0, "seconds to score one response; a timeout has accuracy 0")
     reward_memory: float = flag(1.0, "GiB per scoring process (Linux)")
@@ -70,7 +70,7 @@ class EvalConfig:
     explain: bool = flag(False, "draw the image attribution of the response to --ask or --row")
     row: str = flag("0", "for --explain: ROW or SPLIT:ROW of the data")
     masks: int = flag(8, "for --explain: how many masks to average over")
-    heat_patches: int = flag(256, "for --explain: at most so many cells in the heat map")
+    heat_patches: int = flag(256, "for --explain: most cells in the heat map")
     grade: tuple = flag((), "grade these prediction files (ours or PAPO-Eval's)")
     compare: tuple = flag((), "plot the curves of these runs in one figure")
 
@@ -88,7 +88,7 @@ class EvalConfig:
     prompt_suffix: str = flag(
         PROMPT_SUFFIX, "appended to questions that lack it", shown_default="the released text"
     )
-    rollout_batch: int = flag(320, "at most so many responses at a time")
+    rollout_batch: int = flag(320, "most responses to sample at a time")
 
     def __post_init__(self):
         cli.check_counts(self, "n", "masks", "heat_patches", "max_new_tokens", "rollout_batch")
@@ -129,9 +129,9 @@ def predict(
     numbers = list(range(len(rows)) if numbers is None else numbers)
     rank = dist.get_rank() if dist.is_initialized() else 0
     mine = numbers[rank :: distributed.world_size()]
-    most = math.ceil(len(numbers) / distributed.world_size())
+    longest_share = math.ceil(len(numbers) / distributed.world_size())
     chunk_size = max(1, sampling.get("rollout_batch", 320) // n)
-    chunks = range(0, most, chunk_size)
+    chunks = range(0, longest_share, chunk_size)
     for start in tqdm(chunks, desc=progress, leave=False, disable=not progress):
         prompts = []
         for number in mine[start : start + chunk_size]:
@@ -151,8 +151,8 @@ def predict(
 def mean_accuracy(records: list[dict]) -> float:
     """avg@n in [0, 1] over the records of all ranks; all ranks call it."""
     correct = sum(record["accuracy"] for record in records)
-    total, n = distributed.sum_over_ranks([correct, len(records)])
-    return total / max(n, 1.0)
+    all_correct, total = distributed.sum_over_ranks([correct, len(records)])
+    return all_correct / max(total, 1.0)
 
 
 def evaluate(policy: Policy, sets: dict, grader, baseline, config: EvalConfig) -> None:
@@ -236,9 +236,9 @@ def set_up(config: EvalConfig) -> Callable[[], None]:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     sets = {}
     if not config.ask:
-        limits = {"limit": config.eval_rows, "max_prompt_tokens": config.max_prompt_tokens}
+        row_limits = {"limit": config.eval_rows, "max_prompt_tokens": config.max_prompt_tokens}
         source, length = config.benchmarks, encoder.prompt_length
-        sets = benchmarks.eval_sets(config.data, source=source, length=length, **limits)
+        sets = benchmarks.eval_sets(config.data, source=source, length=length, **row_limits)
     if config.ask or config.explain:
         if world > 1:
             raise ValueError("--ask and --explain run in one process, without torchrun")

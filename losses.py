@@ -2,7 +2,7 @@ r"""Every equation of PAPO (arXiv 2507.06448) as a pure function of tensors.
 
     minimise   L  =  L_pg  +  beta KL_ref  -  gamma KL_prcp  +  eta1 H  +  eta2 H_mask
 
-Shapes: B = responses, T = response positions, right-padded; P = prompts, G = responses per prompt.
+Shapes: B = responses, T = response positions, right-padded; N = prompts, G = responses per prompt.
 `mask[B, T]` is True on a response's tokens, up to and including its first end token. Padding is
 never read: whatever stands there, even NaN, changes no loss, no metric and no gradient.
 
@@ -89,16 +89,16 @@ def masked_mean(
 def group_advantages(rewards: Tensor, group_size: int, eps: float = 1e-6) -> Tensor:
     """A_i = (R_i - mean R) / (std R + eps) within each group.
 
-    rewards[P * G], groups adjacent -> advantages[P * G]. std is unbiased (as released). A group of
-    one has nothing to be compared with and gets 0. Computed in float64: in float32 five rewards of
-    0.9 have a std of about 1e-7 instead of 0, which eps = 1e-6 turns into advantages of 0.05.
+    rewards[N * G], groups adjacent -> advantages[N * G]. std is unbiased (as released). A group of
+    one has nothing to be compared with and gets 0. Computed in float64: in float32 six rewards of
+    0.9 can have a std of 7e-8 instead of 0, which eps = 1e-6 turns into advantages of 0.06.
     """
     if rewards.dim() != 1 or group_size < 1 or len(rewards) % group_size:
         shape = tuple(rewards.shape)
         raise ValueError(f"rewards of shape {shape} do not divide into groups of {group_size}")
     if group_size == 1:
         return torch.zeros_like(rewards)
-    groups = rewards.double().view(-1, group_size)  # [P, G]
+    groups = rewards.double().view(-1, group_size)  # [N, G]
     centred = groups - groups.mean(1, keepdim=True)
     advantages = centred / (groups.std(1, keepdim=True) + eps)
     return advantages.view(-1).to(rewards.dtype)

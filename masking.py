@@ -9,8 +9,8 @@ The release blacks out 14-px tiles of the raw image, before resizing and RGB con
 unseeded global generator, so tiles rarely line up with the model's patches. Here a tile is a patch,
 and the caller's generator draws one mask per prompt, shared by its group.
 
-A new corruption is a function (pixel_values, ratio, ...) -> (masked, patch_mask), its name in
-STRATEGIES and a branch in `mask_image_patches`. Its parameters are fields of papo.Algo.
+To add a corruption, write a function (pixel_values, ratio, ...) -> (masked, patch_mask), add its
+name to STRATEGIES and a branch to `mask_image_patches`. Its parameters are fields of papo.Algo.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def mask_prompt(
 
 
 def mask_each_image(prompt, mask: Callable) -> tuple[Tensor, Tensor]:
-    """The view that mask(patches, (rows, columns), image) -> (masked, patch_mask) gives."""
+    """Apply mask(patches, (rows, columns), image) -> (masked, patch_mask) per image, and join."""
     masked, patch_masks = [], []
     grids = prompt.image_grid_thw  # [n_images, 3]
     patches_per_image = prompt.pixel_values.split(grids.prod(-1).tolist())
@@ -129,8 +129,8 @@ def mask_image_patches(
 ) -> tuple[Tensor, Tensor]:
     """Apply algo.mask_strategy to the patches of one image.
 
-    grid: (rows, columns) of patches. A mask with a shape is drawn on that grid and brought into the
-    processor's order by to_patch_order, as `saliency`[h, w] is for "semantic".
+    grid: (rows, columns) of patches. A map over them, such as `saliency`[h, w] for "semantic", must
+    be brought into the processor's patch order by to_patch_order.
     """
     ratio, black = algo.mask_ratio, encoder.black_patch
     if algo.mask_strategy == "random":

@@ -72,7 +72,7 @@ class Algo:
     mask_strategy: str = flag("random", "random, semantic or noise")
     mask_sigma: float = flag(1.0, "noise: standard deviation in normalised pixel units")
     kl_prcp_estimator: str = flag("k3", "k3: as the released code; paper: as printed")
-    kl_prcp_clip: float = flag(0.0, "upper limit of KL_prcp per token; 0: none")
+    kl_prcp_clip: float = flag(0.0, "upper limit of KL_prcp per token; 0: 10, as every k3")
     kl_prcp_coef_end: float = flag(
         -1.0, "final gamma, reached linearly; entropies scale along; below 0: constant"
     )
@@ -95,7 +95,7 @@ class Algo:
     # The steps a variant may replace.
 
     def annealed(self, step: int, last_step: int) -> Algo:
-        """The settings at a step, from 0, of last_step."""
+        """The settings at `step`, which runs from 0 to last_step - 1."""
         if self.kl_prcp_coef_end < 0 or not self.kl_prcp_coef:
             return self
         progress = step / max(last_step - 1, 1)

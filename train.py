@@ -38,12 +38,12 @@ from support.run_folder import with_saved_config
 from support.stats import RolloutStats
 from support.variants import sampling_pairs, variant_names
 
-MAX_ROUNDS = 20  # at most so many rounds of dynamic sampling per step
+MAX_ROUNDS = 20  # most rounds of dynamic sampling per step
 
 
 @dataclass
 class Config:
-    """Flags. Defaults follow the paper; the toy overrides some (support/toy.py)."""
+    """Flags. Training follows the paper, evaluation is smaller; the toy overrides some."""
 
     algo: str = flag(
         "papo_g",
@@ -62,7 +62,7 @@ class Config:
     seed: int = flag(0, "random seed")
     steps: int = flag(0, "training steps; 0: derived from --epochs")
 
-    epochs: float = flag(2.0, "passes over the data without --steps", group="sizes (toys differ)")
+    epochs: float = flag(2.0, "passes over the data; not with --steps", group="sizes (toys differ)")
     prompts_per_step: int = flag(384, "prompts per step, over all ranks")
     group_size: int = flag(5, "responses per prompt")
     mini_batch: int = flag(128, "prompts per optimizer step and per round of dynamic sampling")
@@ -88,18 +88,18 @@ class Config:
 
     eval_every: int = flag(
         50,
-        "evaluate every so many steps, and before the first; 0: never",
+        "steps between evaluations; also before the first and after the last; 0: never",
         group="evaluate and save",
     )
     eval_n: int = flag(1, "samples per question in evaluations")
     eval_rows: int = flag(500, "questions per evaluation set, the first ones; 0: all")
-    save_every: int = flag(50, "save every so many steps, and after the last; 0: never")
+    save_every: int = flag(50, "steps between checkpoints; also after the last; 0: never")
     keep: int = flag(2, "how many checkpoints to keep")
     wandb: bool = flag(False, "log to Weights & Biases too")
     tensorboard: bool = flag(False, "log to TensorBoard too")
 
     tokens_per_forward: int = flag(16_384, "most tokens per packed row", group="memory")
-    rollout_batch: int = flag(1024, "at most so many responses at a time on each rank")
+    rollout_batch: int = flag(1024, "most responses to sample at a time on each rank")
     offload_optimizer: bool = flag(False, "keep AdamW's state in host memory while sampling")
     shard_size: int = flag(0, "ranks that split one copy of the weights; 0: those of a machine")
 
@@ -195,7 +195,7 @@ def sample(run: Run, algo: Algo, prompts: list[Prompt], key: tuple) -> list[Grou
 def grade(run: Run, algo: Algo, groups: list[Group], stats: RolloutStats) -> list[Group]:
     """Grade the groups, set their advantages, and return those to train on.
 
-    All responses to a prompt are compared, also if a variant has several groups per prompt.
+    All responses to a prompt are compared, even if a variant has several groups per prompt.
     """
     responses = [text for group in groups for text in group.responses]
     answers = [group.prompt.example.answer for group in groups for _ in group.responses]
@@ -210,7 +210,7 @@ def grade(run: Run, algo: Algo, groups: list[Group], stats: RolloutStats) -> lis
         rewards = torch.tensor([score["overall"] for score in its_scores], dtype=torch.float64)
         advantages = group_advantages(rewards, size).float()
         fully_graded = not any("unscored" in score for score in its_scores)
-        if not fully_graded:  # an unscored response counts as 0, which falsifies the group's mean
+        if not fully_graded:  # an unscored response counts as 0, which distorts the mean
             advantages = torch.zeros(size)
         set_shares(same_prompt, "rewards", rewards)
         set_shares(same_prompt, "advantages", advantages)
@@ -222,7 +222,7 @@ def grade(run: Run, algo: Algo, groups: list[Group], stats: RolloutStats) -> lis
 
 
 def evaluate_if_due(run: Run) -> None:
-    """Log avg@n of each evaluation set, and a few responses to look at, if one is due."""
+    """Log avg@n of each evaluation set, and a few responses to look at, if it is time."""
     if not run.evaluation_is_due():
         return
     config, accuracies, records = run.config, {}, {}

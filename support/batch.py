@@ -27,7 +27,7 @@ class Example:
     answer: str
     images: list[Image.Image]  # RGB, one per marker, in order
     id: str = ""
-    # Further image columns, as many images each: images_aug, and those a variant asks for.
+    # Further image columns, each as long as `images`: images_aug, and those a variant asks for.
     more_images: dict[str, list[Image.Image]] = field(default_factory=dict)
 
 
@@ -117,7 +117,7 @@ def empty_group(prompt: Prompt | None = None) -> Group:
 
 
 def by_prompt(groups: list[Group]) -> list[list[Group]]:
-    """The groups of each prompt. In `groups` they follow one another."""
+    """The groups of each prompt, which must be adjacent in `groups`."""
     by_index = itertools.groupby(groups, key=lambda group: group.prompt.index)
     return [list(same_prompt) for _, same_prompt in by_index]
 

@@ -6,8 +6,8 @@ A response should change when the image is hidden, and stay when it is only hard
 
 Source: a third-party re-implementation; the authors published no code. Its mask is PAPO's, at 0.6,
 its noise NoisyRollout's, which we take at 500 steps. It has no KL_ref.
-Differences: its entropies carry no gradient. So H_mask is only logged, as PAPO's, and H_noised is
-left out.
+Difference: H_noised is left out, because the source's entropies carry no gradient. For the same
+reason H_mask is only logged, as in PAPO.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ everything after them, the response included. For either part m,
 A response of fewer than 60 tokens gets score -1. Negative advantages are scaled alike.
 
 Source: the authors' code, github.com/Sammy20207109/DyCo-RL, on GRPO with beta 0.04 (n = 4; as DAPO:
---kl_ref_coef 0 --clip_high 0.28). It asks 150 tokens of models above 5e9 parameters.
+--kl_ref_coef 0 --clip_high 0.28). For models above 5e9 parameters the limit is 150.
 Differences: its abstract weighs tokens, its code responses, as here. It goes on counting after a
 response's end until the batch's longest ends; here padding never counts. Its z-score is over one
 device's 4 responses; here over the mini-batch on all ranks. It records attention while sampling;
@@ -27,7 +27,6 @@ image keep weight 1.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 from torch import Tensor
@@ -55,24 +54,23 @@ class DyCoRL(Algo):
     def weigh(self, groups, policy):
         alignments = attention_alignments(policy, groups, self.neutral_margin)
         pairs = list(zip(groups, alignments, strict=True))
-        of_images = [each.tolist() for group, each in pairs if group.has_image]
-        everyones = concat_over_ranks(list(chain.from_iterable(of_images)))
-        everyones = torch.tensor(everyones, dtype=torch.float64)
-        return [self._weights(group, each, everyones)[:, None] for group, each in pairs]
+        mine = [value for group, each in pairs if group.has_image for value in each.tolist()]
+        all_alignments = torch.tensor(concat_over_ranks(mine), dtype=torch.float64)
+        return [self._weights(group, each, all_alignments)[:, None] for group, each in pairs]
 
-    def _weights(self, group: Group, alignments: Tensor, everyones: Tensor) -> Tensor:
+    def _weights(self, group: Group, alignments: Tensor, all_alignments: Tensor) -> Tensor:
         if not group.has_image:
             return torch.ones(len(alignments))
         too_short = group.response_mask.sum(1) < self.shortest_response
-        scores = standardised(alignments, everyones).masked_fill(too_short, -1.0)
+        scores = standardised(alignments, all_alignments).masked_fill(too_short, -1.0)
         return (1 + self.strength * scores).clamp(1 - self.strength, 1 + self.strength).float()
 
 
-def standardised(alignments: Tensor, everyones: Tensor) -> Tensor:
+def standardised(alignments: Tensor, all_alignments: Tensor) -> Tensor:
     """tanh of the z-scores of alignments[G] among the mini-batch's; 0 where all are equal."""
-    if len(everyones) < 2 or everyones.std() <= 1e-8:
+    if len(all_alignments) < 2 or all_alignments.std() <= 1e-8:
         return torch.zeros_like(alignments)
-    return torch.tanh((alignments - everyones.mean()) / everyones.std())
+    return torch.tanh((alignments - all_alignments.mean()) / all_alignments.std())
 
 
 def attention_alignments(policy, groups: list[Group], margin: float) -> list[Tensor]:

@@ -11,8 +11,8 @@ A response's weights sum to its number of tokens n, so they move credit between 
 Source: a third-party re-implementation; the authors' repository holds no code. It samples n = 5
 responses.
 Differences: its blind pass cuts the attention to the image tokens. Here the image is black, the
-nearest thing a view of the pixels can do. Responses that do not depend on the image, and those
-without one, keep weight 1.
+nearest equivalent that a view of the pixels allows. Responses that do not depend on the image, and
+those without one, keep weight 1.
 """
 
 from __future__ import annotations

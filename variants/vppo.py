@@ -89,5 +89,5 @@ def top_tokens(dependency: Tensor, mask: Tensor, share: float) -> Tensor:
     """1.0 at the ceil(share * n) tokens of each response with the largest dependency, else 0.0."""
     order = dependency.masked_fill(~mask, -1.0).argsort(dim=1, descending=True, stable=True)
     rank = order.argsort(dim=1)
-    n_kept = (share * mask.sum(1, keepdim=True).double() - 1e-9).ceil()  # 0.2 * 15 is not 3
+    n_kept = (share * mask.sum(1, keepdim=True).double() - 1e-9).ceil()  # 0.28 * 25 exceeds 7
     return ((rank < n_kept) & mask).float()
