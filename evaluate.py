@@ -92,6 +92,7 @@ class EvalConfig:
 
     def __post_init__(self):
         cli.check_counts(self, "n", "masks", "heat_patches", "max_new_tokens", "rollout_batch")
+        cli.check_not_negative(self, "top_k", "eval_rows")
         cli.check_top_p(self)
         if self.temperature < 0:
             raise ValueError(f"temperature={self.temperature}: must be at least 0")
@@ -258,7 +259,8 @@ def set_up(config: EvalConfig) -> Callable[[], None]:
         baseline = predictions.grade_files([config.baseline], sets, **how)
     with distributed.one_rank_at_a_time():  # host memory holds one whole copy at a time
         policy = Policy.load(name, encoder, dtype, device, config.temperature or 1.0)
-    grader = Grader(config.reward or compute_score, 1 if world > 1 else None, **config.limits)
+    workers = 1 if world > 1 else None
+    grader = Grader(config.reward or compute_score, workers, budget=UNLIMITED, **config.limits)
     return partial(evaluate, policy, sets, grader, baseline, config)
 
 
@@ -275,8 +277,11 @@ def main(argv=None) -> None:
         resumable = config and config.out and not (config.ask or config.explain or config.grade)
         resume = f"; --out {config.out} resumes it" if resumable else ""
         cli.exit_with_error(f"interrupted{resume}")
-    except StepError as error:
+    except (StepError, OSError) as error:
         cli.exit_with_error(error)
+    except torch.OutOfMemoryError as error:
+        advice = "lower --rollout_batch, --max_new_tokens or --max_pixels"
+        cli.exit_with_error(f"out of memory: {advice}. {error}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

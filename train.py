@@ -83,7 +83,7 @@ class Config:
 
     lr: float = flag(1e-6, "AdamW's learning rate, constant", group="optimizer (toys differ)")
     weight_decay: float = flag(1e-2, "AdamW's weight decay")
-    max_grad_norm: float = flag(1.0, "gradient clipping")
+    max_grad_norm: float = flag(1.0, "gradient norm to clip at; inf: never")
     freeze_vision: bool = flag(False, "train the language model only")
 
     eval_every: int = flag(
@@ -106,9 +106,9 @@ class Config:
     def __post_init__(self):
         cli.check_counts(self, "prompts_per_step", "group_size", "mini_batch", "max_new_tokens")
         cli.check_counts(self, "eval_n", "keep", "tokens_per_forward", "rollout_batch")
+        cli.check_not_negative(self, "steps", "top_k", "eval_every", "eval_rows", "save_every")
+        cli.check_positive(self, "temperature", "max_grad_norm")
         cli.check_top_p(self)
-        if not self.temperature > 0:
-            raise ValueError(f"temperature={self.temperature}: must be above 0")
 
 
 # ----------------------------------------------------------------------------------------- the loop
@@ -135,6 +135,7 @@ def train(run: Run) -> None:
 
         # 4. Log; save a checkpoint and evaluate when due.
         run.finish_step(metrics, groups)
+        del groups, batches  # their pixels, before the next step's are sampled
         evaluate_if_due(run)
 
 
@@ -200,6 +201,7 @@ def grade(run: Run, algo: Algo, groups: list[Group], stats: RolloutStats) -> lis
     responses = [text for group in groups for text in group.responses]
     answers = [group.prompt.example.answer for group in groups for _ in group.responses]
     scores = run.grader(responses, answers)
+    run.raise_if_stopped()
     stats.add_scores(scores, run.grader)
     remaining = iter(scores)
     kept = []

@@ -65,7 +65,7 @@ def primary_table(found: Results) -> str:
         rows.append([question, interval(values, sign=True), f"{ahead} of {len(values)}"])
         ps.append(sign_flip_p(values))
     for row, p, corrected in zip(rows, ps, holm(ps), strict=True):
-        row += [f"{p:.4f}", f"{corrected:.4f}"]
+        row += [f"{p:.5f}", f"{corrected:.5f}"]  # the smallest p of 16 pairs is 0.00003
     return markdown([["", f"{PRIMARY} minus grpo", "pairs ahead", "p", "corrected p"], *rows])
 
 

@@ -104,7 +104,10 @@ def run(variant: str, seed: int, work: Path) -> Path:
     log.parent.mkdir(parents=True, exist_ok=True)
     result_file(variant, seed).parent.mkdir(exist_ok=True)
     start = build_start_model(variant, seed, log)
-    result = origin(variant, seed, start, log.with_suffix(".origin"))
+    origin_file = log.with_suffix(".origin")
+    if not (work / f"{variant}-s{seed}" / "config.json").exists():
+        origin_file.unlink(missing_ok=True)  # of a run that was removed
+    result = origin(variant, seed, start, origin_file)
     if is_start(variant):
         model = start
     else:
@@ -175,7 +178,7 @@ def train(variant: str, seed: int, work: Path, log: Path) -> Path:
     weights = run_dir / "model" / "model.safetensors"
     config = run_dir / "config.json"
     if config.exists():
-        check_flags(json.loads(config.read_text()), variant, config)
+        check_flags(json.loads(config.read_text()), variant, run_dir)
     if weights.exists():
         return run_dir
     if config.exists():

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
 from transformers.utils import cached_file
@@ -90,6 +91,8 @@ def save(folder: Path, model, optimizer, state: dict, keep: int) -> Path:
         raise
     except dcp.api.CheckpointException as error:
         on_first_rank(lambda: clean(folder))
+        if not _is_about_files(error):
+            raise
         raise _first_failure(error) from None
     return checkpoint_dir
 
@@ -103,12 +106,15 @@ def load(checkpoint_dir: Path, model, optimizer) -> dict:
     content = {"model": weights, "optimizer": optimizer_state}
     try:
         dcp.load(content, checkpoint_id=checkpoint_dir)
-    except dcp.api.CheckpointException as error:
-        cause = _first_failure(error)
+        state = json.loads((Path(checkpoint_dir) / "state.json").read_text())
+    except (dcp.api.CheckpointException, ValueError) as error:
+        cause = error
+        if isinstance(error, dcp.api.CheckpointException):
+            cause = _first_failure(error)
         advice = "delete it to resume from the one before"
         raise OSError(f"{checkpoint_dir} cannot be read: {advice}; {cause}") from error
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=optimizer_state)
-    return json.loads((Path(checkpoint_dir) / "state.json").read_text())
+    return state
 
 
 def state_dicts(model, optimizer) -> tuple[dict, dict]:
@@ -142,8 +148,12 @@ def export(model, source: str, folder: Path, dtype) -> Path:
         shutil.rmtree(partial_dir, ignore_errors=True)
         original_dtype = model.config.dtype
         model.config.dtype = dtype
-        model.save_pretrained(partial_dir, state_dict=weights)
-        model.config.dtype = original_dtype
+        try:
+            model.save_pretrained(partial_dir, state_dict=weights)
+        except SafetensorError as error:  # a full disk, say
+            raise OSError(str(error)) from error
+        finally:
+            model.config.dtype = original_dtype
         for name in COPIED_FILES:
             path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
             if path:
@@ -188,10 +198,13 @@ def _hidden(path: Path) -> Path:
     return path.with_name(f".{path.name}")
 
 
+def _is_about_files(error: dcp.api.CheckpointException) -> bool:
+    causes = [cause for cause, _ in error.failures.values()]
+    return isinstance(causes[0], (OSError, RuntimeError, EOFError))  # torch wraps some OSErrors
+
+
 def _first_failure(error: dcp.api.CheckpointException) -> OSError:
-    """The first rank's failure as one line. Anything but trouble with files is raised again."""
+    """The first rank's failure as one line."""
     rank, (cause, _) = sorted(error.failures.items())[0]
-    if not isinstance(cause, (OSError, RuntimeError, EOFError)):  # torch wraps some OSErrors
-        raise error
     text = " ".join(f"{type(cause).__name__}: {cause}".split())
     return OSError(f"rank {rank}: {text[:300]}")

@@ -151,6 +151,19 @@ def check_counts(config, *names: str) -> None:
             raise ValueError(f"{name}={getattr(config, name)}: must be at least 1")
 
 
+def check_not_negative(config, *names: str) -> None:
+    """ValueError where a field is below 0."""
+    for name in names:
+        check_range(config, name, 0, math.inf)
+
+
+def check_positive(config, *names: str) -> None:
+    """ValueError where a field is not above 0."""
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise ValueError(f"{name}={getattr(config, name)}: must be above 0")
+
+
 def check_choice(config, name: str, choices: tuple[str, ...]) -> None:
     """ValueError where a field has none of the choices."""
     value = getattr(config, name)

@@ -49,6 +49,7 @@ from PIL import Image, ImageOps
 
 from support import toy
 from support.batch import Example
+from support.errors import StepError
 
 SUFFIXES = (".parquet", ".json", ".jsonl")
 SPLITS = ("test", "validation", "val", "train")  # in the order in which evaluation prefers them
@@ -226,7 +227,12 @@ def as_text(value, name: str) -> str:
     is_missing = value is None or value != value  # pandas stores a missing value as NaN
     if is_missing or not str(value).strip():
         raise BadRowError(f"empty {name}", repr(value))
-    return str(value)
+    text = str(value)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair, as "\ud83d" in JSON
+        raise BadRowError(f"{name} is not valid Unicode", repr(value)) from error
+    return text
 
 
 def as_list(value) -> list:
@@ -558,4 +564,4 @@ class Stream:
         self._consecutive_bad_rows += 1
         if self._consecutive_bad_rows >= MAX_CONSECUTIVE_BAD_ROWS:
             count = self._consecutive_bad_rows
-            raise DataError(f"{name}: {count} prompts in a row cannot be used, {error}") from error
+            raise StepError(f"{name}: {count} prompts in a row cannot be used, {error}") from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -164,8 +165,12 @@ def summarise(
     rows = [_set_row(name, records, n) for name, records in results.items()]
     if baseline:
         for row in rows:
-            before = _set_row(row["name"], baseline[row["name"]], n)["accuracy"]
-            row["delta"] = 100 * (row["accuracy"] / before - 1) if before else math.nan
+            before = _set_row(row["name"], baseline[row["name"]], n)
+            if row["questions"] != before["questions"]:
+                counts = f"{before['questions']} questions, this evaluation {row['questions']}"
+                print(f"{row['name']}: no Delta_rel, the baseline has {counts}", file=sys.stderr)
+            elif before["accuracy"]:
+                row["delta"] = 100 * (row["accuracy"] / before["accuracy"] - 1)
     averages: dict[tuple, dict] = {}
     for label, names in groups.items():
         members = [row for row in rows if row["name"] in names]

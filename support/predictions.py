@@ -25,6 +25,7 @@ from mathruler.grader import extract_boxed_content
 from support import metrics
 from support.batch import Group
 from support.benchmarks import ALIASES
+from support.checkpoint import write_atomically
 from support.data import DataError
 from support.reward import compute_score, rewrite
 from support.sandbox import Grader
@@ -113,7 +114,7 @@ def open_output(out: Path, settings: dict, inputs: dict[str, str]) -> None:
         if others:
             problem = f"holds {others[0]} and no evaluation"
             raise ValueError(f"--out {out} {problem}: choose another folder")
-        file.write_text(json.dumps(current, indent=1) + "\n")
+        write_atomically(file, json.dumps(current, indent=1) + "\n")
         return
     saved = json.loads(file.read_text())
     changed = [name for name in current if current[name] != saved.get(name)]
@@ -135,7 +136,7 @@ def append_partial(out: Path, name: str, rank: int, records: list[dict]) -> None
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(file, "a", encoding="utf-8") as part:
         part.write("\n")  # ends a line that a killed process left incomplete
-        part.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        part.writelines(json.dumps(record) + "\n" for record in records)
         part.flush()
         os.fsync(part.fileno())
 
@@ -159,7 +160,7 @@ def write_predictions(out: Path, name: str, records: list[dict]) -> None:
     temporary = out / f".{name}.tmp"
     with open(temporary, "w", encoding="utf-8") as lines:
         for idx, record in enumerate(records):
-            lines.write(json.dumps(record | {"idx": idx}, ensure_ascii=False) + "\n")
+            lines.write(json.dumps(record | {"idx": idx}) + "\n")
     os.replace(temporary, out / f"{name}.jsonl")
     shutil.rmtree(out / "partial" / name, ignore_errors=True)
 

@@ -8,13 +8,14 @@ when the step is done. The run then saves the state before the interrupted step,
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -158,6 +159,8 @@ class Run:
         newest = []
         if config.resume:
             newest = on_first_rank(lambda: checkpoint.complete(self.folder)[-1:])
+        if config.resume and not newest:
+            on_first_rank(self._check_unfinished)
         if newest:
             state = checkpoint.load(newest[0], self.policy.model, self.optimizer)
             self.step, self.position = state["step"], state["position"]
@@ -182,6 +185,12 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = lock(folder)
         return folder
+
+    def _check_unfinished(self) -> None:
+        """A run without a checkpoint starts over. ValueError if that would replace its model."""
+        if (self.folder / "model").exists():
+            raise ValueError(f"{self.folder} has a model but no checkpoint: nothing to resume")
+        print(f"{self.folder} has no checkpoint: starting at step 0")
 
     def _open_folder(self, resuming: bool) -> list[dict]:
         """Write config.json and rewind the logs to the checkpoint; returns the lines that stay."""
@@ -209,10 +218,12 @@ class Run:
 
     def _resource_report(self) -> str:
         encoded = 1 + len(self.algo.columns)  # images per marker, of this round and the next
+        responses = math.ceil(self.stream.prompts_per_round / self.world) * self.config.group_size
+        at_once = min(self.config.rollout_batch, responses)
         return resource_report(
             self.folder,
             self.policy.model,
-            self.config,
+            replace(self.config, rollout_batch=at_once),
             self.mesh.shape,
             reference=self.reference is not None,
             device=self.device,
@@ -374,8 +385,10 @@ class Run:
         try:
             checkpoint.export(self.policy.model, source, model_dir, self.dtype)
         except OSError as error:
-            advice = f"make room, then --resume {self.folder}"
-            exit_with_error(f"{model_dir} is not written: {error}; {advice}")
+            advice = ""
+            if checkpoint.complete(self.folder):
+                advice = f"; make room, then --resume {self.folder}"
+            exit_with_error(f"{model_dir} is not written: {error}{advice}")
 
     def sample_prompt(self) -> Prompt:
         """The first usable prompt of an evaluation set, to show a response to at the end."""

@@ -48,7 +48,7 @@ def with_saved_config(given: dict, defaults: dict) -> dict:
     `defaults`: the value of a flag that the run predates.
     """
     if not given.get("resume"):
-        if given.get("out") and Path(given["out"]).exists():
+        if given.get("out") and not is_unused(Path(given["out"])):
             exit_with_error(f"--out {given['out']} exists: choose another folder, or --resume it")
         return given
     path = Path(given["resume"]) / "config.json"
@@ -69,6 +69,13 @@ def free_name(config) -> str:
     name = f"runs/{algo}-{model}-s{config.seed}"
     numbered = (f"{name}-{i}" for i in itertools.count(2))
     return next(each for each in itertools.chain([name], numbered) if not Path(each).exists())
+
+
+def is_unused(folder: Path) -> bool:
+    """Whether a folder is missing, or holds at most what a start leaves that failed."""
+    if not folder.exists():
+        return True
+    return folder.is_dir() and {path.name for path in folder.iterdir()} <= {".lock", ".config.json"}
 
 
 def keep_copy(source: Path, folder: Path) -> None:

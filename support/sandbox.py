@@ -207,7 +207,8 @@ def _check_texts(responses: list[str], answers: list[str]) -> None:
 def _start_server() -> tuple[subprocess.Popen, Connection]:
     """Start `serve` in a new process and return the process and the pipe to it."""
     ours, theirs = Pipe()
-    python_path = os.pathsep.join([ROOT, os.environ.get("PYTHONPATH", "")])
+    # An empty part would stand for the current folder.
+    python_path = os.pathsep.join(filter(None, [ROOT, os.environ.get("PYTHONPATH")]))
     command = f"from support.sandbox import serve; serve({theirs.fileno()}, {os.getpid()})"
     server = subprocess.Popen(
         # -u: what a function prints appears at once. -P: modules in the current folder hide none.
@@ -228,6 +229,7 @@ def _start_server() -> tuple[subprocess.Popen, Connection]:
 def serve(pipe_fd: int, trainer: int) -> None:
     """Load the scoring function, then answer each batch with its outcomes until the pipe closes."""
     _die_with_parent(trainer)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # may go to a whole job; the trainer stops first
     pipe = Connection(pipe_fd)
     path, name, workers, deadline, memory = pipe.recv()
     try:

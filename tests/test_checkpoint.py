@@ -1,5 +1,6 @@
 """Saving, resuming and stopping: on full disks, with damaged files, after signals and crashes."""
 
+import itertools
 import json
 import os
 import re
@@ -144,13 +145,25 @@ def test_an_unwritable_folder_is_an_os_error(model_and_optimizer, tmp_path):
         checkpoint.save(tmp_path, *model_and_optimizer, {"step": 1}, keep=1)
 
 
-def test_a_damaged_checkpoint_is_named(model_and_optimizer, tmp_path):
-    checkpoint_dir = checkpoint.save(tmp_path, *model_and_optimizer, {"step": 1}, keep=1)
-    for shard in checkpoint_dir.glob("*.distcp"):
-        shard.write_bytes(shard.read_bytes()[:100])
+@pytest.mark.parametrize("damaged", ["*.distcp", ".metadata", "state.json"])
+@pytest.mark.parametrize("kept_bytes", [0, 100])
+def test_a_damaged_checkpoint_is_named(model_and_optimizer, tmp_path, damaged, kept_bytes):
+    state = {"step": 1, "position": list(range(100))}
+    checkpoint_dir = checkpoint.save(tmp_path, *model_and_optimizer, state, keep=1)
+    for file in checkpoint_dir.glob(damaged):
+        file.write_bytes(file.read_bytes()[:kept_bytes])
     message = "step_000001 cannot be read: delete it to resume from the one before"
     with pytest.raises(OSError, match=message):
         checkpoint.load(checkpoint_dir, *model_and_optimizer)
+
+
+def test_an_export_that_fills_the_disk_is_an_os_error(policy, folder, tmp_path, monkeypatch):
+    """safetensors reports it as an error of its own."""
+    with process_restored():
+        distributed.init_distributed()
+        with full_disk(100_000), pytest.raises(OSError, match="too large|No space"):
+            checkpoint.export(policy.model, folder, tmp_path / "model", torch.float32)
+    assert not (tmp_path / "model").exists()
 
 
 def test_the_export_gathers_one_tensor_at_a_time(policy, monkeypatch):
@@ -221,25 +234,24 @@ def uninterrupted(folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "module, key, occurrence, last_step",
-    [(train, (0, 1), 1, 1), (evaluate, ("eval", 0), 2, 0)],
-    ids=["sampling", "evaluation"],
+    "module, function, call, last_step",
+    [(train, "generate", 2, 1), (train, "grade", 2, 1), (evaluate, "generate", 2, 0)],
+    ids=["sampling", "scoring", "evaluation"],
 )
 def test_a_signal_loses_nothing(
-    run, uninterrupted, monkeypatch, capsys, module, key, occurrence, last_step
+    run, uninterrupted, monkeypatch, capsys, module, function, call, last_step
 ):
-    """SIGTERM while sampling or evaluating: saved at once, and resumed to the same run."""
-    original, keys = module.generate, []
+    """SIGTERM while sampling, scoring or evaluating: saved at once, resumed to the same run."""
+    original, calls = getattr(module, function), itertools.count(1)
 
-    def generate(*args, **kwargs):
-        keys.append(kwargs["key"])
-        if kwargs["key"] == key and keys.count(key) == occurrence:
+    def signalled(*args, **kwargs):
+        if next(calls) == call:
             signal.raise_signal(signal.SIGTERM)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(module, "generate", generate)
+    monkeypatch.setattr(module, function, signalled)
     out = run("stopped", "--steps 3 --save_every 3")
-    monkeypatch.setattr(module, "generate", original)
+    monkeypatch.setattr(module, function, original)
     assert checkpoint_names(out) == [f"step_{last_step:06d}"]
     assert f"stopped after step {last_step}" in capsys.readouterr().out
     assert not (out / "model").exists()
@@ -263,6 +275,15 @@ def test_out_of_memory_names_the_phase_and_the_flag(run, monkeypatch, owner, fun
     message = f"rank 0: out of memory while {phase}.*{flag}.*20.00 GiB"
     with pytest.raises(SystemExit, match=message):
         run("oom", "--steps 1 --eval_every 0")
+
+
+def test_a_finished_run_without_a_checkpoint_is_kept(run, capsys):
+    out = run("unsaved", "--steps 1 --eval_every 0 --save_every 0")
+    before = (out / "metrics.jsonl").read_bytes()
+    with pytest.raises(SystemExit):
+        train.main(["--resume", str(out), "--steps", "2"])
+    assert "unsaved has a model but no checkpoint: nothing to resume" in capsys.readouterr().err
+    assert (out / "metrics.jsonl").read_bytes() == before
 
 
 def test_two_processes_cannot_share_a_run_folder(run, capsys):

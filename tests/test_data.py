@@ -19,6 +19,7 @@ from huggingface_hub import constants
 from PIL import Image
 
 from support import benchmarks, data
+from support.errors import StepError
 
 ROOT = Path(__file__).resolve().parent.parent
 RED, BLUE = (250, 0, 0), (0, 0, 250)
@@ -213,6 +214,7 @@ BROKEN = {
     "empty answer": {"problem": "?", "answer": None},
     "answer is not text": {"problem": "?", "answer": ["1"]},
     "question is not text": {"problem": {"text": "?"}, "answer": "1"},
+    "answer is not valid Unicode": {"problem": "?", "answer": "3 \ud83d"},
     "markers": row(problem="<image><image>?"),
     "images_aug": row(images_aug=[plain()] * 2),
     "broken image": row(b"rubbish"),
@@ -759,7 +761,7 @@ def test_a_bug_in_encode_is_raised_and_endless_failure_ends(stream):
     with pytest.raises(TypeError, match="a bug"):
         next(stream(texts(4), bug, 2))
     failing = stream(texts(4), refuse, 2)
-    with pytest.raises(data.DataError, match="64 prompts in a row cannot be used, no such size"):
+    with pytest.raises(StepError, match="64 prompts in a row cannot be used, no such size"):
         for _ in range(100):
             assert next(failing) == []
     assert failing.skipped == {"refused": 64}

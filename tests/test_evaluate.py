@@ -254,6 +254,9 @@ def test_baseline(tmp_path, capsys):
     assert line["delta"] > 10
     assert "Delta_rel %" in capsys.readouterr().out
 
+    write_jsonl(file, [record for record in worse if record["label"] != "4"])
+    evaluate.main(["--grade", str(ours), "--baseline", str(theirs), "--out", str(tmp_path / "few")])
+    assert "PAPO_MMK12: no Delta_rel, the baseline has " in capsys.readouterr().err
     file.rename(theirs / "We_Math.jsonl")
     with pytest.raises(SystemExit, match="2"):
         evaluate.main(command)

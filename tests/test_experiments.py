@@ -145,7 +145,7 @@ def test_the_report_on_both_tasks_takes_the_reported_seeds_alone(tmp_path):
     text = "\n".join(report_tasks.sections(found, {}, tmp_path))
     dots, digits = text.partition("## dots")[2].split("## digits", maxsplit=1)
     assert f"{report_tasks.PRIMARY} minus grpo" in text
-    assert "| how far | +20.0 +- 0.0 | 16 of 16 | 0.0000 | 0.0001 |" in text
+    assert "| how far | +20.0 +- 0.0 | 16 of 16 | 0.00003 | 0.00006 |" in text
     assert "| papo_g | 8 | 60.0 +- 0.0 |" in dots and "| +10.0 +- 0.0 | 0.008 |" in dots
     assert "| papo_d | 8 | 40.0 +- 0.0 |" in dots and "| papo_d |" not in digits
     assert {path.stem for path in tmp_path.iterdir()} == {"both_tasks", "cost"}

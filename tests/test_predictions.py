@@ -145,4 +145,6 @@ def test_partial_records_survive_a_kill(tmp_path):
     predictions.write_predictions(tmp_path, "a", complete)
     assert not part.exists()
     assert load() == [record | {"idx": i} for i, record in enumerate(complete)]
+    text = (tmp_path / "a.jsonl").read_text(encoding="utf-8")
+    assert len(text.splitlines()) == len(complete)  # Python also splits at "\u2028"
     assert list(tmp_path.glob(".*")) == []

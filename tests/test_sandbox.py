@@ -273,6 +273,17 @@ def test_a_closed_grader_has_no_process():
         grader(["a"], ["a"])
 
 
+def test_a_signal_to_the_whole_job_leaves_scoring_to_the_trainer(tmp_path, monkeypatch):
+    """The server outlives SIGTERM, and a module of the current folder hides none of Python's."""
+    (tmp_path / "queue.py").write_text("raise SystemExit('not the standard library')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    with Grader(workers=1) as grader:
+        os.kill(grader._server.pid, signal.SIGTERM)
+        [score] = grader(["\\boxed{2}"], ["2"])
+    assert score["accuracy"] == 1.0
+
+
 HANG = """
 def f(response, answer):
     print(os.getpid(), file=open("pid", "w"), flush=True)

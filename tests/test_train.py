@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
@@ -229,9 +230,32 @@ def test_sigterm_leaves_a_checkpoint_and_exits_cleanly(folder, tmp_path):
 
 def test_an_existing_folder_is_not_overwritten(run, tmp_path, capsys):
     (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "config.json").write_text("{}")
     with pytest.raises(SystemExit):
         run("there", "")
     assert "exists: choose another folder, or --resume it" in capsys.readouterr().err
+
+
+def test_a_steps_images_are_gone_when_the_next_one_samples(run, monkeypatch):
+    original, alive = train.collect, []
+
+    def collect(*args):
+        assert all(group() is None for group in alive)
+        groups, metrics = original(*args)
+        alive.extend(weakref.ref(group) for group in groups)
+        return groups, metrics
+
+    monkeypatch.setattr(train, "collect", collect)
+    run("freed", "--steps 3 --eval_every 0")
+    assert len(alive) > 3
+
+
+def test_the_memory_estimate_counts_the_responses_of_one_rank(run, monkeypatch):
+    configs = []
+    monkeypatch.setattr(run_module, "resource_report", lambda *args, **_: configs.append(args[2]))
+    run("few", "--steps 1 --eval_every 0 --prompts_per_step 3 --group_size 3 --rollout_batch 1024")
+    run("many", "--steps 1 --eval_every 0 --prompts_per_step 3 --group_size 3 --rollout_batch 4")
+    assert [config.rollout_batch for config in configs] == [9, 4]
 
 
 # ----------------------------------------------------------------------------------------- rollouts
@@ -295,6 +319,7 @@ def test_groups_that_cannot_be_compared_have_no_advantage(prompts, dynamic_sampl
         grader=grader,
         config=SimpleNamespace(group_size=3),
         algo=SimpleNamespace(dynamic_sampling=dynamic_sampling),
+        raise_if_stopped=lambda: None,
     )
     stats = RolloutStats()
     kept = train.grade(run, run.algo, groups, stats)
