@@ -107,6 +107,7 @@ FURTHER = [
     ("variants/dyco_rl_scaled", "variants/dyco_rl"),
     ("compare/papo_g", "variants/grpo"),
     ("masked_grad", "grpo"),
+    ("dots/papo_g_0.1", "dots/papo_g"),
 ]
 
 # The second protocol's further experiments, by the same plan as EXPERIMENTS.
@@ -479,7 +480,7 @@ def main() -> None:
         *variants_sections(found, everything),
         *first_sections(found),
         "## further differences",
-        further_table(found),
+        further_table(at_seeds(everything, [*EIGHT_SEEDS, *NEW_SEEDS])),
         "## where the results come from",
         provenance_table(everything),
     ]

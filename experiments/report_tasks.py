@@ -157,11 +157,14 @@ def curves_figure(found: Results, figures: Path) -> str:
                 if its_base == base:
                     curves = paired(found, f"{task}/{method}", f"{task}/{base}", curve_gain)
                     draw_mean(ax, curves, method, with_interval=True)
+            ax.set_visible(len(ax.lines) > 1)
         for ax in axes:
             ax.set_xlabel("step", fontsize=8)
             ax.grid(alpha=0.3)
-    handles = rows[0, 0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=len(COMPARED))
+    handles = {}
+    for ax in rows[:, 0]:
+        handles |= {line.get_label(): line for line in ax.lines}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(COMPARED))
     figure.savefig(figures / "both_tasks.png", dpi=110)
     return "![accuracy over the steps of both tasks](figures/both_tasks.png)"
 
