@@ -107,7 +107,10 @@ FURTHER = [
     ("variants/dyco_rl_scaled", "variants/dyco_rl"),
     ("compare/papo_g", "variants/grpo"),
     ("masked_grad", "grpo"),
+    ("dapo", "papo_g"),
     ("dots/papo_g_0.1", "dots/papo_g"),
+    ("digits/papo_g_0.1", "digits/papo_g"),
+    ("digits/dapo", "digits/grpo"),
 ]
 
 # The second protocol's further experiments, by the same plan as EXPERIMENTS.

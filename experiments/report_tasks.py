@@ -19,6 +19,7 @@ from experiments.measures import (
     accuracy_over_training,
     at_seeds,
     complete,
+    delta_rel,
     holm,
     interval,
     markdown,
@@ -28,7 +29,15 @@ from experiments.measures import (
     reading_cells,
     sign_flip_p,
 )
-from experiments.protocol import COMPARED, DEVELOPMENT_SEEDS, GAMMA, GAMMAS, NEW_SEEDS, TASKS
+from experiments.protocol import (
+    COMPARED,
+    DEVELOPMENT_SEEDS,
+    GAMMA,
+    GAMMAS,
+    NEW_SEEDS,
+    TASKS,
+    TRAINING,
+)
 from experiments.tasks import SPLITS
 from support import metrics
 
@@ -71,8 +80,8 @@ def primary_table(found: Results) -> str:
 
 def task_table(found: Results, task: str) -> str:
     """Every method of one task: accuracy at the end, then the mean over training."""
-    header = ["", "seeds", "overall", *SPLITS, "minus baseline", "p"]
-    rows = [[*header, "mean over training", "minus baseline", "p"]]
+    header = ["", "seeds", "overall", *SPLITS, "difference", "p", "Delta_rel %"]
+    rows = [[*header, "mean over training", "difference", "p"]]
     for method in ["start", *COMPARED]:
         runs = list(found.get(f"{task}/{method}", {}).values())
         if not runs:
@@ -80,7 +89,12 @@ def task_table(found: Results, task: str) -> str:
         far = [interval([accuracy(run, split) for run in runs]) for split in ("overall", *SPLITS)]
         fast = [accuracy_over_training(run) for run in runs if "curve" in run]
         row = [method, str(len(runs)), *far, *difference_cells(found, task, method, accuracy)]
-        row += [interval(fast), *difference_cells(found, task, method, accuracy_over_training)]
+        relative = paired(found, f"{task}/{method}", f"{task}/{BASELINES.get(method)}", delta_rel)
+        row += [
+            interval(relative, sign=True) if relative else "",
+            interval(fast),
+            *difference_cells(found, task, method, accuracy_over_training),
+        ]
         rows.append(row)
     return markdown(rows)
 
@@ -106,6 +120,34 @@ def reading_table(found: Results, task: str, methods: Iterable[str]) -> str:
                 changes = paired(found, f"{task}/{method}", base, change)
                 cells.append(interval(changes, sign=True) if changes else "")
                 rows.append([method, split, *cells])
+    return markdown(rows)
+
+
+def last_steps_table(found: Results) -> str:
+    """How much the baselines still gain at the end of the reported runs."""
+    interval_steps = TRAINING["eval_every"]
+    rows = [["", *(f"gain in the last {n * interval_steps} steps" for n in (2, 1))]]
+    for task in TASKS:
+        for method in sorted(set(BASELINES.values()), reverse=True):
+            runs = found.get(f"{task}/{method}", {}).values()
+            curves = [list(overall_curve(run).values()) for run in runs]
+            if curves:
+                gained = [[curve[-1] - curve[-1 - n] for curve in curves] for n in (2, 1)]
+                row = [interval(of_seeds, sign=True) for of_seeds in gained]
+                rows.append([f"{task}/{method}", *row])
+    return markdown(rows)
+
+
+def split_table(found: Results, task: str) -> str:
+    """The difference to the baseline at the end, split by split, and at how many seeds it is larger
+    where the note is never right."""
+    rows = [["", *SPLITS, "larger on vision_dependent"]]
+    for method in BASELINES:
+        of_splits = [gains(found, task, method, partial(accuracy, split=name)) for name in SPLITS]
+        if all(of_splits):
+            larger = sum(where > general for general, where in zip(*of_splits, strict=True))
+            cells = [interval(of_split, sign=True) for of_split in of_splits]
+            rows.append([method, *cells, f"{larger} of {len(of_splits[0])}"])
     return markdown(rows)
 
 
@@ -193,10 +235,11 @@ def sections(found: Results, costs: dict, figures: Path) -> list[str]:
     reported = complete(found, NEW_SEEDS)
     development = at_seeds(found, DEVELOPMENT_SEEDS)
     parts = ["## both tasks", primary_table(reported), curves_figure(reported, figures)]
+    parts += [last_steps_table(reported)]
     for task in TASKS:
         pairs = {f"{task}/{method}": f"{task}/{base}" for method, base in BASELINES.items()}
         parts += [f"## {task}", task_table(reported, task)]
-        parts += [reading_table(reported, task, ["start", *COMPARED])]
+        parts += [split_table(reported, task), reading_table(reported, task, ["start", *COMPARED])]
         parts += [f"## {task}: at equal cost", report_cost.pay_table(reported, costs, pairs)]
     parts += [report_cost.pay_figure(reported, costs, COMPARED, figures)]
     parts += ["## choices on the development seeds"]
