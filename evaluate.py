@@ -59,7 +59,7 @@ class EvalConfig:
     n: int = flag(8, "samples per question (avg@n)")
     out: str = flag("", "folder for predictions, tables, figures; also resumes an evaluation")
     baseline: str = flag("", "folder of predictions to measure Delta_rel against")
-    eval_rows: int = flag(0, "number of usable rows of each set, the first ones; 0: all")
+    eval_rows: int = flag(0, "use this many rows of each set, the first usable ones; 0: all")
     reward: str = flag("", "score with path/file.py:function(response, answer)")
     reward_deadline: float = flag(2.0, "seconds to score one response; a timeout has accuracy 0")
     reward_memory: float = flag(1.0, "GiB per scoring process (Linux)")
@@ -70,7 +70,7 @@ class EvalConfig:
     explain: bool = flag(False, "draw the image attribution of the response to --ask or --row")
     row: str = flag("0", "for --explain: ROW or SPLIT:ROW of the data")
     masks: int = flag(8, "for --explain: how many masks to average over")
-    heat_patches: int = flag(256, "for --explain: most cells in the heat map")
+    heat_patches: int = flag(256, "for --explain: maximum number of cells in the heat map")
     grade: tuple = flag((), "grade these prediction files (ours or PAPO-Eval's)")
     compare: tuple = flag((), "plot the curves of these runs in one figure")
 
@@ -88,7 +88,7 @@ class EvalConfig:
     prompt_suffix: str = flag(
         PROMPT_SUFFIX, "appended to questions that lack it", shown_default="the released text"
     )
-    rollout_batch: int = flag(320, "most responses to sample at a time")
+    rollout_batch: int = flag(320, "maximum number of responses sampled at a time")
 
     def __post_init__(self):
         cli.check_counts(self, "n", "masks", "heat_patches", "max_new_tokens", "rollout_batch")

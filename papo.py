@@ -72,7 +72,7 @@ class Algo:
     mask_strategy: str = flag("random", "random, semantic or noise")
     mask_sigma: float = flag(1.0, "noise: standard deviation in normalised pixel units")
     kl_prcp_estimator: str = flag("k3", "k3: as the released code; paper: as printed")
-    kl_prcp_clip: float = flag(0.0, "upper limit of KL_prcp per token; 0: 10, as every k3")
+    kl_prcp_clip: float = flag(0.0, "upper limit of KL_prcp per token; 0: k3's own, 10")
     kl_prcp_coef_end: float = flag(
         -1.0, "final gamma, reached linearly; entropies scale along; below 0: constant"
     )

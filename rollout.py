@@ -42,7 +42,7 @@ class Sampling:
     temperature: float | None = None  # None: the policy's; 0: greedy
     top_p: float = 1.0
     top_k: int = 0  # 0: off
-    rollout_batch: int = 320  # most responses at a time; memory may allow fewer
+    rollout_batch: int = 320  # maximum at a time; memory may allow fewer
 
 
 @torch.no_grad()
@@ -110,9 +110,9 @@ def _sample_chunk(
         eos_ids=torch.tensor(policy.eos_ids, device=device),
         **control,
     )
-    sampling = {"do_sample": False}  # temperature 0: greedy
+    options = {"do_sample": False}  # temperature 0: greedy
     if temperature:
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": settings.top_k}
+        options = {"do_sample": True, "temperature": temperature, "top_k": settings.top_k}
     last_tokens = torch.stack([prompts[i].input_ids[-1:] for i, _ in jobs]).to(device)
     return policy.model.generate(
         input_ids=last_tokens,
@@ -123,7 +123,7 @@ def _sample_chunk(
         eos_token_id=policy.eos_ids,
         pad_token_id=policy.pad_id,
         suppress_tokens=policy.suppressed_ids,
-        **sampling,
+        **options,
     )
 
 

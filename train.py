@@ -38,12 +38,12 @@ from support.run_folder import with_saved_config
 from support.stats import RolloutStats
 from support.variants import sampling_pairs, variant_names
 
-MAX_ROUNDS = 20  # most rounds of dynamic sampling per step
+MAX_ROUNDS = 20  # of dynamic sampling, per step
 
 
 @dataclass
 class Config:
-    """Flags. Training follows the paper, evaluation is smaller; the toy overrides some."""
+    """Flags. Training defaults follow the paper; evaluations are smaller; toys override some."""
 
     algo: str = flag(
         "papo_g",
@@ -99,7 +99,7 @@ class Config:
     tensorboard: bool = flag(False, "log to TensorBoard too")
 
     tokens_per_forward: int = flag(16_384, "most tokens per packed row", group="memory")
-    rollout_batch: int = flag(1024, "most responses to sample at a time on each rank")
+    rollout_batch: int = flag(1024, "maximum number of responses sampled at a time, per rank")
     offload_optimizer: bool = flag(False, "keep AdamW's state in host memory while sampling")
     shard_size: int = flag(0, "ranks that split one copy of the weights; 0: those of a machine")
 

@@ -145,7 +145,8 @@ def split_table(found: Results, task: str) -> str:
     for method in BASELINES:
         of_splits = [gains(found, task, method, partial(accuracy, split=name)) for name in SPLITS]
         if all(of_splits):
-            larger = sum(where > general for general, where in zip(*of_splits, strict=True))
+            on_general, on_vision = of_splits
+            larger = sum(np.greater(on_vision, on_general))
             cells = [interval(of_split, sign=True) for of_split in of_splits]
             rows.append([method, *cells, f"{larger} of {len(of_splits[0])}"])
     return markdown(rows)

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -284,6 +285,11 @@ def test_a_finished_run_without_a_checkpoint_is_kept(run, capsys):
         train.main(["--resume", str(out), "--steps", "2"])
     assert "unsaved has a model but no checkpoint: nothing to resume" in capsys.readouterr().err
     assert (out / "metrics.jsonl").read_bytes() == before
+    dist.destroy_process_group()
+    shutil.rmtree(out / "model")  # as if it had been killed
+    train.main(["--resume", str(out), "--steps", "2"])
+    assert "unsaved has no checkpoint: starting at step 0" in capsys.readouterr().out
+    assert [line["step"] for line in metric_lines(out)] == [1, 2]
 
 
 def test_two_processes_cannot_share_a_run_folder(run, capsys):

@@ -323,6 +323,25 @@ def test_evaluation(uninterrupted, capsys):
         assert its_rule(records, 3) == pytest.approx(accuracy)
 
 
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (OSError("No space left on device"), "No space left on device"),
+        (torch.OutOfMemoryError("20 GiB"), "out of memory: lower --rollout_batch"),
+    ],
+)
+def test_failures_while_evaluating_are_one_line(
+    folder, data_flags, monkeypatch, capsys, error, words
+):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(evaluate, "generate", fail)
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.main(["--model", folder, *data_flags])
+    assert words in error_line(capsys)
+
+
 def test_resumption(folder, data_flags, uninterrupted, tmp_path, monkeypatch, capsys):
     """Interrupted in the third batch, with a torn last line: no question is answered twice."""
     original, batches, limit = evaluate.generate, [], 2

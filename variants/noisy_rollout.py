@@ -43,7 +43,7 @@ class NoisyRollout(Algo):
 
     def annealed(self, step, last_step):
         algo = super().annealed(step, last_step)
-        fall = self.noise_slope * (step + 1 - self.noise_middle) / last_step  # from step 1
+        fall = self.noise_slope * (step + 1 - self.noise_middle) / last_step  # t counts from 1
         left = 1 - 1 / (1 + math.exp(min(-fall, 700)))  # exp(710) overflows
         return replace(algo, noise_steps=int(self.noise_steps * left))
 
