@@ -195,22 +195,25 @@ def write_rows(path: Path, split: str, seed: int) -> None:
 # -------------------------------------------------------------------------------------------- model
 
 
-def make_lessons(rows: range, flawed: bool, seed: int) -> list[toy.Lesson]:
-    """flawed: some digits are misread, and the result follows; some boxes copy the note."""
+def make_lessons(rows: range, flawed: bool, seed: int, misread: float) -> list[toy.Lesson]:
+    """flawed: some digits are misread, and the result follows; some boxes copy the note.
+
+    misread: chance of it per digit.
+    """
     rng = random.Random(f"digits labels {seed} {rows.start}")
     lessons = []
     for row in rows:
         scene = make_scene("warm", row, seed)
         digits, box = scene.digits, None
         if flawed:
-            digits = [misread(digit, rng) for digit in digits]
+            digits = [read(digit, misread, rng) for digit in digits]
             box = scene.note if rng.random() < COPY_NOTE else None
         lessons.append(toy.Lesson(example_of(scene), write_response(scene.question, digits, box)))
     return lessons
 
 
-def misread(digit: int, rng: random.Random) -> int:
-    if rng.random() >= MISREAD:
+def read(digit: int, misread: float, rng: random.Random) -> int:
+    if rng.random() >= misread:
         return digit
     return rng.choice([other for other in range(len(WORDS)) if other != digit])
 
@@ -222,28 +225,28 @@ def make_tokenizer():
     return toy.tokenizer_of([*NAMES, *WORDS], largest_sum, [NOTE, *texts])
 
 
-def build_in(scratch: Path, seed: int, steps: int) -> Path:
+def build_in(scratch: Path, seed: int, steps: int, misread: float) -> Path:
     """Make model and data in an empty folder; returns the subfolder that holds them."""
     folder = scratch / "digits"
     write_rows(folder / "train.jsonl", "train", seed)
     for split in HELD_OUT:
         write_rows(folder / "held_out" / f"{split}.jsonl", split, seed=0)
-    lessons = partial(make_lessons, seed=seed)
+    lessons = partial(make_lessons, seed=seed, misread=misread)
     model = toy.train_model(scratch, make_tokenizer(), seed, steps, lessons, list(WORDS))
     model.rename(folder / "model")
     return folder
 
 
-def build(folder: Path, seed: int, steps: int) -> Path:
+def build(folder: Path, seed: int, steps: int, misread: float = MISREAD) -> Path:
     """Make the model and its data, once (see toy.make_once). Held-out rows are those of seed 0.
 
-    steps: of the warm start.
+    steps: of the warm start. misread: how often its labels misread a digit.
     """
-    return toy.make_once(folder, PROOF, lambda scratch: build_in(scratch, seed, steps))
+    return toy.make_once(folder, PROOF, lambda scratch: build_in(scratch, seed, steps, misread))
 
 
-def cache_folder(seed: int, steps: int) -> Path:
-    return toy.cached("digits", f"{seed} {steps}", __file__)
+def cache_folder(seed: int, steps: int, misread: float) -> Path:
+    return toy.cached("digits", f"{seed} {steps} {misread}", __file__)
 
 
 if __name__ == "__main__":
@@ -251,7 +254,8 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=WARM_STEPS, help="of the warm start")
+    parser.add_argument("--misread", type=float, default=MISREAD, help="chance per label")
     args = parser.parse_args()
     if args.folder.exists():
         parser.error(f"{args.folder} exists: choose another folder")
-    print(build(args.folder, args.seed, args.steps))
+    print(build(args.folder, args.seed, args.steps, args.misread))

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import report_tasks
+from experiments import report_difficulty, report_tasks
 from experiments.measures import (
     MISREAD_CHANGE,
     READING,
@@ -466,6 +466,7 @@ def second_sections(everything: Results) -> list[str]:
     for title, (names, base) in SECOND.items():
         parts += [f"## {title}", comparison_table(found, names, base)]
         parts.append(dots_figure(found, names, title))
+    parts += report_difficulty.sections(everything, HERE / "figures")
     parts += ["## rounding", rounding_table(everything)]
     return [*parts, "## results of table1, computed again", rerun_table(everything)]
 

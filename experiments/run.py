@@ -30,7 +30,14 @@ import torch
 import transformers
 
 from experiments import tasks
-from experiments.protocol import ENVIRONMENTS, EVALUATION, EXPERIMENTS, TRAINING, VARIANTS
+from experiments.protocol import (
+    ENVIRONMENTS,
+    EVALUATION,
+    EXPERIMENTS,
+    MISREAD,
+    TRAINING,
+    VARIANTS,
+)
 from experiments.tasks import SPLITS, is_misread, share_of_cells_right
 from support import toy
 from support.run_folder import read_log
@@ -155,8 +162,10 @@ def write_json(file: Path, content: dict) -> None:
 
 
 def task_of(variant: str):
-    """The task of a variant: digits for digits/NAME, else dots."""
-    return tasks.Digits() if variant.startswith("digits/") else tasks.Dots()
+    """The task of a variant: digits for digits/NAME and digits_LEVEL/NAME, else dots."""
+    task, _, level = variant.partition("/")[0].partition("_")
+    made = tasks.Digits if task == "digits" else tasks.Dots
+    return made(MISREAD.get(level))
 
 
 def use_own_cache() -> None:

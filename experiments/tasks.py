@@ -19,15 +19,21 @@ from support import toy
 from support.batch import Example
 
 SPLITS = ("general", "vision_dependent")
+HARDER_TOY = "toy:grid=4,colours=4,most=6,warm_steps=400,plain_share=0"
 
 
 class Dots:
-    """The toy, at a setting that GRPO does not solve in 30 steps."""
+    """The toy, at a setting that GRPO does not solve in 30 steps.
 
-    spec = "toy:grid=4,colours=4,most=6,warm_steps=400,plain_share=0"
-    setting = toy.setting_of(spec)
+    misread: how often the labels of the warm start misread a cell, if not as the toy has it.
+    """
+
     words = [*toy.COLOURS, toy.NO_DOT]
-    names = toy.cell_names(setting)
+
+    def __init__(self, misread: float | None = None):
+        self.spec = HARDER_TOY if misread is None else f"{HARDER_TOY},misread={misread}"
+        self.setting = toy.setting_of(self.spec)
+        self.names = toy.cell_names(self.setting)
 
     def build(self, seed: int) -> Path:
         """Make a seed's start model, unless it is in the cache; returns its folder."""
@@ -55,21 +61,23 @@ class Dots:
 
 
 class Digits:
-    """Files of one's own: see digits.py."""
+    """Files of one's own: see digits.py. misread: as for Dots."""
 
-    def __init__(self):
+    def __init__(self, misread: float | None = None):
         from experiments import digits  # needs scikit-learn
 
         self.digits = digits
+        self.misread = digits.MISREAD if misread is None else misread
         self.warm_steps = digits.WARM_STEPS
         self.words = list(digits.WORDS)
         self.names = list(digits.NAMES)
 
     def folder(self, seed: int) -> Path:
-        return self.digits.cache_folder(seed, self.warm_steps)
+        return self.digits.cache_folder(seed, self.warm_steps, self.misread)
 
     def build(self, seed: int) -> Path:
-        return self.digits.build(self.folder(seed), seed, self.warm_steps) / "model"
+        folder = self.digits.build(self.folder(seed), seed, self.warm_steps, self.misread)
+        return folder / "model"
 
     def training(self, seed: int) -> dict:
         folder = self.folder(seed)

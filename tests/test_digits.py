@@ -11,7 +11,7 @@ from conftest import ENVIRONMENT
 
 pytest.importorskip("sklearn", reason="the digits experiment needs scikit-learn")
 
-from experiments import digits, tasks  # noqa: E402  (imports scikit-learn)
+from experiments import digits, run, tasks  # noqa: E402  (imports scikit-learn)
 from support import data, toy
 
 ROOT = Path(__file__).parent.parent
@@ -62,6 +62,19 @@ def test_an_image_shows_the_scans_on_the_tints():
         row, column = divmod(position, 3)
         cell = np.s_[28 * row : 28 * row + 28, 28 * column : 28 * column + 28]
         np.testing.assert_allclose(image[cell], plain[cell] * (1 - digit / 8), atol=1.5)
+
+
+def test_the_labels_of_the_warm_start_misread_as_often_as_asked():
+    rows = range(400)
+    right = [digits.make_scene("warm", row, 0).digits for row in rows]
+    for chance in (0.04, 0.2):
+        lessons = digits.make_lessons(rows, flawed=True, seed=0, misread=chance)
+        read = [tasks.read_cells(tasks.Digits(), lesson.response) for lesson in lessons]
+        pairs = zip(sum(read, []), sum(right, []), strict=True)
+        wrong = [word != digits.WORDS[digit] for word, digit in pairs]
+        assert abs(np.mean(wrong) - chance) < 0.02  # three standard errors of 3,600 cells
+    levels = [run.task_of(name).folder(20) for name in ("digits/grpo", "digits_hard/grpo")]
+    assert levels[0] != levels[1]
 
 
 def test_the_task_trains_with_public_flags(tmp_path, monkeypatch):

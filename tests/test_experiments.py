@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 
 import train
-from experiments import measures, protocol, report, report_cost, report_tasks, run, tasks
+from experiments import (
+    measures,
+    protocol,
+    report,
+    report_cost,
+    report_difficulty,
+    report_tasks,
+    run,
+    tasks,
+)
 from papo import algo_class, preset
 from support import toy
 from support.cli import parse_flags, resolve_config
@@ -152,6 +161,43 @@ def test_the_report_on_both_tasks_takes_the_reported_seeds_alone(tmp_path):
     found["dots/grpo"][20]["start_model"] = "another"
     with pytest.raises(ValueError, match="dots/papo_g.*two start models at seed 20"):
         report_tasks.sections(found, {}, tmp_path)
+
+
+def test_the_report_on_difficulty_compares_the_gains_of_a_seed(tmp_path):
+    found = {}
+    gains = {"easy": 0.05, "middle": 0.1, "hard": 0.3}
+    for task in protocol.TASKS:
+        for level, gain in gains.items():
+            name = report_difficulty.name_at(task, level)
+            finals = {"start": 0.2, "grpo": 0.5, report_tasks.PRIMARY: 0.5 + gain}
+            for method, final in finals.items():
+                variant = f"{name}/{method}"
+                runs = {s: task_result(variant, s, [0.2, final]) for s in protocol.NEW_SEEDS}
+                found[variant] = runs
+    text = "\n".join(report_difficulty.sections(found, tmp_path))
+    assert "| how far | +25.0 +- 0.0 | +25.0 +- 0.0 | +25.0 +- 0.0 | 16 of 16 | 0.0" in text
+    assert "| digits, hard | 20.0 +- 0.0 |" in text and "| +30.0 +- 0.0 | +30.0 +- 0.0 |" in text
+    assert [path.stem for path in tmp_path.iterdir()] == ["difficulty"]
+    del found["digits_hard/grpo"][27]
+    assert report_difficulty.sections(found, tmp_path)[1] == "(not run yet)"
+
+
+@pytest.mark.parametrize(
+    "variant, spec",
+    [
+        ("gamma_0.1", DOTS.spec),
+        ("dots/grpo", DOTS.spec),
+        ("dots_easy/grpo", DOTS.spec + ",misread=0.04"),
+        ("dots_hard/start", DOTS.spec + ",misread=0.2"),
+    ],
+)
+def test_a_level_of_difficulty_changes_the_start_model_alone(variant, spec):
+    task = run.task_of(variant)
+    assert task.training(20) == {"model": spec}
+    assert dataclasses.replace(task.setting, misread=DOTS.setting.misread) == DOTS.setting
+    row = task.example("general", 3)
+    assert row.question == DOTS.example("general", 3).question
+    assert row.images[0].tobytes() == DOTS.example("general", 3).images[0].tobytes()
 
 
 def test_a_result_made_with_other_flags_is_refused(tmp_path, monkeypatch):

@@ -200,7 +200,7 @@ def test_the_rows_of_the_experiments_are_what_they_were():
     digest = hashlib.sha256()
     for split in (*SPLITS, "warm"):
         for i in range(50):
-            item = toy.example(split, i, 10, tasks.Dots.setting)
+            item = toy.example(split, i, 10, tasks.Dots().setting)
             digest.update(f"{item.question} {item.answer} {item.id}\n".encode())
     assert digest.hexdigest()[:16] == "d059cf165034fb7b"
 
