@@ -94,15 +94,14 @@ def draw(folders: dict[tuple[str, int], Path], out: Path) -> None:
     figure = Figure(figsize=(13, 4), layout="constrained")
     curves, *images = figure.subplots(1, 3)
     for index, (method, label) in enumerate(METHODS.items()):
-        for seed in SEEDS:
+        for seed, line in zip(SEEDS, ("-", "--"), strict=True):
             curve = accuracy_curve(folders[method, seed])
-            style = {"color": f"C{index}", "marker": ".", "linewidth": 1.2}
-            shown = label if seed == SEEDS[0] else None
-            curves.plot(curve.keys(), curve.values(), label=shown, **style)
-    curves.set_title(f"accuracy in %, seeds {' and '.join(map(str, SEEDS))}", fontsize=10)
+            style = {"color": f"C{index}", "linestyle": line, "marker": ".", "linewidth": 1.2}
+            curves.plot(curve.keys(), curve.values(), label=f"{label}, seed {seed}", **style)
+    curves.set_title("accuracy in %", fontsize=10)
     curves.set_xlabel("step")
     curves.grid(alpha=0.3)
-    curves.legend()
+    curves.legend(loc="lower right", fontsize=9)
     row, readings = first_difference([folders[method, SEEDS[0]] for method in METHODS])
     scene = toy.make_scene(SPLIT, row, setting=TASK.setting)
     for axis, label, reading in zip(images, METHODS.values(), readings, strict=True):
@@ -127,6 +126,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=run.ROOT / "runs" / "compare")
     parser.add_argument("--out", type=Path, default=run.ROOT / "docs" / "compare.png")
     args = parser.parse_args()
+    run.use_own_cache()
     args.work.mkdir(parents=True, exist_ok=True)
     folders = train_all(args.work)
     for (method, seed), folder in folders.items():
