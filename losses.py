@@ -15,8 +15,8 @@ Where the paper, the released code and this file differ:
    released), and are always averaged over tokens. H_mask estimates the cross-entropy of pi and
    pi_mask, which is H + KL(pi || pi_mask).
 3. The masked log-probs normally carry no gradient (as released). So H_mask changes the value of the
-   loss but not its gradient. With `--masked_grad` it does, and KL_prcp's gradient reaches both
-   views.
+   loss but not its gradient. With `--masked_grad` it changes the gradient too, and that of KL_prcp
+   reaches both views.
 4. The release averages within each micro-batch, then over micro-batches. Here every mean divides by
    a count over the whole mini-batch on all ranks (`denominator`). So the losses of any split add up
    to the loss of the whole, and every token has the same weight.

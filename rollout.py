@@ -2,8 +2,8 @@
 
 1. Sort the (prompt, sample) jobs by prompt length and cut them into chunks that fit into memory.
 2. generate() builds the logits processors (suppressed tokens, temperature, top-k) and calls our
-   loop (`custom_generate`, support/decoding.py). It encodes each prompt once, and samples the
-   responses of a chunk together, token by token.
+   loop (`custom_generate`, support/decoding.py). It encodes each prompt of a chunk once,
+   and samples the chunk's responses together, token by token.
 3. Collect each prompt's responses in a Group (support/batch.py).
 
 Differences from the released code, which samples with vLLM:

@@ -280,10 +280,10 @@ def finish(run: Run) -> None:
 def main(argv=None) -> None:
     run = None
     try:
-        with cli.one_line_errors():
-            run = build_run(argv)
-            run.start()
         with step_errors():
+            with cli.one_line_errors():
+                run = build_run(argv)
+                run.start()
             train(run)
             finish(run)
     except Stopped:

@@ -1,7 +1,7 @@
 """Figures of --explain: the tokens of a response, and the parts of the image they depend on.
 
-Not in the paper: the perception gain is KL_prcp token by token. support/pages.py draws the same as
-a page.
+Not in the paper. The perception gain, log pi - log pi_mask, is the simplest estimate of KL_prcp,
+token by token. support/pages.py draws the same as a page.
 """
 
 from __future__ import annotations

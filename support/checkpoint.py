@@ -3,7 +3,7 @@
 A checkpoint is checkpoints/step_NNNNNN/ in a run's folder: weights and optimizer state in shards
 (torch.distributed.checkpoint, so another number of ranks can load it), and state.json (step, data
 position). It is written under a name that begins with a dot and renamed once every rank is done;
-an old one is renamed back before it is deleted. So whatever is called step_NNNNNN is complete, and
+an old one gets a dot again before it is deleted. So whatever is called step_NNNNNN is complete, and
 a run killed at any moment resumes from the newest.
 
 There is no random state to save: every random number is seeded by its purpose (batch.seeded).

@@ -17,6 +17,7 @@ Differences from the released loader:
 2. Prompts that are too long are found from image headers. Pixels are decoded when a row is read.
 3. Both make images RGB with PIL's convert, which drops transparency. Here 16-bit grey is scaled to
    8 bits (PIL clips it), EXIF orientation is applied, and only the image processor resizes.
+   (Further columns, such as images_aug, are first brought to the size of their image.)
 4. A round has the same prompts on any number of ranks: the order depends on seed and epoch alone.
 
     python -c "from support import data; rows = data.load('toy'); print(len(rows), rows[0])"

@@ -8,6 +8,7 @@ does not read them. The folder of an evaluation holds
     evaluation.json           the settings it was started with and the files it reads
     partial/NAME/RANK.jsonl   the responses of a set that is being evaluated, in no order
     NAME.jsonl                the responses of a finished set
+    table.txt, table.json     the accuracies, once all sets are finished (protocol.py)
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Qwen-VL models: the Encoder (example -> prompt tensors) and the Policy (weights, log-probs).
 
-This file and packing.py and decoding.py hold every call into young interfaces of transformers.
+This file, packing.py and decoding.py hold nearly every call into young interfaces of transformers.
 
 Differences from the released code:
 1. One mechanism expands image placeholders here. AutoProcessor would do it but needs torchvision,

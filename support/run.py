@@ -1,8 +1,9 @@
 """A run: its models and data, and what is due when.
 
 Resuming drops the log lines after the checkpoint, because their steps are repeated. A signal
-(SIGTERM, Ctrl-C) raises Stopped on every rank at the next opportunity: while sampling at once, else
-when the step is done. The run then saves the state before the interrupted step, which is exact.
+(SIGTERM, Ctrl-C) raises Stopped on every rank at the next opportunity: after a block of sampled
+tokens, after scoring, else when the step is done. The run then saves the state before the
+interrupted step, which is exact.
 """
 
 from __future__ import annotations

@@ -266,6 +266,7 @@ def test_a_signal_loses_nothing(
     [
         (Policy, "log_probs", "log-probs", "--tokens_per_forward"),
         (decoding, "prefill", "sampling", "--rollout_batch"),
+        (Policy, "load", "loading", "smaller model"),
     ],
 )
 def test_out_of_memory_names_the_phase_and_the_flag(run, monkeypatch, owner, function, phase, flag):
