@@ -287,9 +287,7 @@ def main(argv=None) -> None:
             train(run)
             finish(run)
     except Stopped:
-        if run.config.save_every:
-            run.save()
-        run.say_how_to_resume()
+        run.stop_early()
     finally:
         if run:
             run.close()

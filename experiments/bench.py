@@ -145,7 +145,8 @@ def random_stops(policy: Policy, mean: float) -> Iterator[None]:
 
     def set_end_token(module, inputs, logits):
         logits = logits.float()  # bf16 would change the end token's probability by some percent
-        logits[..., policy.eos_ids] = -torch.inf
+        for token in policy.eos_ids:  # a list as index would be copied to the device, with a wait
+            logits[..., token].fill_(-torch.inf)
         logits[..., end_token] = logits.logsumexp(-1) + log_odds
         return logits
 
@@ -479,6 +480,12 @@ PARTS = {
 # One step at the paper's sizes
 
 
+def cast_parameters(model, dtype: torch.dtype) -> None:
+    """Parameters alone, as FSDP and from_pretrained do: the frequencies of RoPE stay fp32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
 class OneStep:
     """One step as train.py runs it. Prints seconds, peak memory and tokens/s or MFU per phase."""
 
@@ -490,7 +497,8 @@ class OneStep:
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.policy = make_policy(args.model.removeprefix("random:"), folder, device)
         self.linears = count_linears(self.policy.model)
-        copied = copy.deepcopy(self.policy.model).to(self.dtype)
+        copied = copy.deepcopy(self.policy.model)
+        cast_parameters(copied, self.dtype)
         self.reference = Policy(copied, self.policy.encoder)
         mesh = make_mesh(device.type)
         for each in (self.policy, self.reference):
@@ -512,7 +520,7 @@ class OneStep:
         kind = self.policy.device.type
         if packing.varlen_kernel(kind, self.dtype) is None:
             return "SDPA"
-        return "flash-attn" if packing.is_flash_attn_2_available() else "torch varlen"
+        return "flash-attn" if packing.flash_attention() else "torch varlen"
 
     def run(self) -> None:
         args = self.args
@@ -665,7 +673,7 @@ def numerics(args, folder: str, device: torch.device) -> None:
     groups = [random_group(p, n) for p, n in zip(prompts, lengths, strict=True)]
     with torch.no_grad():
         exact = [policy.log_probs([group]) for group in groups]
-        policy.model.to(half)
+        cast_parameters(policy.model, half)
         together = policy.log_probs(groups).split(args.group_size)
         packed = [x[:, : e.shape[1]] for x, e in zip(together, exact, strict=True)]
         policy.model.set_attn_implementation(STOCK_ATTENTION)

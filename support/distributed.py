@@ -48,7 +48,10 @@ def init_distributed() -> tuple[int, int, torch.device]:
     # second, and every row has another) and is reported to give NaN gradients.
     torch.backends.cuda.enable_cudnn_sdp(False)
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        index, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if index >= count:
+            raise ValueError(f"--nproc_per_node is above this machine's number of GPUs, {count}")
+        device = torch.device("cuda", index)
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     else:

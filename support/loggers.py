@@ -15,16 +15,18 @@ SAMPLE_COLUMNS = ["set", "row", "prompt", "predict", "label", "accuracy", "forma
 
 
 def wandb_logger(folder: Path):
-    """Log to Weights & Biases. A resumed run continues its own record there."""
+    """Log to Weights & Biases. A resumed run continues its own record. ValueError if that fails."""
     import wandb
 
     config = json.loads((folder / "config.json").read_text())
     id_file = folder / "wandb_id"
     if not id_file.exists():
         id_file.write_text(secrets.token_hex(6))
-    wandb.init(
-        project="papo", name=folder.name, config=config, id=id_file.read_text(), resume="allow"
-    )
+    record = {"name": folder.name, "id": id_file.read_text(), "config": config}
+    try:
+        wandb.init(project="papo", resume="allow", **record)
+    except wandb.Error as error:  # no key, for example
+        raise ValueError(f"--wandb: {error}") from error
 
     def log(line: dict, samples: list[dict]) -> None:
         values = {key: value for key, value in line.items() if key != "step"}

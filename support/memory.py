@@ -21,8 +21,8 @@ GIB = 2**30
 # Phase of a step -> what makes room for it.
 ROOM_FOR = {
     "sampling": "fewer responses at a time, which takes longer; --offload_optimizer makes room",
-    "an update": "does not fit: lower --tokens_per_forward, shard over more ranks or set "
-    "--freeze_vision",
+    "an update": "does not fit: lower --tokens_per_forward or --group_size, shard over more ranks "
+    "or set --freeze_vision",
 }
 
 
@@ -32,7 +32,7 @@ def resource_report(
     """Whether the run will fit: a line on disk, one on host memory and, on CUDA, two on devices.
 
     model: the policy's, loaded. config: train.Config. mesh_shape: that of distributed.make_mesh.
-    reference: whether there is a reference model.
+    reference: whether there is a reference model. Sampling is counted with one group per prompt.
     """
     lines = [disk_line(folder, model, config.keep)]
     lines.append(host_line(host_memory(model, config, mesh_shape, device, image_copies)))
@@ -151,7 +151,8 @@ def memory_table(
     groups = config.rollout_batch / config.group_size
     patches_per_token = vision.spatial_merge_size**2
     prefill = min(groups * prompt, PREFILL_TOKENS)
-    row = config.tokens_per_forward
+    # A group is never split, so its row may be longer than asked for.
+    row = max(config.tokens_per_forward, prompt + config.group_size * response)
     patches = patches_per_token * row / 2  # half of a row is images
     layer_inputs = row * text.num_hidden_layers * text.hidden_size
     layer_inputs += patches * vision.depth * vision.hidden_size

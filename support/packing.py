@@ -215,13 +215,8 @@ def varlen_kernel(device: str, dtype: torch.dtype):
     """
     if device != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return None
-    if is_flash_attn_2_available():
-        from flash_attn import flash_attn_varlen_func
-
-        def flash_attention(*tensors, scale, causal):
-            return flash_attn_varlen_func(*tensors, softmax_scale=scale, causal=causal)
-
-        return flash_attention
+    if kernel := flash_attention():
+        return kernel
     try:
         if agrees_with_sdpa(_torch_varlen_attention, device, dtype):
             return _torch_varlen_attention
@@ -229,6 +224,22 @@ def varlen_kernel(device: str, dtype: torch.dtype):
         pass
     warnings.warn("no usable varlen attention: falling back to SDPA, which is slower", stacklevel=2)
     return None
+
+
+def flash_attention():
+    """flash-attn's kernel, as varlen_kernel returns it; None where it cannot be imported."""
+    if not is_flash_attn_2_available():  # which asks whether it is installed, not whether it works
+        return None
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError as error:  # it was built for another torch
+        warnings.warn(f"flash-attn is installed but not usable: {error}", stacklevel=2)
+        return None
+
+    def attend(*tensors, scale, causal):
+        return flash_attn_varlen_func(*tensors, softmax_scale=scale, causal=causal)
+
+    return attend
 
 
 def _torch_varlen_attention(q, k, v, *lengths, scale, causal):

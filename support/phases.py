@@ -12,8 +12,9 @@ import torch
 ADVICE = {
     "loading": "use more ranks or a smaller model",
     "sampling": "lower --rollout_batch, --max_new_tokens or --max_pixels, or --offload_optimizer",
-    "log-probs": "lower --tokens_per_forward or --max_pixels",
-    "update": "lower --tokens_per_forward or --max_pixels, use more ranks, or --freeze_vision",
+    "log-probs": "lower --tokens_per_forward, --max_pixels or --group_size",
+    "update": "lower --tokens_per_forward, --max_pixels or --group_size, use more ranks, or "
+    "--freeze_vision",
     "saving": "lower --tokens_per_forward",
     "exporting": "--resume the run on more ranks",
 }

@@ -370,7 +370,11 @@ class Run:
         if max_over_ranks(self.stop_requested):
             raise Stopped
 
-    def say_how_to_resume(self) -> None:
+    def stop_early(self) -> None:
+        """Save the completed steps, unless --save_every is 0, and say how to continue."""
+        if self.config.save_every:
+            with step_errors():
+                self.save()
         if self.rank > 0:
             return
         print(f"stopped after step {self.step}", end="")

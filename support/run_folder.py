@@ -24,8 +24,12 @@ from pathlib import Path
 from support.checkpoint import write_atomically
 from support.cli import exit_with_error
 
-# Flags that may change when a run is resumed.
+# Flags that may change when a run is resumed, among them those that a failed run is told to change.
 FREE_ON_RESUME = {
+    "tokens_per_forward",
+    "rollout_batch",
+    "reward_budget",
+    "reward_memory",
     "resume",
     "steps",
     "wandb",
@@ -101,6 +105,9 @@ def lock(folder: Path):
         holder = file.read().strip() or "another process"
         file.close()
         raise OSError(f"{folder} is in use by {holder}: end it, or choose another folder") from None
+    except OSError as error:  # some network file systems have no locks
+        problem = f"{folder} cannot be locked, so let nothing else write there: {error}"
+        print(problem, file=sys.stderr)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()

@@ -1,5 +1,6 @@
 """The benchmark compares like with like. No times are judged."""
 
+import copy
 from functools import partial
 
 import pytest
@@ -52,6 +53,16 @@ def test_both_sides_give_the_same_log_probs(pair):
     group = bench.random_group(prompt, torch.tensor([5, 1, 9]))
     expected = bench.padded_log_probs(stock, group)
     torch.testing.assert_close(ours.log_probs([group]), expected, atol=1e-5, rtol=0)
+
+
+def test_casting_leaves_the_frequencies_of_rope_alone(pair):
+    model = copy.deepcopy(pair[0].model)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    bench.cast_parameters(model, torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert any("inv_freq" in name for name in before)
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, before[name]) and buffer.dtype == before[name].dtype
 
 
 def test_flops_count_every_weight_once(pair):

@@ -1,5 +1,6 @@
 """Saving, resuming and stopping: on full disks, with damaged files, after signals and crashes."""
 
+import fcntl
 import itertools
 import json
 import os
@@ -291,6 +292,16 @@ def test_a_finished_run_without_a_checkpoint_is_kept(run, capsys):
     train.main(["--resume", str(out), "--steps", "2"])
     assert "unsaved has no checkpoint: starting at step 0" in capsys.readouterr().out
     assert [line["step"] for line in metric_lines(out)] == [1, 2]
+
+
+def test_a_folder_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, capsys):
+    def no_locks(file, operation):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    run_module.lock(tmp_path).close()
+    assert f"{tmp_path} cannot be locked" in capsys.readouterr().err
+    assert "process" in (tmp_path / ".lock").read_text()
 
 
 def test_two_processes_cannot_share_a_run_folder(run, capsys):

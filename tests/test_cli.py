@@ -58,6 +58,8 @@ def test_resuming_a_run_that_predates_a_flag_takes_its_default(tmp_path, capsys)
     with pytest.raises(SystemExit):
         with_saved_config(given | {"top_k": 7}, defaults)
     assert "--top_k 7 contradicts the run's 0" in capsys.readouterr().err
+    rounding_only = {"tokens_per_forward": 8192, "rollout_batch": 64}  # what a full device asks for
+    assert with_saved_config(given | rounding_only, defaults)["tokens_per_forward"] == 8192
 
 
 def test_help_is_grouped_with_everyday_flags_first(capsys):

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 import evaluate
 import papo
 import rollout
+from experiments import bench
 from papo import mini_batches, prepare, preset, row_loss, update
 from rollout import generate
 from support import attribution, data, decoding, graph, packing, qwen_vl
@@ -286,6 +287,15 @@ def test_an_answer_equals_the_cpus(policies, prompts, device, capsys):
         on_device.model.to(CUDA)
         ask(on_device, prompts[0], config)
     assert capsys.readouterr().out == expected
+
+
+def test_the_benchmarks_random_stops_can_be_captured(policies, device):
+    _, on_device = policies
+    hidden = torch.randn(2, on_device.model.lm_head.in_features)
+    with device, torch.no_grad(), bench.random_stops(on_device, mean=5):
+        head = on_device.model.to(CUDA).lm_head
+        x = hidden.to(CUDA)
+        graph.record_cuda(lambda: head(x))
 
 
 # ------------------------------------------------------------------------------- rows without a key

@@ -63,6 +63,14 @@ def test_a_wrong_shard_size_ends_a_run_with_one_line(folder, tmp_path, capsys):
 # ------------------------------------------------------------------------------ what CUDA will meet
 
 
+def test_more_processes_than_gpus_end_with_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    with pytest.raises(ValueError, match="above this machine's number of GPUs, 4"):
+        distributed.init_distributed()
+
+
 def test_cudnn_attention_is_off():
     torch.backends.cuda.enable_cudnn_sdp(True)
     with process_restored():

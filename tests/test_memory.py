@@ -1,6 +1,7 @@
 """memory.py: the estimates against published sizes and against a checkpoint on disk."""
 
 import os
+from functools import partial
 from pathlib import Path
 from types import MethodType, SimpleNamespace
 
@@ -120,6 +121,16 @@ def documented(label):
 def test_the_documented_peaks_are_those_of_the_code(label):
     text = (Path(__file__).parent.parent / "docs" / "reliability.md").read_text()
     assert documented(label) in text.splitlines()
+
+
+def test_a_group_longer_than_a_row_counts_whole():
+    table = partial(memory.memory_table, qwen("3b"), shard_size=2, reference=False)
+    groups_of_16 = paper_config(group_size=16, rollout_batch=320)
+    whole = 4096 + 16 * 2048
+    longer_rows = paper_config(group_size=16, rollout_batch=320, tokens_per_forward=whole)
+    assert table(config=groups_of_16) == table(config=longer_rows)
+    peak = "PEAK of an update"
+    assert table(config=groups_of_16)[peak] > table(config=paper_config())[peak]
 
 
 def test_device_line_says_what_does_not_fit_and_which_flag_helps():

@@ -3,6 +3,8 @@
 test_papo.py compares packed rows with padded ones.
 """
 
+import sys
+import types
 from functools import partial
 
 import pytest
@@ -120,6 +122,14 @@ def test_equal_windows_share_a_call(policy, encoder, record_calls):
         prompt.pixel_values, prompt.image_grid_thw, return_dict=True
     )
     assert len(calls) == 2  # one block with nine equal windows, one with full attention
+
+
+def test_a_broken_flash_attn_is_not_used(monkeypatch):
+    monkeypatch.setattr(packing, "is_flash_attn_2_available", lambda: True)
+    without_the_function = types.ModuleType("flash_attn")
+    monkeypatch.setitem(sys.modules, "flash_attn", without_the_function)
+    with pytest.warns(UserWarning, match="not usable: cannot import name 'flash_attn_varlen_func'"):
+        assert packing.flash_attention() is None
 
 
 @cuda
