@@ -110,6 +110,9 @@ FURTHER = [
     ("dapo", "papo_g"),
     ("dots/papo_g_0.1", "dots/papo_g"),
     ("digits/papo_g_0.1", "digits/papo_g"),
+    ("dots/papo_d_0.1", "dots/papo_d"),
+    ("digits/papo_d_0.1", "digits/papo_d"),
+    ("dots/dapo", "dots/grpo"),
     ("digits/dapo", "digits/grpo"),
 ]
 
