@@ -467,8 +467,11 @@ def second_sections(everything: Results) -> list[str]:
     parts = report_tasks.sections(everything, load_costs(), HERE / "figures")
     found = complete(everything, NEW_SEEDS)
     for title, (names, base) in SECOND.items():
-        parts += [f"## {title}", comparison_table(found, names, base)]
-        parts.append(dots_figure(found, names, title))
+        parts.append(f"## {title}")
+        if names.keys() <= found.keys():
+            parts += [comparison_table(found, names, base), dots_figure(found, names, title)]
+        else:
+            parts.append("(not complete)")
     parts += report_difficulty.sections(everything, HERE / "figures")
     parts += ["## rounding", rounding_table(everything)]
     return [*parts, "## results of table1, computed again", rerun_table(everything)]

@@ -92,7 +92,7 @@ def pay_table(found: Results, costs: dict, pairs: dict[str, str]) -> str:
     pairs: method -> baseline.
     """
     shares = [f"{share:.0%} of the budget" for share in BUDGETS]
-    rows = [["", "unit", "budget", *shares, "ahead from"]]
+    rows = [["", "budget", *shares, "ahead from"]]
     for method, base in pairs.items():
         for unit in UNITS:
             if method not in found or base not in found:
@@ -104,8 +104,8 @@ def pay_table(found: Results, costs: dict, pairs: dict[str, str]) -> str:
             for share in BUDGETS:
                 column = round(share * (len(budgets) - 1))
                 cells.append(interval(of_seeds[:, column].tolist(), sign=True))
-            name = method.rpartition("/")[2]
-            rows.append([name, unit, f"{budgets[-1]:.0f}", *cells, ahead_cell(budgets, of_seeds)])
+            name = f"{method.rpartition('/')[2]}, {unit}"
+            rows.append([name, f"{budgets[-1]:.0f}", *cells, ahead_cell(budgets, of_seeds)])
     return markdown(rows)
 
 

@@ -125,8 +125,8 @@ def test_methods_are_compared_when_they_have_spent_the_same():
     assert of_seeds[0, [0, 100, 200]] == pytest.approx([0, 10, 20])
     table = report_cost.pay_table(found, costs, {"slow": "base"})
     cells = "| -2.5 +- 0.0 | -5.0 +- 0.0 | -7.5 +- 0.0 | -10.0 +- 0.0 | never (never to never) |"
-    assert f"| slow | seconds | 4 {cells}" in table
-    assert "| slow | sampled tokens | 20 |" in table and "| 0 (0 to 0) |" in table
+    assert f"| slow, seconds | 4 {cells}" in table
+    assert "| slow, sampled tokens | 20 |" in table and "| 0 (0 to 0) |" in table
 
 
 def test_a_method_is_ahead_from_where_it_stays_ahead():
