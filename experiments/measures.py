@@ -70,9 +70,16 @@ def misread_change(result: dict, base: dict, splits: tuple[str, ...] = SPLITS) -
 
 
 def paired(found: Results, variant: str, base: str, measure: Callable) -> list[float]:
-    """measure(result, base's result) at each seed that both have."""
+    """measure(result, base's result) at each seed that both have.
+
+    ValueError if the two runs of a seed began with different start models.
+    """
     runs, base_runs = found.get(variant, {}), found.get(base, {})
-    return [measure(runs[seed], base_runs[seed]) for seed in sorted(runs.keys() & base_runs.keys())]
+    seeds = sorted(runs.keys() & base_runs.keys())
+    for seed in seeds:
+        if runs[seed].get("start_model") != base_runs[seed].get("start_model"):
+            raise ValueError(f"{variant} and {base}: two start models at seed {seed}")
+    return [measure(runs[seed], base_runs[seed]) for seed in seeds]
 
 
 def at_seeds(found: Results, seeds: Iterable[int]) -> Results:

@@ -116,7 +116,7 @@ FURTHER = [
     ("digits/dapo", "digits/grpo"),
 ]
 
-# The second protocol's further experiments, by the same plan as EXPERIMENTS.
+# The second protocol's further experiments on the dots, by the same plan as EXPERIMENTS.
 SECOND = {
     "more_gammas": (
         {"dots/grpo": "gamma 0", "dots/papo_g": "gamma 0.02"}
@@ -213,6 +213,22 @@ def comparison_table(found: Results, names: dict[str, str], base: str) -> str:
         gains = [accuracy_gain(found[variant][seed], found[base][seed]) for seed in seeds]
         cells = accuracy_cells(runs)
         rows.append([names[variant], str(len(seeds)), *cells, interval(gains, sign=True)])
+    return markdown(rows)
+
+
+def dots_table(found: Results, names: dict[str, str], base: str) -> str:
+    """As comparison_table, with p and the number of runs that end below their start model."""
+    header = ["", *SPLITS, "overall", "mean over training", f"overall, minus {names[base]}"]
+    rows = [[*header, "p", "collapsed"]]
+    for variant, name in names.items():
+        gains = paired(found, variant, base, accuracy_gain)
+        differs = ["", ""]
+        if variant != base:
+            differs = [interval(gains, sign=True), f"{sign_flip_p(gains):.3f}"]
+        risen = paired(found, variant, "dots/start", accuracy_gain)
+        collapsed = sum(gain < 0 for gain in risen)
+        cells = accuracy_cells(list(found[variant].values()))
+        rows.append([name, *cells, *differs, f"{collapsed} of {len(risen)}"])
     return markdown(rows)
 
 
@@ -469,7 +485,7 @@ def second_sections(everything: Results) -> list[str]:
     for title, (names, base) in SECOND.items():
         parts.append(f"## {title}")
         if names.keys() <= found.keys():
-            parts += [comparison_table(found, names, base), dots_figure(found, names, title)]
+            parts += [dots_table(found, names, base), dots_figure(found, names, title)]
         else:
             parts.append("(not complete)")
     parts += report_difficulty.sections(everything, HERE / "figures")

@@ -163,6 +163,21 @@ def test_the_report_on_both_tasks_takes_the_reported_seeds_alone(tmp_path):
         report_tasks.sections(found, {}, tmp_path)
 
 
+def test_runs_that_end_below_their_start_model_are_counted():
+    finals = {"dots/start": 0.3, "dots/base": 0.5, "dots/other": 0.6}
+    found = {
+        name: {seed: task_result(name, seed, [0.2, final]) for seed in protocol.NEW_SEEDS}
+        for name, final in finals.items()
+    }
+    found["dots/other"][24] = task_result("dots/other", 24, [0.2, 0.2])
+    table = report.dots_table(found, {"dots/base": "base", "dots/other": "other"}, "dots/base")
+    base, other = table.splitlines()[2:]
+    assert base.startswith("| base | 50.0 +- 0.0 |") and base.endswith("|  |  | 0 of 8 |")
+    # Seven seeds gain 10 points, one loses 30: mean 5, standard deviation sqrt(200), t(7) = 2.365;
+    # 130 of the 256 sign patterns have a mean at least as far from 0.
+    assert other.endswith("| +5.0 +- 11.8 | 0.508 | 1 of 8 |")
+
+
 def test_the_report_on_difficulty_compares_the_gains_of_a_seed(tmp_path):
     found = {}
     gains = {"easy": 0.05, "middle": 0.1, "hard": 0.3}
