@@ -24,8 +24,10 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "walkthrough.md"
-# What may come out differently, as a share of a number's size, or of 1 for smaller ones.
-TOLERANCES = {"text": 0.02, "text roughly": 0.25}
+# What may come out differently, as a share of a number's size, or of 1 for smaller ones. Rounding
+# depends on the CPU's instructions: the page is from a CPU without AVX-512; with it, three numbers
+# were 2 to 4% off.
+TOLERANCES = {"text": 0.05, "text roughly": 0.25}
 NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 
 
