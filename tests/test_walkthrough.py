@@ -47,9 +47,9 @@ def test_a_page_runs_and_its_numbers_are_compared():
     ]
     printed = walkthrough.run(parts, "page.md")
     assert walkthrough.differences(parts, printed) == []
-    wrong = walkthrough.parse(PAGE.replace("x is 2.0\n", "x is 2.1\n"))
+    wrong = walkthrough.parse(PAGE.replace("x is 2.0\n", "x is 2.2\n"))
     [problem] = walkthrough.differences(wrong, printed)
-    assert problem == "line 8: the page says 'x is 2.1', the code 'x is 2.0'"
+    assert problem == "line 8: the page says 'x is 2.2', the code 'x is 2.0'"
     for old, new in (
         ("accuracy 0.9", "accuracy 0.5"),
         ("done\n```", "gone\n```"),
