@@ -217,18 +217,18 @@ def comparison_table(found: Results, names: dict[str, str], base: str) -> str:
 
 
 def dots_table(found: Results, names: dict[str, str], base: str) -> str:
-    """As comparison_table, with p and the number of runs that end below their start model."""
+    """As comparison_table, with the seeds ahead, p, and how many end below their start model."""
     header = ["", *SPLITS, "overall", "mean over training", f"overall, minus {names[base]}"]
-    rows = [[*header, "p", "collapsed"]]
+    rows = [[*header, "ahead", "p", "collapsed"]]
     for variant, name in names.items():
-        gains = paired(found, variant, base, accuracy_gain)
-        differs = ["", ""]
+        differs = ["", "", ""]
         if variant != base:
-            differs = [interval(gains, sign=True), f"{sign_flip_p(gains):.3f}"]
+            gains = paired(found, variant, base, accuracy_gain)
+            ahead = f"{sum(gain > 0 for gain in gains)} of {len(gains)}"
+            differs = [interval(gains, sign=True), ahead, f"{sign_flip_p(gains):.3f}"]
         risen = paired(found, variant, "dots/start", accuracy_gain)
-        collapsed = sum(gain < 0 for gain in risen)
-        cells = accuracy_cells(list(found[variant].values()))
-        rows.append([name, *cells, *differs, f"{collapsed} of {len(risen)}"])
+        collapsed = f"{sum(gain < 0 for gain in risen)} of {len(risen)}"
+        rows.append([name, *accuracy_cells(list(found[variant].values())), *differs, collapsed])
     return markdown(rows)
 
 
@@ -423,7 +423,7 @@ def dots_figure(found: Results, names: dict[str, str], title: str) -> str:
         ax.hlines(means, positions - 0.3, positions + 0.3, "black", linewidth=2)
         ax.set_xticks(positions, labels, rotation=25, ha="right", fontsize=8)
         ax.grid(alpha=0.3)
-        ax.legend(fontsize=7)
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside right center", fontsize=8)
     return save_figure(figure, title)
 
 

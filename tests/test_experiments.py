@@ -172,10 +172,10 @@ def test_runs_that_end_below_their_start_model_are_counted():
     found["dots/other"][24] = task_result("dots/other", 24, [0.2, 0.2])
     table = report.dots_table(found, {"dots/base": "base", "dots/other": "other"}, "dots/base")
     base, other = table.splitlines()[2:]
-    assert base.startswith("| base | 50.0 +- 0.0 |") and base.endswith("|  |  | 0 of 8 |")
+    assert base.startswith("| base | 50.0 +- 0.0 |") and base.endswith("|  |  |  | 0 of 8 |")
     # Seven seeds gain 10 points, one loses 30: mean 5, standard deviation sqrt(200), t(7) = 2.365;
     # 130 of the 256 sign patterns have a mean at least as far from 0.
-    assert other.endswith("| +5.0 +- 11.8 | 0.508 | 1 of 8 |")
+    assert other.endswith("| +5.0 +- 11.8 | 7 of 8 | 0.508 | 1 of 8 |")
 
 
 def test_the_report_on_difficulty_compares_the_gains_of_a_seed(tmp_path):
