@@ -112,6 +112,7 @@ FURTHER = [
     ("digits/papo_g_0.1", "digits/papo_g"),
     ("dots/papo_d_0.1", "dots/papo_d"),
     ("digits/papo_d_0.1", "digits/papo_d"),
+    *[(f"dots/papo_g_{gamma}", "dots/papo_g") for gamma in (0.05, 0.2, 0.5, 1.0)],
     ("dots/dapo", "dots/grpo"),
     ("digits/dapo", "digits/grpo"),
 ]
@@ -360,10 +361,10 @@ def rounding_table(found: Results) -> str:
 
 
 def rerun_table(found: Results) -> str:
-    """Results of the first protocol beside the same runs at the same commit on another machine."""
+    """Results beside those of the same runs on another machine."""
     rows = [["", "seed", "overall", "again", "start model, overall", "again"]]
     for variant, runs in found.items():
-        folder, _, name = variant.rpartition("/")
+        folder, _, name = variant.partition("/")
         if folder != "rerun":
             continue
         for seed, again in runs.items():
@@ -490,7 +491,7 @@ def second_sections(everything: Results) -> list[str]:
             parts.append("(not complete)")
     parts += report_difficulty.sections(everything, HERE / "figures")
     parts += ["## rounding", rounding_table(everything)]
-    return [*parts, "## results of table1, computed again", rerun_table(everything)]
+    return [*parts, "## results computed again", rerun_table(everything)]
 
 
 def main() -> None:
