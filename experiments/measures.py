@@ -50,6 +50,10 @@ def accuracy_gain(result: dict, base: dict) -> float:
     return accuracy(result) - accuracy(base)
 
 
+def gain_over_training(result: dict, base: dict) -> float:
+    return accuracy_over_training(result) - accuracy_over_training(base)
+
+
 def delta_rel(result: dict, base: dict) -> float:
     """The paper's: the mean over splits of the relative gain, in %."""
     ratios = [accuracy(result, split) / accuracy(base, split) for split in SPLITS]

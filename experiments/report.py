@@ -23,6 +23,7 @@ from experiments.measures import (
     common_seeds,
     complete,
     delta_rel,
+    gain_over_training,
     interval,
     load,
     markdown,
@@ -112,6 +113,9 @@ FURTHER = [
     ("digits/papo_g_0.1", "digits/papo_g"),
     ("dots/papo_d_0.1", "dots/papo_d"),
     ("digits/papo_d_0.1", "digits/papo_d"),
+    ("dots/semantic_0.17", "dots/grpo"),
+    ("dots/random_0.17", "dots/grpo"),
+    ("dots/semantic_0.17", "dots/papo_g_0.1"),
     *[(f"dots/papo_g_{gamma}", "dots/papo_g") for gamma in (0.05, 0.2, 0.5, 1.0)],
     ("dots/dapo", "dots/grpo"),
     ("digits/dapo", "digits/grpo"),
@@ -282,12 +286,19 @@ def variants_table(found: Results) -> str:
 
 def further_table(found: Results) -> str:
     """Differences that no experiment names but a README quotes."""
-    rows = [["", "minus", "seeds", "overall", "p"]]
+    rows = [["", "minus", "seeds", "overall", "p", "mean over training", "p"]]
     for variant, base in FURTHER:
         gains = paired(found, variant, base, accuracy_gain)
-        if len(gains) > 1:
-            cells = [str(len(gains)), interval(gains, sign=True), f"{sign_flip_p(gains):.3f}"]
-            rows.append([variant, base, *cells])
+        if len(gains) < 2:
+            continue
+        cells = [str(len(gains)), interval(gains, sign=True), f"{sign_flip_p(gains):.3f}"]
+        runs = [*found[variant].values(), *found[base].values()]
+        if all(len(run["curve"]) > 1 for run in runs):  # evaluated during training
+            gains = paired(found, variant, base, gain_over_training)
+            cells += [interval(gains, sign=True), f"{sign_flip_p(gains):.3f}"]
+        else:
+            cells += ["", ""]
+        rows.append([variant, base, *cells])
     return markdown(rows)
 
 
