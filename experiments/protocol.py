@@ -220,6 +220,10 @@ EXPERIMENTS["semantic"] = (
 )
 EXPERIMENTS["remedies"] = ([f"dots/{name}" for name in ON_DOTS if "large" in name], NEW_SEEDS)
 
+# Semantic masks against grpo once more, at seeds that did not suggest it.
+CONFIRMING_SEEDS = range(28, 36)
+EXPERIMENTS["confirm"] = (["dots/grpo", "dots/semantic_0.17"], CONFIRMING_SEEDS)
+
 # Both tasks with start models that perception limits less or more: level -> how often the labels of
 # the warm start misread a cell. The tasks themselves have 0.12.
 MISREAD = {"easy": 0.04, "hard": 0.2}

@@ -24,6 +24,7 @@ from experiments.measures import (
     complete,
     delta_rel,
     gain_over_training,
+    holm,
     interval,
     load,
     markdown,
@@ -34,6 +35,7 @@ from experiments.measures import (
     sign_flip_p,
 )
 from experiments.protocol import (
+    CONFIRMING_SEEDS,
     DEVELOPMENT_SEEDS,
     EIGHT_SEEDS,
     FACTORS,
@@ -303,6 +305,22 @@ def further_table(found: Results) -> str:
     return markdown(rows)
 
 
+def confirmation_table(everything: Results) -> str:
+    """Semantic masks minus grpo at the seeds kept for it; p as is and corrected by Holm."""
+    found = complete(everything, CONFIRMING_SEEDS)
+    variant, base = "dots/semantic_0.17", "dots/grpo"
+    if not {variant, base} <= found.keys():
+        return "(not run yet)"
+    questions = {"how far": accuracy_gain, "how fast": gain_over_training}
+    gains = {name: paired(found, variant, base, measure) for name, measure in questions.items()}
+    ps = [sign_flip_p(values) for values in gains.values()]
+    rows = [["", "semantic 0.17 minus grpo", "ahead", "p", "corrected p"]]
+    for (name, values), p, corrected in zip(gains.items(), ps, holm(ps), strict=True):
+        ahead = f"{sum(value > 0 for value in values)} of {len(values)}"
+        rows.append([name, interval(values, sign=True), ahead, f"{p:.3f}", f"{corrected:.3f}"])
+    return markdown(rows)
+
+
 def load_costs() -> dict[str, dict]:
     """What cost.py measured: variant -> {"seconds": of each step}."""
     file = HERE / "cost.json"
@@ -501,6 +519,7 @@ def second_sections(everything: Results) -> list[str]:
             parts += [dots_table(found, names, base), dots_figure(found, names, title)]
         else:
             parts.append("(not complete)")
+    parts += ["## confirm", confirmation_table(everything)]
     parts += report_difficulty.sections(everything, HERE / "figures")
     parts += ["## rounding", rounding_table(everything)]
     return [*parts, "## results computed again", rerun_table(everything)]

@@ -178,6 +178,16 @@ def test_runs_that_end_below_their_start_model_are_counted():
     assert other.endswith("| +5.0 +- 11.8 | 7 of 8 | 0.508 | 1 of 8 |")
 
 
+def test_the_confirmation_takes_its_own_seeds_alone():
+    found = {}
+    for name, final in {"dots/grpo": 0.5, "dots/semantic_0.17": 0.6}.items():
+        seeds = [*protocol.NEW_SEEDS, *protocol.CONFIRMING_SEEDS]
+        found[name] = {seed: task_result(name, seed, [0.2, final]) for seed in seeds}
+    assert "| how far | +10.0 +- 0.0 | 8 of 8 | 0.008 | 0.016 |" in report.confirmation_table(found)
+    del found["dots/grpo"][30]
+    assert report.confirmation_table(found) == "(not run yet)"
+
+
 def test_the_report_on_difficulty_compares_the_gains_of_a_seed(tmp_path):
     found = {}
     gains = {"easy": 0.05, "middle": 0.1, "hard": 0.3}
