@@ -310,7 +310,7 @@ def confirmation_table(everything: Results) -> str:
     found = complete(everything, CONFIRMING_SEEDS)
     variant, base = "dots/semantic_0.17", "dots/grpo"
     if not {variant, base} <= found.keys():
-        return "(not run yet)"
+        return "(not complete)"
     questions = {"how far": accuracy_gain, "how fast": gain_over_training}
     gains = {name: paired(found, variant, base, measure) for name, measure in questions.items()}
     ps = [sign_flip_p(values) for values in gains.values()]

@@ -185,7 +185,7 @@ def test_the_confirmation_takes_its_own_seeds_alone():
         found[name] = {seed: task_result(name, seed, [0.2, final]) for seed in seeds}
     assert "| how far | +10.0 +- 0.0 | 8 of 8 | 0.008 | 0.016 |" in report.confirmation_table(found)
     del found["dots/grpo"][30]
-    assert report.confirmation_table(found) == "(not run yet)"
+    assert report.confirmation_table(found) == "(not complete)"
 
 
 def test_the_report_on_difficulty_compares_the_gains_of_a_seed(tmp_path):
