@@ -136,6 +136,17 @@ def interval(values: list[float], digits: int = 1, sign: bool = False) -> str:
     return shown if math.isnan(half) else f"{shown} +- {half:.{digits}f}"
 
 
+def corrected_table(difference: str, gains: dict[str, list[float]]) -> str:
+    """The mean gain for each question, the pairs ahead, and p as is and corrected by Holm."""
+    ps = [sign_flip_p(values) for values in gains.values()]
+    rows = [["", difference, "pairs ahead", "p", "corrected p"]]
+    for (question, values), p, corrected in zip(gains.items(), ps, holm(ps), strict=True):
+        ahead = f"{sum(value > 0 for value in values)} of {len(values)}"
+        row = [question, interval(values, sign=True), ahead]
+        rows.append([*row, f"{p:.5f}", f"{corrected:.5f}"])  # 16 pairs: 0.00003 is the smallest
+    return markdown(rows)
+
+
 def markdown(rows: list[list[str]]) -> str:
     """A table of a header and rows; a note if there are none."""
     if len(rows) < 2:

@@ -22,9 +22,9 @@ from experiments.measures import (
     at_seeds,
     common_seeds,
     complete,
+    corrected_table,
     delta_rel,
     gain_over_training,
-    holm,
     interval,
     load,
     markdown,
@@ -313,12 +313,7 @@ def confirmation_table(everything: Results) -> str:
         return "(not complete)"
     questions = {"how far": accuracy_gain, "how fast": gain_over_training}
     gains = {name: paired(found, variant, base, measure) for name, measure in questions.items()}
-    ps = [sign_flip_p(values) for values in gains.values()]
-    rows = [["", "semantic 0.17 minus grpo", "ahead", "p", "corrected p"]]
-    for (name, values), p, corrected in zip(gains.items(), ps, holm(ps), strict=True):
-        ahead = f"{sum(value > 0 for value in values)} of {len(values)}"
-        rows.append([name, interval(values, sign=True), ahead, f"{p:.3f}", f"{corrected:.3f}"])
-    return markdown(rows)
+    return corrected_table("semantic 0.17 minus grpo", gains)
 
 
 def load_costs() -> dict[str, dict]:

@@ -19,8 +19,8 @@ from experiments.measures import (
     accuracy_over_training,
     at_seeds,
     complete,
+    corrected_table,
     delta_rel,
-    holm,
     interval,
     markdown,
     misread_change,
@@ -62,18 +62,13 @@ def gains(found: Results, task: str, method: str, measure: Callable) -> list[flo
 
 def primary_table(found: Results) -> str:
     """The two primary comparisons, over the seeds of both tasks; p as is and corrected by Holm."""
-    rows, ps = [], []
+    all_gains = {}
     for question, measure in QUESTIONS.items():
         of_tasks = [gains(found, task, PRIMARY, measure) for task in TASKS]
         if not all(of_tasks):
             return "(not complete)"
-        values = [value for of_task in of_tasks for value in of_task]
-        ahead = sum(value > 0 for value in values)
-        rows.append([question, interval(values, sign=True), f"{ahead} of {len(values)}"])
-        ps.append(sign_flip_p(values))
-    for row, p, corrected in zip(rows, ps, holm(ps), strict=True):
-        row += [f"{p:.5f}", f"{corrected:.5f}"]  # the smallest p of 16 pairs is 0.00003
-    return markdown([["", f"{PRIMARY} minus grpo", "pairs ahead", "p", "corrected p"], *rows])
+        all_gains[question] = [value for of_task in of_tasks for value in of_task]
+    return corrected_table(f"{PRIMARY} minus grpo", all_gains)
 
 
 def task_table(found: Results, task: str) -> str:
