@@ -46,8 +46,8 @@ def overall_curve(result: dict) -> dict[int, float]:
     return {int(step): 100 * fmean(scores.values()) for step, scores in result["curve"].items()}
 
 
-def accuracy_gain(result: dict, base: dict) -> float:
-    return accuracy(result) - accuracy(base)
+def accuracy_gain(result: dict, base: dict, split: str = "overall") -> float:
+    return accuracy(result, split) - accuracy(base, split)
 
 
 def gain_over_training(result: dict, base: dict) -> float:

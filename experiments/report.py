@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments import report_difficulty, report_tasks
+from experiments import report_confirm, report_difficulty, report_tasks
 from experiments.measures import (
     MISREAD_CHANGE,
     READING,
@@ -22,7 +22,6 @@ from experiments.measures import (
     at_seeds,
     common_seeds,
     complete,
-    corrected_table,
     delta_rel,
     gain_over_training,
     interval,
@@ -35,7 +34,6 @@ from experiments.measures import (
     sign_flip_p,
 )
 from experiments.protocol import (
-    CONFIRMING_SEEDS,
     DEVELOPMENT_SEEDS,
     EIGHT_SEEDS,
     FACTORS,
@@ -305,21 +303,10 @@ def further_table(found: Results) -> str:
     return markdown(rows)
 
 
-def confirmation_table(everything: Results) -> str:
-    """Semantic masks minus grpo at the seeds kept for it; p as is and corrected by Holm."""
-    found = complete(everything, CONFIRMING_SEEDS)
-    variant, base = "dots/semantic_0.17", "dots/grpo"
-    if not {variant, base} <= found.keys():
-        return "(not complete)"
-    questions = {"how far": accuracy_gain, "how fast": gain_over_training}
-    gains = {name: paired(found, variant, base, measure) for name, measure in questions.items()}
-    return corrected_table("semantic 0.17 minus grpo", gains)
-
-
-def load_costs() -> dict[str, dict]:
+def load_costs(group: str = "methods") -> dict[str, dict]:
     """What cost.py measured: variant -> {"seconds": of each step}."""
     file = HERE / "cost.json"
-    return json.loads(file.read_text())["methods"] if file.exists() else {}
+    return json.loads(file.read_text()).get(group, {}) if file.exists() else {}
 
 
 def relative_costs() -> dict[str, str]:
@@ -514,7 +501,7 @@ def second_sections(everything: Results) -> list[str]:
             parts += [dots_table(found, names, base), dots_figure(found, names, title)]
         else:
             parts.append("(not complete)")
-    parts += ["## confirm", confirmation_table(everything)]
+    parts += report_confirm.sections(everything, load_costs("confirm"), HERE / "figures")
     parts += report_difficulty.sections(everything, HERE / "figures")
     parts += ["## rounding", rounding_table(everything)]
     return [*parts, "## results computed again", rerun_table(everything)]

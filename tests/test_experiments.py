@@ -13,6 +13,7 @@ from experiments import (
     measures,
     protocol,
     report,
+    report_confirm,
     report_cost,
     report_difficulty,
     report_tasks,
@@ -178,15 +179,21 @@ def test_runs_that_end_below_their_start_model_are_counted():
     assert other.endswith("| +5.0 +- 11.8 | 7 of 8 | 0.508 | 1 of 8 |")
 
 
-def test_the_confirmation_takes_its_own_seeds_alone():
+def test_the_confirmation_takes_its_own_seeds_alone(tmp_path):
     found = {}
-    for name, final in {"dots/grpo": 0.5, "dots/semantic_0.17": 0.6}.items():
-        seeds = [*protocol.NEW_SEEDS, *protocol.CONFIRMING_SEEDS]
+    for name, final in {report_confirm.BASE: 0.5, report_confirm.METHOD: 0.6}.items():
+        seeds = protocol.CONFIRMING_SEEDS
         found[name] = {seed: task_result(name, seed, [0.2, final]) for seed in seeds}
-    table = report.confirmation_table(found)
-    assert "| how far | +10.0 +- 0.0 | 8 of 8 | 0.00781 | 0.01562 |" in table
-    del found["dots/grpo"][30]
-    assert report.confirmation_table(found) == "(not complete)"
+        others = {seed: task_result(name, seed, [0.2, 0.2]) for seed in protocol.NEW_SEEDS}
+        found[name] |= others
+    costs = {name: {"seconds": [1.0]} for name in found}
+    text = "\n".join(report_confirm.sections(found, costs, tmp_path))
+    assert "| how far | +10.0 +- 0.0 | 8 of 8 | 0.00781 | 0.01562 |" in text
+    assert "| Delta_rel % | +20.0 +- 0.0 | 8 of 8 |" in text
+    assert "| semantic_0.17, seconds | 1 |" in text
+    assert [path.stem for path in tmp_path.iterdir()] == ["confirm"]
+    del found[report_confirm.BASE][30]
+    assert report_confirm.sections(found, costs, tmp_path)[1] == "(not complete)"
 
 
 def test_the_report_on_difficulty_compares_the_gains_of_a_seed(tmp_path):
