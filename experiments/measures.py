@@ -70,6 +70,11 @@ def misread_change(result: dict, base: dict, splits: tuple[str, ...] = SPLITS) -
     return 100 * (count(result, "misread", splits) / count(base, "misread", splits) - 1)
 
 
+def wrong_change(result: dict, base: dict) -> float:
+    """How many more answers are wrong than the baseline has, in %."""
+    return 100 * (count(result, "wrong") / count(base, "wrong") - 1)
+
+
 # Statistics
 
 

@@ -119,6 +119,8 @@ FURTHER = [
     ("dots/semantic_0.17", "dots/random_0.17"),
     *[(f"dots/papo_g_{gamma}", "dots/papo_g") for gamma in (0.05, 0.2, 0.5, 1.0)],
     ("dots/large_double_grad", "dots/large_single"),
+    ("dots/large_double_grad", "dots/large_kl_ref_0.1"),
+    ("dots/large_single", "dots/large_kl_ref_0.1"),
     ("dots/dapo", "dots/grpo"),
     ("digits/dapo", "digits/grpo"),
 ]

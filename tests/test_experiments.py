@@ -183,14 +183,20 @@ def test_the_confirmation_takes_its_own_seeds_alone(tmp_path):
     found = {}
     for name, final in {report_confirm.BASE: 0.5, report_confirm.METHOD: 0.6}.items():
         seeds = protocol.CONFIRMING_SEEDS
-        found[name] = {seed: task_result(name, seed, [0.2, final]) for seed in seeds}
+        curve = [0.2] * 20 + [final]  # an evaluation after each of 20 steps
+        found[name] = {seed: task_result(name, seed, curve) for seed in seeds}
+        for result in found[name].values():
+            result["metrics"] = {"seconds": [1.0] * 20, "tokens_per_second": [10.0] * 20}
+            result["final"]["general"]["wrong"] = round(100 * (1 - final))
         others = {seed: task_result(name, seed, [0.2, 0.2]) for seed in protocol.NEW_SEEDS}
         found[name] |= others
-    costs = {name: {"seconds": [1.0]} for name in found}
+    costs = {name: {"seconds": [1.0] * 20} for name in found}
     text = "\n".join(report_confirm.sections(found, costs, tmp_path))
     assert "| how far | +10.0 +- 0.0 | 8 of 8 | 0.00781 | 0.01562 |" in text
+    assert "| overall after step 20, points | +10.0 +- 0.0 | 8 of 8 |" in text
     assert "| Delta_rel % | +20.0 +- 0.0 | 8 of 8 |" in text
-    assert "| semantic_0.17, seconds | 1 |" in text
+    assert "| wrong answers, relative to baseline % | -20.0 +- 0.0 | 0 of 8 |" in text
+    assert "| semantic_0.17, seconds | 20 |" in text
     assert [path.stem for path in tmp_path.iterdir()] == ["confirm"]
     del found[report_confirm.BASE][30]
     assert report_confirm.sections(found, costs, tmp_path)[1] == "(not complete)"
