@@ -53,10 +53,13 @@ def accuracy_table(found: Results) -> str:
 
 def difference_table(found: Results) -> str:
     """Secondary differences, at the end unless the row says otherwise."""
-    measures = {f"{split}, points": partial(accuracy_gain, split=split) for split in SPLITS}
-    measures |= {"overall after step 20, points": gain_after_20_steps, "Delta_rel %": delta_rel}
-    measures |= {"wrong answers, relative to baseline %": wrong_change}
-    measures |= {MISREAD_CHANGE: misread_change}
+    of_splits = {f"{split}, points": partial(accuracy_gain, split=split) for split in SPLITS}
+    measures = of_splits | {
+        "overall after step 20, points": gain_after_20_steps,
+        "Delta_rel %": delta_rel,
+        "wrong answers, relative to baseline %": wrong_change,
+        MISREAD_CHANGE: misread_change,
+    }
     rows = [["semantic 0.17 against grpo", "difference", "larger than 0"]]
     for name, measure in measures.items():
         values = paired(found, METHOD, BASE, measure)
