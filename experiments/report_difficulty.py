@@ -12,8 +12,10 @@ from experiments.measures import (
     READING,
     Results,
     accuracy,
+    accuracy_over_training,
     complete,
     delta_rel,
+    gain_over_training,
     holm,
     interval,
     markdown,
@@ -22,10 +24,16 @@ from experiments.measures import (
     sign_flip_p,
 )
 from experiments.protocol import MISREAD, NEW_SEEDS, TASKS
-from experiments.report_tasks import PRIMARY, QUESTIONS, gains
+from experiments.report_tasks import PRIMARY, QUESTIONS, gains, last_steps_table
 from support import metrics
 
 LEVELS = ("easy", "middle", "hard")
+SAVED = "errors saved over training %"
+
+
+def errors_saved(result: dict, base: dict) -> float:
+    """The gain of the mean over training, in % of what the baseline's mean lacks of 100%."""
+    return 100 * gain_over_training(result, base) / (100 - accuracy_over_training(base))
 
 
 def name_at(task: str, level: str) -> str:
@@ -36,14 +44,15 @@ def name_at(task: str, level: str) -> str:
 def level_table(found: Results, task: str) -> str:
     """How well the start model of each level reads, and what PAPO gains on GRPO from there."""
     header = ["", "start", *READING, "grpo at the end"]
-    rows = [[*header, *(f"{name}, minus grpo" for name in QUESTIONS), "Delta_rel %"]]
+    rows = [[*header, *(f"{name}, minus grpo" for name in QUESTIONS), SAVED, "Delta_rel %"]]
     for level in LEVELS:
         name = name_at(task, level)
         starts = found[f"{name}/start"].values()
         ends = [accuracy(run) for run in found[f"{name}/grpo"].values()]
         cells = [interval([accuracy(run) for run in starts]), *reading_cells(starts)]
         measured = [gains(found, name, PRIMARY, measure) for measure in QUESTIONS.values()]
-        measured.append(paired(found, f"{name}/{PRIMARY}", f"{name}/grpo", delta_rel))
+        for measure in (errors_saved, delta_rel):
+            measured.append(paired(found, f"{name}/{PRIMARY}", f"{name}/grpo", measure))
         cells += [interval(ends), *(interval(values, sign=True) for values in measured)]
         rows.append([f"{task}, {level}", *cells])
     return markdown(rows)
@@ -73,30 +82,33 @@ def trend_table(found: Results) -> str:
 
 
 def figure(found: Results, figures: Path) -> str:
-    """The gain at each level against the share of cells that the start model reads right."""
-    drawn = Figure(figsize=(10, 3.6), layout="constrained")
-    axes = drawn.subplots(1, len(QUESTIONS))
-    for ax, (question, measure) in zip(axes, QUESTIONS.items(), strict=True):
-        for index, task in enumerate(TASKS):
-            points = [point(found, name_at(task, level), measure) for level in LEVELS]
-            x, means, halves = zip(*points, strict=True)
-            ax.errorbar(x, means, halves, fmt="o-", color=f"C{index}", capsize=3, label=task)
-        ax.axhline(0, color="black", linewidth=0.8)
-        ax.set_title(f"{question}: {PRIMARY} minus grpo, points", fontsize=9.5)
-        ax.set_xlabel("cells that the start model reads right, %", fontsize=8)
-        ax.invert_xaxis()  # harder to the right
-        ax.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+    """The gain at each level against the share of cells that the start models read right."""
+    drawn = Figure(figsize=(10, 6.4), layout="constrained")
+    grid = drawn.subplots(len(TASKS), len(QUESTIONS))
+    for row, (axes, task) in enumerate(zip(grid, TASKS, strict=True)):
+        shares = [share_read(found, name_at(task, level)) for level in LEVELS]
+        ticks = [f"{level}\n{share:.0f}%" for level, share in zip(LEVELS, shares, strict=True)]
+        for ax, (question, measure) in zip(axes, QUESTIONS.items(), strict=True):
+            levels = [gains(found, name_at(task, level), PRIMARY, measure) for level in LEVELS]
+            ax.plot(shares, levels, color=f"C{row}", linewidth=0.7, alpha=0.6)  # one line per seed
+            means, halves = zip(*(metrics.mean_interval(values) for values in levels), strict=True)
+            ax.errorbar(shares, means, halves, fmt="o", color="black", capsize=4)
+            ax.axhline(0, color="black", linewidth=0.8)
+            ax.set_title(f"{task}, {question}: {PRIMARY} minus grpo, points", fontsize=9.5)
+            ax.set_xticks(shares, ticks)
+            ax.invert_xaxis()  # harder to the right
+            ax.grid(alpha=0.3)
+    for ax in grid[-1]:
+        ax.set_xlabel("cells that the start models read right", fontsize=8)
     drawn.savefig(figures / "difficulty.png", dpi=110)
     return "![gain by difficulty](figures/difficulty.png)"
 
 
-def point(found: Results, name: str, measure: Callable) -> tuple[float, float, float]:
-    """Share of cells that the start models read right in %, mean gain, half its 95% interval."""
-    values = gains(found, name, PRIMARY, measure)
+def share_read(found: Results, name: str) -> float:
+    """Share of cells that the start models read right in %, mean over seeds and splits."""
     starts = found[f"{name}/start"].values()
     shares = [split["cells_right"] for run in starts for split in run["final"].values()]
-    return 100 * float(np.mean(shares)), *metrics.mean_interval(values)
+    return 100 * float(np.mean(shares))
 
 
 def sections(everything: Results, figures: Path) -> list[str]:
@@ -107,4 +119,5 @@ def sections(everything: Results, figures: Path) -> list[str]:
     if not needed <= found.keys():
         return ["## difficulty", "(not run yet)"]
     tables = [level_table(found, task) for task in TASKS]
-    return ["## difficulty", trend_table(found), *tables, figure(found, figures)]
+    late = last_steps_table(found, [f"{name}/grpo" for name in names])
+    return ["## difficulty", trend_table(found), *tables, late, figure(found, figures)]

@@ -116,18 +116,15 @@ def reading_table(found: Results, task: str, methods: Iterable[str]) -> str:
     return markdown(rows)
 
 
-def last_steps_table(found: Results) -> str:
-    """How much the baselines still gain at the end of the reported runs."""
+def last_steps_table(found: Results, variants: Iterable[str]) -> str:
+    """How much accuracy these still gain at the end of the reported runs."""
     interval_steps = TRAINING["eval_every"]
     rows = [["", *(f"gain in the last {n * interval_steps} steps" for n in (2, 1))]]
-    for task in TASKS:
-        for method in sorted(set(BASELINES.values()), reverse=True):
-            runs = found.get(f"{task}/{method}", {}).values()
-            curves = [list(overall_curve(run).values()) for run in runs]
-            if curves:
-                gained = [[curve[-1] - curve[-1 - n] for curve in curves] for n in (2, 1)]
-                row = [interval(of_seeds, sign=True) for of_seeds in gained]
-                rows.append([f"{task}/{method}", *row])
+    for variant in variants:
+        curves = [list(overall_curve(run).values()) for run in found.get(variant, {}).values()]
+        if curves:
+            gained = [[curve[-1] - curve[-1 - n] for curve in curves] for n in (2, 1)]
+            rows.append([variant, *(interval(of_seeds, sign=True) for of_seeds in gained)])
     return markdown(rows)
 
 
@@ -229,7 +226,8 @@ def sections(found: Results, costs: dict, figures: Path) -> list[str]:
     reported = complete(found, NEW_SEEDS)
     development = at_seeds(found, DEVELOPMENT_SEEDS)
     parts = ["## both tasks", primary_table(reported), curves_figure(reported, figures)]
-    parts += [last_steps_table(reported)]
+    baselines = [f"{task}/{method}" for task in TASKS for method in ("grpo", "dapo")]
+    parts += [last_steps_table(reported, baselines)]
     for task in TASKS:
         pairs = {f"{task}/{method}": f"{task}/{base}" for method, base in BASELINES.items()}
         parts += [f"## {task}", task_table(reported, task)]
