@@ -12,10 +12,8 @@ from experiments.measures import (
     READING,
     Results,
     accuracy,
-    accuracy_over_training,
     complete,
     delta_rel,
-    gain_over_training,
     holm,
     interval,
     markdown,
@@ -28,12 +26,6 @@ from experiments.report_tasks import PRIMARY, QUESTIONS, gains, last_steps_table
 from support import metrics
 
 LEVELS = ("easy", "middle", "hard")
-SAVED = "errors saved over training %"
-
-
-def errors_saved(result: dict, base: dict) -> float:
-    """The gain of the mean over training, in % of what the baseline's mean lacks of 100%."""
-    return 100 * gain_over_training(result, base) / (100 - accuracy_over_training(base))
 
 
 def name_at(task: str, level: str) -> str:
@@ -44,15 +36,14 @@ def name_at(task: str, level: str) -> str:
 def level_table(found: Results, task: str) -> str:
     """How well the start model of each level reads, and what PAPO gains on GRPO from there."""
     header = ["", "start", *READING, "grpo at the end"]
-    rows = [[*header, *(f"{name}, minus grpo" for name in QUESTIONS), SAVED, "Delta_rel %"]]
+    rows = [[*header, *(f"{name}, minus grpo" for name in QUESTIONS), "Delta_rel %"]]
     for level in LEVELS:
         name = name_at(task, level)
         starts = found[f"{name}/start"].values()
         ends = [accuracy(run) for run in found[f"{name}/grpo"].values()]
         cells = [interval([accuracy(run) for run in starts]), *reading_cells(starts)]
         measured = [gains(found, name, PRIMARY, measure) for measure in QUESTIONS.values()]
-        for measure in (errors_saved, delta_rel):
-            measured.append(paired(found, f"{name}/{PRIMARY}", f"{name}/grpo", measure))
+        measured.append(paired(found, f"{name}/{PRIMARY}", f"{name}/grpo", delta_rel))
         cells += [interval(ends), *(interval(values, sign=True) for values in measured)]
         rows.append([f"{task}, {level}", *cells])
     return markdown(rows)
@@ -91,6 +82,8 @@ def figure(found: Results, figures: Path) -> str:
         for ax, (question, measure) in zip(axes, QUESTIONS.items(), strict=True):
             levels = [gains(found, name_at(task, level), PRIMARY, measure) for level in LEVELS]
             ax.plot(shares, levels, color=f"C{row}", linewidth=0.7, alpha=0.6)  # one line per seed
+            for seed, gain in zip(NEW_SEEDS, levels[-1], strict=True):
+                ax.text(shares[-1], gain, f"  {seed}", fontsize=6.5, va="center")
             means, halves = zip(*(metrics.mean_interval(values) for values in levels), strict=True)
             ax.errorbar(shares, means, halves, fmt="o", color="black", capsize=4)
             ax.axhline(0, color="black", linewidth=0.8)
