@@ -213,7 +213,7 @@ def make_lessons(rows: range, flawed: bool, seed: int, misread: float) -> list[t
 
 
 def read(digit: int, misread: float, rng: random.Random) -> int:
-    """What a label says of a digit: another one, with a chance of `misread`."""
+    """The digit that a label gives: a wrong one with probability `misread`."""
     if rng.random() >= misread:
         return digit
     return rng.choice([other for other in range(len(WORDS)) if other != digit])

@@ -6,6 +6,7 @@ python -m experiments.report
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +20,13 @@ from experiments.measures import (
     accuracy,
     accuracy_cells,
     accuracy_gain,
+    accuracy_over_training,
     at_seeds,
     common_seeds,
     complete,
     delta_rel,
     gain_over_training,
+    holm,
     interval,
     load,
     markdown,
@@ -41,6 +44,7 @@ from experiments.protocol import (
     GAMMAS,
     KL_WEIGHTS,
     NEW_SEEDS,
+    TASKS,
 )
 from experiments.protocol import EXPERIMENTS as RUNS
 from experiments.tasks import SPLITS
@@ -123,6 +127,7 @@ FURTHER = [
     ("dots/large_single", "dots/large_kl_ref_0.1"),
     ("dots/dapo", "dots/grpo"),
     ("digits/dapo", "digits/grpo"),
+    *report_difficulty.PAIRS,
 ]
 
 # The second protocol's further experiments on the dots, by the same plan as EXPERIMENTS.
@@ -226,19 +231,63 @@ def comparison_table(found: Results, names: dict[str, str], base: str) -> str:
 
 
 def dots_table(found: Results, names: dict[str, str], base: str) -> str:
-    """As comparison_table, with the seeds ahead, p, and how many end below their start model."""
-    header = ["", *SPLITS, "overall", "mean over training", f"overall, minus {names[base]}"]
-    rows = [[*header, "ahead", "p", "collapsed"]]
+    """As comparison_table, with tests of the difference to `base` and the runs that collapsed."""
+    others = [variant for variant in names if variant != base]
+    gains = {variant: paired(found, variant, base, accuracy_gain) for variant in others}
+    ps = [sign_flip_p(values) for values in gains.values()]
+    differs = {base: ["", "", "", ""]}
+    for variant, p, corrected in zip(others, ps, holm(ps), strict=True):
+        ahead = f"{sum(gain > 0 for gain in gains[variant])} of {len(gains[variant])}"
+        mean = interval(gains[variant], sign=True)
+        differs[variant] = [mean, ahead, f"{p:.3f}", f"{corrected:.3f}"]
+
+    difference = f"overall, minus {names[base]}"
+    header = ["", *SPLITS, "overall", "mean over training", difference, "ahead", "p", "corrected p"]
+    rows = [[*header, "collapsed", "p", "warned"]]
     for variant, name in names.items():
-        differs = ["", "", ""]
-        if variant != base:
-            gains = paired(found, variant, base, accuracy_gain)
-            ahead = f"{sum(gain > 0 for gain in gains)} of {len(gains)}"
-            differs = [interval(gains, sign=True), ahead, f"{sign_flip_p(gains):.3f}"]
-        risen = paired(found, variant, "dots/start", accuracy_gain)
-        collapsed = f"{sum(gain < 0 for gain in risen)} of {len(risen)}"
-        rows.append([name, *accuracy_cells(list(found[variant].values())), *differs, collapsed])
+        accuracies = accuracy_cells(list(found[variant].values()))
+        collapses = collapse_cells(found, variant, base)
+        rows.append([name, *accuracies, *differs[variant], *collapses])
     return markdown(rows)
+
+
+def collapse_cells(found: Results, variant: str, base: str) -> list[str]:
+    """How many runs end below their start model, p against those of `base`, and runs warned of."""
+    collapsed = paired(found, variant, "dots/start", ends_lower)
+    more = np.subtract(collapsed, paired(found, base, "dots/start", ends_lower))
+    p = "" if variant == base else f"{sign_flip_p(more.tolist()):.3f}"
+    warned = [run for run in found[variant].values() if warning_step(run) is not None]
+    return [f"{sum(collapsed)} of {len(collapsed)}", p, str(len(warned))]
+
+
+def ends_lower(result: dict, start: dict) -> int:
+    return int(accuracy(result) < accuracy(start))
+
+
+def warning_step(run: dict) -> int | None:
+    """The step after which the trainer first warns of a collapse, from the stored metrics."""
+    columns = run["metrics"]
+    steps = []
+    for step, values in enumerate(zip(*columns.values(), strict=True), start=1):
+        steps.append({"step": step} | dict(zip(columns, values, strict=True)))
+        if metrics.collapse_warning(steps):
+            return step
+    return None
+
+
+def warnings_table(found: Results) -> str:
+    """Every run of all experiments that the trainer warns of."""
+    rows = [["warned", "seed", "after step", "overall at the end"]]
+    trained = 0
+    for variant, runs in found.items():
+        for seed, run in runs.items():
+            if "metrics" not in run:  # a start model
+                continue
+            trained += 1
+            step = warning_step(run)
+            if step is not None:
+                rows.append([variant, str(seed), str(step), f"{accuracy(run):.1f}"])
+    return f"{markdown(rows)}\n\nNo warning came in the other {trained - len(rows) + 1} runs."
 
 
 # Methods of variants/ that drop groups and sample more: they are compared with DAPO as well.
@@ -304,6 +353,34 @@ def further_table(found: Results) -> str:
             cells += ["", ""]
         rows.append([variant, base, *cells])
     return markdown(rows)
+
+
+def seeds_table(found: Results, measure: Callable) -> str:
+    """A column per seed of the second protocol: what its baselines reach, then the differences."""
+
+    def gain(result: dict, base: dict) -> float:
+        return measure(result) - measure(base)
+
+    rows = [["", *(str(seed) for seed in NEW_SEEDS)]]
+    shown = [pair for pair in seed_pairs() if all(variant in found for variant in pair)]
+    for base in dict.fromkeys(base for _, base in shown):
+        rows.append([base, *(f"{measure(run):.1f}" for run in found[base].values())])
+    for variant, base in shown:
+        gains = paired(found, variant, base, gain)
+        rows.append([f"{variant} minus {base}", *(f"{value:+.1f}" for value in gains)])
+    return markdown(rows)
+
+
+def seed_pairs() -> list[tuple[str, str]]:
+    """Every variant and base that another table compares; those of other seeds as well."""
+    pairs = [
+        (f"{task}/{method}", f"{task}/{base}")
+        for task in TASKS
+        for method, base in report_tasks.BASELINES.items()
+    ]
+    for names, base in SECOND.values():
+        pairs += [(variant, base) for variant in names if variant != base]
+    return list(dict.fromkeys([*pairs, *FURTHER]))
 
 
 def load_costs(group: str = "methods") -> dict[str, dict]:
@@ -489,7 +566,7 @@ def first_sections(found: Results) -> list[str]:
 
 
 def variants_sections(found: Results, everything: Results) -> list[str]:
-    note = "The p of the ten comparisons with grpo are not corrected for their number."
+    note = "The p-values of the ten comparisons with grpo are not corrected for their number."
     parts = ["## variants", variants_table(found), note, variants_figure(found)]
     return [*parts, "## variants: choice of the factor", choice_table(everything)]
 
@@ -506,6 +583,8 @@ def second_sections(everything: Results) -> list[str]:
             parts.append("(not complete)")
     parts += report_confirm.sections(everything, load_costs("confirm"), HERE / "figures")
     parts += report_difficulty.sections(everything, HERE / "figures")
+    parts += ["## seed by seed: accuracy at the end", seeds_table(found, accuracy)]
+    parts += ["## seed by seed: mean over training", seeds_table(found, accuracy_over_training)]
     parts += ["## rounding", rounding_table(everything)]
     return [*parts, "## results computed again", rerun_table(everything)]
 
@@ -522,6 +601,8 @@ def main() -> None:
         *second_sections(everything),
         *variants_sections(found, everything),
         *first_sections(found),
+        "## warnings of a collapse",
+        warnings_table(everything),
         "## further differences",
         further_table(at_seeds(everything, [*EIGHT_SEEDS, *NEW_SEEDS])),
         "## where the results come from",

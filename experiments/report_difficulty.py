@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +23,13 @@ from experiments.measures import (
     sign_flip_p,
 )
 from experiments.protocol import MISREAD, NEW_SEEDS, TASKS
-from experiments.report_tasks import PRIMARY, QUESTIONS, gains, last_steps_table
+from experiments.report_tasks import PRIMARY, QUESTIONS, curve_gain, gains, last_steps_table
 from support import metrics
 
 LEVELS = ("easy", "middle", "hard")
+PAIRS = [
+    (f"{task}_{level}/{PRIMARY}", f"{task}_{level}/grpo") for task in TASKS for level in MISREAD
+]
 
 
 def name_at(task: str, level: str) -> str:
@@ -72,29 +76,50 @@ def trend_table(found: Results) -> str:
     return markdown([[*header, "p", "corrected p"], *rows])
 
 
+def leads_table(found: Results) -> str:
+    """What PAPO is ahead of GRPO in the evaluations during training, by level."""
+    rows = []
+    for task, level in product(TASKS, LEVELS):
+        name = name_at(task, level)
+        curves = paired(found, f"{name}/{PRIMARY}", f"{name}/grpo", curve_gain)
+        steps = [step for step in curves[0] if step > 0]
+        if not rows:
+            rows.append([f"{PRIMARY} minus grpo after step", *(str(step) for step in steps)])
+        leads = [interval([curve[step] for curve in curves], sign=True) for step in steps]
+        rows.append([f"{task}, {level}", *leads])
+    return markdown(rows)
+
+
 def figure(found: Results, figures: Path) -> str:
     """The gain at each level against the share of cells that the start models read right."""
     drawn = Figure(figsize=(10, 6.4), layout="constrained")
     grid = drawn.subplots(len(TASKS), len(QUESTIONS))
-    for row, (axes, task) in enumerate(zip(grid, TASKS, strict=True)):
+    for row, task in enumerate(TASKS):
         shares = [share_read(found, name_at(task, level)) for level in LEVELS]
-        ticks = [f"{level}\n{share:.0f}%" for level, share in zip(LEVELS, shares, strict=True)]
-        for ax, (question, measure) in zip(axes, QUESTIONS.items(), strict=True):
-            levels = [gains(found, name_at(task, level), PRIMARY, measure) for level in LEVELS]
-            ax.plot(shares, levels, color=f"C{row}", linewidth=0.7, alpha=0.6)  # one line per seed
-            for seed, gain in zip(NEW_SEEDS, levels[-1], strict=True):
-                ax.text(shares[-1], gain, f"  {seed}", fontsize=6.5, va="center")
-            means, halves = zip(*(metrics.mean_interval(values) for values in levels), strict=True)
-            ax.errorbar(shares, means, halves, fmt="o", color="black", capsize=4)
-            ax.axhline(0, color="black", linewidth=0.8)
+        for column, (question, measure) in enumerate(QUESTIONS.items()):
+            by_level = [gains(found, name_at(task, level), PRIMARY, measure) for level in LEVELS]
+            ax = grid[row, column]
             ax.set_title(f"{task}, {question}: {PRIMARY} minus grpo, points", fontsize=9.5)
-            ax.set_xticks(shares, ticks)
-            ax.invert_xaxis()  # harder to the right
-            ax.grid(alpha=0.3)
+            draw_gains(ax, shares, by_level, color=f"C{row}")
     for ax in grid[-1]:
         ax.set_xlabel("cells that the start models read right", fontsize=8)
     drawn.savefig(figures / "difficulty.png", dpi=110)
     return "![gain by difficulty](figures/difficulty.png)"
+
+
+def draw_gains(ax, shares: list[float], by_level: list[list[float]], color: str) -> None:
+    """A line per seed with its number at the end; mean and 95% interval in black."""
+    ax.axhline(0, color="black", linewidth=0.8)
+    for seed, of_seed in zip(NEW_SEEDS, zip(*by_level, strict=True), strict=True):
+        ax.plot(shares, of_seed, color=color, linewidth=0.7, alpha=0.6)
+        ax.text(shares[-1], of_seed[-1], f"  {seed}", fontsize=6.5, va="center")
+    for share, values in zip(shares, by_level, strict=True):
+        mean, half = metrics.mean_interval(values)
+        ax.errorbar(share, mean, half, fmt="o", color="black", capsize=4)
+    ticks = [f"{level}\n{share:.0f}%" for level, share in zip(LEVELS, shares, strict=True)]
+    ax.set_xticks(shares, ticks)
+    ax.invert_xaxis()  # harder to the right
+    ax.grid(alpha=0.3)
 
 
 def share_read(found: Results, name: str) -> float:
@@ -113,4 +138,5 @@ def sections(everything: Results, figures: Path) -> list[str]:
         return ["## difficulty", "(not run yet)"]
     tables = [level_table(found, task) for task in TASKS]
     late = last_steps_table(found, [f"{name}/grpo" for name in names])
-    return ["## difficulty", trend_table(found), *tables, late, figure(found, figures)]
+    parts = ["## difficulty", trend_table(found), *tables, late, leads_table(found)]
+    return [*parts, figure(found, figures)]

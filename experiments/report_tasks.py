@@ -117,14 +117,16 @@ def reading_table(found: Results, task: str, methods: Iterable[str]) -> str:
 
 
 def last_steps_table(found: Results, variants: Iterable[str]) -> str:
-    """How much accuracy these still gain at the end of the reported runs."""
-    interval_steps = TRAINING["eval_every"]
-    rows = [["", *(f"gain in the last {n * interval_steps} steps" for n in (2, 1))]]
+    """How much accuracy the variants still gain at the end of the reported runs."""
+    every = TRAINING["eval_every"]
+    rows = [["", f"gain in the last {2 * every} steps", f"gain in the last {every} steps"]]
     for variant in variants:
-        curves = [list(overall_curve(run).values()) for run in found.get(variant, {}).values()]
-        if curves:
-            gained = [[curve[-1] - curve[-1 - n] for curve in curves] for n in (2, 1)]
-            rows.append([variant, *(interval(of_seeds, sign=True) for of_seeds in gained)])
+        if variant not in found:
+            continue
+        curves = [list(overall_curve(run).values()) for run in found[variant].values()]
+        last_two = [curve[-1] - curve[-3] for curve in curves]
+        last_one = [curve[-1] - curve[-2] for curve in curves]
+        rows.append([variant, interval(last_two, sign=True), interval(last_one, sign=True)])
     return markdown(rows)
 
 

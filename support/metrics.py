@@ -86,8 +86,8 @@ def collapse_warning(steps: list[dict], window: int = 7) -> str | None:
     Not measured are masked_entropy where it is not logged and the clip fraction where it is 0
     throughout (one update per step). At least three metrics must be measured, among them KL_prcp
     and the entropy; lines without these two are skipped. The thresholds are fitted to one run in
-    experiments/, where the warning comes halfway through the collapse. Of 40 later runs it came in
-    2 of the 23 that collapsed and in none of the others, so its absence says nothing.
+    experiments/, where the warning comes three steps after accuracy halves. Later (`remedies`) it
+    came in 2 of 23 collapsed runs, so its absence says nothing; no healthy run has had it.
     """
     usable = [
         line

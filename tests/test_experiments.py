@@ -171,12 +171,31 @@ def test_runs_that_end_below_their_start_model_are_counted():
         for name, final in finals.items()
     }
     found["dots/other"][24] = task_result("dots/other", 24, [0.2, 0.2])
+    found["dots/other"][24]["metrics"] = {
+        name: [0.1] * 7 + [after] * 7 + [None]  # the last step trained on nothing
+        for name, after in {"kl_prcp": 9.0, "entropy": 5.0, "clip_frac": 0.9}.items()
+    }
     table = report.dots_table(found, {"dots/base": "base", "dots/other": "other"}, "dots/base")
     base, other = table.splitlines()[2:]
-    assert base.startswith("| base | 50.0 +- 0.0 |") and base.endswith("|  |  |  | 0 of 8 |")
+    assert base.startswith("| base | 50.0 +- 0.0 |") and base.endswith("|  |  | 0 of 8 |  | 0 |")
     # Seven seeds gain 10 points, one loses 30: mean 5, standard deviation sqrt(200), t(7) = 2.365;
-    # 130 of the 256 sign patterns have a mean at least as far from 0.
-    assert other.endswith("| +5.0 +- 11.8 | 7 of 8 | 0.508 | 1 of 8 |")
+    # 130 of the 256 sign patterns have a mean at least as far from 0. One collapse more: p is 1.
+    assert other.endswith("| +5.0 +- 11.8 | 7 of 8 | 0.508 | 0.508 | 1 of 8 | 1.000 | 1 |")
+
+
+def test_the_table_of_seeds_shows_baselines_then_differences():
+    finals = {"dots/grpo": 0.5, "dots/papo_g": 0.6, "digits/grpo": 0.7}
+    found = {
+        name: {seed: task_result(name, seed, [0.2, final]) for seed in protocol.NEW_SEEDS}
+        for name, final in finals.items()
+    }
+    found["dots/papo_g"][27] = task_result("dots/papo_g", 27, [0.2, 0.4])
+    rows = report.seeds_table(found, measures.accuracy).splitlines()[2:]
+    seven = " | +10.0" * 7
+    assert rows == [
+        "| dots/grpo" + " | 50.0" * 8 + " |",
+        f"| dots/papo_g minus dots/grpo{seven} | -10.0 |",
+    ]
 
 
 def test_the_confirmation_takes_its_own_seeds_alone(tmp_path):
@@ -218,6 +237,7 @@ def test_the_report_on_difficulty_compares_the_gains_of_a_seed(tmp_path):
     assert "| 50.0 +- 0.0 | +30.0 +- 0.0 | +30.0 +- 0.0 | +60.0 +- 0.0 |" in text
     assert "| digits, hard | 20.0 +- 0.0 |" in text
     assert "| digits_hard/grpo | +30.0 +- 0.0 | +10.0 +- 0.0 |" in text
+    assert "| digits, hard | +30.0 +- 0.0 | +30.0 +- 0.0 |" in text
     assert [path.stem for path in tmp_path.iterdir()] == ["difficulty"]
     del found["digits_hard/grpo"][27]
     assert report_difficulty.sections(found, tmp_path)[1] == "(not run yet)"
