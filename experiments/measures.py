@@ -81,7 +81,7 @@ def wrong_change(result: dict, base: dict) -> float:
 def paired(found: Results, variant: str, base: str, measure: Callable) -> list[float]:
     """measure(result, base's result) at each seed that both have.
 
-    ValueError if the two runs of a seed began with different start models.
+    ValueError if the two runs of a seed record different start models.
     """
     runs, base_runs = found.get(variant, {}), found.get(base, {})
     seeds = sorted(runs.keys() & base_runs.keys())
@@ -141,13 +141,16 @@ def interval(values: list[float], digits: int = 1, sign: bool = False) -> str:
     return shown if math.isnan(half) else f"{shown} +- {half:.{digits}f}"
 
 
+def count_ahead(differences: list[float]) -> str:
+    return f"{sum(value > 0 for value in differences)} of {len(differences)}"
+
+
 def corrected_table(difference: str, gains: dict[str, list[float]]) -> str:
-    """The mean gain for each question, the pairs ahead, and p as is and corrected by Holm."""
+    """The mean gain for each question, the pairs above 0, and p as is and corrected by Holm."""
     ps = [sign_flip_p(values) for values in gains.values()]
-    rows = [["", difference, "pairs ahead", "p", "corrected p"]]
+    rows = [["", difference, "pairs above 0", "p", "corrected p"]]
     for (question, values), p, corrected in zip(gains.items(), ps, holm(ps), strict=True):
-        ahead = f"{sum(value > 0 for value in values)} of {len(values)}"
-        row = [question, interval(values, sign=True), ahead]
+        row = [question, interval(values, sign=True), count_ahead(values)]
         rows.append([*row, f"{p:.5f}", f"{corrected:.5f}"])  # 16 pairs: 0.00003 is the smallest
     return markdown(rows)
 

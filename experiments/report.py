@@ -24,6 +24,7 @@ from experiments.measures import (
     at_seeds,
     common_seeds,
     complete,
+    count_ahead,
     delta_rel,
     gain_over_training,
     holm,
@@ -37,8 +38,10 @@ from experiments.measures import (
     sign_flip_p,
 )
 from experiments.protocol import (
+    CONFIRMING_SEEDS,
     DEVELOPMENT_SEEDS,
     EIGHT_SEEDS,
+    EXPERIMENTS,
     FACTORS,
     GAMMA,
     GAMMAS,
@@ -46,13 +49,12 @@ from experiments.protocol import (
     NEW_SEEDS,
     TASKS,
 )
-from experiments.protocol import EXPERIMENTS as RUNS
 from experiments.tasks import SPLITS
 from support import metrics, plots
 
 HERE = Path(__file__).resolve().parent
 
-BASELINES = {"papo_g": "grpo", "papo_d": "dapo"}
+TABLE1_BASELINES = {"papo_g": "grpo", "papo_d": "dapo"}
 TABLE1 = ["grpo", "papo_g", "dapo", "papo_d"]
 
 # The other experiments: variant -> its name in tables and figures.
@@ -92,7 +94,7 @@ ESTIMATOR = {
     "masked_grad": "k3, masked log-probs with gradient",
 }
 # Experiment -> its names, and the variant that the others are compared with.
-EXPERIMENTS = {
+FIRST = {
     "gamma": (GAMMA_SWEEP, "grpo"),
     "regularisation": (REGULARISATION, "large"),
     "no_kl_ref": (NO_KL_REF, "grpo"),
@@ -130,7 +132,7 @@ FURTHER = [
     *report_difficulty.PAIRS,
 ]
 
-# The second protocol's further experiments on the dots, by the same plan as EXPERIMENTS.
+# The second protocol's further experiments on the dots, by the same plan as FIRST.
 SECOND = {
     "more_gammas": (
         {"dots/grpo": "gamma 0", "dots/papo_g": "gamma 0.02"}
@@ -190,7 +192,7 @@ def table1(found: Results) -> str:
             continue
         runs = list(found[variant].values())
         cells = ["", "", ""]
-        base = BASELINES.get(variant)
+        base = TABLE1_BASELINES.get(variant)
         if base in found:
             gains = paired(found, variant, base, accuracy_gain)
             relative = paired(found, variant, base, delta_rel)
@@ -207,8 +209,8 @@ def perception_table(found: Results) -> str:
         if variant not in found:
             continue
         relative = ""
-        if variant in BASELINES:
-            changes = paired(found, variant, BASELINES[variant], misread_change)
+        if variant in TABLE1_BASELINES:
+            changes = paired(found, variant, TABLE1_BASELINES[variant], misread_change)
             relative = interval(changes, sign=True)
         rows.append([variant, *reading_cells(found[variant].values()), relative])
     return markdown(rows)
@@ -220,74 +222,88 @@ def comparison_table(found: Results, names: dict[str, str], base: str) -> str:
     if base not in variants:
         return "(not run yet)"
     seeds = common_seeds(found, variants)
+    found = at_seeds(found, seeds)
     header = ["", "seeds", *SPLITS, "overall", "mean over training"]
     rows = [[*header, f"overall, minus {names[base]}"]]
     for variant in variants:
-        runs = [found[variant][seed] for seed in seeds]
-        gains = [accuracy_gain(found[variant][seed], found[base][seed]) for seed in seeds]
-        cells = accuracy_cells(runs)
+        gains = paired(found, variant, base, accuracy_gain)
+        cells = accuracy_cells(list(found[variant].values()))
         rows.append([names[variant], str(len(seeds)), *cells, interval(gains, sign=True)])
     return markdown(rows)
 
 
-def dots_table(found: Results, names: dict[str, str], base: str) -> str:
+def tested_table(found: Results, names: dict[str, str], base: str) -> str:
     """As comparison_table, with tests of the difference to `base` and the runs that collapsed."""
     others = [variant for variant in names if variant != base]
     gains = {variant: paired(found, variant, base, accuracy_gain) for variant in others}
     ps = [sign_flip_p(values) for values in gains.values()]
     differs = {base: ["", "", "", ""]}
     for variant, p, corrected in zip(others, ps, holm(ps), strict=True):
-        ahead = f"{sum(gain > 0 for gain in gains[variant])} of {len(gains[variant])}"
-        mean = interval(gains[variant], sign=True)
+        mean, ahead = interval(gains[variant], sign=True), count_ahead(gains[variant])
         differs[variant] = [mean, ahead, f"{p:.3f}", f"{corrected:.3f}"]
 
     difference = f"overall, minus {names[base]}"
     header = ["", *SPLITS, "overall", "mean over training", difference, "ahead", "p", "corrected p"]
-    rows = [[*header, "collapsed", "p", "warned"]]
+    rows = [[*header, "collapsed", "p (collapsed)", "warned"]]
     for variant, name in names.items():
-        accuracies = accuracy_cells(list(found[variant].values()))
+        runs = found[variant].values()
         collapses = collapse_cells(found, variant, base)
-        rows.append([name, *accuracies, *differs[variant], *collapses])
+        warned = sum(warning_step(run) is not None for run in runs)
+        rows.append([name, *accuracy_cells(list(runs)), *differs[variant], *collapses, str(warned)])
     return markdown(rows)
 
 
 def collapse_cells(found: Results, variant: str, base: str) -> list[str]:
-    """How many runs end below their start model, p against those of `base`, and runs warned of."""
-    collapsed = paired(found, variant, "dots/start", ends_lower)
-    more = np.subtract(collapsed, paired(found, base, "dots/start", ends_lower))
-    p = "" if variant == base else f"{sign_flip_p(more.tolist()):.3f}"
-    warned = [run for run in found[variant].values() if warning_step(run) is not None]
-    return [f"{sum(collapsed)} of {len(collapsed)}", p, str(len(warned))]
+    """How many runs end below their start model, and p of the difference to those of `base`."""
+    collapsed = paired(found, variant, start_of(variant), ends_lower)
+    of_base = paired(found, base, start_of(base), ends_lower)
+    p = sign_flip_p(np.subtract(collapsed, of_base).tolist())
+    return [f"{sum(collapsed)} of {len(collapsed)}", "" if variant == base else f"{p:.3f}"]
+
+
+def start_of(variant: str) -> str:
+    return f"{variant.rpartition('/')[0]}/start"
 
 
 def ends_lower(result: dict, start: dict) -> int:
     return int(accuracy(result) < accuracy(start))
 
 
-def warning_step(run: dict) -> int | None:
-    """The step after which the trainer first warns of a collapse, from the stored metrics."""
+def training_lines(run: dict) -> list[dict]:
+    """The stored metrics as the lines of a run's log."""
     columns = run["metrics"]
-    steps = []
+    lines = []
     for step, values in enumerate(zip(*columns.values(), strict=True), start=1):
-        steps.append({"step": step} | dict(zip(columns, values, strict=True)))
-        if metrics.collapse_warning(steps):
-            return step
+        line = dict(zip(columns, values, strict=True))
+        line["step"] = step
+        lines.append(line)
+    return lines
+
+
+def warning_step(run: dict) -> int | None:
+    """The step after which the trainer's rule first warns of a collapse."""
+    lines = training_lines(run)
+    for end in range(1, len(lines) + 1):
+        if metrics.collapse_warning(lines[:end]):
+            return end
     return None
 
 
 def warnings_table(found: Results) -> str:
-    """Every run of all experiments that the trainer warns of."""
+    """Every run of all experiments that the rule warns of. It needs KL_prcp."""
     rows = [["warned", "seed", "after step", "overall at the end"]]
-    trained = 0
+    silent = 0
     for variant, runs in found.items():
         for seed, run in runs.items():
-            if "metrics" not in run:  # a start model
+            if "kl_prcp" not in run.get("metrics", {}):
                 continue
-            trained += 1
             step = warning_step(run)
-            if step is not None:
+            if step is None:
+                silent += 1
+            else:
                 rows.append([variant, str(seed), str(step), f"{accuracy(run):.1f}"])
-    return f"{markdown(rows)}\n\nNo warning came in the other {trained - len(rows) + 1} runs."
+    note = f"No warning in the other {silent} runs that log KL_prcp, those computed again included."
+    return f"{markdown(rows)}\n\n{note}"
 
 
 # Methods of variants/ that drop groups and sample more: they are compared with DAPO as well.
@@ -295,7 +311,7 @@ DYNAMIC = ("papo_d", "vppo", "pgpo", "tapo")
 
 
 def method_names(experiment: str) -> list[str]:
-    return [name.removeprefix("variants/") for name in RUNS[experiment][0]]
+    return [name.removeprefix("variants/") for name in EXPERIMENTS[experiment][0]]
 
 
 def compared(found: Results, variant: str, base: str) -> list[str]:
@@ -338,7 +354,7 @@ def variants_table(found: Results) -> str:
 
 
 def further_table(found: Results) -> str:
-    """Differences that no experiment names but a README quotes."""
+    """Differences that a README quotes beside its main tables."""
     rows = [["", "minus", "seeds", "overall", "p", "mean over training", "p"]]
     for variant, base in FURTHER:
         gains = paired(found, variant, base, accuracy_gain)
@@ -355,24 +371,24 @@ def further_table(found: Results) -> str:
     return markdown(rows)
 
 
-def seeds_table(found: Results, measure: Callable) -> str:
-    """A column per seed of the second protocol: what its baselines reach, then the differences."""
+def seeds_table(everything: Results, seeds: range, value: Callable, gain: Callable) -> str:
+    """A column per seed: what the baselines reach, then gain(result, base) of the other variants.
 
-    def gain(result: dict, base: dict) -> float:
-        return measure(result) - measure(base)
-
-    rows = [["", *(str(seed) for seed in NEW_SEEDS)]]
+    Variants that lack one of the seeds are left out.
+    """
+    found = complete(everything, seeds)
     shown = [pair for pair in seed_pairs() if all(variant in found for variant in pair)]
+    rows = [["", *(str(seed) for seed in seeds)]]
     for base in dict.fromkeys(base for _, base in shown):
-        rows.append([base, *(f"{measure(run):.1f}" for run in found[base].values())])
+        rows.append([base, *(f"{value(found[base][seed]):.1f}" for seed in seeds)])
     for variant, base in shown:
         gains = paired(found, variant, base, gain)
-        rows.append([f"{variant} minus {base}", *(f"{value:+.1f}" for value in gains)])
+        rows.append([f"{variant} minus {base}", *(f"{points:+.1f}" for points in gains)])
     return markdown(rows)
 
 
 def seed_pairs() -> list[tuple[str, str]]:
-    """Every variant and base that another table compares; those of other seeds as well."""
+    """Every variant and base that a table of the second protocol compares, or a README quotes."""
     pairs = [
         (f"{task}/{method}", f"{task}/{base}")
         for task in TASKS
@@ -444,7 +460,8 @@ def rounding_table(found: Results) -> str:
     """How far the same run spreads when nothing but rounding differs."""
     rows = [["", "runs", "overall: mean", "standard deviation", "lowest", "highest"]]
     for method in ("grpo", "papo_g"):
-        names = [name for name in RUNS["rounding"][0] if name.startswith(f"rounding/{method}")]
+        every_name, _ = EXPERIMENTS["rounding"]
+        names = [name for name in every_name if name.startswith(f"rounding/{method}")]
         values = [accuracy(run) for name in names for run in found.get(name, {}).values()]
         if len(values) > 1:
             spread = [np.mean(values), np.std(values, ddof=1), min(values), max(values)]
@@ -496,7 +513,7 @@ def table1_figure(found: Results) -> str:
     return "![Table 1 at toy scale](figures/table1.png)"
 
 
-def dots_figure(found: Results, names: dict[str, str], title: str) -> str:
+def seed_lines_figure(found: Results, names: dict[str, str], title: str) -> str:
     """Each seed's accuracy at the end, variants side by side; the bar is the mean."""
     variants = [variant for variant in names if variant in found]
     if len(variants) < 2:
@@ -559,9 +576,9 @@ def first_sections(found: Results) -> list[str]:
     """The first protocol."""
     parts = ["## table1", table1(found), table1_figure(found)]
     parts += ["## perception (from table1)", perception_table(found)]
-    for title, (names, base) in EXPERIMENTS.items():
+    for title, (names, base) in FIRST.items():
         parts += [f"## {title}", comparison_table(found, names, base)]
-        parts.append(dots_figure(found, names, title))
+        parts.append(seed_lines_figure(found, names, title))
     return [*parts, "## signs of collapse (from regularisation)", collapse_figure(found)]
 
 
@@ -578,13 +595,16 @@ def second_sections(everything: Results) -> list[str]:
     for title, (names, base) in SECOND.items():
         parts.append(f"## {title}")
         if names.keys() <= found.keys():
-            parts += [dots_table(found, names, base), dots_figure(found, names, title)]
+            parts += [tested_table(found, names, base), seed_lines_figure(found, names, title)]
         else:
             parts.append("(not complete)")
     parts += report_confirm.sections(everything, load_costs("confirm"), HERE / "figures")
     parts += report_difficulty.sections(everything, HERE / "figures")
-    parts += ["## seed by seed: accuracy at the end", seeds_table(found, accuracy)]
-    parts += ["## seed by seed: mean over training", seeds_table(found, accuracy_over_training)]
+    parts += ["## seed by seed", "Variants are named as in [protocol.py](protocol.py)."]
+    for seeds in (NEW_SEEDS, CONFIRMING_SEEDS):
+        parts += ["At the end:", seeds_table(everything, seeds, accuracy, accuracy_gain)]
+        of_training = seeds_table(everything, seeds, accuracy_over_training, gain_over_training)
+        parts += ["Mean over training:", of_training]
     parts += ["## rounding", rounding_table(everything)]
     return [*parts, "## results computed again", rerun_table(everything)]
 

@@ -16,8 +16,8 @@ from experiments.measures import (
     accuracy_over_training,
     complete,
     corrected_table,
+    count_ahead,
     delta_rel,
-    gain_over_training,
     interval,
     markdown,
     misread_change,
@@ -27,7 +27,7 @@ from experiments.measures import (
 )
 from experiments.protocol import CONFIRMING_SEEDS
 from experiments.report_cost import pay_table
-from experiments.report_tasks import curve_gain
+from experiments.report_tasks import QUESTIONS, curve_gain
 from experiments.tasks import SPLITS
 from support import metrics
 
@@ -37,8 +37,7 @@ LABELS = {BASE: "grpo", METHOD: "semantic 0.17"}
 
 def primary_table(found: Results) -> str:
     """How far and how fast; p as is and corrected by Holm."""
-    questions = {"how far": accuracy_gain, "how fast": gain_over_training}
-    differences = {name: paired(found, METHOD, BASE, gain) for name, gain in questions.items()}
+    differences = {name: paired(found, METHOD, BASE, gain) for name, gain in QUESTIONS.items()}
     return corrected_table("semantic 0.17 minus grpo", differences)
 
 
@@ -63,8 +62,7 @@ def difference_table(found: Results) -> str:
     rows = [["semantic 0.17 against grpo", "difference", "larger than 0"]]
     for name, measure in measures.items():
         values = paired(found, METHOD, BASE, measure)
-        larger = f"{sum(value > 0 for value in values)} of {len(values)}"
-        rows.append([name, interval(values, sign=True), larger])
+        rows.append([name, interval(values, sign=True), count_ahead(values)])
     return markdown(rows)
 
 

@@ -16,11 +16,13 @@ from experiments.measures import (
     READING,
     Results,
     accuracy,
+    accuracy_gain,
     accuracy_over_training,
     at_seeds,
     complete,
     corrected_table,
     delta_rel,
+    gain_over_training,
     interval,
     markdown,
     misread_change,
@@ -48,23 +50,19 @@ BASELINES = {
     f"papo_d_{GAMMA}": "dapo",
 }
 PRIMARY = f"papo_g_{GAMMA}"
-QUESTIONS = {"how far": accuracy, "how fast": accuracy_over_training}
+QUESTIONS = {"how far": accuracy_gain, "how fast": gain_over_training}
 
 
-def gains(found: Results, task: str, method: str, measure: Callable) -> list[float]:
-    """The differences to the method's baseline, seed by seed; none unless both are complete."""
-
-    def gain(result: dict, base: dict) -> float:
-        return measure(result) - measure(base)
-
+def gains(found: Results, task: str, method: str, gain: Callable) -> list[float]:
+    """gain(result, baseline's result) at each seed."""
     return paired(found, f"{task}/{method}", f"{task}/{BASELINES[method]}", gain)
 
 
 def primary_table(found: Results) -> str:
     """The two primary comparisons, over the seeds of both tasks; p as is and corrected by Holm."""
     all_gains = {}
-    for question, measure in QUESTIONS.items():
-        of_tasks = [gains(found, task, PRIMARY, measure) for task in TASKS]
+    for question, gain in QUESTIONS.items():
+        of_tasks = [gains(found, task, PRIMARY, gain) for task in TASKS]
         if not all(of_tasks):
             return "(not complete)"
         all_gains[question] = [value for of_task in of_tasks for value in of_task]
@@ -81,20 +79,20 @@ def task_table(found: Results, task: str) -> str:
             continue
         far = [interval([accuracy(run, split) for run in runs]) for split in ("overall", *SPLITS)]
         fast = [accuracy_over_training(run) for run in runs if "curve" in run]
-        row = [method, str(len(runs)), *far, *difference_cells(found, task, method, accuracy)]
+        row = [method, str(len(runs)), *far, *difference_cells(found, task, method, accuracy_gain)]
         relative = paired(found, f"{task}/{method}", f"{task}/{BASELINES.get(method)}", delta_rel)
         row += [
             interval(relative, sign=True) if relative else "",
             interval(fast),
-            *difference_cells(found, task, method, accuracy_over_training),
+            *difference_cells(found, task, method, gain_over_training),
         ]
         rows.append(row)
     return markdown(rows)
 
 
-def difference_cells(found: Results, task: str, method: str, measure: Callable) -> list[str]:
+def difference_cells(found: Results, task: str, method: str, gain: Callable) -> list[str]:
     """The paired difference to the method's baseline and its p; blank where there is none."""
-    values = gains(found, task, method, measure) if method in BASELINES else []
+    values = gains(found, task, method, gain) if method in BASELINES else []
     if not values:
         return ["", ""]
     return [interval(values, sign=True), f"{sign_flip_p(values):.3f}"]
@@ -117,17 +115,21 @@ def reading_table(found: Results, task: str, methods: Iterable[str]) -> str:
 
 
 def last_steps_table(found: Results, variants: Iterable[str]) -> str:
-    """How much accuracy the variants still gain at the end of the reported runs."""
+    """How much accuracy the variants still gain at the end; those not complete are left out."""
     every = TRAINING["eval_every"]
     rows = [["", f"gain in the last {2 * every} steps", f"gain in the last {every} steps"]]
     for variant in variants:
-        if variant not in found:
-            continue
-        curves = [list(overall_curve(run).values()) for run in found[variant].values()]
-        last_two = [curve[-1] - curve[-3] for curve in curves]
-        last_one = [curve[-1] - curve[-2] for curve in curves]
-        rows.append([variant, interval(last_two, sign=True), interval(last_one, sign=True)])
+        if variant in found:
+            curves = [overall_curve(run) for run in found[variant].values()]
+            gained = [[last_gain(curve, n) for curve in curves] for n in (2, 1)]
+            rows.append([variant, *(interval(of_seeds, sign=True) for of_seeds in gained)])
     return markdown(rows)
+
+
+def last_gain(curve: dict[int, float], evaluations: int) -> float:
+    """What a curve {step: value} gains over its last evaluations."""
+    values = list(curve.values())
+    return values[-1] - values[-1 - evaluations]
 
 
 def split_table(found: Results, task: str) -> str:
@@ -135,7 +137,9 @@ def split_table(found: Results, task: str) -> str:
     where the note is never right."""
     rows = [["", *SPLITS, "larger on vision_dependent"]]
     for method in BASELINES:
-        of_splits = [gains(found, task, method, partial(accuracy, split=name)) for name in SPLITS]
+        of_splits = [
+            gains(found, task, method, partial(accuracy_gain, split=split)) for split in SPLITS
+        ]
         if all(of_splits):
             on_general, on_vision = of_splits
             larger = sum(np.greater(on_vision, on_general))

@@ -46,7 +46,7 @@ def test_every_run_is_one_job_and_start_models_come_first():
 
 
 def test_the_report_shows_every_variant():
-    for title, (names, base) in (report.EXPERIMENTS | report.SECOND).items():
+    for title, (names, base) in (report.FIRST | report.SECOND).items():
         variants, _ = protocol.EXPERIMENTS[title]
         assert set(names) == set(variants) and base in variants
     assert ["start", *report.TABLE1] == protocol.EXPERIMENTS["table1"][0]
@@ -175,7 +175,7 @@ def test_runs_that_end_below_their_start_model_are_counted():
         name: [0.1] * 7 + [after] * 7 + [None]  # the last step trained on nothing
         for name, after in {"kl_prcp": 9.0, "entropy": 5.0, "clip_frac": 0.9}.items()
     }
-    table = report.dots_table(found, {"dots/base": "base", "dots/other": "other"}, "dots/base")
+    table = report.tested_table(found, {"dots/base": "base", "dots/other": "other"}, "dots/base")
     base, other = table.splitlines()[2:]
     assert base.startswith("| base | 50.0 +- 0.0 |") and base.endswith("|  |  | 0 of 8 |  | 0 |")
     # Seven seeds gain 10 points, one loses 30: mean 5, standard deviation sqrt(200), t(7) = 2.365;
@@ -190,7 +190,9 @@ def test_the_table_of_seeds_shows_baselines_then_differences():
         for name, final in finals.items()
     }
     found["dots/papo_g"][27] = task_result("dots/papo_g", 27, [0.2, 0.4])
-    rows = report.seeds_table(found, measures.accuracy).splitlines()[2:]
+    rows = report.seeds_table(
+        found, protocol.NEW_SEEDS, measures.accuracy, measures.accuracy_gain
+    ).splitlines()[2:]
     seven = " | +10.0" * 7
     assert rows == [
         "| dots/grpo" + " | 50.0" * 8 + " |",
@@ -233,14 +235,15 @@ def test_the_report_on_difficulty_compares_the_gains_of_a_seed(tmp_path):
                 curve = [0.2, final - 0.1, final]
                 found[variant] = {s: task_result(variant, s, curve) for s in protocol.NEW_SEEDS}
     text = "\n".join(report_difficulty.sections(found, tmp_path))
-    assert "| how far | +25.0 +- 0.0 | +25.0 +- 0.0 | +25.0 +- 0.0 | 16 of 16 | 0.0" in text
+    assert "| how far | +25.0 +- 0.0 | 16 of 16 | 0.00003 | 0.00006 |" in text
+    assert "| how far | +25.0 +- 0.0 | +25.0 +- 0.0 |" in text
     assert "| 50.0 +- 0.0 | +30.0 +- 0.0 | +30.0 +- 0.0 | +60.0 +- 0.0 |" in text
     assert "| digits, hard | 20.0 +- 0.0 |" in text
     assert "| digits_hard/grpo | +30.0 +- 0.0 | +10.0 +- 0.0 |" in text
-    assert "| digits, hard | +30.0 +- 0.0 | +30.0 +- 0.0 |" in text
+    assert "| digits, hard | +30.0 +- 0.0 | +30.0 +- 0.0 | +30.0 +- 0.0 |" in text
     assert [path.stem for path in tmp_path.iterdir()] == ["difficulty"]
     del found["digits_hard/grpo"][27]
-    assert report_difficulty.sections(found, tmp_path)[1] == "(not run yet)"
+    assert report_difficulty.sections(found, tmp_path)[1] == "(not complete)"
 
 
 @pytest.mark.parametrize(
