@@ -18,7 +18,6 @@ from experiments.measures import (
     delta_rel,
     interval,
     markdown,
-    paired,
     reading_cells,
 )
 from experiments.protocol import MISREAD, NEW_SEEDS, TASKS, TRAINING
@@ -52,9 +51,9 @@ def level_table(found: Results, task: str) -> str:
         starts = found[f"{name}/start"].values()
         ends = [accuracy(run) for run in found[f"{name}/grpo"].values()]
         cells = [interval([accuracy(run) for run in starts]), *reading_cells(starts)]
-        measured = [gains(found, name, PRIMARY, gain) for gain in QUESTIONS.values()]
-        measured.append(paired(found, f"{name}/{PRIMARY}", f"{name}/grpo", delta_rel))
-        cells += [interval(ends), *(interval(values, sign=True) for values in measured)]
+        cells.append(interval(ends))
+        for gain in (*QUESTIONS.values(), delta_rel):
+            cells.append(interval(gains(found, name, PRIMARY, gain), sign=True))
         rows.append([f"{task}, {level}", *cells])
     return markdown(rows)
 
@@ -76,7 +75,7 @@ def trend_table(found: Results) -> str:
 
 
 def task_trend_table(found: Results) -> str:
-    """The same task by task."""
+    """The trends of each task by itself."""
     rows = [["gain from hard minus gain from easy", *TASKS]]
     for question, gain in QUESTIONS.items():
         cells = [interval(trends(found, task, gain), sign=True) for task in TASKS]
