@@ -22,6 +22,7 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,18 +34,17 @@ from tqdm import tqdm
 import masking
 from papo import Algo
 from rollout import generate
-from support import attribution, benchmarks, cli, distributed, predictions
+from support import StepError, attribution, benchmarks, cli, distributed, predictions
 from support.ask import ask, example_of
 from support.batch import Prompt, seeded
 from support.cli import flag
-from support.errors import StepError
 from support.protocol import compare_or_grade, protocol_line, report, with_protocol
 from support.qwen_vl import PROMPT_SUFFIX, Encoder, Policy
 from support.reward import compute_score
 from support.saliency import saliency_for
 from support.sandbox import Grader
 
-UNLIMITED = 1e6  # seconds to score a chunk: an evaluation leaves no response unscored
+ENCODERS = 4  # threads that prepare the next chunk's images
 # Flags that change the results: a resumed evaluation must have the same values.
 DECISIVE = """model data benchmarks n eval_rows reward reward_deadline seed temperature top_p top_k
 max_prompt_tokens max_new_tokens min_pixels max_pixels prompt_suffix""".split()
@@ -132,21 +132,37 @@ def predict(
     mine = numbers[rank :: distributed.world_size()]
     longest_share = math.ceil(len(numbers) / distributed.world_size())
     chunk_size = max(1, sampling.get("rollout_batch", 320) // n)
-    chunks = range(0, longest_share, chunk_size)
-    for start in tqdm(chunks, desc=progress, leave=False, disable=not progress):
-        prompts = []
-        for number in mine[start : start + chunk_size]:
-            try:
-                prompts.append(policy.encoder.encode(rows[number], number))
-            except ValueError as error:
-                rows.skipped[getattr(error, "kind", "not encodable")] += 1
-                row = rows.numbers[number]
-                print(f"{rows.name}: row {row} is left out: {error}", file=sys.stderr)
-        groups = generate(policy, prompts, n, key=("eval", seed), **sampling)
-        responses = [text for group in groups for text in group.responses]
-        answers = [group.prompt.example.answer for group in groups for _ in group.responses]
-        scores = grader(responses, answers, budget=UNLIMITED)
-        yield predictions.make_records(policy.encoder.tokenizer, groups, scores)
+    starts = range(0, longest_share, chunk_size)
+    with ThreadPoolExecutor(ENCODERS) as pool:
+
+        def encode_chunk(start: int) -> list[tuple[int, Future]]:
+            chunk = mine[start : start + chunk_size]
+            encode = policy.encoder.encode
+            return [(i, pool.submit(lambda i=i: encode(rows[i], i))) for i in chunk]
+
+        following = encode_chunk(0)
+        for start in tqdm(starts, desc=progress, leave=False, disable=not progress):
+            encoded, following = following, encode_chunk(start + chunk_size)  # meanwhile
+            prompts = []
+            for number, future in encoded:
+                try:
+                    prompts.append(future.result())
+                except ValueError as error:
+                    rows.skipped[getattr(error, "kind", "not encodable")] += 1
+                    row = rows.numbers[number]
+                    print(f"{rows.name}: row {row} is left out: {error}", file=sys.stderr)
+            groups = generate(policy, prompts, n, key=("eval", seed), **sampling)
+            responses = [text for group in groups for text in group.responses]
+            answers = [group.prompt.example.answer for group in groups for _ in group.responses]
+            budget = scoring_limit(grader.deadline, len(responses))
+            scores = grader(responses, answers, budget=budget)
+            yield predictions.make_records(policy.encoder.tokenizer, groups, scores)
+
+
+def scoring_limit(deadline: float, responses: int) -> float:
+    """Seconds within which one process scores so many responses, though each takes its deadline and
+    the process must be replaced."""
+    return 60 + 2 * deadline * responses
 
 
 def mean_accuracy(records: list[dict]) -> float:
@@ -231,7 +247,8 @@ def explain(policy: Policy, prompt: Prompt, config: EvalConfig) -> None:
 
 def set_up(config: EvalConfig) -> Callable[[], None]:
     """Load what --ask, --explain or an evaluation needs; returns a function that runs it."""
-    rank, world, device = distributed.init_distributed()
+    slowest = scoring_limit(config.reward_deadline, config.rollout_batch)
+    rank, world, device = distributed.init_distributed(scoring_seconds=slowest)
     name = cli.model_folder(config.model)
     encoder = Encoder(name, config.min_pixels, config.max_pixels, config.prompt_suffix)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -260,7 +277,7 @@ def set_up(config: EvalConfig) -> Callable[[], None]:
     with distributed.one_rank_at_a_time():  # host memory holds one whole copy at a time
         policy = Policy.load(name, encoder, dtype, device, config.temperature or 1.0)
     workers = 1 if world > 1 else None
-    grader = Grader(config.reward or compute_score, workers, budget=UNLIMITED, **config.limits)
+    grader = Grader(config.reward or compute_score, workers, budget=slowest, **config.limits)
     return partial(evaluate, policy, sets, grader, baseline, config)
 
 

@@ -16,29 +16,31 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from statistics import fmean
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import masking
-from losses import Counts, count, papo_loss
+from losses import Counts, count, masked_mean, papo_loss
 from support import cli
 from support.batch import Group, Prompt, has_image, pad_and_cat, seeded, view_log_probs
 from support.cli import flag
 from support.distributed import (
     clip_gradients,
     concat_over_ranks,
+    max_over_ranks,
     reduce_over_replicas,
     sum_over_ranks,
     world_size,
 )
 from support.packing import pack_rows
-from support.phases import phase
 from support.qwen_vl import Policy
-from support.stats import mean_metrics
 from support.variants import check_view, check_weights, load_variant
 
 # ------------------------------------------------------------------------------------------ presets
@@ -171,24 +173,24 @@ def mini_batches(groups: list[Group], size: int) -> list[list[Group]]:
     return batches
 
 
-@phase("log-probs")
 def prepare(
     policy: Policy, reference: Policy | None, batches: list[list[Group]], algo: Algo, key: tuple
 ) -> dict[str, float]:
     """Store in the groups what the updates need, before the first of them changes the policy.
 
-    batches: see mini_batches. Passes that the objective does not use are skipped. With one update
-    per step the old log-probs equal that update's own, so they are not computed either. `key` and
+    batches: see mini_batches. Passes that the objective does not use are skipped. At the first
+    update the policy still is the old one, so only later mini-batches need old log-probs. `key` and
     Prompt.index seed the views. Returns the share of patches changed in each, over all ranks, such
     as {"mask_ratio": 0.6}.
     """
     groups = list(itertools.chain.from_iterable(batches))
-    if len(batches) > 1 or "old_log_probs" in algo.needs:
-        policy.record(groups, "old_log_probs", policy.log_probs)
+    later = list(itertools.chain.from_iterable(batches[1:]))
+    needs_old = groups if "old_log_probs" in algo.needs else later
+    record(policy, needs_old, "old_log_probs", policy.log_probs)
     if "entropies" in algo.needs:
-        policy.record(groups, "entropies", policy.entropies)
+        record(policy, groups, "entropies", policy.entropies)
     if algo.kl_ref_coef:
-        reference.record(groups, "ref_log_probs", reference.log_probs)
+        record(reference, groups, "ref_log_probs", reference.log_probs)
     metrics = prepare_views(policy, groups, algo, key)
     for batch in batches:
         with torch.no_grad():
@@ -196,6 +198,12 @@ def prepare(
         for group, weight in zip(batch, weights, strict=False):  # an empty list: all are 1
             group.weights = weight.expand_as(group.sample_log_probs)
     return metrics
+
+
+def record(policy: Policy, groups: list[Group], field: str, values_of: Callable) -> None:
+    """Set a field [G, T] of the groups to what policy.per_group finds."""
+    for group, values in zip(groups, policy.per_group(groups, values_of), strict=True):
+        setattr(group, field, values)
 
 
 def prepare_views(policy: Policy, groups: list[Group], algo: Algo, key: tuple) -> dict[str, float]:
@@ -215,7 +223,8 @@ def prepare_views(policy: Policy, groups: list[Group], algo: Algo, key: tuple) -
         metrics[f"{name}_ratio"] = n_changed / max(n_patches, 1.0)
         if name == "mask" and algo.masked_grad and type(algo).weigh is Algo.weigh:
             continue  # the update computes them itself, with gradient, and nothing else reads them
-        for group, log_probs in policy.per_group(with_image, partial(policy.log_probs, view=name)):
+        under_view = policy.per_group(with_image, partial(policy.log_probs, view=name))
+        for group, log_probs in zip(with_image, under_view, strict=True):
             group.view_log_probs[name] = log_probs
     return metrics
 
@@ -223,7 +232,6 @@ def prepare_views(policy: Policy, groups: list[Group], algo: Algo, key: tuple) -
 # --------------------------------------------------------------------------------------- the update
 
 
-@phase("update")
 def update(
     policy: Policy, optimizer, batches: list[list[Group]], algo: Algo, max_grad_norm: float = 1.0
 ) -> dict[str, float]:
@@ -232,7 +240,7 @@ def update(
     If the gradient norm is not finite, the step is skipped (as released). A skipped step counts in
     skipped_updates and in no mean.
     """
-    history = []
+    history: list[dict[str, float]] = []
     policy.model.train()
     for batch in batches:
         metrics = accumulate_gradients(policy, batch, algo)
@@ -242,7 +250,10 @@ def update(
             history.append(metrics | {"grad_norm": norm})
         optimizer.zero_grad(set_to_none=True)
     policy.model.eval()
-    return mean_metrics(history) | {"skipped_updates": float(len(batches) - len(history))}
+    means = {name: fmean(each[name] for each in history) for name in (history or [{}])[0]}
+    if history:
+        means["sampler_gap_max"] = max(each["sampler_gap_max"] for each in history)
+    return means | {"skipped_updates": float(len(batches) - len(history))}
 
 
 def accumulate_gradients(policy: Policy, batch: list[Group], algo: Algo) -> dict[str, float]:
@@ -254,16 +265,19 @@ def accumulate_gradients(policy: Policy, batch: list[Group], algo: Algo) -> dict
     counts = [count(group.response_mask, has_image([group])) for group in batch]
     totals = [sum(each[i] for each in counts) for i in range(len(Counts._fields))]
     denominator = Counts(*sum_over_ranks(totals))
-    sums = 0.0
     # Every rank gets the same number of rows (pack_rows adds empty ones), so all log the same keys.
     rows = pack_rows(batch, policy.tokens_per_forward)
+    values, largest_gaps = [], []  # on the device: no wait per row
     for number, row in enumerate(rows, start=1):
         loss, metrics = row_loss(policy, row, algo, denominator)
         is_last = number == len(rows)
         reduce_over_replicas(policy.model, enabled=is_last)
         (loss * world_size()).backward()  # FSDP averages over ranks, but we want the sum
-        sums = sums + torch.stack([*metrics.values()]).double()  # on the device: no wait per row
-    return dict(zip(metrics, sum_over_ranks(sums.tolist()), strict=True))
+        largest_gaps.append(metrics.pop("sampler_gap_max"))
+        values.append(torch.stack([*metrics.values()]).double())
+    sums = sum_over_ranks(sum(values).tolist())
+    largest_gap = max_over_ranks(torch.stack(largest_gaps).max())
+    return dict(zip(metrics, sums, strict=True)) | {"sampler_gap_max": largest_gap}
 
 
 def row_loss(policy: Policy, row: list[Group], algo: Algo, denominator: Counts | None = None):
@@ -273,8 +287,9 @@ def row_loss(policy: Policy, row: list[Group], algo: Algo, denominator: Counts |
     """
     recorded = partial(pad_and_cat, row, device=policy.device)  # field -> [B, T]
     log_probs = policy.log_probs(row)  # [B, T]
-    # Where none were recorded, this is the step's only update: the policy is still the old one.
+    # None are recorded for the step's first update: the policy is still the old one.
     has_old = all(group.old_log_probs is not None for group in row)
+    old_log_probs = recorded("old_log_probs") if has_old else log_probs.detach()
     advantages = torch.cat([group.advantages for group in row]).to(policy.device)  # [B]
     if all(group.weights is not None for group in row):
         advantages = advantages[:, None] * recorded("weights")  # [B, T]
@@ -286,11 +301,12 @@ def row_loss(policy: Policy, row: list[Group], algo: Algo, denominator: Counts |
             under_view = view_log_probs(row, name, policy.device)
         views[name] = (coefficient, under_view)
     _, masked = views.pop("mask", (0.0, None))
-    return papo_loss(
+    mask = recorded("response_mask").bool()
+    loss, metrics = papo_loss(
         log_probs,
-        old_log_probs=recorded("old_log_probs") if has_old else log_probs.detach(),
+        old_log_probs=old_log_probs,
         advantages=advantages,
-        mask=recorded("response_mask").bool(),
+        mask=mask,
         algo=algo,
         ref_log_probs=recorded("ref_log_probs") if algo.kl_ref_coef else None,
         masked_log_probs=masked,
@@ -298,3 +314,8 @@ def row_loss(policy: Policy, row: list[Group], algo: Algo, denominator: Counts |
         has_image=has_image(row).to(policy.device),
         views=views,
     )
+    # How far sampling and training disagree on the same tokens; 0 but for rounding.
+    gap = (recorded("sample_log_probs") - old_log_probs).abs()
+    metrics["sampler_gap"] = masked_mean(gap, mask, denominator and denominator.tokens)
+    metrics["sampler_gap_max"] = F.pad(gap.flatten(), (0, 1)).max()  # 0 where there is no token
+    return loss, metrics

@@ -1,9 +1,9 @@
 """Sample G responses per prompt with Hugging Face `generate`.
 
-1. Sort the (prompt, sample) jobs by prompt length and cut them into chunks that fit into memory.
+1. Sort the prompts by length and cut them into chunks of at most `rollout_batch` responses.
 2. generate() builds the logits processors (suppressed tokens, temperature, top-k) and calls our
-   loop (`custom_generate`, support/decoding.py). It encodes each prompt of a chunk once,
-   and samples the chunk's responses together, token by token.
+   loop (`custom_generate`, support/decoding.py). It encodes each prompt of a chunk once, and
+   samples the chunk's responses together, token by token.
 3. Collect each prompt's responses in a Group (support/batch.py).
 
 Differences from the released code, which samples with vLLM:
@@ -13,8 +13,8 @@ Differences from the released code, which samples with vLLM:
    replaces it). Qwen ships a repetition penalty of 1.05 and a near-zero temperature there; either
    would silently bias the policy gradient.
 3. The sampler's log-probs are those of the full softmax at the sampling temperature, before top-p,
-   top-k and suppression, so they match the training forward. They are used only for checks:
-   training recomputes the old log-probs.
+   top-k and suppression, so they match the training forward. They are used only for the metric
+   sampler_gap: training recomputes the old log-probs.
 """
 
 from __future__ import annotations
@@ -23,15 +23,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
+from torch import Tensor
 from tqdm import tqdm
 
+from support import StepError
 from support.batch import Group, Prompt, seeded
-from support.decoding import Chunk, Job, cache_room, count_fitting, decode
+from support.decoding import Chunk, decode
 from support.distributed import full_weights
 from support.qwen_vl import Policy
-
-Response = tuple[torch.Tensor, torch.Tensor]  # tokens and log-probs
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Sampling:
     temperature: float | None = None  # None: the policy's; 0: greedy
     top_p: float = 1.0
     top_k: int = 0  # 0: off
-    rollout_batch: int = 320  # maximum at a time; memory may allow fewer
+    rollout_batch: int = 320  # most responses at a time; halved where memory runs out
 
 
 @torch.no_grad()
@@ -60,61 +59,56 @@ def generate(
 
     sampling: the fields of Sampling. key: such as (seed, step); each response is seeded with it,
     with Prompt.index and with its number, which counts from Prompt.first_sample. Returns [] soon
-    after `stop()` becomes True. Raises NonFiniteError if a log-prob is not finite. All ranks must
-    call this, because gathering the weights is a collective; then they run independently.
+    after `stop()` becomes True. StepError if a log-prob is not finite. All ranks must call this,
+    because gathering the weights is a collective; then they run independently.
     """
     settings = Sampling(**sampling)
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # so padding is small
-    jobs = [(i, sample) for i in by_length for sample in range(group_size)]
-    responses: dict[Job, Response] = {}
+    waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # so padding is small
+    groups: dict[int, Group] = {}
     policy.model.eval()
-    bar = tqdm(total=len(jobs), desc="rollout", leave=False, disable=not progress)
+    bar = tqdm(total=len(prompts), desc="rollout", leave=False, disable=not progress)
     with full_weights(policy.model), bar:
-        while jobs and not stop():
-            room = cache_room(policy.device)
-            n_fit = count_fitting(policy.model, prompts, jobs, settings.max_new_tokens, room)
-            chunk = jobs[: min(n_fit, settings.rollout_batch)]
-            control = {"room": room, "stop": stop, "report": bar.update}
-            sampled = _sample_chunk(policy, prompts, chunk, settings, key, **control)
-            for job, response in zip(chunk, sampled, strict=True):
-                if response is not None:  # None: no memory was left for it; it stays in jobs
-                    responses[job] = response
-            jobs = [job for job in jobs if job not in responses]
-    if stop():
-        return []
-    groups = []
-    for i, prompt in enumerate(prompts):
-        of_prompt = [responses[i, sample] for sample in range(group_size)]
-        groups.append(_make_group(policy, prompt, of_prompt, settings.max_new_tokens))
-    return groups
+        while waiting and not stop():
+            at_once = min(settings.rollout_batch, policy.most_responses)
+            chunk = waiting[: max(1, at_once // group_size)]
+            of_chunk = [prompts[i] for i in chunk]
+            try:
+                sampled = _sample_chunk(policy, of_chunk, group_size, settings, key, stop)
+            except torch.OutOfMemoryError:
+                if len(chunk) == 1:
+                    raise
+                policy.most_responses = len(chunk) // 2 * group_size  # in later steps, too
+                continue
+            groups |= zip(chunk, sampled, strict=True)
+            waiting = waiting[len(chunk) :]
+            bar.update(len(chunk))
+    return [] if stop() else [groups[i] for i in range(len(prompts))]
 
 
 def _sample_chunk(
-    policy: Policy, prompts, jobs: list[Job], settings: Sampling, key, **control
-) -> list[Response | None]:
-    """Sample one response per job. control: the fields room, stop and report of Chunk."""
+    policy: Policy, prompts: list[Prompt], group_size: int, settings: Sampling, key, stop
+) -> list[Group]:
     device = policy.device
-    numbers = list(dict.fromkeys(i for i, _ in jobs))  # each prompt once
-    uniforms = []
-    for i, sample in jobs:
-        generator = seeded(*key, prompts[i].index, prompts[i].first_sample + sample)
-        uniforms.append(torch.rand(settings.max_new_tokens, generator=generator))
+    uniforms = torch.empty(len(prompts), group_size, settings.max_new_tokens)
+    for prompt, of_prompt in zip(prompts, uniforms, strict=True):
+        for sample, of_response in enumerate(of_prompt, start=prompt.first_sample):
+            of_response.uniform_(generator=seeded(*key, prompt.index, sample))
     temperature = policy.temperature if settings.temperature is None else settings.temperature
     chunk = Chunk(
         encoder=policy.encoder,
-        prompts=[prompts[i] for i in numbers],
-        prompt_of=torch.tensor([numbers.index(i) for i, _ in jobs]),
-        uniforms=torch.stack(uniforms).to(device),
+        prompts=prompts,
+        uniforms=uniforms.to(device),
         temperature=temperature or 1.0,
         top_p=settings.top_p,
         eos_ids=torch.tensor(policy.eos_ids, device=device),
-        **control,
+        stop=stop,
     )
     options = {"do_sample": False}  # temperature 0: greedy
     if temperature:
         options = {"do_sample": True, "temperature": temperature, "top_k": settings.top_k}
-    last_tokens = torch.stack([prompts[i].input_ids[-1:] for i, _ in jobs]).to(device)
-    return policy.model.generate(
+    last_tokens = torch.stack([prompt.input_ids[-1:] for prompt in prompts]).to(device)
+    last_tokens = last_tokens.repeat_interleave(group_size, 0)
+    tokens, log_probs = policy.model.generate(
         input_ids=last_tokens,
         attention_mask=torch.ones_like(last_tokens),
         custom_generate=decode,
@@ -125,22 +119,32 @@ def _sample_chunk(
         suppress_tokens=policy.suppressed_ids,
         **options,
     )
+    responses = zip(prompts, tokens, log_probs, strict=True)
+    return [_make_group(policy, *each, settings.max_new_tokens) for each in responses]
 
 
 def _make_group(
-    policy: Policy, prompt: Prompt, responses: list[Response], max_new_tokens: int
+    policy: Policy, prompt: Prompt, tokens: Tensor, log_probs: Tensor, max_new_tokens: int
 ) -> Group:
-    token_lists = [tokens for tokens, _ in responses]
-    lengths = torch.tensor([len(tokens) for tokens in token_lists])
-    tokens = pad_sequence(token_lists, batch_first=True, padding_value=policy.pad_id)
-    last = tokens.gather(1, lengths[:, None] - 1)[:, 0]
-    ended = torch.isin(last, torch.tensor(policy.eos_ids))
+    """A group from what was decoded, [G, steps], without what follows the first end tokens."""
+    is_end = torch.isin(tokens, torch.tensor(policy.eos_ids))
+    ends_before = is_end.cumsum(1) - is_end.int()
+    mask = ends_before == 0  # [G, steps], up to and including the first end token
+    longest = int(mask.sum(1).max())
+    tokens, log_probs, mask = (each[:, :longest] for each in (tokens, log_probs, mask))
+    if not log_probs[mask].isfinite().all():
+        raise StepError(
+            f"log-probs of a response to prompt {prompt.example.id or prompt.index} are not finite "
+            f"({prompt.example.question[:80]!r}): either the weights have diverged (lower --lr and "
+            "--resume from a checkpoint), or attention is wrong on this device"
+        )
     to_text = policy.encoder.tokenizer.decode
+    responses = zip(tokens, mask, strict=True)
     return Group(
         prompt=prompt,
-        tokens=tokens,
-        response_mask=torch.arange(tokens.shape[1]) < lengths[:, None],
-        truncated=(lengths == max_new_tokens) & ~ended,
-        sample_log_probs=pad_sequence([log_probs for _, log_probs in responses], batch_first=True),
-        responses=[to_text(each, skip_special_tokens=True) for each in token_lists],
+        tokens=tokens.masked_fill(~mask, policy.pad_id),
+        response_mask=mask,
+        truncated=(mask.sum(1) == max_new_tokens) & ~is_end.any(1),
+        sample_log_probs=log_probs.masked_fill(~mask, 0.0),
+        responses=[to_text(each[own], skip_special_tokens=True) for each, own in responses],
     )

@@ -18,12 +18,14 @@ Differences from the released trainer:
 from __future__ import annotations
 
 import itertools
+import time
+from collections import Counter
 from dataclasses import asdict, dataclass
 
 import torch
 import torch.distributed as dist
 
-from evaluate import mean_accuracy, predict
+from evaluate import mean_accuracy, predict, scoring_limit
 from losses import group_advantages
 from papo import PRESETS, Algo, algo_class, mini_batches, prepare, preset, update
 from rollout import generate
@@ -31,14 +33,15 @@ from support import cli
 from support.batch import Group, Prompt, by_prompt, set_shares
 from support.cli import flag
 from support.distributed import concat_over_ranks, init_distributed, sum_over_ranks
-from support.phases import phase
 from support.qwen_vl import PROMPT_SUFFIX, Encoder
 from support.run import Run, Stopped, step_errors
 from support.run_folder import with_saved_config
-from support.stats import RolloutStats
 from support.variants import sampling_pairs, variant_names
 
 MAX_ROUNDS = 20  # of dynamic sampling, per step
+# What a step counts while it samples.
+SUMS = """responses reward accuracy format truncated response_tokens zero_advantage_groups
+skipped_rows reward_timeouts reward_errors reward_unscored""".split()
 
 
 @dataclass
@@ -100,7 +103,6 @@ class Config:
 
     tokens_per_forward: int = flag(16_384, "most tokens per packed row", group="memory")
     rollout_batch: int = flag(1024, "maximum number of responses sampled at a time, per rank")
-    offload_optimizer: bool = flag(False, "keep AdamW's state in host memory while sampling")
     shard_size: int = flag(0, "ranks that split one copy of the weights; 0: those of a machine")
 
     def __post_init__(self):
@@ -124,6 +126,7 @@ def train(run: Run) -> None:
         # 1. Sample G responses per prompt, grade them, compute group-relative advantages.
         groups, metrics = collect(run, algo, step)
         batches = mini_batches(groups, config.mini_batch)
+        update_start = time.time()
 
         # 2. Before the first update changes the policy: mask the images, and record the old,
         #    reference and masked log-probs that the objective needs.
@@ -132,6 +135,7 @@ def train(run: Run) -> None:
         # 3. One optimizer step per mini-batch of prompts on losses.papo_loss:
         #    L = L_pg + beta KL_ref - gamma KL_prcp + eta1 H + eta2 H_mask
         metrics |= update(policy, run.optimizer, batches, algo, config.max_grad_norm)
+        metrics["seconds_update"] = time.time() - update_start
 
         # 4. Log; save a checkpoint and evaluate when due.
         run.finish_step(metrics, groups)
@@ -139,7 +143,6 @@ def train(run: Run) -> None:
         evaluate_if_due(run)
 
 
-@phase("rollout")
 def collect(run: Run, algo: Algo, step: int) -> tuple[list[Group], dict[str, float]]:
     """Sample and grade one step's groups on this rank.
 
@@ -148,12 +151,12 @@ def collect(run: Run, algo: Algo, step: int) -> tuple[list[Group], dict[str, flo
     Rounds stop at `prompts_per_step` kept prompts or after MAX_ROUNDS; surplus prompts are dropped,
     last sampled first. Returns the groups to train on and rollout metrics over all ranks.
     """
-    config, stats = run.config, RolloutStats()
+    config, sums, start = run.config, Counter(), time.time()
     skipped_before = run.stream.skipped.total()
     kept: list[Group] = []
     for round_index in range(MAX_ROUNDS):
         groups = sample(run, algo, run.next_prompts(round_index), key=(config.seed, step))
-        kept += grade(run, algo, groups, stats)
+        kept += grade(run, algo, groups, sums)
         n_kept = int(sum_over_ranks([len(by_prompt(kept))])[0])
         if n_kept >= config.prompts_per_step or not algo.dynamic_sampling:
             break
@@ -161,39 +164,48 @@ def collect(run: Run, algo: Algo, step: int) -> tuple[list[Group], dict[str, flo
         indices = set(concat_over_ranks([group.prompt.index for group in kept]))
         first_dropped = sorted(indices)[config.prompts_per_step]
         kept = [group for group in kept if group.prompt.index < first_dropped]
-    stats.skipped_rows = run.stream.skipped.total() - skipped_before
-    metrics = stats.metrics() | {
+    sums["skipped_rows"] = run.stream.skipped.total() - skipped_before
+    metrics = means_over_ranks(sums) | {
         "unusable_rows": run.rows.skipped.total(),
         "groups_kept": min(n_kept, config.prompts_per_step),
         "rounds": round_index + 1,
+        "seconds_rollout": time.time() - start,
     }
     return kept, metrics
+
+
+def means_over_ranks(sums: Counter) -> dict[str, float]:
+    """Over all ranks: means per response, then the other sums."""
+    totals = dict(zip(SUMS, sum_over_ranks([sums[name] for name in SUMS]), strict=True))
+    n = max(totals.pop("responses"), 1.0)
+    for name in ("reward", "accuracy", "format", "truncated"):
+        totals[name] /= n
+    return totals | {"response_length": totals["response_tokens"] / n}
 
 
 def sample(run: Run, algo: Algo, prompts: list[Prompt], key: tuple) -> list[Group]:
     """Sample the groups of these prompts, one for each pair of `Algo.images`, in their order."""
     config = run.config
     pairs = sampling_pairs(algo, prompts, run.policy, config.group_size, key)
-    with run.sampling():
-        groups = generate(
-            run.policy,
-            [sampled for sampled, _ in pairs],
-            config.group_size,
-            key=key,
-            max_new_tokens=config.max_new_tokens,
-            top_p=config.top_p,
-            top_k=config.top_k,
-            rollout_batch=config.rollout_batch,
-            progress=run.rank == 0,
-            stop=lambda: run.stop_requested,
-        )
+    groups = generate(
+        run.policy,
+        [sampled for sampled, _ in pairs],
+        config.group_size,
+        key=key,
+        max_new_tokens=config.max_new_tokens,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        rollout_batch=config.rollout_batch,
+        progress=run.rank == 0,
+        stop=lambda: run.stop_requested,
+    )
     run.raise_if_stopped()
     for group, (_, trained) in zip(groups, pairs, strict=True):
         group.prompt = trained
     return groups
 
 
-def grade(run: Run, algo: Algo, groups: list[Group], stats: RolloutStats) -> list[Group]:
+def grade(run: Run, algo: Algo, groups: list[Group], sums: Counter) -> list[Group]:
     """Grade the groups, set their advantages, and return those to train on.
 
     All responses to a prompt are compared, even if a variant has several groups per prompt.
@@ -202,7 +214,12 @@ def grade(run: Run, algo: Algo, groups: list[Group], stats: RolloutStats) -> lis
     answers = [group.prompt.example.answer for group in groups for _ in group.responses]
     scores = run.grader(responses, answers)
     run.raise_if_stopped()
-    stats.add_scores(scores, run.grader)
+    for name, key in (("reward", "overall"), ("accuracy", "accuracy"), ("format", "format")):
+        sums[name] += sum(score[key] for score in scores)
+    sums["responses"] += len(scores)
+    sums["reward_timeouts"] += run.grader.timeouts
+    sums["reward_errors"] += run.grader.errors
+    sums["reward_unscored"] += run.grader.unscored
     remaining = iter(scores)
     kept = []
     for same_prompt in by_prompt(groups):
@@ -216,7 +233,11 @@ def grade(run: Run, algo: Algo, groups: list[Group], stats: RolloutStats) -> lis
             advantages = torch.zeros(size)
         set_shares(same_prompt, "rewards", rewards)
         set_shares(same_prompt, "advantages", advantages)
-        stats.add_prompt(same_prompt)
+        for group in same_prompt:
+            sums["truncated"] += int(group.truncated.sum())
+            sums["response_tokens"] += int(group.response_mask.sum())
+        # Equal rewards leave about 1e-10.
+        sums["zero_advantage_groups"] += bool(advantages.abs().max() < 1e-6)
         is_mixed = fully_graded and 0.01 < accuracy < 0.99
         if is_mixed or not algo.dynamic_sampling:
             kept += same_prompt
@@ -229,19 +250,18 @@ def evaluate_if_due(run: Run) -> None:
         return
     config, accuracies, records = run.config, {}, {}
     for name, rows in run.eval_sets.items():
-        with run.sampling():
-            chunks = predict(
-                run.policy,
-                rows,
-                run.grader,
-                config.eval_n,
-                seed=config.seed,
-                progress=f"evaluate {name}" if run.rank == 0 else "",
-                max_new_tokens=config.max_new_tokens,
-                rollout_batch=config.rollout_batch,
-                stop=lambda: run.stop_requested,
-            )
-            records[name] = list(itertools.chain.from_iterable(chunks))
+        chunks = predict(
+            run.policy,
+            rows,
+            run.grader,
+            config.eval_n,
+            seed=config.seed,
+            progress=f"evaluate {name}" if run.rank == 0 else "",
+            max_new_tokens=config.max_new_tokens,
+            rollout_batch=config.rollout_batch,
+            stop=lambda: run.stop_requested,
+        )
+        records[name] = list(itertools.chain.from_iterable(chunks))
         run.raise_if_stopped()
         accuracies[name] = mean_accuracy(records[name])
     run.log_evaluation(accuracies, records)
@@ -258,7 +278,9 @@ def build_run(argv=None) -> Run:
     defaults = asdict(Config()) | asdict(objective(name=name))
     given = with_saved_config(cli.parse_flags(__doc__, Config, objective, argv=argv), defaults)
     config = cli.resolve_config(Config, given)
-    ranks = init_distributed()
+    of_evaluations = scoring_limit(config.reward_deadline, config.rollout_batch)
+    slowest = max(config.reward_budget, of_evaluations)
+    ranks = init_distributed(scoring_seconds=slowest)
     source = cli.model_folder(config.model, config.seed)
     encoder = Encoder(source, config.min_pixels, config.max_pixels, config.prompt_suffix)
     algo = cli.with_flags(preset(config.algo, encoder.size), given)

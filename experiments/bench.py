@@ -32,7 +32,6 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +51,6 @@ from support import packing, toy
 from support.batch import Example, Group, Prompt, empty_group, seeded
 from support.data import Rows, Stream
 from support.distributed import init_distributed, make_mesh, shard
-from support.memory import ROOM_FOR, device_line, memory_table
 from support.qwen_vl import Encoder, Policy
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -490,8 +488,6 @@ class OneStep:
     """One step as train.py runs it. Prints seconds, peak memory and tokens/s or MFU per phase."""
 
     def __init__(self, args, folder: str, device: torch.device):
-        if device.type == "cuda":
-            check_memory(args, torch.cuda.get_device_properties(device).total_memory)
         self.args = args
         self.clock = Clock(device)
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -507,7 +503,8 @@ class OneStep:
             shard(each.model, mesh, self.dtype)
             each.tokens_per_forward = args.tokens_per_forward
         optimizer = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[args.optimizer]
-        self.optimizer = optimizer(self.policy.model.parameters(), lr=1e-6)
+        fused = device.type == "cuda"
+        self.optimizer = optimizer(self.policy.model.parameters(), lr=1e-6, fused=fused)
         self.rate = self.matrix_rate(8192 if device.type == "cuda" else 512)
         self.groups: list[Group] = []
 
@@ -517,10 +514,8 @@ class OneStep:
         return 2 * n**3 / min(self.clock(lambda: a @ a) for _ in range(10))
 
     def attention(self) -> str:
-        kind = self.policy.device.type
-        if packing.varlen_kernel(kind, self.dtype) is None:
-            return "SDPA"
-        return "flash-attn" if packing.flash_attention() else "torch varlen"
+        kernel = packing.varlen_kernel(torch.empty(0, dtype=self.dtype, device=self.policy.device))
+        return f"{kernel.__module__}.{kernel.__name__}" if kernel else "SDPA"
 
     def run(self) -> None:
         args = self.args
@@ -590,24 +585,6 @@ class OneStep:
 
     def print_phase(self, what: str, took: float, last: str) -> None:
         print_row(what, f"{took:.2f} s", f"{self.clock.peak:.1f} GiB", last)
-
-
-def check_memory(args, capacity: int) -> None:
-    """Print what the step will need of one device, and end with a line if it is too much."""
-    with torch.device("meta"):
-        config = toy.random_config(args.model.removeprefix("random:"))
-        model = Qwen2_5_VLForConditionalGeneration(config)
-    sizes = SimpleNamespace(
-        **vars(args), max_prompt_tokens=args.prompt_tokens, offload_optimizer=False
-    )
-    table = memory_table(model, sizes, shard_size=1, reference=True)
-    if args.optimizer == "sgd":
-        moments = table["AdamW's moments, fp32, sharded"]
-        for phase in ROOM_FOR:
-            table[f"PEAK of {phase}"] -= moments
-    print(device_line("these sizes", table, capacity), flush=True)
-    if table["PEAK of an update"] > capacity:
-        sys.exit("an update does not fit: lower --tokens_per_forward or take --optimizer sgd")
 
 
 def one_step(args, folder: str, device: torch.device) -> None:

@@ -48,9 +48,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from support import toy
+from support import StepError, toy
 from support.batch import Example
-from support.errors import StepError
 
 SUFFIXES = (".parquet", ".json", ".jsonl")
 SPLITS = ("test", "validation", "val", "train")  # in the order in which evaluation prefers them

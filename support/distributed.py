@@ -15,9 +15,10 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -36,17 +37,25 @@ from torch.distributed.tensor import DTensor
 # setting of either name stays.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
-# torchrun notices a dead rank by itself. A slow rank (long responses, grading) must be waited for.
-TIMEOUT = timedelta(hours=4)
+# torchrun notices a dead rank by itself. This is how long a collective waits for a slow rank that
+# loads, samples or saves; scoring comes on top.
+TIMEOUT_MINUTES = 30
+
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 # -------------------------------------------------------------------------------- the process group
 
 
-def init_distributed() -> tuple[int, int, torch.device]:
-    """Join torchrun's process group, or make one of a single rank. Returns rank, world, device."""
+def init_distributed(scoring_seconds: float = 0.0) -> tuple[int, int, torch.device]:
+    """Join torchrun's process group, or make one of a single rank. Returns rank, world, device.
+
+    scoring_seconds: how long other ranks may wait for one that scores responses. ValueError where
+    CUDA cannot be used although torch and the machine have it, or where a GPU is missing.
+    """
     # On Hopper torch prefers cuDNN's attention, which builds a plan for each new shape (tenths of a
     # second, and every row has another) and is reported to give NaN gradients.
     torch.backends.cuda.enable_cudnn_sdp(False)
+    check_cuda()
     if torch.cuda.is_available():
         index, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if index >= count:
@@ -57,12 +66,26 @@ def init_distributed() -> tuple[int, int, torch.device]:
     else:
         device = torch.device("cpu")
         backend = "gloo"
+    timeout = timedelta(minutes=TIMEOUT_MINUTES, seconds=scoring_seconds)
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        dist.init_process_group(backend, timeout=timeout)
     else:
         store = dist.HashStore()
-        dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=0, world_size=1)
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=0, world_size=1)
     return dist.get_rank(), dist.get_world_size(), device
+
+
+def check_cuda() -> None:
+    """ValueError where torch would silently run on the CPU of a machine with an NVIDIA GPU."""
+    wants_cpu = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
+    if wants_cpu or not torch.version.cuda or not NVIDIA_DRIVER.exists():
+        return
+    if not torch.cuda.is_available():
+        raise ValueError(
+            f"torch {torch.__version__} cannot use this machine's GPU: update the NVIDIA driver "
+            "(CUDA 13 needs 580 or newer), or install torch 2.13.0 from its cu126 index; "
+            "CUDA_VISIBLE_DEVICES= runs on the CPU"
+        )
 
 
 def world_size() -> int:
@@ -168,12 +191,8 @@ def make_mesh(device_type: str, shard_size: int = 0) -> DeviceMesh:
         )
     if shard_size == world:
         return init_device_mesh(device_type, (world,))
-    # Groups that init_device_mesh makes itself give up after torch's half an hour, not TIMEOUT.
-    ranks = torch.arange(world).view(-1, shard_size)
-    replicas, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist(), timeout=TIMEOUT)
-    shards, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=TIMEOUT)
-    names = ("replicate", "shard")
-    return DeviceMesh.from_group([replicas, shards], device_type, mesh=ranks, mesh_dim_names=names)
+    shape, names = (world // shard_size, shard_size), ("replicate", "shard")
+    return init_device_mesh(device_type, shape, mesh_dim_names=names)
 
 
 def fsdp_blocks(model) -> list:
@@ -183,7 +202,10 @@ def fsdp_blocks(model) -> list:
 
 def shard(model, mesh, dtype: torch.dtype) -> None:
     """Shard a model in place with FSDP2. It computes in `dtype` and reduces gradients in fp32."""
-    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    # cast_forward_inputs would round the angles of the vision tower's rotary embedding to bf16.
+    precision = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     for block in fsdp_blocks(model):
         fully_shard(block, mesh=mesh, mp_policy=precision)
     fully_shard(model, mesh=mesh, mp_policy=precision)
@@ -241,64 +263,3 @@ def clip_gradients(optimizer, max_norm: float) -> float:
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
     return float(norm)
-
-
-class OptimizerOffload:
-    """Moves an optimizer's state to host memory and back, to make room on the device."""
-
-    def __init__(self, optimizer, enabled: bool = True):
-        self.optimizer = optimizer
-        self.enabled = enabled
-        self.buffer = torch.empty(0, dtype=torch.uint8)  # in host memory
-
-    @contextmanager
-    def active(self) -> Iterator[None]:
-        """Keep the state in host memory during the block, if enabled.
-
-        The tensors stay in place and lose their storage meanwhile, as FSDP does with its own.
-        """
-        storages = self._storages() if self.enabled else []
-        slots = self._host_memory([storage.nbytes() for storage in storages])
-        for storage, slot in zip(storages, slots, strict=True):
-            slot.copy_(_as_bytes(storage), non_blocking=True)
-        _wait_for_copies()
-        for storage in storages:
-            storage.resize_(0)
-        try:
-            yield
-        finally:
-            for storage, slot in zip(storages, slots, strict=True):
-                storage.resize_(slot.nbytes)
-                _as_bytes(storage).copy_(slot, non_blocking=True)
-            _wait_for_copies()
-
-    def _storages(self) -> list[torch.UntypedStorage]:
-        """The state's storages on the parameters' device; AdamW counts its steps on the CPU."""
-        storages = []
-        for parameter, state in self.optimizer.state.items():
-            for value in state.values():
-                if isinstance(value, torch.Tensor) and value.device == parameter.device:
-                    local = value.to_local() if isinstance(value, DTensor) else value
-                    storages.append(local.untyped_storage())
-        return storages
-
-    def _host_memory(self, sizes: list[int]) -> Sequence[torch.Tensor]:
-        """Room for so many bytes each. Pinned for CUDA, so that the copies run on their own.
-
-        Kept for the next call, since pinning is slow; in one piece, since torch rounds the size of
-        each pinned piece up to a power of two.
-        """
-        total = sum(sizes)
-        if self.buffer.nbytes < total:
-            pinned = torch.cuda.is_available()
-            self.buffer = torch.empty(total, dtype=torch.uint8, pin_memory=pinned)
-        return self.buffer[:total].split(sizes)
-
-
-def _as_bytes(storage: torch.UntypedStorage) -> torch.Tensor:
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-
-
-def _wait_for_copies() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

@@ -1,31 +1,25 @@
 """Log-probs of groups, fast: one copy of the prompt per group, logits in chunks.
 
 The straightforward forward gives each of a group's G responses its own copy of prompt and image.
-Here all of them share one row:
+Here a group is one sequence:
 
     position   0 1 2 3 4 5 6 7 8 9
     token      P P P P a a a b b c      prompt P, fed tokens of responses a, b and c
-    attends    prompt, causally
-                       prompt and a, causally
-                             prompt and b
-                                 prompt and c
+    owner      0 0 0 0 1 1 1 2 2 3      a token sees the prompt and its own response, up to itself
 
-A second group follows in the same row and sees nothing of the first. Position ids restart after
-the prompt for every response, so each token sees exactly what it would see alone, and log-probs
-and gradients equal those of padded rows (tests/test_papo.py). The last token of a response
-predicts nothing and is not fed. The image is encoded once per group.
+Position ids restart after the prompt for every response, so each token sees exactly what it would
+see alone: log-probs and gradients equal those of padded rows (tests/test_papo.py). The last token
+of a response predicts nothing and is not fed. The image is encoded once per group. Several groups,
+one after the other, make a row; none sees another.
 
-The method can be read without this file. It is where training touches young interfaces of
-transformers (registered attention, image features) and where attention kernels are chosen: on CUDA
-in half precision flash-attn's varlen kernel if installed, else torch's own, else SDPA.
+On CUDA in half precision the rule becomes calls of a varlen attention kernel (flash-attn where it
+imports, else torch's own). Elsewhere it is a mask for SDPA.
 """
 
 from __future__ import annotations
 
-import inspect
-import warnings
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -35,7 +29,6 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-from transformers.utils import is_flash_attn_2_available
 
 from support.batch import Group, empty_group
 from support.distributed import max_over_ranks
@@ -70,285 +63,216 @@ def split_rows(groups: list[Group], max_tokens: int) -> list[list[Group]]:
     return rows
 
 
-class GroupSpan(NamedTuple):
-    """Where a group lies in its row: the prompt at [start, start + length), then its responses."""
-
-    start: int
-    length: int  # P
-    index: Tensor  # [G, T - 1], row positions of the fed response tokens, 0 elsewhere
-    fed: Tensor  # [G, T - 1] bool, the fed tokens: all of a response but its last
-
-
-class RowLayout(NamedTuple):
-    """Who attends to whom in a row: `spans` for SDPA, the rest for varlen kernels.
-
-    A varlen kernel sees N sequences: the prompt and each response of the first group, then of the
-    next. A prompt's keys are itself; a response's keys are its prompt and itself.
-    """
-
-    spans: list[GroupSpan]
-    keys: Tensor  # [K], row positions of every sequence's keys, one after the other
-    q_ends: Tensor  # [N + 1] int32, boundaries of the sequences' queries in the row
-    k_ends: Tensor  # [N + 1] int32, boundaries of their keys in `keys`
-    longest_q: int
-    longest_k: int
-
-
 class Row(NamedTuple):
-    """Several groups as one sequence of S tokens."""
+    """Several groups, one after the other: S tokens."""
 
     input_ids: Tensor  # [1, S]
     position_ids: Tensor  # [3, 1, S]
     is_image_token: Tensor  # [1, S] bool
     pixel_values: Tensor  # [N_patch, D_patch]
     image_grid_thw: Tensor  # [n_images, 3]
-    layout: RowLayout
+    attend: RowAttention  # who sees whom
     predicts: Tensor  # [n], row positions whose outputs predict the n response tokens
     targets: Tensor  # [n], those tokens, in the order of the [B, T] response mask
 
 
+def owners(group: Group) -> Tensor:
+    """Whose each token of a group's sequence is: 0 for the prompt, i for the i-th response."""
+    fed = (group.response_mask.sum(1) - 1).clamp(min=0)  # [G]
+    counts = torch.cat([torch.tensor([len(group.prompt)]), fed])
+    return torch.arange(len(counts)).repeat_interleave(counts)
+
+
 def build_row(groups: list[Group], view: str, black: Tensor, merge: int, device) -> Row:
     """Groups -> Row. view: under which view of the images. black[D_patch], merge: the encoder's."""
-    ids, positions, image_tokens, spans, predicts, targets = [], [], [], [], [], []
+    ids, positions, image_tokens, predicts, targets = [], [], [], [], []
     start = 0
     for group in groups:
-        prompt = group.prompt
-        mask = group.response_mask.bool()  # [G, T]
-        span = _place(group, start)
-        spans.append(span)
-        n_fed = int(span.fed.sum())
-        ids += [prompt.input_ids, group.tokens[:, :-1][span.fed]]
-        positions += [prompt.position_ids, _response_positions(group, span)]
+        prompt, mask = group.prompt, group.response_mask.bool()  # [G, T]
+        fed = mask[:, 1:]  # where a token is fed to predict the next one
+        n_fed = int(fed.sum())
+        after_prompt = prompt.position_ids.max() + 1 + torch.arange(fed.shape[1])
+        ids += [prompt.input_ids, group.tokens[:, :-1][fed]]
+        positions += [prompt.position_ids, after_prompt.expand_as(fed)[fed].expand(3, -1)]
         image_tokens += [prompt.is_image_token, torch.zeros(n_fed, dtype=torch.bool)]
         # The prompt's last position predicts every first token.
-        prompt_end = torch.full((len(mask), 1), start + len(prompt) - 1)
-        predicts.append(torch.cat([prompt_end, span.index], 1)[:, : mask.shape[1]][mask])
+        predictor = torch.full(mask.shape, len(prompt) - 1)
+        predictor[:, 1:][fed] = len(prompt) + torch.arange(n_fed)
+        predicts.append(start + predictor[mask])
         targets.append(group.tokens[mask])
         start += len(prompt) + n_fed
-    pixel_values, grid = _images(groups, view, black, merge)
+    pixel_values, grid = _images(groups, view, black, merge, device)
     return Row(
         input_ids=torch.cat(ids)[None].to(device),
         position_ids=torch.cat(positions, 1)[:, None].to(device),
         is_image_token=torch.cat(image_tokens)[None].to(device),
-        pixel_values=pixel_values.to(device),
-        image_grid_thw=grid.to(device),
-        layout=build_layout(spans, device),
+        pixel_values=pixel_values,
+        image_grid_thw=grid,
+        attend=RowAttention([owners(group) for group in groups], device),
         predicts=torch.cat(predicts).to(device),
         targets=torch.cat(targets).to(device),
     )
 
 
-def _place(group: Group, start: int) -> GroupSpan:
-    """Lay a group out from row position `start`."""
-    length = len(group.prompt)
-    mask = group.response_mask
-    steps = torch.arange(max(mask.shape[1] - 1, 0))  # [T - 1]
-    fed = steps < mask.sum(1, keepdim=True) - 1  # [G, T - 1]
-    counted = fed.flatten().cumsum(0).view_as(fed)  # responses follow one another without gaps
-    index = (start + length - 1 + counted).masked_fill(~fed, 0)
-    return GroupSpan(start, length, index, fed)
-
-
-def _response_positions(group: Group, span: GroupSpan) -> Tensor:
-    """Position ids [3, n_fed]: every response goes on where its prompt ends, on all three axes."""
-    steps = torch.arange(span.fed.shape[1])
-    after_prompt = group.prompt.position_ids.max() + 1 + steps  # [T - 1]
-    return after_prompt.expand_as(span.fed)[span.fed].expand(3, -1)
-
-
-def _images(groups: list[Group], view: str, black: Tensor, merge: int) -> tuple[Tensor, Tensor]:
+def _images(groups, view: str, black: Tensor, merge: int, device) -> tuple[Tensor, Tensor]:
     """Patches and grids of the groups' images, or of a view of them."""
     with_image = [group for group in groups if group.has_image]
     if not with_image:
         # Under FSDP no rank may skip the vision tower: one black token whose features go nowhere.
-        return black.expand(merge**2, -1), torch.tensor([[1, merge, merge]])
+        one_token = torch.tensor([[1, merge, merge]])
+        return black.expand(merge**2, -1).to(device), one_token.to(device)
     if view:
         pixel_values = [group.view_pixel_values[view] for group in with_image]
     else:
         pixel_values = [group.prompt.pixel_values for group in with_image]
     grids = [group.prompt.image_grid_thw for group in with_image]
-    return torch.cat(pixel_values), torch.cat(grids)
+    # Joined on the device: on the host, joining the patches of a row takes longer than its forward.
+    return torch.cat([pixels.to(device) for pixels in pixel_values]), torch.cat(grids).to(device)
 
 
-def build_layout(spans: list[GroupSpan], device) -> RowLayout:
-    """The attention pattern of a row from its spans."""
-    query_lengths, keys = [], []
-    for start, length, index, fed in spans:
-        prompt = torch.arange(start, start + length)
-        query_lengths.append(length)
-        keys.append(prompt)
-        for positions, is_fed in zip(index, fed, strict=True):
-            response = positions[is_fed]
-            if len(response):
-                query_lengths.append(len(response))
-                keys.append(torch.cat([prompt, response]))
-    key_lengths = [len(sequence) for sequence in keys]
-    on_device = [
-        GroupSpan(start, length, index.to(device), fed.to(device))
-        for start, length, index, fed in spans
-    ]
-    return RowLayout(
-        spans=on_device,
-        keys=torch.cat(keys).to(device),
-        q_ends=_boundaries(query_lengths).to(device),
-        k_ends=_boundaries(key_lengths).to(device),
-        longest_q=max(query_lengths),
-        longest_k=max(key_lengths),
-    )
+# ---------------------------------------------------------------------------------------- attention
+
+
+class RowAttention:
+    """Attention over a row of groups by the rule above. owners: those of each group's tokens."""
+
+    def __init__(self, owners: list[Tensor], device):
+        self.owners = owners
+        self.lengths = [len(owner) for owner in owners]
+        self.device = device
+        self.masks: list[Tensor] = []
+        self.sequences: tuple = ()
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float):
+        """query[1, H, S, D], key and value[1, H_kv, S, D] -> [1, S, H, D]."""
+        if kernel := varlen_kernel(query):
+            self.sequences = self.sequences or self._find_sequences()
+            keys, *boundaries = self.sequences
+            q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [S, heads, D]
+            k, v = k.index_select(0, keys), v.index_select(0, keys)
+            return kernel(q, k, v, *boundaries, scale=scale, causal=True)[None]
+        self.masks = self.masks or [self._mask(owner, query.dtype) for owner in self.owners]
+        # split, because the backward of a slice fills a tensor of the whole row.
+        groups = zip(*(x.split(self.lengths, 2) for x in (query, key, value)), strict=True)
+        attended = [
+            masked_attention(*group, mask, scale)
+            for group, mask in zip(groups, self.masks, strict=True)
+        ]
+        return torch.cat(attended, 1)
+
+    def _mask(self, owner: Tensor, dtype: torch.dtype) -> Tensor:
+        """[S, S] of one group: 0 where the query (down) sees the key (across), else -inf."""
+        owner = owner.to(self.device)
+        sees = ((owner == 0) | (owner == owner[:, None])).tril()
+        # Not bool: SDPA would convert it in every layer.
+        return torch.zeros(sees.shape, dtype=dtype, device=self.device).masked_fill(
+            ~sees, -torch.inf
+        )
+
+    def _find_sequences(self) -> tuple[Tensor, Tensor, Tensor, int, int]:
+        """The row as a varlen kernel takes it: each prompt and each response is a sequence.
+
+        Its queries lie in the row as they are. A response's keys are its prompt and itself; causal
+        means aligned at the end, where the last query sees the last key. Returns row positions of
+        the keys, and boundaries of queries and keys and the longest of each.
+        """
+        query_lengths, keys = [], []
+        start = 0
+        for owner in self.owners:
+            lengths = owner.unique_consecutive(return_counts=True)[1].tolist()
+            positions = torch.arange(start, start + len(owner))
+            prompt, *responses = positions.split(lengths)
+            keys += [prompt] + [torch.cat([prompt, response]) for response in responses]
+            query_lengths += lengths
+            start += len(owner)
+        key_lengths = [len(sequence) for sequence in keys]
+        return (
+            torch.cat(keys).to(self.device),
+            _boundaries(query_lengths).to(self.device),
+            _boundaries(key_lengths).to(self.device),
+            max(query_lengths),
+            max(key_lengths),
+        )
 
 
 def _boundaries(lengths: list[int]) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
 
 
-# ---------------------------------------------------------------------------------------- attention
+def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float):
+    """SDPA: query[1, H, S, D], key and value[1, H_kv, S, D], mask[S, S] -> [1, S, H, D].
+
+    The query heads that share a key head become a batch with one view of that key head, which no
+    kernel has to copy.
+    """
+    heads, kv_heads = query.shape[1], key.shape[1]
+    shared = heads // kv_heads
+    out = F.scaled_dot_product_attention(
+        query[0].unflatten(0, (kv_heads, shared)),
+        key[0][:, None].expand(-1, shared, -1, -1),
+        value[0][:, None].expand(-1, shared, -1, -1),
+        attn_mask=mask,
+        scale=scale,
+    )
+    return out.flatten(0, 1).transpose(0, 1)[None]
 
 
-@lru_cache
-def varlen_kernel(device: str, dtype: torch.dtype):
+def varlen_kernel(query: Tensor) -> Callable | None:
     """The attention kernel for sequences of unequal length, or None where SDPA must do.
 
     kernel(q[Tq, H, D], k, v[Tk, H_kv, D], q_ends, k_ends, longest_q, longest_k, scale, causal).
-    Causal means aligned at the bottom right: a sequence's last query sees its last key. flash-attn
-    promises this from 2.1 on. torch does not document its kernel's alignment, so that kernel is
-    used only if it agrees with SDPA on a small case.
     """
-    if device != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+    is_half = query.dtype in (torch.bfloat16, torch.float16)
+    if not query.is_cuda or not is_half or not _has_flash_attention():
         return None
-    if kernel := flash_attention():
-        return kernel
-    try:
-        if agrees_with_sdpa(_torch_varlen_attention, device, dtype):
-            return _torch_varlen_attention
-    except RuntimeError:  # a GPU or a build of torch without it
-        pass
-    warnings.warn("no usable varlen attention: falling back to SDPA, which is slower", stacklevel=2)
-    return None
+    return _import_flash_attn() or _torch_varlen_attention
 
 
-def flash_attention():
-    """flash-attn's kernel, as varlen_kernel returns it; None where it cannot be imported."""
-    if not is_flash_attn_2_available():  # which asks whether it is installed, not whether it works
-        return None
+@cache
+def _has_flash_attention() -> bool:
+    """FlashAttention-2 needs an Ampere GPU or newer (no T4, no V100) and a CUDA build of torch."""
+    return bool(torch.version.cuda) and torch.cuda.get_device_capability() >= (8, 0)
+
+
+@cache
+def _import_flash_attn() -> Callable | None:
     try:
         from flash_attn import flash_attn_varlen_func
-    except ImportError as error:  # it was built for another torch
-        warnings.warn(f"flash-attn is installed but not usable: {error}", stacklevel=2)
+    except ImportError:  # not installed, or built for another torch
         return None
 
-    def attend(*tensors, scale, causal):
-        return flash_attn_varlen_func(*tensors, softmax_scale=scale, causal=causal)
+    def attend(*tensors_and_lengths, scale, causal):
+        return flash_attn_varlen_func(*tensors_and_lengths, softmax_scale=scale, causal=causal)
 
     return attend
 
 
-def _torch_varlen_attention(q, k, v, *lengths, scale, causal):
-    from torch.nn.attention.varlen import varlen_attn
+def _torch_varlen_attention(*tensors_and_lengths, scale: float, causal: bool) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn  # from torch 2.10 on
 
     window = (-1, 0 if causal else -1)
-    if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # from torch 2.12 on
-        return varlen_attn(q, k, v, *lengths, scale=scale, window_size=window, enable_gqa=True)
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-    v = v.repeat_interleave(q.shape[1] // v.shape[1], 1)
-    return varlen_attn(q, k, v, *lengths, scale=scale, window_size=window)
+    return varlen_attn(*tensors_and_lengths, scale=scale, window_size=window, enable_gqa=True)
 
 
-@torch.enable_grad()
-def agrees_with_sdpa(kernel, device: str, dtype: torch.dtype) -> bool:
-    """Whether a varlen kernel and its gradient agree with SDPA: 3 queries, 7 keys, 4 heads on 2."""
-    generator = torch.Generator().manual_seed(0)
-
-    def random(length: int, heads: int) -> Tensor:
-        values = torch.randn(length, heads, 64, generator=generator)
-        return values.to(device, dtype).requires_grad_()
-
-    def with_gradients(out: Tensor) -> list[Tensor]:
-        return [out, *torch.autograd.grad((out * weight).sum(), (q, k, v))]
-
-    q, k, v, weight = random(3, 4), random(7, 2), random(7, 2), random(3, 4)
-    q_ends = torch.tensor([0, 3], dtype=torch.int32, device=device)
-    k_ends = torch.tensor([0, 7], dtype=torch.int32, device=device)
-    mask = torch.ones(3, 7, dtype=torch.bool, device=device).tril(4)
-    # Identity hooks: a checkpoint around this call must not record these tensors as its own.
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
-        ours = kernel(q, k, v, q_ends, k_ends, 3, 7, scale=0.125, causal=True)
-        heads_first = [q.transpose(0, 1)]
-        heads_first += [x.repeat_interleave(2, 1).transpose(0, 1) for x in (k, v)]
-        sdpa = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=0.125)
-        pairs = zip(with_gradients(ours), with_gradients(sdpa.transpose(0, 1)), strict=True)
-        worst = max(float((a - b).detach().abs().max()) for a, b in pairs)
-    return worst < 0.05  # half precision differs by 0.01, another alignment by 1
-
-
-def shared_prompt_attention(  # noqa: PLR0913  (transformers' arguments and ours)
+def text_attention(
     module,
     query,
     key,
     value,
     attention_mask,
     scaling=None,
-    layout=None,
-    grouped_cache=None,
-    probe=None,
+    attend: Callable | None = None,
     **kwargs,
 ):
-    """Attention over a Row without an S x S mask.
+    """The language model's attention, as `attend` says; without it, transformers' own.
 
-    query[1, H, S, D], key and value[1, H_kv, S, D] -> [1, S, H, D].
-    layout alone: a row of groups. layout and grouped_cache: a row of prompts, whose keys and values
-    are stored too. grouped_cache alone (support/decoding.py): one token per response is decoded.
-    Neither: transformers' own SDPA attention. `probe(layer, query, key, scaling, layout)` is called
-    first, for variants that look at attention weights.
+    attend(layer, query[B, H, S, D], key, value[B, H_kv, S, D], scale) -> [B, S, H, D].
     """
-    if probe:
-        probe(module.layer_idx, query, key, scaling, layout)
-    if grouped_cache and layout is None:
-        return grouped_cache.attend(module.layer_idx, query, key, value, scaling), None
-    if grouped_cache:
-        grouped_cache.add_prompts(module.layer_idx, key, value, layout.spans)
-    if layout is None:
+    if attend is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
-    kernel = varlen_kernel(query.device.type, query.dtype)
-    if kernel:
-        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [S, heads, D]
-        k, v = k.index_select(0, layout.keys), v.index_select(0, layout.keys)
-        return kernel(q, k, v, *layout[2:], scale=scaling, causal=True)[None], None
-    return _span_attention(query, key, value, scaling, layout.spans)[None], None
-
-
-def _span_attention(query, key, value, scaling, spans: list[GroupSpan]) -> Tensor:
-    """SDPA over one prompt, then over its responses, for each group in turn: [S, H, D]."""
-    if query.is_cuda:
-        # With a mask and fewer key heads CUDA's SDPA would fall back to its slow formula.
-        key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
-        value = value.repeat_interleave(query.shape[1] // value.shape[1], 1)
-    shared_heads = query.shape[1] != key.shape[1]
-    attend = partial(F.scaled_dot_product_attention, scale=scaling, enable_gqa=shared_heads)
-    parts = []
-    for start, length, index, fed in spans:
-        q, k, v = (x[:, :, start : start + length] for x in (query, key, value))  # the prompt
-        parts.append(attend(q, k, v, is_causal=True)[0].transpose(0, 1))
-        if index.numel() == 0:
-            continue
-        responses, longest = index.shape
-        own_q, own_k, own_v = (_gather(x[0], index) for x in (query, key, value))
-        k = torch.cat([k.expand(responses, -1, -1, -1), own_k], 2)
-        v = torch.cat([v.expand(responses, -1, -1, -1), own_v], 2)
-        causal = torch.ones(longest, length + longest, dtype=torch.bool, device=q.device)
-        out = attend(own_q, k, v, attn_mask=causal.tril(length))
-        parts.append(out.transpose(1, 2)[fed])
-    return torch.cat(parts)
-
-
-def _gather(heads: Tensor, index: Tensor) -> Tensor:
-    """Positions index[G, T] of heads[H, S, D]: [G, H, T, D].
-
-    index_select: the gradient of heads[:, index] is several times as slow.
-    """
-    tokens = heads.transpose(0, 1).index_select(0, index.flatten())  # [G * T, H, D]
-    return tokens.unflatten(0, index.shape).transpose(1, 2)
+    return attend(module.layer_idx, query, key, value, scaling), None
 
 
 def window_attention(
@@ -357,35 +281,28 @@ def window_attention(
     """The vision tower's attention: patches attend within their window, or within their image.
 
     query, key, value[1, H, S, D] -> [1, S, H, D]. cu_seq_lens_q[W + 1]: the windows' boundaries.
-    Without a varlen kernel all windows of one length make one SDPA call.
+    Without a varlen kernel there is a call of SDPA per window.
     """
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [S, H, D]
-    kernel = varlen_kernel(query.device.type, query.dtype)
-    if kernel:
+    if kernel := varlen_kernel(query):
         ends, longest = cu_seq_lens_q.to(torch.int32), kwargs["max_length_q"]
         out = kernel(q, k, v, ends, ends, longest, longest, scale=scaling, causal=False)
         return out[None], None
-    starts, lengths = cu_seq_lens_q[:-1], cu_seq_lens_q.diff()
-    parts, order = [], []
-    for length in lengths.unique().tolist():
-        offsets = torch.arange(length, device=q.device)
-        index = starts[lengths == length, None] + offsets  # [windows, length]
-        windows = [x[index].transpose(1, 2) for x in (q, k, v)]
-        out = F.scaled_dot_product_attention(*windows, scale=scaling)
-        parts.append(out.transpose(1, 2).flatten(0, 1))
-        order.append(index.flatten())
-    return torch.cat(parts)[torch.cat(order).argsort()][None], None
+    lengths = cu_seq_lens_q.diff().tolist()
+    windows = zip(*(x.split(lengths, 2) for x in (query, key, value)), strict=True)
+    attended = [F.scaled_dot_product_attention(*window, scale=scaling) for window in windows]
+    return torch.cat(attended, 2).transpose(1, 2), None
 
 
-AttentionInterface.register("shared_prompt", shared_prompt_attention)
+AttentionInterface.register("group", text_attention)
 # transformers passes no mask to a custom attention unless its mask function is registered too;
 # without one, left padding would be attended silently.
-AttentionMaskInterface.register("shared_prompt", sdpa_mask)
+AttentionMaskInterface.register("group", sdpa_mask)
 # Only an attention with "flash" in its name gets all windows in one call; any other is called once
 # per window.
 AttentionInterface.register("flash_or_sdpa_windows", window_attention)
 # For model.set_attn_implementation.
-ATTENTION = {"text_config": "shared_prompt", "vision_config": "flash_or_sdpa_windows"}
+ATTENTION = {"text_config": "group", "vision_config": "flash_or_sdpa_windows"}
 
 
 # ---------------------------------------------------------------------------------------- log-probs
@@ -407,11 +324,10 @@ def row_log_probs(self, row: Row, temperature: float, entropies: bool = False) -
     return torch.cat(values)
 
 
-def row_hidden_states(self, row: Row, grouped_cache=None, probe: Callable | None = None) -> Tensor:
+def row_hidden_states(self, row: Row, attend: Callable | None = None) -> Tensor:
     """The last layer's outputs [S, hidden]. `self` is the transformers model.
 
-    grouped_cache: a decoding.GroupedCache that is to take the keys and values of a row of prompts.
-    probe: see shared_prompt_attention.
+    attend: in place of row.attend, for callers that look at queries, keys or values.
     """
     embeds = self.get_input_embeddings()(row.input_ids)  # [1, S, hidden]
     image = self.model.get_image_features(row.pixel_values, row.image_grid_thw, return_dict=True)
@@ -421,9 +337,7 @@ def row_hidden_states(self, row: Row, grouped_cache=None, probe: Callable | None
         inputs_embeds=embeds.masked_scatter(where, features),
         position_ids=row.position_ids,
         use_cache=False,
-        layout=row.layout,
-        grouped_cache=grouped_cache,
-        probe=probe,
+        attend=attend or row.attend,
         **_deepstack_inputs(image, row),
     ).last_hidden_state[0]
 
@@ -432,10 +346,7 @@ def _deepstack_inputs(image, row: Row) -> dict:
     """Qwen3-VL adds further image features to its first layers; Qwen2.5-VL has none."""
     if not hasattr(image, "deepstack_features"):
         return {}
-    levels = []
-    for level in image.deepstack_features:
-        is_tensor = isinstance(level, Tensor)  # up to transformers 5.17; a tuple later
-        levels.append(level if is_tensor else torch.cat(level))
+    levels = [torch.cat(level) for level in image.deepstack_features]
     return {"visual_pos_masks": row.is_image_token, "deepstack_visual_embeds": levels}
 
 

@@ -103,7 +103,7 @@ COMPARED = (
 # Fields of config.json that do not set two runs apart: they may differ between repetitions.
 NOT_SETTINGS = set(
     "seed out resume steps epochs keep save_every eval_every eval_n eval_rows wandb tensorboard "
-    "tokens_per_forward rollout_batch offload_optimizer shard_size".split()
+    "tokens_per_forward rollout_batch shard_size".split()
 )
 
 Series = dict[int, float]  # step -> value

@@ -13,12 +13,14 @@ Differences from the released code:
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
 from types import MethodType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -212,23 +214,48 @@ def _load_tokenizer(name: str):
 # ------------------------------------------------------------------------------------------- policy
 
 
+def use_faster_forwards(model) -> None:
+    """Give two kinds of modules a forward of one kernel, equal to their own up to rounding."""
+    embed = model.model.visual.patch_embed
+    embed.forward = MethodType(_embed_patches, embed)
+    for module in model.model.language_model.modules():
+        if type(module).__name__.endswith("RMSNorm"):  # a class per architecture
+            module.forward = MethodType(_rms_norm, module)
+
+
+def _embed_patches(self, pixel_values: Tensor) -> Tensor:
+    """A patch is as large as the kernel of this Conv3d, so the convolution is a linear layer.
+
+    cuDNN is slow at such kernels in bf16, or has none.
+    """
+    weight = self.proj.weight.flatten(1)
+    return F.linear(pixel_values.to(weight.dtype), weight, self.proj.bias)
+
+
+def _rms_norm(self, hidden: Tensor) -> Tensor:
+    return F.rms_norm(hidden, self.weight.shape, self.weight, self.variance_epsilon)
+
+
 class Policy:
     """A Qwen-VL model and its encoder.
 
     `model`: the transformers class, plain or sharded (distributed.shard). `temperature`: that of
     sampling, by which all logits are divided. Two settings may be changed after building it:
     `tokens_per_forward`, how many tokens a packed row may hold, and `saliency`, a function image
-    -> [h, w] for semantic masks.
+    -> [h, w] for semantic masks. `most_responses`: how many responses have been found to fit into
+    memory at a time (rollout.generate).
     """
 
     tokens_per_forward: int = 16_384
     saliency: Callable | None = None
+    most_responses: float = math.inf
 
     def __init__(self, model, encoder: Encoder, temperature: float = 1.0):
         self.model = model.eval()
         self.encoder = encoder
         self.temperature = temperature
         model.set_attn_implementation(ATTENTION)
+        use_faster_forwards(model)
         for method in (row_log_probs, row_hidden_states):  # FSDP wraps methods only
             setattr(model, method.__name__, MethodType(method, model))
         self.pad_id = encoder.tokenizer.pad_token_id
@@ -272,32 +299,34 @@ class Policy:
         row = self._row(groups)
         return self._unflatten(self.model.row_log_probs(row, self.temperature, True), groups)
 
-    def record(self, groups: list[Group], name: str, values_of: Callable) -> None:
-        """Set a field of the groups to what per_group returns."""
-        for group, values in self.per_group(groups, values_of):
-            setattr(group, name, values)
-
     @torch.no_grad()
     def per_group(
         self, groups: list[Group], values_of: Callable[[list[Group]], Tensor]
-    ) -> list[tuple[Group, Tensor]]:
-        """Each group with its share [G, T] of values_of(row)[B, T], on the CPU; all ranks call it.
+    ) -> list[Tensor]:
+        """Each group's share [G, T] of values_of(row)[B, T], on the CPU; all ranks call it.
 
-        The rows hold at most tokens_per_forward tokens.
+        values_of: such as self.log_probs. A row holds at most tokens_per_forward tokens.
         """
         rows = pack_rows(groups, self.tokens_per_forward)
-        found = []
-        for row in rows:
-            values = values_of(row).cpu().split([len(group.tokens) for group in row])
-            for group, its_values in zip(row, values, strict=True):
-                found.append((group, its_values[:, : group.tokens.shape[1]]))
+        on_device = [values_of(row) for row in rows]  # moved afterwards: no wait per row
+        shares = []
+        for row, values in zip(rows, on_device, strict=True):
+            of_groups = values.cpu().split([len(group.tokens) for group in row])
+            for group, share in zip(row, of_groups, strict=True):
+                shares.append(share[:, : group.tokens.shape[1]])
         if rows:
             reshard_root(self.model)
-        return found[: len(groups)]  # without the empty groups of pack_rows
+        return shares[: len(groups)]  # without the empty groups of pack_rows
 
     def probe_attention(self, groups: list[Group], probe: Callable) -> None:
-        """A forward whose attention calls `probe`, see packing.shared_prompt_attention."""
-        self.model.row_hidden_states(self._row(groups), probe=probe)
+        """A forward whose layers first call probe(layer, query[1, H, S, D], key, scale)."""
+        row = self._row(groups)
+
+        def attend(layer, query, key, value, scale):
+            probe(layer, query, key, scale)
+            return row.attend(layer, query, key, value, scale)
+
+        self.model.row_hidden_states(row, attend)
 
     def _row(self, groups: list[Group], view: str = "") -> Row:
         merge_size = self.encoder.images.merge_size

@@ -9,25 +9,24 @@ interrupted step, which is exact.
 from __future__ import annotations
 
 import json
-import math
 import os
+import shutil
 import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from support import benchmarks, checkpoint, data, pages, phases, plots
+from support import StepError, benchmarks, checkpoint, data, pages, plots
 from support.batch import Example, Group, Prompt
 from support.cli import exit_with_error
 from support.distributed import (
-    OptimizerOffload,
     concat_over_ranks,
     gather_over_ranks,
     local_world_size,
@@ -37,11 +36,8 @@ from support.distributed import (
     one_rank_at_a_time,
     shard,
 )
-from support.errors import StepError
 from support.loggers import LOGGERS
-from support.memory import resource_report
 from support.metrics import collapse_warning, read_metrics
-from support.phases import phase
 from support.qwen_vl import Encoder, Policy
 from support.reward import compute_score
 from support.run_folder import append, free_name, is_evaluation, keep_copy, lock, read_log, rewind
@@ -50,6 +46,7 @@ from support.sandbox import Grader
 
 SHOW_EVERY = 10  # steps between printed responses
 SHOWN_CHARACTERS = 400
+MAX_SAMPLER_GAP = 0.1  # nats per token; in fp32 rounding leaves 1e-6
 SAMPLE_ROWS = 4  # questions per evaluation set whose responses are kept to look at
 
 
@@ -65,7 +62,9 @@ def step_errors() -> Iterator[None]:
     except StepError as error:
         exit_with_error(error)
     except torch.OutOfMemoryError as error:
-        sys.exit(f"rank {dist.get_rank()}: {phases.out_of_memory_message(error)}")
+        figures = " ".join(str(error).split())[:300]
+        advice = "lower --tokens_per_forward, --rollout_batch, --max_pixels or --group_size"
+        sys.exit(f"rank {dist.get_rank()}: out of memory: {advice}. {figures}")
 
 
 @contextmanager
@@ -106,8 +105,12 @@ class Run:
         if algo.kl_ref_coef:
             self.reference = self._load_policy(encoder, self.dtype)
         trained = [p for p in self.policy.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay)
-        self.offload = OptimizerOffload(self.optimizer, enabled=config.offload_optimizer)
+        self.optimizer = torch.optim.AdamW(
+            trained,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            fused=self.device.type == "cuda",  # else AdamW copies all parameters in every step
+        )
         cores = (os.cpu_count() or 1) // local_world_size()
         workers = max(1, min(4, cores))
         self.grader = Grader(
@@ -136,7 +139,6 @@ class Run:
         check_same_rows(rows, *eval_sets.values())
         return rows, eval_sets
 
-    @phase("loading")
     def _load_policy(self, encoder: Encoder, dtype: torch.dtype) -> Policy:
         config = self.config
         with one_rank_at_a_time():  # host memory holds one whole copy at a time
@@ -178,7 +180,7 @@ class Run:
         if self.rank == 0:
             left_out = dict(self.rows.skipped) or "none"
             print(f"data: {len(self.rows)} rows of {self.rows.name}; left out: {left_out}")
-            print(self._resource_report())
+            print(self._disk_line())
 
     def _claim_folder(self) -> Path:
         """Make and lock the folder, before anything in it is read or written."""
@@ -217,19 +219,17 @@ class Run:
             self.rows, encode, per_round, **ranks, seed=config.seed, position=self.position
         )
 
-    def _resource_report(self) -> str:
-        encoded = 1 + len(self.algo.columns)  # images per marker, of this round and the next
-        responses = math.ceil(self.stream.prompts_per_round / self.world) * self.config.group_size
-        at_once = min(self.config.rollout_batch, responses)
-        return resource_report(
-            self.folder,
-            self.policy.model,
-            replace(self.config, rollout_batch=at_once),
-            self.mesh.shape,
-            reference=self.reference is not None,
-            device=self.device,
-            image_copies=2 * encoded + len(self.algo.views()),
+    def _disk_line(self) -> str:
+        """The size of a checkpoint (fp32 weights, two moments of the trained ones) and the room."""
+        parameters = list(self.policy.model.parameters())
+        size = sum(p.numel() * (12 if p.requires_grad else 4) for p in parameters) / 2**30
+        need = (self.config.keep + 1) * size
+        free = shutil.disk_usage(self.folder).free / 2**30
+        line = (
+            f"checkpoints: {size:.3g} GiB each, up to {need:.3g} GiB with --keep "
+            f"{self.config.keep} while one is saved; {free:.3g} GiB free in {self.folder}"
         )
+        return line if need <= free else f"{line}: NOT ENOUGH"
 
     # ------------------------------------------------------------------------------------- the loop
 
@@ -238,7 +238,6 @@ class Run:
         with tqdm(initial=self.step, total=self.last_step, disable=self.rank > 0) as bar:
             while self.step < self.last_step:
                 self.raise_if_stopped()
-                phases.seconds.clear()
                 self.started = time.time()
                 yield self.step
                 bar.update()
@@ -251,24 +250,19 @@ class Run:
             prompts.append(prompt)
         return prompts
 
-    @contextmanager
-    def sampling(self) -> Iterator[None]:
-        """Mark a block that samples; --offload_optimizer applies to it."""
-        with phase("sampling"), self.offload.active():
-            yield
-
     def finish_step(self, metrics: dict[str, float], groups: list[Group]) -> None:
         """Count a step, log its metrics with its times, save a checkpoint if one is due."""
         self.step += 1
         self.position = self.stream.position
-        seconds = time.time() - self.started
-        metrics |= {
-            "seconds": seconds,
-            "seconds_rollout": phases.seconds["rollout"],
-            "seconds_update": phases.seconds["log-probs"] + phases.seconds["update"],
-        }
-        metrics["tokens_per_second"] = metrics.pop("response_tokens") / seconds
+        metrics["seconds"] = time.time() - self.started
+        metrics["tokens_per_second"] = metrics.pop("response_tokens") / metrics["seconds"]
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.device) / 2**30
+            metrics["peak_memory"] = max_over_ranks(peak)
+            torch.cuda.reset_peak_memory_stats(self.device)
         self.log(metrics)
+        if metrics.get("sampler_gap", 0.0) > MAX_SAMPLER_GAP:
+            self._warn_of_sampler_gap(metrics["sampler_gap"])
         if self.algo.dynamic_sampling and metrics["groups_kept"] == 0:
             self._warn_of_empty_step(metrics)
         if self.step % SHOW_EVERY == 0 and groups:
@@ -329,6 +323,14 @@ class Run:
             "or too hard for this model, or --reward does not fit it",
         )
 
+    def _warn_of_sampler_gap(self, gap: float) -> None:
+        self._warn_once(
+            "sampler gap",
+            f"warning: step {self.step}: log-probs when sampled and in training differ by "
+            f"{gap:.2g} per token (sampler_gap): attention or precision is wrong here, unless the "
+            "algorithm samples under another image than it trains on",
+        )
+
     def _warn_once(self, subject: str, text: str) -> None:
         if self.rank == 0 and subject not in self.warned_of:
             tqdm.write(text, file=sys.stderr)
@@ -345,7 +347,6 @@ class Run:
         for i in (by_reward[0], by_reward[-1]):
             tqdm.write(f"  reward {group.rewards[i]:.2f}: {group.responses[i][:SHOWN_CHARACTERS]}")
 
-    @phase("saving")
     def save(self) -> None:
         """Save a checkpoint of the completed steps. A full disk costs a line, not the run."""
         state = {"step": self.step, "position": self.position}
@@ -372,7 +373,7 @@ class Run:
 
     def stop_early(self) -> None:
         """Save the completed steps, unless --save_every is 0, and say how to continue."""
-        if self.config.save_every:
+        if self.config.save_every and self.step:
             with step_errors():
                 self.save()
         if self.rank > 0:
@@ -383,7 +384,6 @@ class Run:
         else:
             print(": no checkpoint was saved, so there is nothing to resume")
 
-    @phase("exporting")
     def export(self) -> None:
         """Write model/, a plain Hugging Face folder."""
         source, model_dir = self.policy.encoder.source, self.folder / "model"

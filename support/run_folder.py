@@ -37,7 +37,6 @@ FREE_ON_RESUME = {
     "keep",
     "save_every",
     "eval_every",
-    "offload_optimizer",
     "shard_size",
 }
 

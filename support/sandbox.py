@@ -34,8 +34,7 @@ from multiprocessing.connection import Connection, Pipe
 
 from pebble import ProcessExpired, ProcessPool
 
-from support import reward
-from support.errors import StepError
+from support import StepError, reward
 
 KEYS = ("overall", "format", "accuracy")
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

@@ -92,14 +92,15 @@ def metric_lines(run_dir: Path) -> list[dict]:
 
 
 def partial_checkpoints(run_dir: Path) -> set[tuple[str, int]]:
-    """Folders of saves or deletions that are under way or were killed.
+    """Folders of saves or deletions that are under way or were killed: those without .metadata.
 
-    Their time of change tells a new one from an old one of the same name.
+    The inode tells a new one from an old one of the same name.
     """
     found = set()
-    for path in (run_dir / "checkpoints").glob(".step_*"):
+    for path in run_dir.glob("checkpoints/step_*"):
         with contextlib.suppress(FileNotFoundError):
-            found.add((path.name, path.stat().st_ctime_ns))
+            if not (path / ".metadata").exists():
+                found.add((path.name, path.stat().st_ino))
     return found
 
 
@@ -117,7 +118,8 @@ def wait_for_kill(
         if during_save:
             if lines >= enough_lines and partial_checkpoints(run_dir) - partial_before:
                 time.sleep(rng.random() * 0.02)
-                break
+                if partial_checkpoints(run_dir) - partial_before:  # still
+                    break
         elif lines > enough_lines:
             time.sleep(rng.random())
             break

@@ -1,18 +1,14 @@
 """A pretend CUDA device, for tests on a CPU: it computes there, and fails where CUDA would.
 
-    device = PretendDevice()
-    device.install(monkeypatch)
-    with device:
-        model.to(CUDA)
-
 A tensor is on the device if its memory is, so the device keeps a list of storages. Their tensors
-say that they are on cuda:0, and code takes its CUDA branches. In the `with` block
+say that they are on cuda:0, and code takes its CUDA branches. Inside `with device:`
 
 - operations on tensors of both devices raise, unless CUDA has an exception for them;
 - `syncs` counts, by source line, where the host waits for the device: values it reads, copies
   either way, shapes that depend on values;
 - memory that nobody has written holds NaN;
-- `torch.cuda.CUDAGraph` and `torch.cuda.graph` are stand-ins: see `Graph`.
+- `torch.cuda.CUDAGraph` and `torch.cuda.graph` are stand-ins (see `Graph`), and a graph that is
+  freed before the host has waited for its replays is an error.
 
 What only a GPU shows: kernels with limits or errors of their own, streams, memory, and time.
 """
@@ -33,23 +29,18 @@ from torch import Tensor
 from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 CUDA = torch.device("cuda", 0)
+MIXED = "Expected all tensors to be on the same device, but found cuda:0 and cpu"
 PROJECT = str(Path(__file__).parent.parent)
 TRANSFORMERS = str(Path(transformers.__file__).parent)
 aten = torch.ops.aten
 
 INDEXING = {aten.index, aten._unsafe_index, aten.index_put, aten.index_put_, aten._index_put_impl_}
 # Beside pointwise operations, those whose zero-dimensional operand may stay on the host.
-TAKE_HOST_SCALARS = {aten.masked_fill, aten.masked_fill_}
-UNINITIALISED = {
-    aten.empty,
-    aten.empty_like,
-    aten.empty_strided,
-    aten.new_empty,
-    aten.new_empty_strided,
-}
+TAKE_HOST_SCALARS = {aten.masked_fill, aten.masked_fill_, *INDEXING}
+UNINITIALISED = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty}
 WAITS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
 
@@ -59,6 +50,7 @@ class PretendDevice:
     def __init__(self):
         self.syncs: Counter[str] = Counter()
         self.graph: Graph | None = None  # the one that is being captured
+        self.queued: list[weakref.ref] = []  # graphs whose replays nobody has waited for
         self._storages = weakref.WeakSet()
         self._placement: bool | None = None  # whether new tensors go here; None: as their operands
         self._modes = _Functions(self), _Operations(self)
@@ -68,28 +60,18 @@ class PretendDevice:
 
         torch.cuda.is_available() stays as it is: torch itself would go on to look for a driver.
         """
-        stand_ins = {
-            "mem_get_info": lambda device=None: (2**33, 2**34),
-            "memory_reserved": lambda device=None: 0,
-            "memory_allocated": lambda device=None: 0,
-            "CUDAGraph": partial(Graph, self),
-            "graph": self._capture,
-        }
-        for name, stand_in in stand_ins.items():
-            monkeypatch.setattr(torch.cuda, name, stand_in)
-        group = torch._C._group_tensors_by_device_and_dtype
-        monkeypatch.setattr(
-            torch._C, "_group_tensors_by_device_and_dtype", partial(self._group_by_device, group)
-        )
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", partial(Graph, self))
+        monkeypatch.setattr(torch.cuda, "graph", self._capture)
+        name = "_group_tensors_by_device_and_dtype"  # of optimizers; asks C++ where tensors are
+        group = getattr(torch._C, name)
+
+        def group_here(*args):
+            groups = group(*args).items()
+            return {(CUDA if self.holds(x[0][0][0]) else at, dtype): x for (at, dtype), x in groups}
+
+        monkeypatch.setattr(torch._C, name, group_here)
         for name, value in {"device": CUDA, "is_cuda": True, "is_cpu": False}.items():
             monkeypatch.setattr(Tensor, name, self._property(name, value))
-
-    def _group_by_device(self, group, tensor_lists, with_indices: bool = False) -> dict:
-        """Stands in for a function of optimizers, which asks C++ where tensors are."""
-        groups = {}
-        for (device, dtype), (lists, indices) in group(tensor_lists, with_indices).items():
-            groups[CUDA if self.holds(lists[0][0]) else device, dtype] = lists, indices
-        return groups
 
     def _property(self, name: str, value_here) -> property:
         elsewhere = getattr(Tensor, name).__get__
@@ -113,6 +95,10 @@ class PretendDevice:
         line = f"{kind}: {_source_line()}"
         if self.graph is not None:
             raise RuntimeError(f"operation not permitted when stream is capturing ({line})")
+        if kind in ("value", "shape", "download"):
+            if not all(graph() for graph in self.queued):
+                raise RuntimeError(f"a graph was freed while its replays were queued ({line})")
+            self.queued.clear()
         self.syncs[line] += 1
 
     @contextmanager
@@ -127,48 +113,37 @@ class PretendDevice:
     def run(self, operation, args: tuple, kwargs: dict):
         """Run an operation as the device would."""
         inputs = _tensors([*args, *kwargs.values()])
-        n_here = sum(map(self.holds, inputs))
-        if n_here:
-            self._check(operation, args, kwargs, inputs)
-        here = bool(n_here) if self._placement is None else self._placement
-        if not here:
+        here = any(map(self.holds, inputs))
+        if here:
+            self._check(operation, args, inputs)
+        if not (here if self._placement is None else self._placement):
             return operation(*args, **kwargs)
         run = operation if self.graph is None else partial(self.graph.record, operation)
         result = run(*args, **kwargs)
         known = {x.untyped_storage() for x in inputs}
-        results = [x.untyped_storage() for x in _tensors([result])]
-        self._storages.update(storage for storage in results if storage not in known)
+        self._storages.update({x.untyped_storage() for x in _tensors([result])} - known)
         if operation.overloadpacket in UNINITIALISED:
             _forget(result)
         return result
 
-    def _check(self, operation, args: tuple, kwargs: dict, inputs: list[Tensor]) -> None:
+    def _check(self, operation, args: tuple, inputs: list[Tensor]) -> None:
         """Raise if an operation mixes devices, and note if the host waits for it."""
         packet = operation.overloadpacket
-        elsewhere = [x for x in inputs if not self.holds(x)]
         if packet is aten.copy_:
-            if elsewhere:
+            if not all(map(self.holds, inputs)):
                 self.sync("upload" if self.holds(args[0]) else "download")
-        elif packet in INDEXING:
-            self._check_indexing(operation, *args[:3])
-        else:
-            scalars = torch.Tag.pointwise in operation.tags or packet in TAKE_HOST_SCALARS
-            if any(x.dim() or not scalars for x in elsewhere):
-                raise _mixed(operation)
-            knows_shape = kwargs.get("output_size") is not None  # of repeat_interleave
-            if any(tag in operation.tags for tag in WAITS) and not knows_shape:
-                self.sync("value" if WAITS[0] in operation.tags else "shape")
-
-    def _check_indexing(self, operation, tensor: Tensor, indices, values=None) -> None:
-        indices = [index for index in indices if index is not None]
-        if not self.holds(tensor):
-            raise _mixed(operation)
-        if values is not None and values.dim() and not self.holds(values):
-            raise _mixed(operation)
-        if any(index.dtype == torch.bool for index in indices):
-            self.sync("shape")
-        if not all(map(self.holds, indices)):
-            self.sync("index copied")  # allowed
+            return
+        if packet in INDEXING:
+            indices, inputs = _tensors(args[1]), _tensors([args[0], *args[2:3]])
+            if any(index.dtype == torch.bool for index in indices):
+                self.sync("shape")
+            if not all(map(self.holds, indices)):
+                self.sync("index copied")  # allowed
+        elif any(tag in operation.tags for tag in WAITS):
+            self.sync("value" if WAITS[0] in operation.tags else "shape")
+        takes_scalars = torch.Tag.pointwise in operation.tags or packet in TAKE_HOST_SCALARS
+        if any(x.dim() or not takes_scalars for x in inputs if not self.holds(x)):
+            raise RuntimeError(f"{MIXED} ({operation} at {_source_line()})")
 
     @contextmanager
     def _capture(self, graph: Graph, **options):
@@ -182,18 +157,7 @@ class PretendDevice:
 
 def _tensors(values) -> list[Tensor]:
     """The tensors among the values, or in lists among them."""
-    found = []
-    for value in values:
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, list | tuple):
-            found += _tensors(value)
-    return found
-
-
-def _mixed(operation) -> RuntimeError:
-    devices = "Expected all tensors to be on the same device, but found cuda:0 and cpu"
-    return RuntimeError(f"{devices} ({operation} at {_source_line()})")
+    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
 
 
 def _source_line() -> str:
@@ -242,8 +206,7 @@ class _Functions(TorchFunctionMode):
         self.special = {
             Tensor.to: self._to,
             Tensor.cpu: lambda x: self._move(x, here=False),
-            Tensor.cuda: lambda x, *_: self._move(x, here=True),
-            Tensor.tolist: self._to_list,
+            Tensor.tolist: lambda x: self._move(x, here=False, kind="value").tolist(),
             Tensor.numpy: self._numpy,
             Tensor.__array__: self._numpy,
             Tensor.backward: self._backward,
@@ -271,45 +234,31 @@ class _Functions(TorchFunctionMode):
     def _to(self, tensor: Tensor, *args, **kwargs) -> Tensor:
         """Tensor.to(device), (dtype), (device, dtype) or (other), some of them by name."""
         named = [*args, *kwargs.values()]
-        dtypes = [x for x in named if isinstance(x, torch.dtype)]
-        dtypes += [x.dtype for x in named if isinstance(x, Tensor)]
-        places = [
-            torch.device(x).type == "cuda" for x in named if isinstance(x, str | torch.device)
-        ]
-        places += [self.device.holds(x) for x in named if isinstance(x, Tensor)]
-        if dtypes:
-            tensor = tensor.to(dtypes[0])
-        return self._move(tensor, places[0]) if places else tensor
+        for dtype in (x for x in named if isinstance(x, torch.dtype)):
+            tensor = tensor.to(dtype)
+        for other in (x for x in named if isinstance(x, Tensor)):
+            tensor = self._move(tensor.to(other.dtype), self.device.holds(other))
+        for place in (x for x in named if isinstance(x, str | torch.device)):
+            tensor = self._move(tensor, torch.device(place).type == "cuda")
+        return tensor
 
-    def _move(self, tensor: Tensor, here: bool) -> Tensor:
+    def _move(self, tensor: Tensor, here: bool, kind: str = "") -> Tensor:
         if self.device.holds(tensor) == here:
             return tensor
-        self.device.sync("upload" if here else "download")
+        self.device.sync(kind or ("upload" if here else "download"))
         with self.device.placing(here):
             return tensor.clone()
-
-    def _to_list(self, tensor: Tensor) -> list:
-        if self.device.holds(tensor):
-            self.device.sync("value")
-        return tensor.tolist()
 
     def _numpy(self, tensor: Tensor, *args, **kwargs):
         if self.device.holds(tensor):
             raise TypeError(f"can't convert cuda:0 device type tensor to numpy ({_source_line()})")
         return tensor.numpy()
 
-    def _backward(self, tensor: Tensor, gradient: Tensor | None = None, **options) -> None:
+    def _backward(self, tensor: Tensor, gradient: Tensor | None = None, **unused) -> None:
         gradient = torch.ones_like(tensor) if gradient is None else gradient
+        options = {"allow_unreachable": True, "accumulate_grad": True}
         with self:  # hooks and recomputed layers run in it
-            _engine_run_backward(
-                (tensor,),
-                (gradient,),
-                False,
-                False,
-                (),
-                allow_unreachable=True,
-                accumulate_grad=True,
-            )
+            _engine_run_backward((tensor,), (gradient,), False, False, (), **options)
 
 
 # ------------------------------------------------------------------------------------------- graphs
@@ -336,27 +285,25 @@ class Graph:
         elif _is_view(operation):
             return operation(*args, **kwargs)
         else:
-            args_on_meta, kwargs_on_meta = tree_map(self._on_meta, (args, kwargs))
-            shapes = operation(*args_on_meta, **kwargs_on_meta)
-            result = tree_map(_without_values, shapes)
+            # torch's meta device knows shapes alone.
+            meta_args, meta_kwargs = self._for_each(lambda x: x.to("meta"), (args, kwargs))
+            result = tree_map(_without_values, operation(*meta_args, **meta_kwargs))
             made = _tensors([result])
         self._own += made
-        addresses = tree_map(self._address_of, (args, kwargs))
+        addresses = self._for_each(_Address, (args, kwargs))
         self.calls.append((operation, *addresses, [_Address(tensor) for tensor in made]))
         return result
 
-    def _is_here(self, argument) -> bool:
-        """Whether it is a tensor on the device. A kernel takes a scalar of the host by value."""
-        return isinstance(argument, Tensor) and self.device.holds(argument)
+    def _for_each(self, change, arguments):
+        """Change the tensors on the device. A kernel takes a scalar of the host by value."""
 
-    def _on_meta(self, argument):
-        """A tensor as torch's meta device has it, which knows shapes alone."""
-        return argument.to("meta") if self._is_here(argument) else argument
+        def of_one(x):
+            return change(x) if isinstance(x, Tensor) and self.device.holds(x) else x
 
-    def _address_of(self, argument):
-        return _Address(argument) if self._is_here(argument) else argument
+        return tree_map(of_one, arguments)
 
     def replay(self) -> None:
+        self.device.queued.append(weakref.ref(self))
         with _disable_current_modes():
             for operation, *addresses in self.calls:
                 args, kwargs, made = tree_map(_tensor_at, addresses)

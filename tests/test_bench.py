@@ -90,16 +90,6 @@ def test_one_step_runs_sharded(capsys):
     assert "papo_g over grpo at equal rollouts" in printed
 
 
-@pytest.mark.parametrize("model, fits", [("3b", "adamw"), ("7b", "sgd")])
-def test_a_step_says_beforehand_whether_it_fits(model, fits, capsys):
-    """3B fits a card of 141 GB, and 7B without the optimizer's moments."""
-    flags = ["--model", f"random:qwen2.5-vl-{model}", "--optimizer"]
-    bench.check_memory(bench.parse_args([*flags, fits]), 141 * 10**9)
-    assert "each device has 131.3 GiB" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="does not fit: lower --tokens_per_forward or take"):
-        bench.check_memory(bench.parse_args([*flags, "adamw"]), 75 * 10**9)
-
-
 @pytest.mark.parametrize(
     "flag, value, choice",
     [("--only", "speed", "rollouts"), ("--model", "gpt", "random:qwen2.5-vl-3b")],

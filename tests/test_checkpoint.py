@@ -6,11 +6,9 @@ import json
 import os
 import re
 import resource
-import shutil
 import signal
 import socket
 import subprocess
-import time
 import weakref
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -18,7 +16,6 @@ from pathlib import Path
 import faults
 import pytest
 import torch
-import torch.distributed as dist
 from conftest import (
     ENVIRONMENT,
     ROOT,
@@ -32,10 +29,11 @@ from conftest import (
     run_flags,
 )
 from torch.distributed.tensor import DTensor
+from transformers import AutoModelForImageTextToText
 
 import evaluate
 import train
-from support import checkpoint, decoding, distributed
+from support import checkpoint, distributed
 from support import run as run_module
 from support.qwen_vl import Policy
 
@@ -43,7 +41,7 @@ FAULTY_RANK = Path(__file__).parent / "faulty_rank.py"
 
 
 @contextmanager
-def full_disk(limit=2000):
+def full_disk(limit):
     """No file may grow past `limit` bytes: writing fails as it does on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
@@ -54,121 +52,78 @@ def full_disk(limit=2000):
 
 
 def checkpoint_names(run_folder):
-    return sorted(path.name for path in (run_folder / "checkpoints").iterdir())
+    return sorted(path.name for path in run_folder.glob("checkpoints/*"))
 
 
 # ----------------------------------------------------------------------------- checkpoints and logs
 
 
 @pytest.fixture()
-def model_and_optimizer():
-    """A small model after one optimizer step, in a process group of one rank."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+def one_rank():
+    with process_restored():
+        distributed.init_distributed()
+        yield
+
+
+@pytest.fixture()
+def model_and_optimizer(one_rank):
+    """A small model after one optimizer step."""
     model = torch.nn.Linear(64, 64)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     model(torch.ones(1, 64)).sum().backward()
     optimizer.step()
-    yield model, optimizer
-    dist.destroy_process_group()
+    return model, optimizer
 
 
 def test_the_newest_checkpoints_are_kept_and_leftovers_deleted(model_and_optimizer, tmp_path):
-    for name in (".step_000001", ".step_000009"):  # as a killed save and deletion leave them
-        leftover = tmp_path / "checkpoints" / name
-        leftover.mkdir(parents=True)
-        (leftover / "state.json").write_text("{")
-    for step in range(1, 5):
+    """Killed saves leave folders without .metadata; step 1 is saved again here."""
+    for name in ("step_000001", "step_000009"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert checkpoint.complete(tmp_path) == []
+    left = []
+    for step in (1, 2, 3):
         state = {"step": step, "position": 7 * step}
         checkpoint.save(tmp_path, *model_and_optimizer, state, keep=2)
-    assert checkpoint_names(tmp_path) == ["step_000003", "step_000004"]
-    complete = checkpoint.complete(tmp_path)
-    assert [path.name for path in complete] == ["step_000003", "step_000004"]
-    assert checkpoint.load(complete[-1], *model_and_optimizer) == {"step": 4, "position": 28}
+        left.append([int(name[-6:]) for name in checkpoint_names(tmp_path)])
+    assert left == [[1], [1, 2], [2, 3]]
+    newest = checkpoint.complete(tmp_path)[-1]
+    assert checkpoint.load(newest, *model_and_optimizer) == {"step": 3, "position": 21}
 
 
-def test_offloaded_optimizer_state_comes_back(model_and_optimizer):
-    """In the same tensors, with the same values, even after an error inside the block."""
-    _, optimizer = model_and_optimizer
-
-    def state_tensors():
-        return [tensor for state in optimizer.state.values() for tensor in state.values()]
-
-    tensors = state_tensors()
-    values = [tensor.clone() for tensor in tensors]
-    assert len(tensors) >= 4
-    offload = distributed.OptimizerOffload(optimizer)
-    with pytest.raises(ZeroDivisionError), offload.active():
-        assert all(tensor.untyped_storage().nbytes() == 0 for tensor in tensors)
-        raise ZeroDivisionError
-    assert [id(tensor) for tensor in state_tensors()] == [id(tensor) for tensor in tensors]
-    assert all(map(torch.equal, tensors, values))
-
-    buffer = offload.buffer
-    for tensor in tensors:
-        tensor += 1
-    with offload.active():
-        pass
-    assert offload.buffer is buffer  # pinned memory is kept
-    assert all(
-        torch.equal(tensor, value + 1) for tensor, value in zip(tensors, values, strict=True)
-    )
-    with distributed.OptimizerOffload(optimizer, enabled=False).active():
-        assert all(tensor.untyped_storage().nbytes() > 0 for tensor in tensors)
-
-
-def test_offloading_before_the_first_step(model_and_optimizer):
-    model, _ = model_and_optimizer
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    offload = distributed.OptimizerOffload(optimizer)
-    with offload.active():
-        pass
-    optimizer.step()
-    exp_avg = optimizer.state[model.weight]["exp_avg"]
-    before = exp_avg.clone()
-    with offload.active():
-        assert exp_avg.untyped_storage().nbytes() == 0
-    assert torch.equal(exp_avg, before)
-
-
-def test_a_failed_save_leaves_earlier_checkpoints(model_and_optimizer, tmp_path):
-    checkpoint.save(tmp_path, *model_and_optimizer, {"step": 1}, keep=1)
-    with full_disk(), pytest.raises(OSError) as error:
-        checkpoint.save(tmp_path, *model_and_optimizer, {"step": 2}, keep=1)
-    assert "rank 0" in str(error.value)
-    assert "\n" not in str(error.value)
-    assert checkpoint_names(tmp_path) == ["step_000001"]
-    checkpoint.save(tmp_path, *model_and_optimizer, {"step": 2}, keep=1)
-    assert checkpoint_names(tmp_path) == ["step_000002"]
-
-
-def test_an_unwritable_folder_is_an_os_error(model_and_optimizer, tmp_path):
-    (tmp_path / "checkpoints").write_text("a file where the folder should be")
-    with pytest.raises(OSError):
-        checkpoint.save(tmp_path, *model_and_optimizer, {"step": 1}, keep=1)
-
-
-@pytest.mark.parametrize("damaged", ["*.distcp", ".metadata", "state.json"])
-@pytest.mark.parametrize("kept_bytes", [0, 100])
+@pytest.mark.parametrize("damaged", ["*.distcp", ".metadata"])
+@pytest.mark.parametrize("kept_bytes", [0, -50])
 def test_a_damaged_checkpoint_is_named(model_and_optimizer, tmp_path, damaged, kept_bytes):
-    state = {"step": 1, "position": list(range(100))}
-    checkpoint_dir = checkpoint.save(tmp_path, *model_and_optimizer, state, keep=1)
-    for file in checkpoint_dir.glob(damaged):
-        file.write_bytes(file.read_bytes()[:kept_bytes])
-    message = "step_000001 cannot be read: delete it to resume from the one before"
-    with pytest.raises(OSError, match=message):
-        checkpoint.load(checkpoint_dir, *model_and_optimizer)
+    checkpoint.save(tmp_path, *model_and_optimizer, {"step": 1, "position": 7}, keep=1)
+    [saved] = checkpoint.complete(tmp_path)
+    [file] = saved.glob(damaged)
+    file.write_bytes(file.read_bytes()[:kept_bytes])
+    with pytest.raises(OSError, match="step_000001 cannot be read: delete it") as error:
+        checkpoint.load(saved, *model_and_optimizer)
+    assert "\n" not in str(error.value)
 
 
-def test_an_export_that_fills_the_disk_is_an_os_error(policy, folder, tmp_path, monkeypatch):
-    """safetensors reports it as an error of its own."""
-    with process_restored():
-        distributed.init_distributed()
-        with full_disk(100_000), pytest.raises(OSError, match="too large|No space"):
-            checkpoint.export(policy.model, folder, tmp_path / "model", torch.float32)
-    assert not (tmp_path / "model").exists()
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_the_export_keeps_the_sources_config(one_rank, policy, folder, tmp_path, key):
+    """But for its dtype. So what reads the source, perhaps an older program, reads the export."""
+    config = json.loads((Path(folder) / "config.json").read_text())
+    config |= {key: config.pop("torch_dtype"), "unheard_of": [1]}
+    source, exported = tmp_path / "source", tmp_path / "model"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps(config))
+    checkpoint.export(policy.model, str(source), exported, torch.bfloat16)
+    assert json.loads((exported / "config.json").read_text()) == config | {key: "bfloat16"}
+    assert AutoModelForImageTextToText.from_pretrained(exported).dtype == torch.bfloat16
 
 
-def test_the_export_gathers_one_tensor_at_a_time(policy, monkeypatch):
+def test_an_export_that_fills_the_disk_is_an_os_error(one_rank, policy, folder, tmp_path):
+    """safetensors reports it as an error of its own. An earlier export stays."""
+    (tmp_path / "model" / "earlier").mkdir(parents=True)
+    with full_disk(100_000), pytest.raises(OSError, match="too large|No space"):
+        checkpoint.export(policy.model, folder, tmp_path / "model", torch.float32)
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["earlier"]
+
+
+def test_the_export_gathers_one_tensor_at_a_time(one_rank, policy, monkeypatch):
     """Host memory holds the converted weights, and never a second fp32 tensor."""
     gathered, original = [], DTensor.full_tensor
 
@@ -179,15 +134,10 @@ def test_the_export_gathers_one_tensor_at_a_time(policy, monkeypatch):
         return tensor
 
     monkeypatch.setattr(DTensor, "full_tensor", full_tensor)
-    expected = policy.model.lm_head.weight.bfloat16()
-    with process_restored():
-        distributed.init_distributed()
-        distributed.shard(policy.model, distributed.make_mesh("cpu"), torch.float32)
-        weights = checkpoint.gather_weights(policy.model, torch.bfloat16)
+    distributed.shard(policy.model, distributed.make_mesh("cpu"), torch.float32)
+    weights = checkpoint.gather_weights(policy.model, torch.bfloat16)
     assert len(gathered) == len(weights) > 50
     assert all(tensor.dtype == torch.bfloat16 for tensor in weights.values())
-    assert "lm_head.weight" not in weights  # tied: stored once
-    assert torch.equal(weights["model.language_model.embed_tokens.weight"], expected)
 
 
 def test_log_lines_survive_a_full_disk_and_a_kill(tmp_path, capsys):
@@ -212,70 +162,79 @@ def test_log_lines_survive_a_full_disk_and_a_kill(tmp_path, capsys):
 
 
 def test_training_continues_when_a_save_fails(run, monkeypatch, capsys):
-    original_save = train.Run.save
+    original_save, left = train.Run.save, []
 
     def save(self):
         with full_disk(50_000) if self.step == 3 else nullcontext():
             original_save(self)
+        left.append(checkpoint_names(self.folder))
 
     monkeypatch.setattr(train.Run, "save", save)
-    out = run("full", "--steps 4 --save_every 1 --eval_every 0 --keep 3")
+    out = run("full", "--steps 4 --save_every 1 --eval_every 0 --keep 1")
     [error] = lines_with(capsys.readouterr().err, "error:")
-    assert error.startswith("error: step 3 is not saved, training goes on: rank 0: ")
-    assert checkpoint_names(out) == ["step_000001", "step_000002", "step_000004"]
+    assert error.startswith("error: step 3 is not saved, training goes on: ")
+    assert left == [["step_000001"], ["step_000002"], ["step_000002"], ["step_000004"]]
     assert [line["step"] for line in metric_lines(out)] == [1, 2, 3, 4]
+
+
+def train_without_a_first_update(patch):
+    """No group is left of step 1, as in dynamic sampling: AdamW has no state when it ends."""
+    original = train.collect
+
+    def collect(run, algo, step):
+        groups, metrics = original(run, algo, step)
+        return groups if step else [], metrics
+
+    patch.setattr(train, "collect", collect)
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(folder, tmp_path_factory):
     """The run that interrupted ones are compared with."""
     out = tmp_path_factory.mktemp("runs") / "uninterrupted"
-    with process_restored():
+    with process_restored(), pytest.MonkeyPatch.context() as patch:
+        train_without_a_first_update(patch)
         train.main(run_flags(folder, out, "--steps 3 --save_every 3"))
     return out
 
 
 @pytest.mark.parametrize(
-    "module, function, call, last_step",
-    [(train, "generate", 2, 1), (train, "grade", 2, 1), (evaluate, "generate", 2, 0)],
-    ids=["sampling", "scoring", "evaluation"],
+    "at, number, saved",
+    [
+        ((train, "generate", 1), signal.SIGTERM, 0),  # after an evaluation is in the log
+        ((train, "generate", 2), signal.SIGTERM, 1),
+        ((train, "grade", 3), signal.SIGINT, 2),
+        ((evaluate, "generate", 3), signal.SIGTERM, 2),
+    ],
 )
-def test_a_signal_loses_nothing(
-    run, uninterrupted, monkeypatch, capsys, module, function, call, last_step
-):
-    """SIGTERM while sampling, scoring or evaluating: saved at once, resumed to the same run."""
+def test_a_signal_loses_nothing(run, uninterrupted, monkeypatch, capsys, at, number, saved):
+    """Saved at once, but for step 0, and resumed to the same metrics and weights."""
+    train_without_a_first_update(monkeypatch)
+    module, function, call = at
     original, calls = getattr(module, function), itertools.count(1)
 
     def signalled(*args, **kwargs):
         if next(calls) == call:
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(number)
         return original(*args, **kwargs)
 
     monkeypatch.setattr(module, function, signalled)
     out = run("stopped", "--steps 3 --save_every 3")
     monkeypatch.setattr(module, function, original)
-    assert checkpoint_names(out) == [f"step_{last_step:06d}"]
-    assert f"stopped after step {last_step}" in capsys.readouterr().out
+    assert checkpoint_names(out) == [f"step_{saved:06d}"] * (saved > 0)
+    assert f"stopped after step {saved}" in capsys.readouterr().out
     assert not (out / "model").exists()
     train.main(["--resume", str(out)])
     check_same_metrics(uninterrupted, out)
     check_same_weights(uninterrupted, out)
 
 
-@pytest.mark.parametrize(
-    "owner, function, phase, flag",
-    [
-        (Policy, "log_probs", "log-probs", "--tokens_per_forward"),
-        (decoding, "prefill", "sampling", "--rollout_batch"),
-        (Policy, "load", "loading", "smaller model"),
-    ],
-)
-def test_out_of_memory_names_the_phase_and_the_flag(run, monkeypatch, owner, function, phase, flag):
+def test_out_of_memory_is_one_line(run, monkeypatch):
     def out_of_memory(*args, **kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20.00 GiB.")
 
-    monkeypatch.setattr(owner, function, out_of_memory)
-    message = f"rank 0: out of memory while {phase}.*{flag}.*20.00 GiB"
+    monkeypatch.setattr(Policy, "log_probs", out_of_memory)
+    message = "^rank 0: out of memory: lower --tokens_per_forward.*Tried to allocate 20.00 GiB.$"
     with pytest.raises(SystemExit, match=message):
         run("oom", "--steps 1 --eval_every 0")
 
@@ -287,11 +246,6 @@ def test_a_finished_run_without_a_checkpoint_is_kept(run, capsys):
         train.main(["--resume", str(out), "--steps", "2"])
     assert "unsaved has a model but no checkpoint: nothing to resume" in capsys.readouterr().err
     assert (out / "metrics.jsonl").read_bytes() == before
-    dist.destroy_process_group()
-    shutil.rmtree(out / "model")  # as if it had been killed
-    train.main(["--resume", str(out), "--steps", "2"])
-    assert "unsaved has no checkpoint: starting at step 0" in capsys.readouterr().out
-    assert [line["step"] for line in metric_lines(out)] == [1, 2]
 
 
 def test_a_folder_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, capsys):
@@ -311,13 +265,10 @@ def test_two_processes_cannot_share_a_run_folder(run, capsys):
     holder = run_module.lock(out)
     with pytest.raises(SystemExit):
         train.main(["--resume", str(out), "--steps", "2"])
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert f"{out} is in use by process {os.getpid()} on " in error
+    assert f"{out} is in use by process {os.getpid()} on " in capsys.readouterr().err
     assert (out / "metrics.jsonl").read_bytes() == before
-    dist.destroy_process_group()
     holder.close()  # as when the process ends
-    train.main(["--resume", str(out), "--steps", "2"])
-    assert [line["step"] for line in metric_lines(out)] == [1, 2]
+    run_module.lock(out).close()
 
 
 # ------------------------------------------------------------------------------------ several ranks
@@ -331,7 +282,7 @@ def test_a_full_disk_on_one_rank_and_resuming_on_other_numbers(run, folder, tmp_
     done = on_ranks(2, *args, script=FAULTY_RANK, FAULT="full_disk")
     assert done.returncode == 0, done.stderr[-3000:]
     [error] = lines_with(done.stderr, "error:")
-    assert error.startswith("error: step 1 is not saved, training goes on: rank 1: ")
+    assert error.startswith("error: step 1 is not saved, training goes on: ")
     assert checkpoint_names(out) == ["step_000002"]
     one_rank = run("one_rank", f"{flags} --steps 4")
     train.main(["--resume", str(out), "--steps", "3"])
@@ -341,12 +292,10 @@ def test_a_full_disk_on_one_rank_and_resuming_on_other_numbers(run, folder, tmp_
 
 
 @pytest.mark.slow
-def test_a_crashed_rank_ends_the_job_at_once(folder, tmp_path):
+def test_a_crashed_rank_ends_the_job_with_its_own_error(folder, tmp_path):
     args = run_flags(folder, tmp_path / "crashed", "--steps 3 --eval_every 0")
     done = on_ranks(2, *args, script=FAULTY_RANK, FAULT="crash")
-    crashed_at = float(re.search(r"crashed at ([\d.]+)", done.stderr)[1])
     assert done.returncode != 0
-    assert time.time() - crashed_at < 25, done.stderr[-3000:]
     error = re.compile(r"^(?:\[rank\d\]:? ?)?(\w*(?:Error|Exception)\b.*)", re.MULTILINE)
     assert error.search(done.stderr)[1] == "ZeroDivisionError: something broke on rank 1"
 
@@ -358,19 +307,18 @@ def test_two_machines_give_the_metrics_of_one(folder, tmp_path):
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     rendezvous = f"--rdzv_backend c10d --rdzv_id papo --rdzv_endpoint localhost:{port}".split()
-    two_machines, one_machine = tmp_path / "two", tmp_path / "one"
-    flags = "--steps 2 --eval_every 0"
+    two, one, flags = tmp_path / "two", tmp_path / "one", "--steps 2 --eval_every 0"
     command = [*TORCHRUN, "--nnodes", "2", "--nproc_per_node", "1", *rendezvous]
-    command += [str(ROOT / "train.py"), *run_flags(folder, two_machines, flags)]
+    command += [str(ROOT / "train.py"), *run_flags(folder, two, flags)]
     agents = [
         subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
         for _ in range(2)
     ]
     errors = [agent.communicate(timeout=300)[1] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], errors
-    done = on_ranks(2, *run_flags(folder, one_machine, flags))
+    done = on_ranks(2, *run_flags(folder, one, flags))
     assert done.returncode == 0, done.stderr[-3000:]
-    check_same_metrics(two_machines, one_machine, rel=1e-3, abs=1e-5)
+    check_same_metrics(two, one, rel=1e-3, abs=1e-5)
 
 
 @pytest.mark.slow

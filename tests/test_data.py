@@ -18,8 +18,7 @@ import pytest
 from huggingface_hub import constants
 from PIL import Image
 
-from support import benchmarks, data
-from support.errors import StepError
+from support import StepError, benchmarks, data
 
 ROOT = Path(__file__).resolve().parent.parent
 RED, BLUE = (250, 0, 0), (0, 0, 250)

@@ -96,7 +96,57 @@ def test_the_allocator_reads_our_setting_or_the_users(given, settings):
     assert done.stdout.strip() == settings, done.stderr
 
 
+@pytest.mark.parametrize(
+    "built_for, driver, available, visible, is_error",
+    [
+        ("13.0", True, False, None, True),
+        ("13.0", True, False, "0", True),
+        ("13.0", True, False, "", False),  # the user wants the CPU
+        ("13.0", True, True, None, False),
+        ("13.0", False, False, None, False),
+        (None, True, False, None, False),
+    ],
+)
+def test_a_gpu_that_torch_cannot_use_is_an_error(
+    monkeypatch, tmp_path, built_for, driver, available, visible, is_error
+):
+    monkeypatch.setattr(torch.version, "cuda", built_for)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    monkeypatch.setattr(distributed, "NVIDIA_DRIVER", tmp_path if driver else tmp_path / "none")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    if is_error:
+        with pytest.raises(ValueError, match="cannot use this machine's GPU"):
+            distributed.init_distributed()
+    else:
+        distributed.check_cuda()
+
+
+def test_sharding_rounds_nothing_more_in_bf16(folder, encoder, groups):
+    """Log-probs are those of a model stored in bf16. FSDP2 would also round what is passed to its
+    units, such as the angles of the vision tower's rotary embedding."""
+    plain, sharded = Policy.load(folder, encoder, torch.bfloat16), Policy.load(folder, encoder)
+    with process_restored(), torch.no_grad():
+        distributed.init_distributed()
+        distributed.shard(sharded.model, distributed.make_mesh("cpu"), torch.bfloat16)
+        assert torch.equal(sharded.log_probs(groups[:1]), plain.log_probs(groups[:1]))
+
+
 # ------------------------------------------------------------------------------------------ loading
+
+
+def test_ranks_wait_for_the_longest_scoring(folder, tmp_path, record_calls):
+    """That of a chunk of an evaluation or that of a round, on top of half an hour."""
+    calls, slow = record_calls(dist, "init_process_group"), {"reward_deadline": 50.0}
+    for flags in ("--reward_deadline 50 --rollout_batch 10", "--reward_budget 5000"):
+        with process_restored():
+            train.build_run(run_flags(folder, tmp_path / "run", flags)).close()
+    flags = {"model": folder, "data": "toy", "eval_rows": 1, "rollout_batch": 10}
+    with process_restored():
+        evaluate.set_up(evaluate.configure(flags | slow))
+    waits = [options["timeout"].total_seconds() - 30 * 60 for _, options in calls]
+    assert waits == [60 + 2 * 50 * 10, 5000, 60 + 2 * 50 * 10]
 
 
 def test_evaluation_loads_one_rank_at_a_time(folder, monkeypatch):

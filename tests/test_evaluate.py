@@ -21,7 +21,7 @@ import evaluate
 from masking import mask_prompt
 from papo import Algo
 from rollout import generate
-from support import attribution, attribution_figures, benchmarks, metrics, pages, toy
+from support import attribution, attribution_figures, benchmarks, data, metrics, pages, toy
 from support.batch import Example, seeded
 from support.predictions import boxed
 from support.qwen_vl import Encoder, Policy
@@ -321,6 +321,20 @@ def test_evaluation(uninterrupted, capsys):
         records = read_jsonl(out / f"{name}.jsonl")
         accuracy = 100 * np.mean([record["accuracy"] for record in records])
         assert its_rule(records, 3) == pytest.approx(accuracy)
+
+
+def test_scoring_is_bounded(policy):
+    """By what every response may take, so that other ranks know how long to wait."""
+    calls = []
+
+    def grader(responses, answers, budget):
+        calls.append((len(responses), budget))
+        return [{"accuracy": 0.0, "format": 0.0} for _ in responses]
+
+    grader.deadline = 5.0
+    rows, sampling = data.load("toy", "general", limit=3), {"max_new_tokens": 2, "rollout_batch": 8}
+    assert len(list(evaluate.predict(policy, rows, grader, 4, **sampling))) == 2
+    assert calls == [(8, 60 + 2 * 5 * 8), (4, 60 + 2 * 5 * 4)]
 
 
 @pytest.mark.parametrize(

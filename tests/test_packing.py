@@ -1,166 +1,150 @@
-"""support/packing.py: the sequences attention kernels are given, and CUDA's kernels on a GPU.
+"""Faster attention and faster modules equal the plain ones. CUDA's own kernels need a GPU.
 
 test_papo.py compares packed rows with padded ones.
 """
 
 import sys
-import types
 from functools import partial
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import random_image
+from test_hub_shapes import qwen3_config
+from test_papo import log_probs_and_gradients
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from support import packing
-from support.batch import Example, seeded
-from support.qwen_vl import Policy
-
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+from support.batch import Example, empty_group, pad_and_cat, seeded
+from support.qwen_vl import Policy, use_faster_forwards
 
 
-def reference_varlen(q, k, v, *lengths, scale, causal):
-    """A varlen kernel written as a loop over sequences, causal at the bottom right."""
+def reference_varlen(q, k, v, *lengths, scale, causal, top_left=False):
+    """A varlen kernel as a loop over sequences. Causal: the last query sees the last key, or with
+    top_left, which would be wrong, the first query the first key."""
     q_ends, k_ends, longest_q, longest_k = lengths
-    assert longest_q == q_ends.diff().max()
-    assert longest_k == k_ends.diff().max()
+    assert (longest_q, longest_k) == (q_ends.diff().max(), k_ends.diff().max())
     q_lengths, k_lengths = q_ends.diff().tolist(), k_ends.diff().tolist()
-    sequences = zip(q.split(q_lengths), k.split(k_lengths), v.split(k_lengths), strict=True)
     outputs = []
-    for sequence in sequences:
-        query, key, value = (x.transpose(0, 1) for x in sequence)  # [heads, length, D]
-        mask = None
-        if causal:
-            n, m = query.shape[1], key.shape[1]
-            mask = torch.ones(n, m, dtype=torch.bool).tril(m - n)
+    for each in zip(q.split(q_lengths), k.split(k_lengths), v.split(k_lengths), strict=True):
+        query, key, value = (x.transpose(0, 1) for x in each)  # [heads, length, D]
+        n, m = query.shape[1], key.shape[1]
+        mask = torch.ones(n, m, dtype=torch.bool)
         out = F.scaled_dot_product_attention(
             query,
             key.repeat_interleave(len(query) // len(key), 0),
             value.repeat_interleave(len(query) // len(value), 0),
-            attn_mask=mask,
+            attn_mask=mask.tril(0 if top_left else m - n) if causal else mask,
             scale=scale,
         )
         outputs.append(out.transpose(0, 1))
     return torch.cat(outputs)
 
 
-def top_left_varlen(q, k, v, *lengths, scale, causal):
-    """A kernel aligned at the top left, as SDPA's is_causal is."""
-    k, v = (x.repeat_interleave(2, 1).transpose(0, 1) for x in (k, v))
-    out = F.scaled_dot_product_attention(q.transpose(0, 1), k, v, is_causal=True, scale=scale)
-    return out.transpose(0, 1)
+def test_sequences_for_a_kernel_equal_masks(policy, groups, monkeypatch):
+    """In both towers: unequal responses, one of a single token, two images, none, an empty row."""
+    assert (pad_and_cat(groups, "response_mask").sum(1) == 1).any()
+    groups.append(empty_group())
+    expected, expected_gradients = log_probs_and_gradients(policy, groups, policy.log_probs)
+    calls = []
 
+    def kernel(*tensors, **options):
+        calls.append(options["causal"])
+        return reference_varlen(*tensors, **options)
 
-def wrong_gradient_varlen(*tensors, **options):
-    """The right output with the wrong sign of the gradient."""
-    out = reference_varlen(*tensors, **options)
-    return 2 * out.detach() - out
-
-
-def test_varlen_sequences_equal_sdpa(policy, groups, monkeypatch):
-    """The sequences that CUDA's kernels are given, in language model and vision tower."""
-    policy.model.set_attn_implementation(packing.ATTENTION)
-
-    def log_probs_and_gradients(kernel):
-        monkeypatch.setattr(packing, "varlen_kernel", lambda device, dtype: kernel)
-        policy.model.zero_grad()
-        log_probs = policy.log_probs(groups)
-        (log_probs * torch.randn(log_probs.shape, generator=seeded("w"))).sum().backward()
-        return log_probs, torch.cat([p.grad.flatten() for p in policy.model.parameters()])
-
-    sdpa, sdpa_gradient = log_probs_and_gradients(None)
-    varlen, varlen_gradient = log_probs_and_gradients(reference_varlen)
-    torch.testing.assert_close(sdpa, varlen, atol=1e-5, rtol=0)
-    assert (sdpa_gradient - varlen_gradient).norm() < 1e-5 * sdpa_gradient.norm()
-
-
-def test_a_kernel_that_disagrees_with_sdpa_is_refused():
-    agrees = partial(packing.agrees_with_sdpa, device="cpu", dtype=torch.float32)
-    assert agrees(reference_varlen)
-    assert not agrees(top_left_varlen)
-    assert not agrees(wrong_gradient_varlen)
-    with torch.no_grad():
-        assert agrees(reference_varlen)
-    assert packing.varlen_kernel("cpu", torch.float32) is None
-    assert packing.varlen_kernel("cuda", torch.float32) is None
-
-
-def test_a_kernel_can_be_checked_inside_a_checkpointed_forward():
-    """Where the first training step asks for it."""
-    leaf = torch.ones(1, requires_grad=True)
-
-    def layer(x):
-        assert packing.agrees_with_sdpa(reference_varlen, "cpu", torch.float32)
-        return x * 2
-
-    torch.utils.checkpoint.checkpoint(layer, leaf, use_reentrant=False).backward()
-    assert leaf.grad == 2
+    monkeypatch.setattr(packing, "varlen_kernel", lambda query: kernel)
+    found, found_gradients = log_probs_and_gradients(policy, groups, policy.log_probs)
+    assert (calls.count(True), calls.count(False)) == (4, 2)  # one per layer of text and vision
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert (found_gradients - expected_gradients).norm() < 1e-5 * expected_gradients.norm()
 
 
 @pytest.mark.parametrize("sizes", [[(84, 84)], [(336, 252), (56, 56), (140, 420)]])
-def test_windows_in_one_call_equal_windows_in_a_loop(folder, encoder, sizes):
-    """Image features equal transformers' own, with windows cut at the edges and several images."""
+def test_image_features_equal_transformers(folder, encoder, policy, record_calls, sizes):
+    """With windows cut at the edges and several images, though attention is called once a layer."""
     images = [random_image(*size, seed=i) for i, size in enumerate(sizes)]
     prompt = encoder.encode(Example("<image>" * len(images), "1", images))
-    features = []
-    for vision in (packing.ATTENTION["vision_config"], "sdpa"):
-        model = Policy.load(folder, encoder).model
-        model.set_attn_implementation({"vision_config": vision})
-        out = model.model.get_image_features(
-            prompt.pixel_values, prompt.image_grid_thw, return_dict=True
-        )
-        features.append(torch.cat(out.pooler_output))
-        assert model.model.visual.config._attn_implementation == vision
-    torch.testing.assert_close(*features, atol=1e-5, rtol=1e-5)
-
-
-def test_equal_windows_share_a_call(policy, encoder, record_calls):
-    policy.model.set_attn_implementation(packing.ATTENTION)
-    calls = record_calls(F, "scaled_dot_product_attention")
-    prompt = encoder.encode(Example("<image>", "1", [random_image(336, 336)]))
-    policy.model.model.get_image_features(
-        prompt.pixel_values, prompt.image_grid_thw, return_dict=True
+    stock = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="sdpa")
+    calls = record_calls(packing, "varlen_kernel")
+    expected, found = (
+        model.model.get_image_features(prompt.pixel_values, prompt.image_grid_thw, return_dict=True)
+        for model in (stock, policy.model)
     )
-    assert len(calls) == 2  # one block with nine equal windows, one with full attention
+    assert len(calls) == len(stock.model.visual.blocks)
+    torch.testing.assert_close(found.pooler_output, expected.pooler_output, atol=1e-5, rtol=1e-5)
 
 
-def test_a_broken_flash_attn_is_not_used(monkeypatch):
-    monkeypatch.setattr(packing, "is_flash_attn_2_available", lambda: True)
-    without_the_function = types.ModuleType("flash_attn")
-    monkeypatch.setitem(sys.modules, "flash_attn", without_the_function)
-    with pytest.warns(UserWarning, match="not usable: cannot import name 'flash_attn_varlen_func'"):
-        assert packing.flash_attention() is None
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
+def test_faster_forwards_equal_transformers(policy, kind):
+    """Qwen3-VL's patch embedding has a bias, and some of its norms have a head's size."""
+    model = policy.model
+    if kind == "qwen3_vl":
+        config = AutoConfig.for_model(**qwen3_config(400, 380))
+        model = AutoModelForImageTextToText.from_config(config)
+        use_faster_forwards(model)
+    replaced = [module for module in model.modules() if "forward" in vars(module)]
+    assert len({type(module) for module in replaced}) == 2
+    for module in replaced:
+        for parameter in module.parameters():
+            torch.nn.init.normal_(parameter)
+        width = module.proj.weight[0].numel() if hasattr(module, "proj") else len(module.weight)
+        x = torch.randn(5, width)
+        expected = type(module).forward(module, x)
+        torch.testing.assert_close(module(x), expected, atol=1e-4, rtol=1e-4)
 
 
-@cuda
+# ----------------------------------------------------------------------------------- CUDA's kernels
+
+
+def test_which_kernel_is_chosen(monkeypatch):
+    """None on a CPU or in fp32; flash-attn where it can be imported, else torch's."""
+    on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)
+    monkeypatch.setattr(packing, "_has_flash_attention", lambda: True)
+    monkeypatch.setattr(packing, "_import_flash_attn", packing._import_flash_attn.__wrapped__)
+    flash_attn = ModuleType("flash_attn")  # imports, but what it should hold is missing
+    monkeypatch.setitem(sys.modules, "flash_attn", flash_attn)
+    assert packing.varlen_kernel(torch.zeros(1, dtype=torch.bfloat16)) is None
+    assert packing.varlen_kernel(SimpleNamespace(is_cuda=True, dtype=torch.float32)) is None
+    assert packing.varlen_kernel(on_gpu) is packing._torch_varlen_attention
+    flash_attn.flash_attn_varlen_func = lambda *args, **options: (args, options)
+    call = packing.varlen_kernel(on_gpu)(1, 2, scale=0.5, causal=True)
+    assert call == ((1, 2), {"softmax_scale": 0.5, "causal": True})
+
+
+def check_kernel(kernel, device="cpu", dtype=torch.float32):
+    """Output and gradients are SDPA's: 3 queries on 7 keys, 2 on 2; 4 heads on 2."""
+    shapes = (5, 4, 64), (9, 2, 64), (9, 2, 64), (5, 4, 64)
+    *inputs, weight = (torch.randn(shape, generator=seeded(0, i)) for i, shape in enumerate(shapes))
+    results = []
+    for each, *where in ((kernel, device, dtype), (reference_varlen, "cpu", torch.float32)):
+        leaves = [x.to(*where).requires_grad_() for x in inputs]
+        ends = [torch.tensor(x, dtype=torch.int32, device=where[0]) for x in ([0, 3, 5], [0, 7, 9])]
+        out = each(*leaves, *ends, 3, 7, scale=0.125, causal=True)
+        gradients = torch.autograd.grad((out * weight.to(out)).sum(), leaves)
+        results.append([x.float().cpu() for x in (out, *gradients)])
+    torch.testing.assert_close(*results, atol=0.05, rtol=0)  # half precision differs by 0.01
+
+
+def test_another_alignment_would_be_noticed():
+    check_kernel(reference_varlen)
+    with pytest.raises(AssertionError, match="not close"):
+        check_kernel(partial(reference_varlen, top_left=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, Ampere or newer")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_varlen_kernel_equals_sdpa_on_cuda(dtype):
-    """The kernel that is chosen, on several sequences with fewer queries than keys."""
-    kernel = packing.varlen_kernel("cuda", dtype)
-    assert kernel, "neither flash-attn nor an aligned torch kernel"
-    random = torch.Generator().manual_seed(0)
-    q_ends, k_ends = torch.tensor([0, 300, 330, 333]), torch.tensor([0, 300, 630, 933])
-    inputs = []
-    for length, heads in ((333, 4), (933, 2), (933, 2)):
-        values = torch.randn(length, heads, 128, generator=random)
-        inputs.append(values.to("cuda", dtype).requires_grad_())
-    ends = [e.to("cuda", torch.int32) for e in (q_ends, k_ends)]
-    out = kernel(*inputs, *ends, 300, 330, scale=0.1, causal=True)
-    exact_inputs = [x.detach().float().cpu().requires_grad_() for x in inputs]
-    exact = reference_varlen(*exact_inputs, q_ends, k_ends, 300, 330, scale=0.1, causal=True)
-    weight = torch.randn(out.shape, generator=random)
-    grads = torch.autograd.grad((out.float().cpu() * weight).sum(), inputs)
-    exact_grads = torch.autograd.grad((exact * weight).sum(), exact_inputs)
-    for a, b in zip((out, *grads), (exact, *exact_grads), strict=True):
-        assert (a.float().cpu() - b).norm() < 0.01 * b.norm()
-
-
-@cuda
-def test_bf16_log_probs_are_near_float32_on_cuda(folder, encoder, groups):
-    """Packed rows in bf16 (a varlen kernel) and in fp32 (SDPA)."""
-    log_probs = []
+@pytest.mark.parametrize("name", ["flash-attn", "torch"])
+def test_kernels_equal_sdpa_on_cuda(folder, encoder, groups, monkeypatch, name, dtype):
+    """On a small case; then packed rows have about the log-probs of fp32, which SDPA computes."""
+    kernel = packing._torch_varlen_attention if name == "torch" else packing._import_flash_attn()
+    if kernel is None:
+        pytest.skip("flash-attn cannot be imported")
+    check_kernel(kernel, "cuda", dtype)
+    monkeypatch.setattr(packing, "_import_flash_attn", lambda: kernel)
     with torch.no_grad():
-        for dtype in (torch.float32, torch.bfloat16):
-            log_probs.append(Policy.load(folder, encoder, dtype, "cuda").log_probs(groups).float())
-    fp32, bf16 = log_probs
-    assert (bf16 - fp32).norm() < 0.02 * fp32.norm()
+        fp32, half = (
+            Policy.load(folder, encoder, each, "cuda").log_probs(groups).float()
+            for each in (torch.float32, dtype)
+        )
+    assert (half - fp32).norm() < 0.02 * fp32.norm()

@@ -2,6 +2,8 @@
 
 import copy
 from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch.nn import functional as F
 
 from losses import Counts, count
 from masking import mask_prompt
-from papo import PRESETS, mini_batches, prepare, preset, row_loss, update
+from papo import PRESETS, mini_batches, prepare, preset, record, row_loss, update
 from rollout import generate
 from support.batch import Example, pad_and_cat, seeded
 from support.packing import pack_rows
@@ -149,6 +151,38 @@ def test_packing_does_not_change_the_update(policy, groups):
         assert (gradient - all_gradients[0]).norm() < 1e-5 * gradient.norm()
 
 
+def test_faster_forwards_equal_the_modules_own(policy):
+    """In value and gradient: the patch embedding and the language model's norms."""
+    replaced = [module for module in policy.model.modules() if "forward" in vars(module)]
+    assert len({type(module) for module in replaced}) == 2
+    for module in replaced:
+        weight = getattr(module, "proj", module).weight
+        width = weight[0].numel() if weight.ndim > 1 else len(weight)
+        x = torch.randn(6, width, generator=seeded("x")).requires_grad_()
+        results = []
+        for forward in (module.forward, partial(type(module).forward, module)):
+            out = forward(x)
+            scale = torch.randn(out.shape, generator=seeded("scale"))
+            gradients = torch.autograd.grad((out * scale).sum(), [x, *module.parameters()])
+            results.append([out, *gradients])
+        torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
+
+
+def test_values_are_copied_to_the_host_after_all_rows(policy, groups):
+    """Each copy waits for the device."""
+    events = []
+
+    def values_of(row):
+        events.append("row")
+        values = pad_and_cat(row, "sample_log_probs")
+        return SimpleNamespace(cpu=lambda: events.append("copy") or values)
+
+    policy.tokens_per_forward = 1
+    shares = policy.per_group(groups, values_of)
+    assert events == ["row"] * 4 + ["copy"] * 4
+    assert all(map(torch.equal, shares, [group.sample_log_probs for group in groups]))
+
+
 def test_rows_stay_within_the_token_limit(groups):
     rows = pack_rows(groups, 70)
     assert [group.prompt.index for row in rows for group in row] == [0, 1, 2, 3]
@@ -238,6 +272,24 @@ def test_prepare_makes_no_unneeded_forward(policy, groups, record_calls):
         calls.clear()
         prepare(policy, None, batches, preset("papo_g_no_kl_ref"), key=(0, 0))
         assert len(calls) == expected
+
+
+def test_the_first_update_needs_no_old_log_probs(policy, groups):
+    """Metrics and weights are the same as with all recorded."""
+    algo, batches = preset("papo_g_no_kl_ref"), mini_batches(groups, 2)
+    prepare(policy, None, batches, algo, key=(0, 0))
+    assert [group.old_log_probs is None for group in groups] == [True, True, False, False]
+    all_recorded = copy.deepcopy(batches)
+    record(policy, all_recorded[0], "old_log_probs", policy.log_probs)
+    results = []
+    for each in (batches, all_recorded):
+        trained = copy.deepcopy(policy)
+        optimizer = torch.optim.SGD(trained.model.parameters(), lr=1.0)
+        metrics = update(trained, optimizer, each, algo)
+        results.append((metrics, torch.cat([p.flatten() for p in trained.model.parameters()])))
+    (metrics, weights), (expected, expected_weights) = results
+    assert metrics == pytest.approx(expected, abs=1e-6)
+    torch.testing.assert_close(weights, expected_weights, atol=1e-6, rtol=0)
 
 
 def test_masked_grad_gives_the_masked_entropy_a_gradient(policy, groups):

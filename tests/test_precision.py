@@ -119,8 +119,7 @@ def main(out, *flags):
     on_cuda = 'self.device.type == "cuda"'
     choice = f"torch.bfloat16 if {on_cuda} else torch.float32"
     Run.__init__.__code__ = edited_code(Run.__init__, choice, "torch.bfloat16")
-    load = Run._load_policy.__wrapped__
-    load.__code__ = edited_code(load, on_cuda, "True")
+    Run._load_policy.__code__ = edited_code(Run._load_policy, on_cuda, "True")
     train.train = partial(observe, train_as_usual=train.train, out=out)
     train.finish = lambda run: None  # no export and no figures
     train.main(flags)

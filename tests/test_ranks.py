@@ -90,9 +90,9 @@ def load_policies(folder, encoder):
 
 def full_content(policy, optimizer):
     """Weights and optimizer state by name, each tensor whole; all ranks call it."""
-    weights, optimizer_state = checkpoint.state_dicts(policy.model, optimizer)
-    content = dict(weights)
-    for name, state in optimizer_state["state"].items():
+    states = checkpoint.state_dicts(policy.model, optimizer)
+    content = dict(states["model"])
+    for name, state in states["optimizer"]["state"].items():
         content |= {f"{name}: {key}": tensor for key, tensor in state.items()}
     whole = {}
     for name, tensor in content.items():
@@ -105,9 +105,6 @@ class Shape:
 
     def __init__(self, folder, encoder, shard_size, out):
         self.mesh = distributed.make_mesh("cpu", shard_size)
-        for group in self.mesh.get_all_groups():  # a slow rank is waited for
-            backend = group._get_backend(torch.device("cpu"))
-            assert backend.options._timeout == distributed.TIMEOUT
         self.source, self.folder = folder, Path(out).with_suffix("") / f"shard_size_{shard_size}"
         self.policy, self.reference = load_policies(folder, encoder)
         for each in (self.policy, self.reference):
@@ -138,9 +135,9 @@ class Shape:
 
     def save(self):
         self.results["content"] = full_content(self.policy, self.optimizer)
-        self.results["checkpoint"] = checkpoint.save(
-            self.folder, self.policy.model, self.optimizer, {"step": 1}, keep=1
-        )
+        state = {"step": 1, "position": 0}
+        checkpoint.save(self.folder, self.policy.model, self.optimizer, state, keep=1)
+        [self.results["checkpoint"]] = checkpoint.complete(self.folder)
 
     def load_and_export(self, checkpoint_dir):
         for parameter, state in self.optimizer.state.items():

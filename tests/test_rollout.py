@@ -1,17 +1,18 @@
-"""Sampling: equal to stock generate when greedy, and independent of batch, order and compaction."""
+"""Sampling: equal to stock generate when greedy, and independent of chunks, order and blocks."""
 
 import itertools
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from transformers import GenerationConfig, TopPLogitsWarper
 
+import rollout
 from rollout import generate
-from support import decoding
+from support import StepError, decoding
 from support.batch import pad_and_cat
-from support.decoding import nucleus, sample_inverse_cdf
-from support.errors import StepError
+from support.decoding import sample, top_p_filter
 from support.qwen_vl import Policy
 
 
@@ -48,39 +49,42 @@ def sample_tokens(policy, prompts, group_size, **options):
 
 
 def test_greedy_equals_stock_generate(varied_policy, prompts):
-    """With left padding, several images or none, a pad id that is an end id, and finished rows."""
+    """With prompts of unequal length, several images or none, a pad id that is an end id, and
+    groups that end early; top-k of 1 is greedy, too."""
     policy = varied_policy
     assert policy.pad_id in policy.eos_ids
     first = [g.tokens[0] for g in generate(policy, prompts, 1, max_new_tokens=24, temperature=0)]
-    early_ends = {int(first[0][3]), int(first[1][9])}
-    policy.eos_ids = sorted({*policy.eos_ids, *early_ends})
-    groups = generate(policy, prompts, 2, max_new_tokens=24, temperature=0, rollout_batch=8)
-    check_equals_stock_greedy(policy, prompts, groups, 24)
+    policy.eos_ids = sorted({*policy.eos_ids, int(first[0][3]), int(first[1][9])})
+    for group_size, options in ((1, {"top_k": 1}), (3, {"temperature": 0})):
+        groups = generate(policy, prompts, group_size, max_new_tokens=24, **options)
+        check_equals_stock_greedy(policy, prompts, groups, 24)
     lengths = set(pad_and_cat(groups, "response_mask").sum(1).tolist())
-    assert len(lengths) > 1
-    assert 24 in lengths
+    assert len(lengths) > 1 and 24 in lengths
 
 
-def test_batch_order_and_blocks_change_nothing(varied_policy, prompts, monkeypatch):
-    """Chunks that split groups, another order, other blocks, a prefill per prompt."""
+def test_chunks_order_and_blocks_change_nothing(varied_policy, prompts, monkeypatch, record_calls):
+    """Nor how many prompts are encoded at a time."""
     policy = varied_policy
-    policy.eos_ids = list(range(0, 400, 8))  # unequal lengths, so rows are often dropped
+    policy.eos_ids = list(range(0, 400, 4))  # unequal lengths, so groups are dropped
     options = {"max_new_tokens": 20, "key": (7, 3), "top_p": 0.95}
-    one_batch = generate(policy, prompts, 4, rollout_batch=64, **options)
-    lengths = torch.cat([group.response_mask.sum(1) for group in one_batch])
+    one_chunk = generate(policy, prompts, 4, **options)
+    lengths = torch.cat([group.response_mask.sum(1) for group in one_chunk])
     assert len(set(lengths.tolist())) > 3
-    split_groups = generate(policy, prompts, 4, rollout_batch=3, **options)
-    reordered = generate(policy, prompts[::-1], 4, rollout_batch=6, **options)[::-1]
-    others = [split_groups, reordered]
-    for block in (1, 7, 20):
+    others = [
+        generate(policy, prompts, 4, rollout_batch=3, **options),  # less than a group
+        generate(policy, prompts[::-1], 4, rollout_batch=8, **options)[::-1],
+    ]
+    calls = record_calls(decoding, "sample")
+    for block in (7, 20, 1):
+        calls.clear()
         monkeypatch.setitem(decoding.BLOCK, "cpu", block)
-        others.append(generate(policy, prompts, 4, rollout_batch=64, **options))
-    monkeypatch.setitem(decoding.CANDIDATES, "cpu", 2)  # never enough: blocks are run again
-    others.append(generate(policy, prompts, 4, rollout_batch=64, **options))
+        others.append(generate(policy, prompts, 4, **options))
+    longest = [int(group.response_mask.sum(1).max()) for group in one_chunk]
+    assert sum(len(scores) for (scores, *_), _ in calls) == 4 * sum(longest)  # groups are dropped
     monkeypatch.setattr(decoding, "PREFILL_TOKENS", 2 * max(map(len, prompts)))
-    others.append(generate(policy, prompts, 4, rollout_batch=64, **options))
+    others.append(generate(policy, prompts, 4, **options))
     for other in others:
-        for a, b in zip(one_batch, other, strict=True):
+        for a, b in zip(one_chunk, other, strict=True):
             assert torch.equal(a.tokens, b.tokens)
             assert torch.equal(a.response_mask, b.response_mask)
             torch.testing.assert_close(a.sample_log_probs, b.sample_log_probs, atol=1e-4, rtol=0)
@@ -88,23 +92,34 @@ def test_batch_order_and_blocks_change_nothing(varied_policy, prompts, monkeypat
 
 @pytest.mark.parametrize("scale", [0.01, 1.0, 4.0], ids=["flat", "usual", "peaked"])
 @pytest.mark.parametrize("top_p", [0.05, 0.9, 0.99])
-def test_the_nucleus_is_that_of_transformers(scale, top_p):
-    """Unless the candidates missed top_p, which is said."""
+def test_top_p_is_that_of_transformers(monkeypatch, scale, top_p):
+    """Unless it takes more than CANDIDATES tokens: then the CANDIDATES likeliest remain."""
     torch.manual_seed(0)
     scores = scale * torch.randn(8, 3000, dtype=torch.float64)
     scores[:, :50] = -torch.inf  # suppressed tokens
     expected = TopPLogitsWarper(top_p)(None, scores)
-    sizes = expected.isfinite().sum(-1)
-    for candidates in (64, 1024, 3000):
-        kept, ids, missed = nucleus(scores, top_p, candidates)
-        assert torch.equal(ids, ids.sort(-1).values)
-        assert torch.equal(missed, sizes > candidates) or candidates < sizes.max()
-        whole = torch.full_like(scores, -torch.inf).scatter(1, ids, kept)
-        assert torch.equal(whole[~missed], expected[~missed])
-        assert (sizes[missed] >= candidates).all()
+    assert torch.equal(top_p_filter(scores, top_p), expected)
+    monkeypatch.setattr(decoding, "CANDIDATES", 64)
+    likeliest = scores.masked_fill(scores < scores.topk(64).values[:, -1:], -torch.inf)
+    fits = expected.isfinite().sum(-1, keepdim=True) <= 64
+    assert torch.equal(top_p_filter(scores, top_p), torch.where(fits, expected, likeliest))
 
 
-def test_the_key_seeds_the_samples(varied_policy, prompts):
+def test_sampling_is_inverse_cdf():
+    def draw(scores, uniforms, top_p=1.0):
+        return sample(scores.expand(len(uniforms), -1), top_p, uniforms[:, None])[:, 0]
+
+    scores = torch.tensor([0.25, 0.5, 0.25]).log()
+    uniforms = torch.tensor([0.0, 0.24, 0.26, 0.74, 0.76, 1 - 2**-24])
+    assert draw(scores, uniforms).tolist() == [0, 0, 1, 1, 2, 2]
+    assert draw(scores, uniforms, top_p=0.5).tolist() == [1] * 6  # others have probability 0
+    scores = torch.randn(30, generator=torch.Generator().manual_seed(0))
+    tokens = draw(scores, torch.rand(20_000, generator=torch.Generator().manual_seed(1)))
+    frequencies = torch.bincount(tokens, minlength=30) / 20_000
+    torch.testing.assert_close(frequencies, scores.softmax(-1), atol=0.012, rtol=0)
+
+
+def test_the_key_and_the_number_seed_a_sample(varied_policy, prompts):
     first, other, again = (
         sample_tokens(varied_policy, prompts, 4, max_new_tokens=12, key=key)
         for key in ((0, 0), (0, 1), (0, 0))
@@ -113,24 +128,32 @@ def test_the_key_seeds_the_samples(varied_policy, prompts):
     assert torch.equal(first, again)
     different = {tuple(row.tolist()) for row in first}
     assert len(different) > len(first) // 2  # a prompt's samples differ, too
+    from_third = [replace(prompt, first_sample=2) for prompt in prompts]
+    last_two = sample_tokens(varied_policy, from_third, 2, max_new_tokens=12)
+    assert torch.equal(last_two, first.view(-1, 4, 12)[:, 2:].flatten(0, 1))
 
 
 def test_a_response_ends_with_its_first_end_token(varied_policy, prompts):
+    """And everything else about it ends there, too."""
     policy = varied_policy
     policy.eos_ids = sorted({*policy.eos_ids, *range(30)})
     groups = generate(policy, prompts, 6, max_new_tokens=10, key=(1, 1))
-    end_ids = torch.tensor(policy.eos_ids)
     n_ended = 0
-    for group in groups:
-        responses = zip(group.tokens, group.response_mask, group.truncated, strict=True)
-        for tokens, mask, truncated in responses:
+    for prompt, group in zip(prompts, groups, strict=True):
+        assert group.prompt is prompt
+        fields = "tokens response_mask sample_log_probs truncated responses".split()
+        for tokens, mask, log_probs, truncated, text in zip(
+            *(getattr(group, name) for name in fields), strict=True
+        ):
             n = int(mask.sum())
             assert mask[:n].all()
             assert (tokens[n:] == policy.pad_id).all()
-            is_end = torch.isin(tokens[:n], end_ids)
+            assert (log_probs[:n] < 0).all() and (log_probs[n:] == 0).all()
+            is_end = torch.isin(tokens[:n], torch.tensor(policy.eos_ids))
             assert not is_end[:-1].any()
             assert bool(is_end[-1]) != bool(truncated)
             assert not truncated or n == 10
+            assert text == policy.encoder.tokenizer.decode(tokens[:n], skip_special_tokens=True)
             n_ended += int(is_end[-1])
     assert 0 < n_ended < 6 * len(prompts)
 
@@ -153,108 +176,55 @@ def test_generation_config_is_ignored_except_for_its_end_tokens(folder, encoder,
     blank.model.generation_config = GenerationConfig()
     tokens = sample_tokens(chat, prompts, 3, max_new_tokens=12)
     assert torch.equal(tokens, sample_tokens(blank, prompts, 3, max_new_tokens=12))
-    at_temperature_1 = sample_tokens(chat, prompts, 3, max_new_tokens=12, temperature=1.0)
-    assert torch.equal(tokens, at_temperature_1)
+    assert torch.equal(tokens, sample_tokens(chat, prompts, 3, max_new_tokens=12, temperature=1.0))
     assert len(chat.eos_ids) == 2
 
 
-def test_sampling_is_inverse_cdf():
-    scores = torch.tensor([0.5, 0.25, 0.25]).log().expand(4, 3).clone()
-    uniforms = torch.tensor([0.0, 0.49, 0.51, 0.99])
-    assert sample_inverse_cdf(scores, uniforms).tolist() == [0, 0, 1, 2]
-    scores[:, [0, 2]] = -torch.inf
-    uniforms = torch.tensor([0.0, 0.5, 0.999999, 1 - 2**-24])
-    assert sample_inverse_cdf(scores, uniforms).tolist() == [1, 1, 1, 1]
-    scores = torch.randn(1, 30, generator=torch.Generator().manual_seed(0)).expand(20_000, -1)
-    uniforms = torch.rand(20_000, generator=torch.Generator().manual_seed(1))
-    tokens = sample_inverse_cdf(scores, uniforms)
-    frequencies = torch.bincount(tokens, minlength=30) / 20_000
-    torch.testing.assert_close(frequencies, scores[0].softmax(-1), atol=0.012, rtol=0)
+def test_out_of_memory_halves_the_chunk(varied_policy, prompts, monkeypatch):
+    """Later calls start with what was found to fit; a prompt alone that does not fit raises."""
+    policy, sizes, limit = varied_policy, [], 2
 
+    def decode(model, input_ids, chunk, **options):
+        sizes.append(len(chunk.prompts))
+        assert len(sizes) < 20, "asks for ever"
+        if len(chunk.prompts) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return decoding.decode(model, input_ids, chunk=chunk, **options)
 
-@pytest.mark.parametrize("omp_num_threads, expected", [("2", 2), (None, 1)])
-def test_a_tiny_model_runs_on_one_thread(folder, encoder, monkeypatch, omp_num_threads, expected):
-    """Unless OMP_NUM_THREADS is set."""
-    before = torch.get_num_threads()
-    if omp_num_threads:
-        monkeypatch.setenv("OMP_NUM_THREADS", omp_num_threads)
-    else:
-        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    try:
-        torch.set_num_threads(2)
-        Policy.load(folder, encoder)
-        assert torch.get_num_threads() == expected
-    finally:
-        torch.set_num_threads(before)
-
-
-def test_no_prompts_give_no_groups(policy):
-    assert generate(policy, [], 4, max_new_tokens=8) == []
-
-
-@pytest.mark.parametrize("group_size", [1, 3])
-def test_group_shapes(policy, prompts, group_size):
-    groups = generate(policy, prompts, group_size, max_new_tokens=5)
-    for prompt, group in zip(prompts, groups, strict=True):
-        assert group.prompt is prompt
-        assert group.tokens.shape == group.response_mask.shape == group.sample_log_probs.shape
-        assert group.tokens.shape[0] == group_size
-        assert len(group.responses) == len(group.truncated) == group_size
+    expected = sample_tokens(policy, prompts, 3, max_new_tokens=8)
+    monkeypatch.setattr(rollout, "decode", decode)
+    for _ in range(2):
+        assert torch.equal(sample_tokens(policy, prompts, 3, max_new_tokens=8), expected)
+    generate(policy, prompts, 6, max_new_tokens=8)  # as many responses at a time
+    assert sizes == [4, 2, 2] + [2, 2] + [1, 1, 1, 1]
+    limit, policy.most_responses = 0, 12
+    with pytest.raises(torch.OutOfMemoryError):
+        generate(policy, prompts, 3, max_new_tokens=8)
+    assert sizes[-3:] == [4, 2, 1]
 
 
 def test_a_log_prob_that_is_not_finite_names_the_prompt(varied_policy, prompts):
     """Of two prompts, the one whose image makes NaN is named; nothing else hides it."""
-    policy, second = varied_policy, replace(prompts[1])
+    second = replace(prompts[1], example=replace(prompts[1].example, id="broken-7"))
     second.pixel_values = torch.full_like(second.pixel_values, torch.nan)
-    second.example = replace(second.example, id="broken-7")
     with pytest.raises(StepError, match="prompt broken-7 are not finite .*how many green dots"):
-        generate(policy, [prompts[0], second], 2, max_new_tokens=4)
+        generate(varied_policy, [prompts[0], second], 2, max_new_tokens=4)
 
 
-def test_chunks_fit_into_the_room_for_keys_and_values(policy, prompts):
-    """A long prompt shares its chunk with fewer responses; every chunk has at least one."""
-    config = policy.model.config.get_text_config()
-    per_token = decoding.cache_bytes_per_token(config, 4)
-    assert per_token == 2 * 4 * 2 * 32 * 4  # keys and values, layers, heads, head size, fp32
-    scores = decoding.SCORE_BYTES * config.vocab_size
-    short, long = sorted(range(4), key=lambda i: len(prompts[i]))[::3]
-    jobs = [(short, 0), (short, 1), (long, 0), (long, 1)]
-
-    # A response is expected to take a quarter of the limit, and takes a block at least.
-    for limit, expected in [(80, 20), (32, 16), (5, 5)]:
-        for count, number, n_prompts in [(2, short, 1), (3, long, 2), (4, long, 2)]:
-            tokens = n_prompts * len(prompts[number]) + count * expected
-            room = tokens * per_token + count * scores
-            assert decoding.count_fitting(policy.model, prompts, jobs, limit, room) == count
-            assert decoding.count_fitting(policy.model, prompts, jobs, limit, room - 1) == count - 1
-    assert decoding.count_fitting(policy.model, prompts, jobs, 80, room=0) == 1
+def test_no_prompts_or_a_stop_give_no_groups(policy, prompts):
+    assert generate(policy, [], 4, max_new_tokens=8) == []
+    for asked in range(3):  # stops before the chunk, before its first block, after it
+        answers = itertools.chain([False] * asked, itertools.repeat(True))
+        assert generate(policy, prompts, 2, max_new_tokens=40, stop=partial(next, answers)) == []
 
 
-def test_responses_that_outgrow_the_room_are_sampled_again(varied_policy, prompts, monkeypatch):
-    """And the cache never takes more than its room, unless for a single response."""
-    options = {"max_new_tokens": 40, "key": (7, 3)}
-    expected = generate(varied_policy, prompts, 4, **options)
-    per_token = decoding.cache_bytes_per_token(varied_policy.model.config.get_text_config(), 4)
-    prompt_room = 4 * max(map(len, prompts)) * per_token
-    grow, rows = decoding.GroupedCache.grow, []
-
-    def checked_grow(cache, steps):
-        grow(cache, steps)
-        keys, _ = cache.generated[0]
-        tensors = [*itertools.chain.from_iterable(cache.prompts + cache.generated)]
-        used = sum(tensor.nbytes for tensor in tensors)
-        assert len(keys) == 1 or used <= decoding.CPU_ROOM
-        rows.append(len(keys))
-
-    monkeypatch.setattr(decoding.GroupedCache, "grow", checked_grow)
-    monkeypatch.setattr(decoding, "SCORE_BYTES", 0)
-    for tokens in (16 * 10, 16 * 16, 16 * 33):  # for some, all in the first block, most
-        monkeypatch.setattr(decoding, "CPU_ROOM", prompt_room + tokens * per_token)
-        rows.clear()
-        groups = generate(varied_policy, prompts, 4, **options)
-        assert sum(rows) > 3 * 16  # more than the three blocks of a single chunk: some were lost
-        for group, other in zip(groups, expected, strict=True):
-            assert torch.equal(group.tokens, other.tokens)
-    monkeypatch.setattr(decoding, "CPU_ROOM", 0)  # one at a time
-    alone = generate(varied_policy, prompts[:1], 2, **options)
-    assert torch.equal(alone[0].tokens, expected[0].tokens[:2])
+def test_a_tiny_model_runs_on_one_thread(folder, encoder, monkeypatch):
+    """Unless OMP_NUM_THREADS is set."""
+    calls = []
+    monkeypatch.setattr(torch, "set_num_threads", calls.append)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    Policy.load(folder, encoder)
+    assert calls == []
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    Policy.load(folder, encoder)
+    assert calls == [1]

@@ -14,6 +14,7 @@ from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock, Mock
 
 import pyarrow
 import pyarrow.parquet
@@ -23,7 +24,6 @@ from conftest import (
     ENVIRONMENT,
     ROOT,
     check_same_metrics,
-    check_same_weights,
     lines_with,
     metric_lines,
     on_ranks,
@@ -33,7 +33,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 import train
-from papo import PRESETS
+from papo import PRESETS, preset
 from rollout import generate
 from support import checkpoint, data, pages, plots, run_folder, toy
 from support import run as run_module
@@ -41,7 +41,6 @@ from support.batch import Group, pad_and_cat
 from support.qwen_vl import Encoder, Policy
 from support.run import Run
 from support.sandbox import Grader
-from support.stats import RolloutStats
 from support.variants import variant_names
 
 
@@ -56,16 +55,8 @@ def test_a_run_writes_its_folder(run, folder, monkeypatch, capsys):
     monkeypatch.setattr(run_module, "SHOW_EVERY", 2)
     out = run("a", "--algo papo_g --kl_ref_coef 0.01 --steps 4 --keep 1")
     text = capsys.readouterr().out
-    for word in (
-        "before",
-        "after",
-        "image:",
-        "metrics.jsonl",
-        "curves.png",
-        "samples.html",
-        "model",
-    ):
-        assert word in text
+    words = "before after image: metrics.jsonl curves.png samples.html model"
+    assert all(word in text for word in words.split())
     assert len(re.findall(r"^step [24]: <image>", text, re.M)) == 2
     assert len(re.findall(r"^  reward \d\.\d\d: ", text, re.M)) == 4
     config = json.loads((out / "config.json").read_text())
@@ -77,6 +68,8 @@ def test_a_run_writes_its_folder(run, folder, monkeypatch, capsys):
         assert line["groups_kept"] == 5
         assert 0 < line["mask_ratio"] < 1
         assert line["skipped_updates"] == 0
+        assert line["sampler_gap"] < 1e-5 and line["sampler_gap_max"] < 1e-4
+    assert steps[0]["sampler_gap"] > 0
     evaluated = [line["step"] for line in metric_lines(out) if "eval/general" in line]
     assert evaluated == [0, 2, 4]
     assert (out / "curves.png").stat().st_size > 1000
@@ -138,27 +131,12 @@ def check_is_plain_model_folder(model_folder, source):
 
 
 def check_glossary(run_folder):
-    """The README's glossary lists exactly the metrics of a run."""
+    """The README's glossary lists exactly the metrics of a run, and one that only CUDA has."""
     glossary = (ROOT / "README.md").read_text().split("## Metrics")[1].split("\n## ")[0]
     listed = set(re.findall(r"^\| `([^`]+)`", glossary, re.MULTILINE))
     logged = {key for line in metric_lines(run_folder) for key in line}
-    assert {re.sub("eval/.*", "eval/SPLIT", key) for key in logged} == listed
-
-
-@pytest.mark.slow
-def test_a_resumed_run_equals_an_uninterrupted_one(run, capsys):
-    """Exactly, in metrics and weights, with AdamW's state offloaded in the second half.
-
-    test_variants.py does so faster, with a method that uses every step of a variant.
-    """
-    uninterrupted = run("uninterrupted", "--steps 4")
-    resumed = run("resumed", "--steps 2")
-    train.main(["--resume", str(resumed), "--steps", "4", "--offload_optimizer"])
-    check_same_metrics(uninterrupted, resumed)
-    check_same_weights(uninterrupted, resumed)
-    with pytest.raises(SystemExit):
-        train.main(["--resume", str(resumed), "--steps", "6", "--lr", "0.5"])
-    assert "--lr 0.5 contradicts the run's 0.001" in capsys.readouterr().err
+    logged = {re.sub("eval/.*", "eval/SPLIT", key) for key in logged}
+    assert logged | {"peak_memory"} == listed
 
 
 @pytest.fixture()
@@ -214,10 +192,7 @@ def test_sigterm_leaves_a_checkpoint_and_exits_cleanly(folder, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
     )
-    deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
-        if (out / "metrics.jsonl").exists():
-            break
+    while process.poll() is None and not (out / "metrics.jsonl").exists():
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=120)
@@ -250,12 +225,34 @@ def test_a_steps_images_are_gone_when_the_next_one_samples(run, monkeypatch):
     assert len(alive) > 3
 
 
-def test_the_memory_estimate_counts_the_responses_of_one_rank(run, monkeypatch):
-    configs = []
-    monkeypatch.setattr(run_module, "resource_report", lambda *args, **_: configs.append(args[2]))
-    run("few", "--steps 1 --eval_every 0 --prompts_per_step 3 --group_size 3 --rollout_batch 1024")
-    run("many", "--steps 1 --eval_every 0 --prompts_per_step 3 --group_size 3 --rollout_batch 4")
-    assert [config.rollout_batch for config in configs] == [9, 4]
+@pytest.mark.parametrize("device, fused", [("cpu", False), ("cuda", True)])
+def test_adamw_is_fused_exactly_on_cuda(monkeypatch, device, fused):
+    """Else it makes a copy of all parameters in every step."""
+    for name in ("make_mesh", "Grader"):
+        monkeypatch.setattr(run_module, name, Mock())
+    monkeypatch.setattr(Run, "_load_data", lambda _, encoder: ([0], {}))
+    monkeypatch.setattr(Run, "_load_policy", lambda _, encoder, dtype: MagicMock())
+    monkeypatch.setattr(torch.optim, "AdamW", Mock())
+    Run(train.Config(), preset("grpo_no_kl_ref"), None, (0, 1, torch.device(device)))
+    assert torch.optim.AdamW.call_args.kwargs["fused"] is fused
+
+
+def test_a_sampler_that_disagrees_with_training_is_named_once(run, monkeypatch, capsys):
+    """The metric is the same in the first mini-batch, which records no old log-probs."""
+    original = train.generate
+
+    def generate_shifted(*args, **kwargs):
+        groups = original(*args, **kwargs)
+        for group in groups:
+            group.sample_log_probs += 0.5 * group.response_mask
+        return groups
+
+    monkeypatch.setattr(train, "generate", generate_shifted)
+    for line in training_lines(run("shifted", "--steps 2 --eval_every 0")):
+        assert line["sampler_gap"] == pytest.approx(0.5, abs=1e-4)
+        assert line["sampler_gap_max"] == pytest.approx(0.5, abs=1e-4)
+    [warning] = lines_with(capsys.readouterr().err, "warning:")
+    assert "step 1: log-probs when sampled and in training differ by 0.5 per token" in warning
 
 
 # ----------------------------------------------------------------------------------------- rollouts
@@ -288,13 +285,9 @@ def test_steps_without_groups_are_skipped_with_one_warning(run, monkeypatch, cap
     monkeypatch.setattr(Grader, "__call__", lambda self, responses, answers: zero_scores(responses))
     steps = training_lines(run("none", "--algo papo_d --steps 2 --eval_every 0"))
     [warning] = lines_with(capsys.readouterr().err, "warning:")
-    assert "no group to train on after 3 rounds" in warning
-    assert "mean reward 0.000" in warning
-    assert len(steps) == 2
-    for step in steps:
-        assert step["groups_kept"] == 0
-        assert step["rounds"] == 3
-        assert "pg_loss" not in step
+    assert "no group to train on after 3 rounds (mean reward 0.000)" in warning
+    assert [(step["groups_kept"], step["rounds"]) for step in steps] == [(0, 3)] * 2
+    assert not any("pg_loss" in step for step in steps)
 
 
 @pytest.mark.parametrize("dynamic_sampling", [False, True])
@@ -310,21 +303,16 @@ def test_groups_that_cannot_be_compared_have_no_advantage(prompts, dynamic_sampl
         Group(prompt, tokens, mask, ~mask[:, 0], torch.zeros(3, 2), ["x"] * 3)
         for prompt in prompts[:3]
     ]
-
-    def grader(responses, answers):
-        return scores
-
-    grader.timeouts = grader.errors = grader.unscored = 0
-    run = SimpleNamespace(
-        grader=grader,
-        config=SimpleNamespace(group_size=3),
-        algo=SimpleNamespace(dynamic_sampling=dynamic_sampling),
-        raise_if_stopped=lambda: None,
-    )
-    stats = RolloutStats()
-    kept = train.grade(run, run.algo, groups, stats)
-    assert stats.zero_advantage_groups == 2
-    assert stats.responses == 9
+    grader = Mock(return_value=scores, timeouts=1, errors=2, unscored=3)
+    run = SimpleNamespace(grader=grader, raise_if_stopped=Mock())
+    algo, sums = SimpleNamespace(dynamic_sampling=dynamic_sampling), Counter()
+    kept = train.grade(run, algo, groups, sums)
+    metrics = train.means_over_ranks(sums)
+    assert metrics["zero_advantage_groups"] == 2
+    assert metrics["accuracy"] == pytest.approx(2 / 9)
+    assert metrics["response_length"] == 2
+    counts = [metrics[f"reward_{name}"] for name in ("timeouts", "errors", "unscored")]
+    assert counts == [1, 2, 3]
     equal, incomplete, comparable = groups
     assert equal.advantages.abs().max() < 1e-6
     assert incomplete.advantages.eq(0).all()
@@ -379,14 +367,10 @@ def test_a_reward_that_never_works_ends_the_run(run, tmp_path, capsys, body, mes
     "flags, message",
     [
         ("--algo ppo", "'ppo': choose one of grpo, dapo, papo_g"),
-        ("--mask_ratio 1.5", "mask_ratio=1.5"),
         ("--mask_strategy blur", "random, semantic, noise"),
         ("--grup_size 4", "unknown flag --grup_size: did you mean --group_size"),
-        ("--lr fast", "--lr: invalid float value: 'fast'"),
         ("--temperature 0", "temperature=0.0: must be above 0"),
-        ("--mini_batch 0", "mini_batch=0: must be at least 1"),
         ("--model /no/such/folder", "/no/such/folder"),
-        ("--data /no/such/file.parquet", "/no/such/file.parquet"),
         ("--reward nothing", "reward 'nothing'"),
         ("--resume /no/such/run", "no config.json there"),
     ],
@@ -545,11 +529,9 @@ def test_hostile_responses_cost_no_more_than_the_deadlines(run, monkeypatch):
         return groups
 
     monkeypatch.setattr(train, "generate", attack)
-    start = time.time()
     [step] = metric_lines(run("hostile", "--steps 1 --eval_every 0 --save_every 0"))
     assert step["accuracy"] == 0
     assert step["reward_timeouts"] >= 3
     assert step["skipped_updates"] == 0
     assert step["seconds_rollout"] < 60 + 30  # the budget, and a slow machine's start-up
-    assert time.time() - start < 300
     assert child_processes() == before

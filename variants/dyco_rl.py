@@ -35,7 +35,7 @@ from papo import Algo, flag
 from support.batch import Group
 from support.cli import check_range
 from support.distributed import concat_over_ranks, reshard_root
-from support.packing import GroupSpan, pack_rows
+from support.packing import owners, pack_rows
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,14 @@ def attention_alignments(policy, groups: list[Group], margin: float) -> list[Ten
     found = []
     rows = pack_rows(groups, policy.tokens_per_forward)
     for row in rows:
+        lengths = [group.n_tokens for group in row]
 
-        def probe(layer, query, key, scaling, layout, row=row):
+        def probe(layer, query, key, scaling, row=row, lengths=lengths):
             if layer == last_layer:
-                for group, span in zip(row, layout.spans, strict=True):
-                    found.append(group_alignments(group, span, query[0], key[0], scaling, margin))
+                for group, *q_and_k in zip(
+                    row, query[0].split(lengths, 1), key[0].split(lengths, 1), strict=True
+                ):
+                    found.append(group_alignments(group, *q_and_k, scaling, margin))
 
         policy.probe_attention(row, probe)
     if rows:
@@ -92,31 +95,31 @@ def attention_alignments(policy, groups: list[Group], margin: float) -> list[Ten
 
 
 def group_alignments(
-    group: Group, span: GroupSpan, query: Tensor, key: Tensor, scaling: float, margin: float
+    group: Group, query: Tensor, key: Tensor, scaling: float, margin: float
 ) -> Tensor:
-    """sigmoid(mean s) of a group's responses, [G]. query[H, S, D], key[H_kv, S, D]: the row's."""
+    """sigmoid(mean s) of a group's responses, [G]. query[H, S, D], key[H_kv, S, D]: the group's."""
     image_tokens = group.prompt.is_image_token.nonzero()
     if len(image_tokens) == 0:
         return query.new_full((len(group.tokens),), 0.5)
     first, last = int(image_tokens[0]), int(image_tokens[-1])
+    owner = owners(group).to(query.device)
     alignments = []
-    for index, length in zip(span.index, group.response_mask.sum(1).tolist(), strict=True):
-        fed = index[: max(length - 1, 0)]
-        attention, visible = response_attention(query, key, scaling, span, fed)
+    for number in range(1, len(group.tokens) + 1):
+        attention, visible = response_attention(query, key, scaling, owner, number)
         alignments.append(response_alignment(attention, visible, first, last, margin))
     return torch.stack(alignments)
 
 
-def response_attention(query, key, scaling, span: GroupSpan, fed: Tensor) -> tuple[Tensor, Tensor]:
+def response_attention(query, key, scaling, owner: Tensor, number: int) -> tuple[Tensor, Tensor]:
     """a[n, P + n - 1] of a response's n tokens, and the positions that each may attend to.
 
-    fed[n - 1]: row positions of its tokens but the last. a_0 is the prompt's last position's.
+    owner[S], number: see packing.owners. a_0 is the prompt's last position's.
     """
-    prompt = torch.arange(span.start, span.start + span.length, device=fed.device)
+    [prompt], [fed] = ((owner == whose).nonzero(as_tuple=True) for whose in (0, number))
     q = query[:, torch.cat([prompt[-1:], fed])]  # [H, n, D]
     k = key[:, torch.cat([prompt, fed])].repeat_interleave(len(query) // len(key), 0)
     scores = q.float() @ k.float().transpose(1, 2) * scaling  # bf16 scores would blur small shifts
-    visible = torch.ones_like(scores[0], dtype=torch.bool).tril(span.length - 1)
+    visible = torch.ones_like(scores[0], dtype=torch.bool).tril(len(prompt) - 1)
     return scores.masked_fill(~visible, -torch.inf).softmax(-1).mean(0), visible
 
 

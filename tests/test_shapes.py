@@ -1,0 +1,104 @@
+"""The published models by their shapes alone: the activations that docs/gpu.md's table states."""
+
+import re
+from pathlib import Path
+from types import MethodType, SimpleNamespace
+
+import pytest
+import torch
+from shape_only import ShapeOnly, VarlenAttention
+from transformers import AutoModelForImageTextToText
+
+from experiments.bench import random_group
+from support import decoding, packing, toy
+from support.batch import Example, Prompt
+from support.qwen_vl import use_faster_forwards
+
+GIB = 2**30
+PAGE = Path(__file__).parent.parent / "docs" / "gpu.md"
+
+
+def image_prompt(tokens):
+    """A prompt of 1,300 tokens or of 4,096, nearly all of them of one image."""
+    grid = {1300: (1, 64, 80), 4096: (1, 160, 100)}[tokens]
+    patches = grid[1] * grid[2]
+    return Prompt(
+        example=Example("", "", []),
+        input_ids=torch.zeros(tokens, dtype=torch.long),
+        position_ids=torch.arange(tokens).expand(3, -1),
+        is_image_token=torch.arange(tokens) < patches // 4,
+        pixel_values=torch.zeros(patches, 1176, dtype=torch.bfloat16),
+        image_grid_thw=torch.tensor([grid]),
+    )
+
+
+@pytest.fixture(params=["3b", pytest.param("7b", marks=pytest.mark.slow)])
+def by_shape(request, monkeypatch):
+    """A published model in bf16 on the meta device, with the attention of a GPU."""
+    monkeypatch.setattr(
+        packing,
+        "varlen_kernel",
+        lambda query: lambda q, k, v, *lengths, scale, causal: VarlenAttention.apply(q, k, v),
+    )
+    with torch.device("meta"):
+        config = toy.random_config(f"qwen2.5-vl-{request.param}")
+        model = AutoModelForImageTextToText.from_config(config)
+    model = model.to(torch.bfloat16).eval()
+    model.set_attn_implementation(packing.ATTENTION)
+    use_faster_forwards(model)
+    model.row_hidden_states = MethodType(packing.row_hidden_states, model)
+    return request.param, model
+
+
+def stated(size, what):
+    """The GiB that the table states."""
+    [line] = [line for line in PAGE.read_text().splitlines() if line.startswith(f"| {what} |")]
+    return float(re.findall(r"\d+\.\d+", line)[("3b", "7b").index(size)])
+
+
+def test_sampling(by_shape, monkeypatch):
+    """Prefill of 16 prompts x 5 responses, then the steps at 450 tokens per response."""
+    size, model = by_shape
+    encoder = SimpleNamespace(images=SimpleNamespace(merge_size=2), black_patch=torch.zeros(1176))
+    prompts = [image_prompt(1300) for _ in range(16)]
+    chunk = decoding.Chunk(
+        encoder,
+        prompts,
+        uniforms=torch.rand(16, 5, 450),
+        temperature=1.0,
+        top_p=0.99,
+        eos_ids=torch.tensor([5]),
+        stop=lambda: False,
+    )
+    text = model.config.get_text_config()
+    shared = text.num_attention_heads // text.num_key_value_heads
+    cache = decoding.GroupCache(prompts, 5, shared, "cpu")
+    weights = [*model.parameters(), *model.buffers()]
+    with torch.no_grad(), ShapeOnly(ignored=weights) as shapes:
+        decoding.prefill(model, chunk, cache)
+    assert shapes.peak / GIB == pytest.approx(stated(size, "prefill, 16 prompts"), rel=0.02)
+    monkeypatch.setattr(decoding, "repeat", lambda step, times, device: (step(), step()))
+    monkeypatch.setitem(decoding.BLOCK, "cpu", 450)
+    tokens = torch.zeros(16, 5, dtype=torch.long)
+    loop = decoding.DecodingLoop(model, cache, chunk, tokens, lambda ids, scores: scores, True)
+    stored = [tensor for layer in cache.layers for tensor in layer]
+    with torch.no_grad(), ShapeOnly(ignored=weights, counted=stored) as shapes:
+        loop.run()
+    what = "decoding, 16 prompts x 5 responses"
+    assert shapes.peak / GIB == pytest.approx(stated(size, what), rel=0.02)
+
+
+def test_an_update(by_shape):
+    """The backward of one row, with checkpointing, gradients of weights left out."""
+    size, model = by_shape
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for parameter in model.parameters():  # FSDP takes each gradient away at once
+        parameter.register_post_accumulate_grad_hook(lambda each: setattr(each, "grad", None))
+    groups = [random_group(image_prompt(1300), torch.full((5,), 450)) for _ in range(4)]
+    row = packing.build_row(groups, "", torch.zeros(1176), 2, "cpu")
+    row = row._replace(pixel_values=row.pixel_values.to("meta"))
+    with ShapeOnly(ignored=[*model.parameters(), *model.buffers()]) as shapes:
+        packing.row_log_probs(model, row, 1.0).sum().backward()
+    what = "one row of an update, 4 prompts x 5 responses"
+    assert shapes.peak / GIB == pytest.approx(stated(size, what), rel=0.02)
