@@ -2,33 +2,40 @@ r"""Every equation of PAPO (arXiv 2507.06448) as a pure function of tensors.
 
     minimise   L  =  L_pg  +  beta KL_ref  -  gamma KL_prcp  +  eta1 H  +  eta2 H_mask
 
-Shapes: B = responses, T = response positions, right-padded; N = prompts, G = responses per prompt.
-`mask[B, T]` is True on a response's tokens, up to and including its first end token. Padding is
-never read: whatever stands there, even NaN, changes no loss, no metric and no gradient.
+    beta = kl_ref_coef, gamma = kl_prcp_coef, eta1 = entropy_coef, eta2 = masked_entropy_coef
+
+Shapes: B responses, T response positions, padded on the right. Tensors are [B, T] unless said
+otherwise. `response_mask` is True on a response's tokens, up to and including its first end token.
+Padding is never read: whatever stands there, even NaN, changes no loss, no metric and no gradient.
+
+What the terms do to the policy, where d = log pi_other - log pi at a sampled token:
+
+    k3 = exp(d) - d - 1                    gradient of k3 = (1 - exp(d)) grad log pi
+    H  = - mean log pi                     gradient of H  = - mean grad log pi
+
+1. k3 is an unbiased estimate of KL(pi || pi_other) if samples come from pi and nothing is clamped.
+2. Its gradient is in expectation that of KL(pi_other || pi), not that of KL(pi || pi_other): for
+   samples from pi, grad log pi has mean 0, and exp(d) grad log pi the mean of grad log pi under
+   pi_other.
+3. By that gradient, maximising KL_prcp makes a token likelier where the masked view finds it less
+   likely (d < 0).
+4. The gradient of H has expectation 0 for samples from pi, so what it does comes from single
+   samples, top-p and later mini-batches. The paper adds both entropies against collapse, in which
+   they grow.
+5. H_mask estimates the cross-entropy of pi and pi_mask, which is H + KL(pi || pi_mask).
 
 Where the paper, the released code and this file differ:
 1. KL_prcp: the paper prints r - log r - 1 with r = pi / pi_mask, the released code has
-   r = pi_mask / pi. Samples come from pi, so the code's form is the unbiased k3 estimate of
-   KL(pi || pi_mask) and the paper's is not. Default: the code's form;
-   `Algo.kl_prcp_estimator = "paper"` selects the printed one.
+   r = pi_mask / pi. Samples come from pi, so the code's form is the unbiased k3 estimate and the
+   paper's is not. Default: the code's form; `kl_prcp_estimator="paper"` selects the printed one.
 2. H and H_mask are minus the mean log-prob of the sampled tokens, not sums over the vocabulary (as
-   released), and are always averaged over tokens. H_mask estimates the cross-entropy of pi and
-   pi_mask, which is H + KL(pi || pi_mask).
+   released), and are always averaged over tokens.
 3. The masked log-probs normally carry no gradient (as released). So H_mask changes the value of the
-   loss but not its gradient. With `--masked_grad` it changes the gradient too, and that of KL_prcp
-   reaches both views.
+   loss but not its gradient. With `--masked_grad` H_mask has a gradient, and that of KL_prcp flows
+   through both views.
 4. The release averages within each micro-batch, then over micro-batches. Here every mean divides by
-   a count over the whole mini-batch on all ranks (`denominator`). So the losses of any split add up
-   to the loss of the whole, and every token has the same weight.
-
-Value and gradient differ. "Unbiased" is about values, for samples from pi itself and before the
-clamps; training samples with top-p, and later mini-batches are off-policy. The gradient of k3 is
-(1 - pi_mask / pi) grad log pi: maximising it makes a token likelier where the masked view finds it
-less likely, in expectation as KL(pi_mask || pi) would. The gradient of H is -grad log pi at the
-sampled tokens, whose expectation on-policy is 0.
-
-Symbols and fields of papo.Algo: beta = kl_ref_coef, gamma = kl_prcp_coef, eta1 = entropy_coef,
-eta2 = masked_entropy_coef.
+   a count over the whole mini-batch on all ranks. So the losses of any split add up to the loss of
+   the whole, and every token has the same weight.
 """
 
 from __future__ import annotations
@@ -47,81 +54,84 @@ LOG_RATIO_CLAMP = 20.0  # keeps exp() of a log-ratio finite in fp32 (as released
 
 
 class Counts(NamedTuple):
-    """Denominators of averages. The counts of a batch's parts add up to the batch's."""
+    """Denominators of the means. The counts of a batch's parts add up to the batch's."""
 
     tokens: float  # response tokens
-    sequences: float  # responses
+    responses: float
     image_tokens: float  # response tokens whose prompt has an image
 
 
-def count(mask: Tensor, has_image: Tensor | None = None) -> Counts:
-    """Counts of mask[B, T]. has_image[B]: whether a response's prompt has an image (None: all)."""
-    lengths = mask.bool().sum(-1)
+def count(response_mask: Tensor, has_image: Tensor | None = None) -> Counts:
+    """Counts of response_mask. has_image[B]: whether a response's prompt has one (None: all)."""
+    lengths = response_mask.bool().sum(-1)
     with_image = lengths if has_image is None else lengths * has_image
-    return Counts(float(lengths.sum()), float(len(mask)), float(with_image.sum()))
+    return Counts(float(lengths.sum()), float(len(lengths)), float(with_image.sum()))
 
 
-def masked_mean(
-    values: Tensor, mask: Tensor, denominator: float | None = None, average: str = "token"
+def response_mean(
+    values: Tensor, response_mask: Tensor, counts: Counts | None = None, average: str = "token"
 ) -> Tensor:
-    """Scalar mean of values[B, T] where mask[B, T] is True; 0, not NaN, if it is False everywhere.
+    """Scalar mean of values where response_mask is True; 0, not NaN, if it is False everywhere.
 
     average "token": over all tokens (the released configs). "seq": within each response, then over
-    responses (the paper's Eq. 2). `denominator` replaces the batch's own number of tokens or
-    responses.
+    responses (the paper's Eq. 2). counts: what to divide by; None: the batch's own.
     """
-    mask = mask.bool()
-    values = values.masked_fill(~mask, 0.0)  # not values * mask: padding may hold inf or NaN
+    response_mask = response_mask.bool()
+    counts = counts or count(response_mask)
+    values = _zero_padding(values, response_mask)
     if average == "token":
-        total, number = values.sum(), mask.sum()
-    elif average == "seq":
-        per_response = values.sum(-1) / mask.sum(-1).clamp(min=1)
-        total, number = per_response.sum(), len(mask)
-    else:
-        raise ValueError(f"average={average!r}: choose 'token' or 'seq'")
-    divisor = float(number if denominator is None else denominator)
-    return total / max(divisor, 1.0)
+        return values.sum() / max(counts.tokens, 1.0)
+    if average == "seq":
+        per_response = values.sum(-1) / response_mask.sum(-1).clamp(min=1)
+        return per_response.sum() / max(counts.responses, 1.0)
+    raise ValueError(f"average={average!r}: choose 'token' or 'seq'")
+
+
+def _zero_padding(values: Tensor, response_mask: Tensor) -> Tensor:
+    """0 at padding, before any arithmetic: NaN * 0 is NaN, in the gradient too."""
+    return values.masked_fill(~response_mask.bool(), 0.0)
 
 
 # --------------------------------------------------------------------------------------- advantages
 
 
-def group_advantages(rewards: Tensor, group_size: int, eps: float = 1e-6) -> Tensor:
-    """A_i = (R_i - mean R) / (std R + eps) within each group.
+def group_advantages(rewards: Tensor, index: Tensor, eps: float = 1e-6) -> Tensor:
+    """A_i = (R_i - mean R) / (std R + eps) within each group; rewards[B] -> advantages[B].
 
-    rewards[N * G], groups adjacent -> advantages[N * G]. std is unbiased (as released). A group of
-    one has nothing to be compared with and gets 0. Computed in float64: in float32 six rewards of
-    0.9 can have a std of 7e-8 instead of 0, which eps = 1e-6 turns into advantages of 0.06.
+    index[B]: integers; responses with equal ones, those to the same prompt, form a group. std is
+    unbiased (as released). A response without another to be compared with gets 0.
     """
-    if rewards.dim() != 1 or group_size < 1 or len(rewards) % group_size:
-        shape = tuple(rewards.shape)
-        raise ValueError(f"rewards of shape {shape} do not divide into groups of {group_size}")
-    if group_size == 1:
-        return torch.zeros_like(rewards)
-    groups = rewards.double().view(-1, group_size)  # [N, G]
-    centred = groups - groups.mean(1, keepdim=True)
-    advantages = centred / (groups.std(1, keepdim=True) + eps)
-    return advantages.view(-1).to(rewards.dtype)
+    if rewards.dim() != 1 or rewards.shape != index.shape:
+        shapes = f"{tuple(rewards.shape)} and {tuple(index.shape)}"
+        raise ValueError(f"rewards and index of shapes {shapes}: both must be [B]")
+    advantages = torch.zeros_like(rewards)
+    for prompt in index.unique():
+        group = index == prompt
+        # float64: in float32 six rewards of 0.9 can have a std of 7e-8 instead of 0, which
+        # eps = 1e-6 turns into advantages of 0.06.
+        own = rewards[group].double()
+        if len(own) > 1:
+            advantages[group] = ((own - own.mean()) / (own.std() + eps)).to(rewards.dtype)
+    return advantages
 
 
 # -------------------------------------------------------------------------------------------- terms
 
 
 def kl_k3(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
-    """Schulman's k3 at each sampled token: exp(d) - d - 1 with d = log pi_ref - log pi; [B, T].
+    """Schulman's k3 at each sampled token: exp(d) - d - 1 with d = log pi_ref - log pi.
 
-    Never negative; unclamped, its expectation under pi is KL(pi || pi_ref). Clamped as released:
-    where the value reaches 10, the gradient is 0.
+    Never negative. Clamped as released: where the value reaches 10, the gradient is 0.
     """
     d = (ref_log_probs - log_probs).clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
-    return (d.exp() - d - 1).clamp(-KL_CLAMP, KL_CLAMP)
+    return (d.exp() - d - 1).clamp(max=KL_CLAMP)
 
 
 def policy_loss(  # noqa: PLR0913  (one argument per symbol of the equation)
     log_probs: Tensor,
     old_log_probs: Tensor,
     advantages: Tensor,
-    mask: Tensor,
+    response_mask: Tensor,
     clip_low: float,
     clip_high: float,
     clip_dual: float = 3.0,
@@ -135,20 +145,18 @@ def policy_loss(  # noqa: PLR0913  (one argument per symbol of the equation)
         l = max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high))
         l = min(l, -A clip_dual)    where A < 0
 
-    All tensors are [B, T], except advantages, which are [B], or [B, T] where a variant weights
-    tokens. `denominator`: as in papo_loss. Metrics: pg_loss; ppo_kl (mean log pi_old - log pi);
-    clip_frac (share of tokens where the clipped term is the larger); clip_frac_dual (share of
-    tokens where the dual clip decides).
+    advantages: [B], or [B, T] where a variant weights tokens. denominator: as in papo_loss.
+    Metrics: pg_loss; ppo_kl, the mean of log pi_old - log pi; clip_frac, the share of tokens whose
+    clipped term is the larger; clip_frac_dual, the share where the dual clip decides.
     """
-    counts = count(mask) if denominator is None else denominator
-    log_probs = _zero_padding(log_probs, mask)
-    old_log_probs = _zero_padding(old_log_probs, mask)
+    log_probs = _zero_padding(log_probs, response_mask)
+    old_log_probs = _zero_padding(old_log_probs, response_mask)
     advantages = advantages.to(log_probs.dtype)
     if advantages.dim() == 1:
         advantages = advantages.unsqueeze(-1)  # [B, 1]: the same for every token of a response
 
     log_ratio = (log_probs - old_log_probs).clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
-    ratio = log_ratio.exp()  # [B, T]
+    ratio = log_ratio.exp()
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
     ppo = torch.maximum(unclipped, clipped)
@@ -156,15 +164,24 @@ def policy_loss(  # noqa: PLR0913  (one argument per symbol of the equation)
     dual = (advantages < 0) & (ppo > bound)
     per_token = torch.where(dual, bound, ppo)
 
-    token_mean = partial(masked_mean, mask=mask, denominator=counts.tokens)
-    loss = masked_mean(per_token, mask, _denominator(counts, average), average)
+    mean = partial(response_mean, response_mask=response_mask, counts=denominator)
+    loss = mean(per_token, average=average)
     metrics = {
         "pg_loss": loss.detach(),
-        "clip_frac": token_mean((clipped > unclipped).to(ratio.dtype)).detach(),
-        "clip_frac_dual": token_mean(dual.to(ratio.dtype)).detach(),
-        "ppo_kl": token_mean(-log_ratio).detach(),
+        "clip_frac": mean((clipped > unclipped).to(ratio.dtype)).detach(),
+        "clip_frac_dual": mean(dual.to(ratio.dtype)).detach(),
+        "ppo_kl": mean(-log_ratio).detach(),
     }
     return loss, metrics
+
+
+def _kl_prcp(log_probs: Tensor, masked_log_probs: Tensor, estimator: str) -> Tensor:
+    """The Implicit Perception Loss at each token: k3 against the masked view."""
+    if estimator == "k3":
+        return kl_k3(log_probs, masked_log_probs)
+    if estimator == "paper":  # r - log r - 1, r = pi / pi_mask: the roles swap
+        return kl_k3(masked_log_probs, log_probs)
+    raise ValueError(f"kl_prcp_estimator={estimator!r}: choose 'k3' or 'paper'")
 
 
 # ---------------------------------------------------------------------------------------- objective
@@ -174,7 +191,7 @@ def papo_loss(  # noqa: PLR0913  (one argument per symbol of the equation)
     log_probs: Tensor,
     old_log_probs: Tensor,
     advantages: Tensor,
-    mask: Tensor,
+    response_mask: Tensor,
     algo,
     ref_log_probs: Tensor | None = None,
     masked_log_probs: Tensor | None = None,
@@ -184,46 +201,63 @@ def papo_loss(  # noqa: PLR0913  (one argument per symbol of the equation)
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The objective L of the header: a scalar, and each term's value as a metric.
 
-    Log-probs and mask are [B, T], advantages [B] or [B, T]; algo: papo.Algo. ValueError if a term
-    has a coefficient but not its log-probs. Log-probs without a coefficient only become metrics.
-    Responses whose has_image[B] is False have no masked view: their KL_prcp is 0 in value and
-    gradient, and masked_entropy leaves them out. `denominator`: Counts of the full mini-batch over
-    all ranks; default: of this batch. `views`: a variant's further views, name -> (coefficient,
-    log-probs[B, T]); each adds coefficient * KL(pi || pi_view).
+    advantages: [B], or [B, T] where a variant weights tokens.
+    algo: papo.Algo, whose coefficients and clips are used.
+    ref_log_probs, masked_log_probs: ValueError if their coefficient is not 0 and they are missing.
+        Without a coefficient they only become metrics.
+    denominator: Counts of the whole mini-batch over all ranks; None: of this batch.
+    has_image[B]: whether a response's prompt has an image; None: all have. Without one there is no
+        masked view: KL_prcp is 0 in value and gradient, and H_mask leaves the response out.
+    views: a variant's further views, name -> (coefficient, log-probs). Each adds
+        coefficient * KL(pi || pi_view): a negative coefficient maximises it.
     """
-    _check_inputs(algo, ref_log_probs, masked_log_probs)
-    counts = count(mask, has_image) if denominator is None else denominator
-    average = algo.average
-    mean = partial(
-        masked_mean, mask=mask, denominator=_denominator(counts, average), average=average
-    )
+    if algo.kl_ref_coef and ref_log_probs is None:
+        raise ValueError(f"kl_ref_coef={algo.kl_ref_coef} needs ref_log_probs")
+    if (algo.kl_prcp_coef or algo.masked_entropy_coef) and masked_log_probs is None:
+        raise ValueError("kl_prcp_coef and masked_entropy_coef need masked_log_probs")
+    counts = denominator or count(response_mask, has_image)
+    mean = partial(response_mean, response_mask=response_mask, counts=counts)
     pg, metrics = policy_loss(
         log_probs,
         old_log_probs,
         advantages,
-        mask,
+        response_mask,
         clip_low=algo.clip_low,
         clip_high=algo.clip_high,
         clip_dual=algo.clip_dual,
-        average=average,
+        average=algo.average,
         denominator=counts,
     )
-    log_probs = _zero_padding(log_probs, mask)
-    kl_ref = kl_prcp = masked_entropy = log_probs.new_zeros(())
-    has_view = mask.bool()  # [B, T], tokens whose prompt has an image
+    log_probs = _zero_padding(log_probs, response_mask)
+    entropy = mean(-log_probs)
+    metrics["entropy"] = entropy.detach()
+    kl_ref = kl_prcp = masked_entropy = kl_views = 0.0
+    if ref_log_probs is not None:
+        ref_log_probs = _zero_padding(ref_log_probs, response_mask)
+        kl_ref = mean(kl_k3(log_probs, ref_log_probs), average=algo.average)
+        metrics["kl_ref"] = kl_ref.detach()
+
+    has_view = response_mask.bool()
     if has_image is not None:
         has_view = has_view & has_image.bool()[:, None]
-    if ref_log_probs is not None:
-        kl_ref = mean(kl_k3(log_probs, _zero_padding(ref_log_probs, mask)))
-        metrics["kl_ref"] = kl_ref.detach()
+
+    def own_without_image(under_view: Tensor) -> Tensor:
+        """Without an image, and at padding, pi's own without gradient, so that the KL is 0."""
+        return torch.where(has_view, under_view, log_probs.detach())
+
     if masked_log_probs is not None:
-        masked_log_probs = _only_with_image(masked_log_probs, log_probs, has_view)
-        kl_prcp = mean(_kl_prcp(log_probs, masked_log_probs, algo))
-        masked_entropy = masked_mean(-masked_log_probs, has_view, counts.image_tokens)
+        masked_log_probs = own_without_image(masked_log_probs)
+        kl_per_token = _kl_prcp(log_probs, masked_log_probs, algo.kl_prcp_estimator)
+        kl_prcp = mean(kl_per_token, average=algo.average)
+        # Over the tokens of prompts with an image: others have no H_mask to average.
+        with_image = counts._replace(tokens=counts.image_tokens)
+        masked_entropy = response_mean(-masked_log_probs, has_view, with_image)
         metrics["kl_prcp"] = kl_prcp.detach()
         metrics["masked_entropy"] = masked_entropy.detach()
-    entropy = masked_mean(-log_probs, mask, counts.tokens)
-    metrics["entropy"] = entropy.detach()
+    for name, (coefficient, view_log_probs) in (views or {}).items():
+        kl_view = mean(kl_k3(log_probs, own_without_image(view_log_probs)), average=algo.average)
+        kl_views = kl_views + _weighted(coefficient, kl_view)
+        metrics[f"kl_{name}"] = kl_view.detach()
 
     loss = (
         pg
@@ -231,48 +265,11 @@ def papo_loss(  # noqa: PLR0913  (one argument per symbol of the equation)
         - _weighted(algo.kl_prcp_coef, kl_prcp)  # maximised
         + _weighted(algo.entropy_coef, entropy)
         + _weighted(algo.masked_entropy_coef, masked_entropy)
+        + kl_views
     )
-    for name, (coefficient, view_log_probs) in (views or {}).items():
-        view_log_probs = _only_with_image(view_log_probs, log_probs, has_view)
-        kl_view = mean(kl_k3(log_probs, view_log_probs))
-        metrics[f"kl_{name}"] = kl_view.detach()
-        loss = loss + _weighted(coefficient, kl_view)
     return loss, metrics
 
 
-def _weighted(coefficient: float, term: Tensor) -> Tensor | float:
+def _weighted(coefficient: float, term: Tensor | float) -> Tensor | float:
     """coefficient * term; at coefficient 0 the term adds nothing to the graph."""
     return coefficient * term if coefficient else 0.0
-
-
-def _only_with_image(view_log_probs: Tensor, log_probs: Tensor, has_view: Tensor) -> Tensor:
-    """A view's log-probs; without an image, pi's own without gradient, so that the KL is 0."""
-    return torch.where(has_view, view_log_probs, log_probs.detach())
-
-
-def _kl_prcp(log_probs: Tensor, masked_log_probs: Tensor, algo) -> Tensor:
-    """The Implicit Perception Loss at each token, [B, T]: k3 against the masked view."""
-    if algo.kl_prcp_estimator == "k3":
-        kl = kl_k3(log_probs, masked_log_probs)
-    elif algo.kl_prcp_estimator == "paper":  # r - log r - 1, r = pi / pi_mask: the roles swap
-        kl = kl_k3(masked_log_probs, log_probs)
-    else:
-        raise ValueError(f"kl_prcp_estimator={algo.kl_prcp_estimator!r}: choose 'k3' or 'paper'")
-    return kl.clamp(max=algo.kl_prcp_clip) if algo.kl_prcp_clip else kl
-
-
-def _check_inputs(algo, ref_log_probs: Tensor | None, masked_log_probs: Tensor | None) -> None:
-    if algo.kl_ref_coef and ref_log_probs is None:
-        raise ValueError(f"kl_ref_coef={algo.kl_ref_coef} needs ref_log_probs")
-    if masked_log_probs is None and (algo.kl_prcp_coef or algo.masked_entropy_coef):
-        given = f"kl_prcp_coef={algo.kl_prcp_coef}, masked_entropy_coef={algo.masked_entropy_coef}"
-        raise ValueError(f"{given} need masked_log_probs")
-
-
-def _zero_padding(log_probs: Tensor, mask: Tensor) -> Tensor:
-    """0 at padding, before any arithmetic: exp(NaN) * 0 is NaN, in the gradient too."""
-    return log_probs.masked_fill(~mask.bool(), 0.0)
-
-
-def _denominator(counts: Counts, average: str) -> float:
-    return counts.sequences if average == "seq" else counts.tokens

@@ -2,15 +2,16 @@
 
 Masking acts on the image processor's output, after resizing and normalisation and before the
 vision tower: pixel_values[N_patch, D_patch], one row per patch, whose D_patch values are ordered
-(channel, temporal copy, y, x). A still image is repeated over the processor's temporal_patch_size
-frames; these are the temporal copies.
+(channel, temporal copy, y, x). The processor repeats a still image temporal_patch_size times; these
+are the temporal copies. `patch_mask[N_patch]` is True for the patches that were changed.
 
 The release blacks out 14-px tiles of the raw image, before resizing and RGB conversion, from an
 unseeded global generator, so tiles rarely line up with the model's patches. Here a tile is a patch,
 and the caller's generator draws one mask per prompt, shared by its group.
 
-To add a corruption, write a function (pixel_values, ratio, ...) -> (masked, patch_mask), add its
-name to STRATEGIES and a branch to `mask_image_patches`. Its parameters are fields of papo.Algo.
+To add a corruption, write a function patches -> (masked, patch_mask), add its name to STRATEGIES
+and a branch to `mask_prompt`. Its parameters are fields of papo.Algo. (A view beside the masked one
+needs none of this: see Algo.views.)
 """
 
 from __future__ import annotations
@@ -21,9 +22,6 @@ import torch
 from torch import Tensor
 
 STRATEGIES = ("random", "semantic", "noise")
-
-
-# --------------------------------------------------------------------------------------- strategies
 
 
 def mask_patches(
@@ -48,16 +46,16 @@ def mask_salient(
 ) -> tuple[Tensor, Tensor]:
     """Semantic masking: the round(ratio * N_patch) most salient patches turn black.
 
-    saliency[N_patch], in patch order (see to_patch_order). Ties are broken at random; breaking them
-    by position would mask the same corner of every image. Other arguments: see mask_patches.
+    saliency[N_patch], in patch order (see to_patch_order). Other arguments: see mask_patches.
     """
     _check(pixel_values, ratio)
     n = len(pixel_values)
     if saliency.shape != (n,):
         raise ValueError(f"saliency of shape {tuple(saliency.shape)} for {n} patches")
+    # Ties are broken at random: by position, they would mask the same corner of every image.
     shuffled = torch.randperm(n, generator=generator)
-    scores = saliency.float()[shuffled]
-    order = shuffled[scores.argsort(descending=True, stable=True)]
+    by_saliency = saliency.float()[shuffled].argsort(descending=True, stable=True)
+    order = shuffled[by_saliency]
     patch_mask = torch.zeros(n, dtype=torch.bool)
     patch_mask[order[: round(ratio * n)]] = True
     return _replace(pixel_values, patch_mask, black), patch_mask
@@ -84,90 +82,9 @@ def noise_patches(
     return _replace(pixel_values, patch_mask, pixel_values + noise), patch_mask
 
 
-# ------------------------------------------------------------------------------------ whole prompts
-
-
-def mask_prompt(
-    prompt, algo, encoder, generator: torch.Generator, saliency=None
-) -> tuple[Tensor, Tensor]:
-    """The masked view of a prompt, image by image: masked[N_patch, D_patch], patch_mask[N_patch].
-
-    algo.mask_strategy names the strategy; "semantic" needs `saliency`, a function image -> [h, w].
-    If the prompt has pre-masked images (column images_aug), they are used instead.
-    """
-    if "images_aug" in prompt.more_pixel_values:
-        masked = prompt.more_pixel_values["images_aug"]
-        return masked, (masked != prompt.pixel_values).any(-1)
-
-    def mask(patches: Tensor, grid, image) -> tuple[Tensor, Tensor]:
-        scores = None
-        if algo.mask_strategy == "semantic":
-            if saliency is None:
-                raise ValueError("mask_strategy=semantic needs a saliency function image -> [h, w]")
-            scores = saliency(image)
-        return mask_image_patches(patches, grid, algo, encoder, generator, scores)
-
-    return mask_each_image(prompt, mask)
-
-
-def mask_each_image(prompt, mask: Callable) -> tuple[Tensor, Tensor]:
-    """Apply mask(patches, (rows, columns), image) -> (masked, patch_mask) per image, and join."""
-    masked, patch_masks = [], []
-    grids = prompt.image_grid_thw  # [n_images, 3]
-    patches_per_image = prompt.pixel_values.split(grids.prod(-1).tolist())
-    for image, patches, grid in zip(
-        prompt.example.images, patches_per_image, grids.tolist(), strict=True
-    ):
-        view, patch_mask = mask(patches, grid[1:], image)
-        masked.append(view)
-        patch_masks.append(patch_mask)
-    return torch.cat(masked), torch.cat(patch_masks)
-
-
-def mask_image_patches(
-    patches: Tensor, grid, algo, encoder, generator: torch.Generator, saliency: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Apply algo.mask_strategy to the patches of one image.
-
-    grid: (rows, columns) of patches. A map over them, such as `saliency`[h, w] for "semantic", must
-    be brought into the processor's patch order by to_patch_order.
-    """
-    ratio, black = algo.mask_ratio, encoder.black_patch
-    if algo.mask_strategy == "random":
-        return mask_patches(patches, ratio, black, generator)
-    if algo.mask_strategy == "semantic":
-        scores = to_patch_order(saliency, *grid, encoder.images.merge_size)
-        return mask_salient(patches, ratio, black, scores, generator)
-    if algo.mask_strategy == "noise":
-        copies = encoder.images.temporal_patch_size
-        return noise_patches(patches, ratio, algo.mask_sigma, generator, copies)
-    choices = ", ".join(STRATEGIES)
-    raise ValueError(f"mask_strategy={algo.mask_strategy!r}: choose one of {choices}")
-
-
-def to_patch_order(values: Tensor, grid_h: int, grid_w: int, merge: int = 2) -> Tensor:
-    """Resample a map [h, w] of values to the patch grid, in the processor's order: [N_patch].
-
-    The processor walks the grid in blocks of merge x merge patches, because the model merges
-    each block into one image token.
-    """
-    size = (grid_h, grid_w)
-    grid = torch.nn.functional.interpolate(values.float()[None, None], size, mode="area")[0, 0]
-    blocks = grid.view(grid_h // merge, merge, grid_w // merge, merge)
-    return blocks.permute(0, 2, 1, 3).reshape(-1)
-
-
-# ------------------------------------------------------------------------------------------ helpers
-
-
 def _replace(pixel_values: Tensor, patch_mask: Tensor, replacement: Tensor) -> Tensor:
     where = patch_mask[:, None].to(pixel_values.device)
     return torch.where(where, replacement.to(pixel_values), pixel_values)
-
-
-def check_ratio(ratio: float) -> None:
-    if not 0.0 <= ratio <= 1.0:
-        raise ValueError(f"mask_ratio={ratio}: choose a share of patches between 0 and 1")
 
 
 def _check(pixel_values: Tensor, ratio: float) -> None:
@@ -175,3 +92,66 @@ def _check(pixel_values: Tensor, ratio: float) -> None:
     if pixel_values.dim() != 2:
         shape = tuple(pixel_values.shape)
         raise ValueError(f"pixel_values of shape {shape}: expected flattened [N_patch, D_patch]")
+
+
+def check_ratio(ratio: float) -> None:
+    if not 0.0 <= ratio <= 1.0:
+        raise ValueError(f"mask_ratio={ratio}: choose a share of patches between 0 and 1")
+
+
+# ------------------------------------------------------------------------------------ whole prompts
+
+
+def mask_prompt(
+    prompt, algo, encoder, generator: torch.Generator, saliency: Callable | None = None
+) -> tuple[Tensor, Tensor]:
+    """The masked view of a prompt: masked[N_patch, D_patch], patch_mask[N_patch].
+
+    algo.mask_strategy names the strategy; "semantic" needs `saliency`, a function image -> [h, w].
+    If the prompt has pre-masked images (column images_aug), they are used instead.
+    """
+    if "images_aug" in prompt.more_pixel_values:
+        masked = prompt.more_pixel_values["images_aug"]
+        return masked, (masked != prompt.pixel_values).any(-1)
+    ratio, black = algo.mask_ratio, encoder.black_patch
+
+    def mask_image(patches: Tensor, grid: tuple[int, int], image) -> tuple[Tensor, Tensor]:
+        if algo.mask_strategy == "random":
+            return mask_patches(patches, ratio, black, generator)
+        if algo.mask_strategy == "noise":
+            copies = encoder.images.temporal_patch_size
+            return noise_patches(patches, ratio, algo.mask_sigma, generator, copies)
+        if algo.mask_strategy == "semantic":
+            if saliency is None:
+                raise ValueError("mask_strategy=semantic needs a saliency function image -> [h, w]")
+            scores = to_patch_order(saliency(image), *grid, encoder.images.merge_size)
+            return mask_salient(patches, ratio, black, scores, generator)
+        choices = ", ".join(STRATEGIES)
+        raise ValueError(f"mask_strategy={algo.mask_strategy!r}: choose one of {choices}")
+
+    return mask_each_image(prompt, mask_image)
+
+
+def mask_each_image(prompt, mask_image: Callable) -> tuple[Tensor, Tensor]:
+    """Call mask_image on each image of a prompt and join what it returns, (masked, patch_mask).
+
+    mask_image(patches, grid, image): the image's patches, its (rows, columns) of patches, and PIL.
+    """
+    grids = prompt.image_grid_thw  # [n_images, 3]: time, rows, columns
+    patches_per_image = prompt.pixel_values.split(grids.prod(-1).tolist())
+    images = zip(patches_per_image, grids.tolist(), prompt.example.images, strict=True)
+    views = [mask_image(patches, grid[1:], image) for patches, grid, image in images]
+    masked, patch_masks = zip(*views, strict=True)
+    return torch.cat(masked), torch.cat(patch_masks)
+
+
+def to_patch_order(values: Tensor, rows: int, columns: int, merge: int = 2) -> Tensor:
+    """Resample a map [h, w] of values to the patch grid, in the processor's order: [N_patch].
+
+    The processor walks the grid in blocks of merge x merge patches, because the model merges
+    each block into one image token.
+    """
+    size = (rows, columns)
+    grid = torch.nn.functional.interpolate(values.float()[None, None], size, mode="area")[0, 0]
+    blocks = grid.view(rows // merge, merge, columns // merge, merge)
+    return blocks.permute(0, 2, 1, 3).reshape(-1)

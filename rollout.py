@@ -2,25 +2,25 @@
 
 1. Sort the prompts by length and cut them into chunks of at most `rollout_batch` responses.
 2. generate() builds the logits processors (suppressed tokens, temperature, top-k) and calls our
-   loop (`custom_generate`, support/decoding.py). It encodes each prompt of a chunk once, and
-   samples the chunk's responses together, token by token.
+   decoding loop (`custom_generate`, support/decoding.py), which samples a chunk token by token.
 3. Collect each prompt's responses in a Group (support/batch.py).
 
 Differences from the released code, which samples with vLLM:
-1. A response depends only on (seed, step, prompt, sample). The batch it is sampled in and the
+1. A response depends only on (seed, step, prompt, sample). The chunk it is sampled in and the
    number of ranks change it by rounding at most.
 2. Sampling ignores the model's generation_config except for its end-of-sequence tokens (Policy
    replaces it). Qwen ships a repetition penalty of 1.05 and a near-zero temperature there; either
    would silently bias the policy gradient.
 3. The sampler's log-probs are those of the full softmax at the sampling temperature, before top-p,
-   top-k and suppression, so they match the training forward. They are used only for the metric
-   sampler_gap: training recomputes the old log-probs.
+   top-k and suppression: what the training forward computes. They are used only for the metric
+   sampler_gap; training recomputes the old log-probs.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -38,89 +38,110 @@ class Sampling:
     """Sampling settings."""
 
     max_new_tokens: int
-    temperature: float | None = None  # None: the policy's; 0: greedy
+    temperature: float = 1.0  # 0: greedy
     top_p: float = 1.0
     top_k: int = 0  # 0: off
-    rollout_batch: int = 320  # most responses at a time; halved where memory runs out
+    rollout_batch: int = 1024  # most responses at a time; halved where memory runs out
+
+    @classmethod
+    def of(cls, config) -> Sampling:
+        """The settings that a command's flags hold."""
+        return cls(*(getattr(config, field.name) for field in fields(cls)))
 
 
 @torch.no_grad()
-def generate(
+def generate(  # noqa: PLR0913
     policy: Policy,
     prompts: list[Prompt],
     group_size: int,
+    sampling: Sampling,
     *,
-    key: tuple = (0, 0),
+    key: tuple,
     progress: bool = False,
     stop: Callable[[], bool] = lambda: False,
-    **sampling,
 ) -> list[Group]:
     """Sample `group_size` responses per prompt. Returns one group per prompt, in their order.
 
-    sampling: the fields of Sampling. key: such as (seed, step); each response is seeded with it,
-    with Prompt.index and with its number, which counts from Prompt.first_sample. Returns [] soon
-    after `stop()` becomes True. StepError if a log-prob is not finite. All ranks must call this,
-    because gathering the weights is a collective; then they run independently.
+    key: such as (seed, step); each response is seeded with it, Prompt.index and its own number.
+    Returns [] soon after `stop()` becomes True. StepError if a log-prob is not finite. All ranks
+    must call this, because gathering the weights is a collective; then they run independently.
     """
-    settings = Sampling(**sampling)
+    # One random number per token, so that a response does not depend on its chunk.
+    uniforms = _draw_uniforms(prompts, group_size, sampling.max_new_tokens, key)
     waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # so padding is small
     groups: dict[int, Group] = {}
     policy.model.eval()
     bar = tqdm(total=len(prompts), desc="rollout", leave=False, disable=not progress)
     with full_weights(policy.model), bar:
         while waiting and not stop():
-            at_once = min(settings.rollout_batch, policy.most_responses)
-            chunk = waiting[: max(1, at_once // group_size)]
-            of_chunk = [prompts[i] for i in chunk]
+            # most_responses is infinite until memory has run out once.
+            responses_at_once = min(sampling.rollout_batch, policy.most_responses)
+            chunk = waiting[: max(1, responses_at_once // group_size)]
             try:
-                sampled = _sample_chunk(policy, of_chunk, group_size, settings, key, stop)
+                sampled = _sample_chunk(
+                    policy, [prompts[i] for i in chunk], uniforms[chunk], sampling, stop
+                )
             except torch.OutOfMemoryError:
                 if len(chunk) == 1:
                     raise
                 policy.most_responses = len(chunk) // 2 * group_size  # in later steps, too
                 continue
-            groups |= zip(chunk, sampled, strict=True)
+            groups.update(zip(chunk, sampled, strict=True))
             waiting = waiting[len(chunk) :]
             bar.update(len(chunk))
     return [] if stop() else [groups[i] for i in range(len(prompts))]
 
 
+def _draw_uniforms(prompts: list[Prompt], group_size: int, length: int, key: tuple) -> Tensor:
+    """A random number in [0, 1) for every token, [prompts, G, length]: the decoding loop draws a
+    token by inverting the CDF at its number.
+
+    If a prompt is in the list twice, its second G responses are seeded as samples G to 2 G - 1.
+    """
+    uniforms = torch.empty(len(prompts), group_size, length)
+    n_seen: Counter = Counter()
+    for prompt, of_prompt in zip(prompts, uniforms, strict=True):
+        for of_response in of_prompt:
+            generator = seeded(*key, prompt.index, n_seen[prompt.index])
+            of_response.uniform_(generator=generator)
+            n_seen[prompt.index] += 1
+    return uniforms
+
+
 def _sample_chunk(
-    policy: Policy, prompts: list[Prompt], group_size: int, settings: Sampling, key, stop
+    policy: Policy, prompts: list[Prompt], uniforms: Tensor, sampling: Sampling, stop
 ) -> list[Group]:
     device = policy.device
-    uniforms = torch.empty(len(prompts), group_size, settings.max_new_tokens)
-    for prompt, of_prompt in zip(prompts, uniforms, strict=True):
-        for sample, of_response in enumerate(of_prompt, start=prompt.first_sample):
-            of_response.uniform_(generator=seeded(*key, prompt.index, sample))
-    temperature = policy.temperature if settings.temperature is None else settings.temperature
     chunk = Chunk(
         encoder=policy.encoder,
         prompts=prompts,
         uniforms=uniforms.to(device),
-        temperature=temperature or 1.0,
-        top_p=settings.top_p,
+        temperature=sampling.temperature or 1.0,  # of the log-probs
+        top_p=sampling.top_p,
         eos_ids=torch.tensor(policy.eos_ids, device=device),
         stop=stop,
     )
     options = {"do_sample": False}  # temperature 0: greedy
-    if temperature:
-        options = {"do_sample": True, "temperature": temperature, "top_k": settings.top_k}
+    if sampling.temperature:
+        options = {"do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k}
     last_tokens = torch.stack([prompt.input_ids[-1:] for prompt in prompts]).to(device)
-    last_tokens = last_tokens.repeat_interleave(group_size, 0)
+    last_tokens = last_tokens.repeat_interleave(uniforms.shape[1], 0)
+    # generate() builds the processors and calls `decode`. It wants input_ids, one row per response;
+    # the loop encodes the prompts itself, and draws by top-p itself, since generate()'s sorts the
+    # vocabulary. Returns [prompts, G, steps] each, on the CPU.
     tokens, log_probs = policy.model.generate(
         input_ids=last_tokens,
         attention_mask=torch.ones_like(last_tokens),
         custom_generate=decode,
         chunk=chunk,
-        max_new_tokens=settings.max_new_tokens,
+        max_new_tokens=sampling.max_new_tokens,
         eos_token_id=policy.eos_ids,
         pad_token_id=policy.pad_id,
-        suppress_tokens=policy.suppressed_ids,
+        suppress_tokens=policy.suppressed_ids,  # vision tokens
         **options,
     )
-    responses = zip(prompts, tokens, log_probs, strict=True)
-    return [_make_group(policy, *each, settings.max_new_tokens) for each in responses]
+    of_prompts = zip(prompts, tokens, log_probs, strict=True)
+    return [_make_group(policy, *each, sampling.max_new_tokens) for each in of_prompts]
 
 
 def _make_group(
@@ -129,22 +150,23 @@ def _make_group(
     """A group from what was decoded, [G, steps], without what follows the first end tokens."""
     is_end = torch.isin(tokens, torch.tensor(policy.eos_ids))
     ends_before = is_end.cumsum(1) - is_end.int()
-    mask = ends_before == 0  # [G, steps], up to and including the first end token
-    longest = int(mask.sum(1).max())
-    tokens, log_probs, mask = (each[:, :longest] for each in (tokens, log_probs, mask))
-    if not log_probs[mask].isfinite().all():
+    response_mask = ends_before == 0  # [G, steps], up to and including the first end token
+    lengths = response_mask.sum(1)
+    longest = int(lengths.max())
+    tokens, log_probs, response_mask = (x[:, :longest] for x in (tokens, log_probs, response_mask))
+    if not log_probs[response_mask].isfinite().all():
         raise StepError(
             f"log-probs of a response to prompt {prompt.example.id or prompt.index} are not finite "
             f"({prompt.example.question[:80]!r}): either the weights have diverged (lower --lr and "
             "--resume from a checkpoint), or attention is wrong on this device"
         )
     to_text = policy.encoder.tokenizer.decode
-    responses = zip(tokens, mask, strict=True)
+    of_responses = zip(tokens, response_mask, strict=True)
     return Group(
         prompt=prompt,
-        tokens=tokens.masked_fill(~mask, policy.pad_id),
-        response_mask=mask,
-        truncated=(mask.sum(1) == max_new_tokens) & ~is_end.any(1),
-        sample_log_probs=log_probs.masked_fill(~mask, 0.0),
-        responses=[to_text(each[own], skip_special_tokens=True) for each, own in responses],
+        tokens=tokens.masked_fill(~response_mask, policy.pad_id),
+        response_mask=response_mask,
+        truncated=(lengths == max_new_tokens) & ~is_end.any(1),
+        sample_log_probs=log_probs.masked_fill(~response_mask, 0.0),
+        responses=[to_text(ids[mask], skip_special_tokens=True) for ids, mask in of_responses],
     )

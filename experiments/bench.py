@@ -44,15 +44,17 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
+from experiments import start_model
 from losses import group_advantages
-from papo import Algo, mini_batches, prepare, preset, update
-from rollout import generate
+from papo import Algo, prepare, preset, update
+from rollout import Sampling, generate
 from support import packing, toy
-from support.batch import Example, Group, Prompt, empty_group, seeded
+from support.batch import Example, Group, Prompt, mini_batches, seeded
 from support.data import Rows, Stream
 from support.distributed import init_distributed, make_mesh, shard
 from support.qwen_vl import Encoder, Policy
 
+ALL = 10_000  # responses at a time: no chunks
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = ("random:qwen2.5-vl-3b", "random:qwen2.5-vl-7b", "random:tiny")
 STOCK_ATTENTION = {"text_config": "sdpa", "vision_config": "sdpa"}
@@ -66,24 +68,28 @@ GIB = 2**30
 
 
 def make_policy(name: str, folder: str, device="cpu", seed: int = 0) -> Policy:
-    """Random fp32 weights made on the device: "tiny", or a size of toy.random_config.
+    """Random fp32 weights made on the device: "tiny", or a size of start_model.random_config.
 
     The tokenizer is the toy's, so the special tokens get the ids they have there; the vocabulary
     keeps its published size. The encoder's files are written to `folder`.
     """
-    tokenizer = toy.make_tokenizer()
-    first_special = tokenizer.convert_tokens_to_ids(toy.SPECIAL[0])
-    fields = toy.hub_config(
-        *toy.TINY, vocab_size=len(tokenizer), tied=True, dtype="float32", special=first_special
+    tokenizer = start_model.make_tokenizer()
+    first_special = tokenizer.convert_tokens_to_ids(start_model.SPECIAL[0])
+    fields = start_model.hub_config(
+        *start_model.TINY,
+        vocab_size=len(tokenizer),
+        tied=True,
+        dtype="float32",
+        special=first_special,
     )
-    config = Qwen2_5_VLConfig(**fields) if name == "tiny" else toy.random_config(name)
+    config = Qwen2_5_VLConfig(**fields) if name == "tiny" else start_model.random_config(name)
     for key, value in fields.items():
         if key.endswith("_token_id"):
             setattr(config, key, value)
     if not (Path(folder) / "config.json").exists():
         config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        (Path(folder) / "preprocessor_config.json").write_text(json.dumps(toy.PREPROCESSOR))
+        (Path(folder) / "preprocessor_config.json").write_text(json.dumps(start_model.PREPROCESSOR))
     encoder = Encoder(folder, 3136, 10_000_000, "Box it.")
     torch.manual_seed(seed)
     with torch.device(device):
@@ -277,12 +283,7 @@ def rollouts(folder: str, repeats: int) -> None:
     for tokens in (50, 400, 1200):
         prompts = noise_prompts(ours.encoder, tokens, n_prompts)
         sample = partial(
-            generate,
-            ours,
-            prompts,
-            group_size,
-            max_new_tokens=256,
-            rollout_batch=n_prompts * group_size,
+            generate, ours, prompts, group_size, Sampling(256, rollout_batch=ALL), key=(0, 0)
         )
         with random_stops(ours, mean=50):
             lengths = response_lengths(sample())  # also warms up
@@ -326,8 +327,8 @@ def measure_memory(tied: bool) -> float:
     Every gradient is written once beforehand, so that the peak holds activations, logits and
     gradients in flight, not parameters and their gradients.
     """
-    _, vision, full_attention, _ = toy.TINY
-    config = toy.hub_config(
+    _, vision, full_attention, _ = start_model.TINY
+    config = start_model.hub_config(
         (256, 512, 1, 4, 2),
         vision,
         full_attention,
@@ -342,7 +343,7 @@ def measure_memory(tied: bool) -> float:
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     model.set_attn_implementation(packing.ATTENTION)
-    prompt = empty_group().prompt
+    prompt = packing.empty_group().prompt
     groups = [random_group(prompt, torch.full((8,), 50)) for _ in range(5)]
     row = packing.build_row(groups, "", torch.zeros(1176), 2, "cpu")
     before = process_peak()
@@ -375,7 +376,7 @@ def extra_cost(folder: str, repeats: int) -> None:
     reference = copy.deepcopy(policy)
     optimizer = torch.optim.SGD(policy.model.parameters(), lr=0.0)
     prompts = [policy.encoder.encode(toy.example("train", i), i) for i in range(16)]
-    sample = partial(generate, policy, prompts, 8, max_new_tokens=40, rollout_batch=320)
+    sample = partial(generate, policy, prompts, 8, Sampling(40), key=(0, 0))
     groups = sample()
     for group in groups:
         group.advantages = torch.randn(8)
@@ -450,12 +451,7 @@ def time_of_size(policy: Policy, optimizer, size: dict[str, int]) -> tuple[float
     prompts = noise_prompts(policy.encoder, size["prompt tokens"], size["prompts"])
     groups = []
     sample = partial(
-        generate,
-        policy,
-        prompts,
-        group_size,
-        max_new_tokens=100,
-        rollout_batch=len(prompts) * group_size,
+        generate, policy, prompts, group_size, Sampling(100, rollout_batch=ALL), key=(0, 0)
     )
     with random_stops(policy, mean=30):
         rolled = seconds(lambda: groups.extend(sample()))
@@ -540,9 +536,8 @@ class OneStep:
             self.policy,
             prompts,
             args.group_size,
-            max_new_tokens=args.max_new_tokens,
-            rollout_batch=args.rollout_batch,
-            top_p=0.99,
+            Sampling(args.max_new_tokens, top_p=0.99, rollout_batch=args.rollout_batch),
+            key=(0, 0),
             progress=True,
         )
         with random_stops(self.policy, args.mean):
@@ -555,7 +550,8 @@ class OneStep:
     def set_advantages(self) -> None:
         size = self.args.group_size
         rewards = torch.rand(len(self.groups) * size, generator=seeded("rewards"))
-        advantages = group_advantages(rewards, size).float().split(size)
+        index = torch.arange(len(self.groups)).repeat_interleave(size)
+        advantages = group_advantages(rewards, index).float().split(size)
         for group, values in zip(self.groups, advantages, strict=True):
             group.advantages = values
 

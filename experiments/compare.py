@@ -19,7 +19,7 @@ from PIL import Image
 
 from experiments import measures, run, tasks
 from experiments.protocol import EIGHT_SEEDS
-from rollout import generate
+from rollout import Sampling, generate
 from support import toy
 from support.qwen_vl import Encoder, Policy
 
@@ -62,7 +62,7 @@ def read_images(folder: Path, n: int) -> list[list[str]]:
     policy = Policy.load(name, encoder)
     examples = [toy.example(SPLIT, row, setting=TASK.setting) for row in range(n)]
     prompts = [encoder.encode(example, row) for row, example in enumerate(examples)]
-    groups = generate(policy, prompts, 1, max_new_tokens=config["max_new_tokens"])
+    groups = generate(policy, prompts, 1, Sampling(config["max_new_tokens"]), key=(0, 0))
     return [tasks.read_cells(TASK, group.responses[0]) for group in groups]
 
 
@@ -78,7 +78,8 @@ def draw_reading(
     axis, image: Image.Image, cells: list[str], reading: list[str], title: str
 ) -> None:
     """The image with the word that was read in each cell: red where it is wrong."""
-    toy.show_image(axis, image, TASK.setting)
+    axis.imshow(image, interpolation="nearest")
+    axis.set_axis_off()
     wrong = 0
     for i, (true, read) in enumerate(zip(cells, reading, strict=True)):
         row, column = divmod(i, TASK.setting.grid)

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 from collections.abc import Callable
 from functools import cache, partial
@@ -32,6 +33,7 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from experiments import start_model
 from support import toy
 from support.batch import Example
 
@@ -45,7 +47,7 @@ MISREAD, COPY_NOTE = 0.12, 0.4  # flaws that the warm start teaches, as the toy'
 HELD_OUT = ("general", "vision_dependent")
 WARM_STEPS = 900
 ROWS = {"train": 4096, "general": 512, "vision_dependent": 512}
-PROOF = f"model/{toy.WEIGHTS}"  # a complete folder holds it
+PROOF = f"model/{start_model.WEIGHTS}"  # a complete folder holds it
 NOTE = toy.NOTE
 # Flags: the defaults are made for photographs and long responses.
 SIZES = {
@@ -195,7 +197,7 @@ def write_rows(path: Path, split: str, seed: int) -> None:
 # -------------------------------------------------------------------------------------------- model
 
 
-def make_lessons(rows: range, flawed: bool, seed: int, misread: float) -> list[toy.Lesson]:
+def make_lessons(rows: range, flawed: bool, seed: int, misread: float) -> list[start_model.Lesson]:
     """flawed: some digits are misread, and the result follows; some boxes copy the note.
 
     misread: chance of it per digit.
@@ -208,7 +210,9 @@ def make_lessons(rows: range, flawed: bool, seed: int, misread: float) -> list[t
         if flawed:
             digits = [read(digit, misread, rng) for digit in digits]
             box = scene.note if rng.random() < COPY_NOTE else None
-        lessons.append(toy.Lesson(example_of(scene), write_response(scene.question, digits, box)))
+        lessons.append(
+            start_model.Lesson(example_of(scene), write_response(scene.question, digits, box))
+        )
     return lessons
 
 
@@ -223,31 +227,30 @@ def make_tokenizer():
     subjects = {"count": len(WORDS), "sum": GRID, "largest": GRID}
     texts = [Question(kind, i).text for kind, n in subjects.items() for i in range(n)]
     largest_sum = GRID * (len(WORDS) - 1)
-    return toy.tokenizer_of([*NAMES, *WORDS], largest_sum, [NOTE, *texts])
-
-
-def build_in(scratch: Path, seed: int, steps: int, misread: float) -> Path:
-    """Make model and data in an empty folder; returns the subfolder that holds them."""
-    folder = scratch / "digits"
-    write_rows(folder / "train.jsonl", "train", seed)
-    for split in HELD_OUT:
-        write_rows(folder / "held_out" / f"{split}.jsonl", split, seed=0)
-    lessons = partial(make_lessons, seed=seed, misread=misread)
-    model = toy.train_model(scratch, make_tokenizer(), seed, steps, lessons, list(WORDS))
-    model.rename(folder / "model")
-    return folder
+    return start_model.tokenizer_of([*NAMES, *WORDS], largest_sum, [NOTE, *texts])
 
 
 def build(folder: Path, seed: int, steps: int, misread: float = MISREAD) -> Path:
-    """Make the model and its data, once (see toy.make_once). Held-out rows are those of seed 0.
+    """Make the model and its data, unless they exist. Held-out rows are those of seed 0.
 
-    steps: of the warm start. misread: how often its labels misread a digit.
+    steps: of the warm start. misread: how often its labels misread a digit. The folder is written
+    under another name and renamed when complete.
     """
-    return toy.make_once(folder, PROOF, lambda scratch: build_in(scratch, seed, steps, misread))
+    if (folder / PROOF).exists():
+        return folder
+    partial_dir = folder.with_name(f".{folder.name}-{os.getpid()}")
+    write_rows(partial_dir / "train.jsonl", "train", seed)
+    for split in HELD_OUT:
+        write_rows(partial_dir / "held_out" / f"{split}.jsonl", split, seed=0)
+    lessons = partial(make_lessons, seed=seed, misread=misread)
+    words = list(WORDS)
+    start_model.train_model(partial_dir / "model", make_tokenizer(), seed, steps, lessons, words)
+    start_model.publish(partial_dir, folder, PROOF)
+    return folder
 
 
 def cache_folder(seed: int, steps: int, misread: float) -> Path:
-    return toy.cached("digits", f"{seed} {steps} {misread}", __file__)
+    return start_model.cache_folder("digits", f"{seed} {steps} {misread}", __file__)
 
 
 if __name__ == "__main__":

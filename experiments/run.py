@@ -29,7 +29,7 @@ from statistics import fmean
 import torch
 import transformers
 
-from experiments import tasks
+from experiments import start_model, tasks
 from experiments.protocol import (
     ENVIRONMENTS,
     EVALUATION,
@@ -39,7 +39,6 @@ from experiments.protocol import (
     VARIANTS,
 )
 from experiments.tasks import SPLITS, is_misread, share_of_cells_right
-from support import toy
 from support.run_folder import read_log
 
 HERE = Path(__file__).resolve().parent
@@ -139,7 +138,7 @@ def origin(variant: str, seed: int, start: Path, file: Path) -> dict:
 
     Kept in `file` for a run that continues. RuntimeError if its start model is another one now.
     """
-    model = sha256(start / toy.WEIGHTS)
+    model = sha256(start / start_model.WEIGHTS)
     if not file.exists():
         environment = ENVIRONMENTS.get(variant, {})
         facts = {"variant": variant, "seed": seed, "commit": current_commit()}

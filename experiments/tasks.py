@@ -15,6 +15,7 @@ from statistics import fmean
 
 from matplotlib.figure import Figure
 
+from experiments import start_model
 from support import toy
 from support.batch import Example
 
@@ -37,11 +38,12 @@ class Dots:
 
     def build(self, seed: int) -> Path:
         """Make a seed's start model, unless it is in the cache; returns its folder."""
-        return toy.build(seed, setting=self.setting)
+        folder = start_model.cache_folder("toy", f"{seed} {self.spec}")
+        return start_model.build(seed, folder, self.setting)
 
     def training(self, seed: int) -> dict:
         """The flags of train.py that name model and data."""
-        return {"model": self.spec}
+        return {"model": str(self.build(seed))}
 
     def evaluation(self, seed: int) -> dict:
         """The flags of evaluate.py that name the data."""

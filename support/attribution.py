@@ -34,6 +34,21 @@ def mask_settings(model: str) -> dict:
     return {name: config[name] for name in MASK_SETTINGS if name in config}
 
 
+@torch.no_grad()
+def explain(policy: Policy, group: Group, views: list, heat_patches: int, out: str) -> None:
+    """Draw each token's log-prob under the image minus its mean under masked views; and, for each
+    cell of the image, the drop in the tokens' log-probs when only that cell is black.
+
+    group: one response. views: (pixels, patch_mask) of each mask.
+    """
+    [clean] = log_probs(policy, group, [group.prompt.pixel_values])  # [T]
+    progress = tqdm([pixels for pixels, _ in views], desc="masks", leave=False)
+    masked = log_probs(policy, group, progress).mean(0)
+    drops = cell_drops(policy, group, clean, heat_patches)
+    draw(policy.encoder, group, views[0][1], clean, masked, drops, out)
+    print(f"perception gain: {(clean - masked).mean():.3f} per token, over {len(views)} masks")
+
+
 def log_probs(policy: Policy, group: Group, views: Iterable[Tensor]) -> Tensor:
     """Log-probs [n_views, T] of a group's only response, each view in place of its image.
 

@@ -1,22 +1,25 @@
 """What a batch is made of: an Example (data), its Prompt (tensors) and the Group of its responses.
 
 A group, one prompt and its G responses, is the unit everywhere: of masking, advantages, dynamic
-sampling and packing. Groups never travel between ranks.
+sampling and packing. Groups never travel between ranks. To compute log-probs, whole groups are
+packed into a row; a group is the prompt once, then its responses, which do not see one another.
 
-Shapes: P = prompt tokens, G = responses per prompt, T = response positions (right-padded),
-N_patch = patches of all images of a prompt, D_patch = values per patch.
+Shapes: P = prompt tokens, G = responses per prompt, B = responses of several groups, T = response
+positions (right-padded), N_patch = patches of all images of a prompt, D_patch = values per patch.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
+import math
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+
+from support.distributed import concat_over_ranks
 
 
 @dataclass
@@ -27,7 +30,8 @@ class Example:
     answer: str
     images: list[Image.Image]  # RGB, one per marker, in order
     id: str = ""
-    # Further image columns, each as long as `images`: images_aug, and those a variant asks for.
+    # Further image columns, each as long as `images`: images_aug (images masked beforehand), and
+    # those that a variant, a subclass of papo.Algo, asks for.
     more_images: dict[str, list[Image.Image]] = field(default_factory=dict)
 
 
@@ -42,7 +46,6 @@ class Prompt:
     pixel_values: Tensor | None = None  # [N_patch, D_patch]
     image_grid_thw: Tensor | None = None  # [n_images, 3], patches per axis
     index: int = 0  # position among the step's prompts, the same on any number of ranks
-    first_sample: int = 0  # number of its first response, where a prompt has several groups
     # Example.more_images on the same grid, [N_patch, D_patch] each.
     more_pixel_values: dict[str, Tensor] = field(default_factory=dict)
 
@@ -64,7 +67,7 @@ class Group:
 
     rewards: Tensor | None = None  # [G]
     advantages: Tensor | None = None  # [G]
-    old_log_probs: Tensor | None = None  # [G, T]; None where a step makes a single update
+    old_log_probs: Tensor | None = None  # [G, T]; None for a step's first update, where pi_old = pi
     ref_log_probs: Tensor | None = None  # [G, T]
     entropies: Tensor | None = None  # [G, T], of the softmax at each token, before top-p and top-k
     weights: Tensor | None = None  # [G, T], factors of the advantages
@@ -83,50 +86,24 @@ class Group:
 
     @property
     def n_tokens(self) -> int:
-        """Tokens of the group's packed row: the prompt once, each response but its last token."""
+        """Tokens that the model is fed: the prompt once, each response without its last token, from
+        which nothing is predicted."""
         fed = (self.response_mask.sum(1) - 1).clamp(min=0)
         return len(self.prompt) + int(fed.sum())
 
 
-def empty_group(prompt: Prompt | None = None) -> Group:
-    """A group with an empty response: a prompt alone in its row.
+def mini_batches(groups: list[Group], size: int) -> list[list[Group]]:
+    """This rank's share of each mini-batch of `size` prompts.
 
-    Without a prompt, two tokens stand in. Under FSDP every forward is a collective, so a rank that
-    has fewer rows than the others must feed something.
+    The indices of all ranks' prompts, sorted, are cut into mini-batches. So the assignment does not
+    depend on the number of ranks, and no group has to move.
     """
-    nothing = torch.zeros(1, 0)
-    if prompt is None:
-        prompt = Prompt(
-            example=Example("", "", []),
-            input_ids=torch.zeros(2, dtype=torch.long),
-            position_ids=torch.arange(2).expand(3, -1),
-            is_image_token=torch.zeros(2, dtype=torch.bool),
-        )
-    return Group(
-        prompt=prompt,
-        tokens=nothing.long(),
-        response_mask=nothing.bool(),
-        truncated=torch.zeros(1, dtype=torch.bool),
-        sample_log_probs=nothing,
-        responses=[""],
-        advantages=torch.zeros(1),
-        old_log_probs=nothing,
-        ref_log_probs=nothing,
-        weights=nothing,
-    )
-
-
-def by_prompt(groups: list[Group]) -> list[list[Group]]:
-    """The groups of each prompt, which must be adjacent in `groups`."""
-    by_index = itertools.groupby(groups, key=lambda group: group.prompt.index)
-    return [list(same_prompt) for _, same_prompt in by_index]
-
-
-def set_shares(groups: list[Group], name: str, values: Tensor) -> None:
-    """Set a field [G] of each group to its share of values[sum of G]."""
-    shares = values.split([len(group.tokens) for group in groups])
-    for group, share in zip(groups, shares, strict=True):
-        setattr(group, name, share)
+    indices = set(concat_over_ranks([group.prompt.index for group in groups]))
+    batch_of = {index: i // size for i, index in enumerate(sorted(indices))}
+    batches = [[] for _ in range(math.ceil(len(indices) / size))]
+    for group in groups:
+        batches[batch_of[group.prompt.index]].append(group)
+    return batches
 
 
 def has_image(groups: list[Group]) -> Tensor:
@@ -143,8 +120,8 @@ def view_log_probs(groups: list[Group], view: str, device="cpu") -> Tensor:
     """The log-probs recorded under a view, [B, T]. Groups without an image have none, and get 0."""
     tensors = []
     for group in groups:
-        has_none = torch.zeros_like(group.sample_log_probs)
-        tensors.append(group.view_log_probs[view] if group.has_image else has_none)
+        zeros = torch.zeros_like(group.sample_log_probs)
+        tensors.append(group.view_log_probs[view] if group.has_image else zeros)
     return stack_padded(tensors, device)
 
 
@@ -159,4 +136,5 @@ def seeded(*key) -> torch.Generator:
     """A CPU generator that depends on `key` alone: the same numbers on any rank, in any order and
     after any resume."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    seed_of_63_bits = int.from_bytes(digest, "little") >> 1
+    return torch.Generator().manual_seed(seed_of_63_bits)

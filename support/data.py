@@ -37,7 +37,7 @@ import weakref
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -51,6 +51,7 @@ from PIL import Image, ImageOps
 from support import StepError, toy
 from support.batch import Example
 
+ENCODERS = 4  # threads that decode and encode images
 SUFFIXES = (".parquet", ".json", ".jsonl")
 SPLITS = ("test", "validation", "val", "train")  # in the order in which evaluation prefers them
 TOY_TRAIN_ROWS, TOY_EVAL_ROWS = 4096, 256
@@ -520,7 +521,7 @@ class Stream:
     """
 
     def __init__(
-        self, rows, encode, prompts_per_round, rank=0, world=1, seed=0, position=0, workers=4
+        self, rows, encode, prompts_per_round, rank=0, world=1, seed=0, position=0, workers=ENCODERS
     ):
         assert len(rows) > 0 and prompts_per_round > 0, (len(rows), prompts_per_round)
         assert 0 <= rank < world, (rank, world)
@@ -565,3 +566,30 @@ class Stream:
         if self._consecutive_bad_rows >= MAX_CONSECUTIVE_BAD_ROWS:
             count = self._consecutive_bad_rows
             raise StepError(f"{name}: {count} prompts in a row cannot be used, {error}") from error
+
+
+def encode_ahead(rows: Rows, encode: Callable, chunks: list[list[int]]) -> Iterator[list]:
+    """The prompts of each chunk of indices; the next chunk is encoded while the caller works.
+
+    A row that turns out broken is left out, counted and named.
+    """
+    pool = ThreadPoolExecutor(ENCODERS)
+
+    def start(chunk: list[int]) -> list[tuple[int, Future]]:
+        return [(i, pool.submit(lambda i=i: encode(rows[i], i))) for i in chunk]
+
+    try:
+        following = start(chunks[0]) if chunks else []
+        for number in range(len(chunks)):
+            current, following = following, start([*chunks, []][number + 1])
+            prompts = []
+            for index, future in current:
+                try:
+                    prompts.append(future.result())
+                except ValueError as error:
+                    rows.skipped[getattr(error, "kind", "not encodable")] += 1
+                    row = rows.numbers[index]
+                    print(f"{rows.name}: row {row} is left out: {error}", file=sys.stderr)
+            yield prompts
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

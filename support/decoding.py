@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from support.batch import Prompt, empty_group
-from support.packing import build_row, split_rows
+from support.batch import Prompt
+from support.packing import build_row, empty_group, split_rows
 
 PREFILL_TOKENS = 32_768  # prompt tokens encoded at a time; a layer's activations grow with it
 # Steps per block. A response that has ended costs time until the block ends, and each block costs a

@@ -30,7 +30,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from support.batch import Group, empty_group
+from support.batch import Example, Group, Prompt
 from support.distributed import max_over_ranks
 
 # Response tokens whose logits exist at a time: 256 x 151,936 in fp32 take 148 MiB.
@@ -61,6 +61,34 @@ def split_rows(groups: list[Group], max_tokens: int) -> list[list[Group]]:
         rows[-1].append(group)
         room -= group.n_tokens
     return rows
+
+
+def empty_group(prompt: Prompt | None = None) -> Group:
+    """A group with an empty response: a prompt alone in its row, for prefill.
+
+    Without a prompt, two tokens stand in: see pack_rows. Its records are empty and not None, so
+    that groups in the same row have theirs used.
+    """
+    nothing = torch.zeros(1, 0)
+    if prompt is None:
+        prompt = Prompt(
+            example=Example("", "", []),
+            input_ids=torch.zeros(2, dtype=torch.long),
+            position_ids=torch.arange(2).expand(3, -1),
+            is_image_token=torch.zeros(2, dtype=torch.bool),
+        )
+    return Group(
+        prompt=prompt,
+        tokens=nothing.long(),
+        response_mask=nothing.bool(),
+        truncated=torch.zeros(1, dtype=torch.bool),
+        sample_log_probs=nothing,
+        responses=[""],
+        advantages=torch.zeros(1),
+        old_log_probs=nothing,
+        ref_log_probs=nothing,
+        weights=nothing,
+    )
 
 
 class Row(NamedTuple):

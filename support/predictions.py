@@ -97,17 +97,16 @@ def read_predictions(path: Path) -> list[dict]:
     return records
 
 
-def open_output(out: Path, settings: dict, inputs: dict[str, str]) -> None:
+def open_output(out: Path, settings: dict) -> None:
     """Start an evaluation in the folder `out`, or resume the one that is there.
 
-    To be resumed, an evaluation must have the same `settings` and the same `inputs`: name -> path
-    of what it reads. The files at these paths are compared by name, size and modification time, as
-    the path may be the same and its content new. ValueError if `out` holds another evaluation, or
-    other JSON files.
+    To be resumed, an evaluation must have the same `settings`. What it reads is compared by name,
+    size and modification time, as a path may be the same and its content new. ValueError if `out`
+    holds another evaluation, or other JSON files.
     """
     current = dict(settings)
-    for name, path in inputs.items():
-        current[f"files of {name}"] = file_stamps(Path(path).expanduser())
+    for name in ("model", "data", "benchmarks"):
+        current[f"files of {name}"] = file_stamps(Path(settings[name]).expanduser())
     out.mkdir(parents=True, exist_ok=True)
     file = out / "evaluation.json"
     if not file.exists():

@@ -1,11 +1,14 @@
-"""The paper's evaluation protocol, and the table that an evaluation reports."""
+"""The flags of evaluate.py, the paper's protocol, and the table that an evaluation reports."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
-from support import benchmarks, cli, metrics, plots, predictions
+from support import benchmarks, metrics, plots, predictions, toy
+from support.config import check_at_least, check_range, early_flags, flag, parse_flags
+from support.qwen_vl import PROMPT_SUFFIX
 
 # Settings that PAPO-Eval samples with: its script's, and its program's top_k and pixel defaults.
 PAPER_PROTOCOL = {
@@ -21,18 +24,73 @@ PAPER_PROTOCOL = {
 PROTOCOLS = {"paper": PAPER_PROTOCOL, "training": {}}  # training: EvalConfig's own defaults
 
 
-def with_protocol(given: dict) -> dict:
-    """The given flags of evaluate.py, over the settings of the protocol they choose."""
-    data = cli.data_of(given) or "all"
+# Flags that change the results: a resumed evaluation must have the same values.
+CHANGES_RESULTS = """model data benchmarks n eval_rows reward reward_deadline seed temperature top_p
+top_k max_prompt_tokens max_new_tokens min_pixels max_pixels prompt_suffix""".split()
+
+
+@dataclass
+class EvalConfig:
+    """Flags. The paper's protocol and toys override some."""
+
+    model: str = flag("toy", "toy, a local folder, or a hub id")
+    data: str = flag("", "toy, all, general, vision_dependent, a benchmark, file, folder or hub id")
+    benchmarks: str = flag("PAPO-Galaxy/PAPO_eval", "hub id or folder of the nine benchmarks")
+    protocol: str = flag("", "paper or training; default: paper for benchmarks")
+    n: int = flag(8, "samples per question (avg@n)")
+    out: str = flag("", "folder for predictions, tables, figures; also resumes an evaluation")
+    baseline: str = flag("", "folder of predictions to measure Delta_rel against")
+    eval_rows: int = flag(0, "use this many rows of each set, the first usable ones; 0: all")
+    reward: str = flag("", "score with path/file.py:function(response, answer)")
+    reward_deadline: float = flag(2.0, "seconds to score one response; a timeout has accuracy 0")
+    reward_memory: float = flag(1.0, "GiB per scoring process (Linux)")
+    seed: int = flag(0, "random seed")
+    ask: str = flag("", "answer one question, streamed")
+    image: list[str] = flag([], "images for --ask, before the question or at its <image> markers")
+    explain: bool = flag(False, "draw the image attribution of the response to --ask or --row")
+    row: str = flag("0", "for --explain: ROW or SPLIT:ROW of the data")
+    masks: int = flag(8, "for --explain: how many masks to average over")
+    heat_patches: int = flag(256, "for --explain: maximum number of cells in the heat map")
+    grade: list[str] = flag([], "grade these prediction files (ours or PAPO-Eval's)")
+    compare: list[str] = flag([], "plot the curves of these runs in one figure")
+    temperature: float = flag(1.0, "0: greedy (the default for --ask and --explain)")
+    top_p: float = flag(1.0, "nucleus sampling")
+    top_k: int = flag(0, "top-k sampling; 0: off")
+    max_prompt_tokens: int = flag(4096, "longest prompt in tokens; longer ones are skipped")
+    max_new_tokens: int = flag(2048, "longest response in tokens")
+    min_pixels: int = flag(200_704, "enlarge smaller images to this")
+    max_pixels: int = flag(1_003_520, "reduce larger images to this")
+    prompt_suffix: str = flag(PROMPT_SUFFIX, "appended to questions that lack it")
+    rollout_batch: int = flag(320, "most responses sampled at a time; a kill loses at most these")
+
+    def __post_init__(self):
+        check_at_least(self, 1, "n", "masks", "heat_patches", "max_new_tokens", "rollout_batch")
+        check_at_least(self, 0, "top_k", "eval_rows", "temperature")
+        check_range(self, 0, 1, "top_p")
+
+
+def configure(doc: str, argv=None) -> EvalConfig:
+    """Precedence: given flags, the protocol, the toy's defaults, EvalConfig's."""
+    early = early_flags("model", "data", "protocol", "ask", "explain", argv=argv)
+    model = toy.model_folder(early.get("model", EvalConfig.model))
+    defaults = toy.defaults(model, early.get("data", "")) | {"eval_rows": 0}
+    data = early.get("data") or defaults.get("data", "all")
+    defaults |= protocol_defaults(data, early)
+    [config] = parse_flags(doc, EvalConfig, defaults=defaults, argv=argv)
+    return config
+
+
+def protocol_defaults(data: str, early: dict) -> dict:
+    """Defaults of evaluate.py's flags: those of the protocol that data and --protocol choose.
+
+    early: the flags that were given among protocol, ask and explain.
+    """
     default = "paper" if benchmarks.benchmark_names(data) else "training"
-    protocol = given.get("protocol") or default
+    protocol = early.get("protocol") or default
     if protocol not in PROTOCOLS:
         raise ValueError(f"--protocol {protocol}: choose one of {', '.join(PROTOCOLS)}")
-    settings = dict(PROTOCOLS[protocol])
-    if given.get("ask") or given.get("explain"):
-        settings["temperature"] = 0.0
-    rows = given.get("eval_rows", 0)  # all of them, where training evaluates on some
-    return settings | given | {"data": data, "protocol": protocol, "eval_rows": rows}
+    greedy = {"temperature": 0.0} if "ask" in early or "explain" in early else {}
+    return PROTOCOLS[protocol] | greedy | {"data": data, "protocol": protocol}
 
 
 def protocol_line(config) -> str:
@@ -76,7 +134,8 @@ def compare_or_grade(config) -> None:
         figure, table = plots.compare(config.compare, out / "compare.png")
         print(table, figure, sep="\n")
         return
-    how = {"n": config.n, "reward": config.reward, **config.limits}
+    how = {"n": config.n, "reward": config.reward, "deadline": config.reward_deadline}
+    how["memory"] = config.reward_memory
     results = predictions.grade_files(config.grade, **how)
     baseline = None
     if config.baseline:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import MethodType
@@ -48,7 +49,7 @@ PROMPT_SUFFIX = (
     "You first think through the reasoning process as an internal monologue, enclosed within "
     "<think> </think> tags. Then, provide your final answer enclosed within \\boxed{}."
 )
-TINY = 20_000_000  # parameters of a model that one CPU thread runs best
+TINY = 20_000_000  # parameters of a model that a thread or two run best
 VISION_TOKENS = (
     "<|vision_start|>",
     "<|vision_end|>",
@@ -59,6 +60,12 @@ VISION_TOKENS = (
 
 
 # ------------------------------------------------------------------------------------------ encoder
+
+
+def size_of(name: str) -> str:
+    """Which of the paper's two sizes, "3b" or "7b", the presets take a folder or hub id for."""
+    is_7b = AutoConfig.from_pretrained(name).get_text_config().hidden_size >= HIDDEN_SIZE_7B
+    return "7b" if is_7b else "3b"
 
 
 class Encoder:
@@ -84,12 +91,6 @@ class Encoder:
         self.image_id = self.config.image_token_id
         with torch.device("meta"):  # no weights: only its position ids are used
             self.rope = AutoModelForImageTextToText.from_config(self.config).model
-
-    @property
-    def size(self) -> str:
-        """Which of the paper's two sizes, "3b" or "7b", the presets take this model for."""
-        is_7b = self.config.get_text_config().hidden_size >= HIDDEN_SIZE_7B
-        return "7b" if is_7b else "3b"
 
     @property
     def patches_per_token(self) -> int:
@@ -192,14 +193,28 @@ class Encoder:
 
 
 def choose_threads(model) -> None:
-    """Run a tiny model on one thread, unless OMP_NUM_THREADS says otherwise.
+    """Run a tiny model on two threads where two cores are idle, else on one.
 
-    Its operations are too small to share: beside other work, torch's threads wait for one another,
-    and a step takes several times as long as on a single thread.
+    Its operations are too small for more, and beside other work torch's threads wait for one
+    another: a step then takes several times as long as on a single thread. OMP_NUM_THREADS decides
+    where it is set, as torchrun does for several ranks.
     """
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     if n_parameters < TINY and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)
+        torch.set_num_threads(2 if idle_cores() > 1.5 else 1)
+
+
+def idle_cores(seconds: float = 0.2) -> float:
+    """How many cores are idle at the moment; 0 where Linux's /proc/stat does not say."""
+
+    def idle_ticks() -> int:
+        return int(Path("/proc/stat").read_text().split()[4])  # of all cores, 100 per second
+
+    if not Path("/proc/stat").exists():
+        return 0.0
+    before = idle_ticks()
+    time.sleep(seconds)
+    return (idle_ticks() - before) / 100 / seconds
 
 
 def _load_tokenizer(name: str):

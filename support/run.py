@@ -1,4 +1,4 @@
-"""A run: its models and data, and what is due when.
+"""A run: its models and data, its folder, and what is due when.
 
 Resuming drops the log lines after the checkpoint, because their steps are repeated. A signal
 (SIGTERM, Ctrl-C) raises Stopped on every rank at the next opportunity: after a block of sampled
@@ -15,17 +15,15 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from contextlib import suppress
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 from support import StepError, benchmarks, checkpoint, data, pages, plots
 from support.batch import Example, Group, Prompt
-from support.cli import exit_with_error
+from support.config import exit_with_error, flags_of
 from support.distributed import (
     concat_over_ranks,
     gather_over_ranks,
@@ -37,43 +35,32 @@ from support.distributed import (
     shard,
 )
 from support.loggers import LOGGERS
-from support.metrics import collapse_warning, read_metrics
+from support.metrics import read_metrics
 from support.qwen_vl import Encoder, Policy
 from support.reward import compute_score
-from support.run_folder import append, free_name, is_evaluation, keep_copy, lock, read_log, rewind
+from support.run_folder import (
+    append,
+    free_name,
+    is_evaluation,
+    is_unused,
+    keep_copy,
+    lock,
+    read_log,
+    rewind,
+    survivable,
+)
 from support.saliency import saliency_for
 from support.sandbox import Grader
 
 SHOW_EVERY = 10  # steps between printed responses
 SHOWN_CHARACTERS = 400
-MAX_SAMPLER_GAP = 0.1  # nats per token; in fp32 rounding leaves 1e-6
 SAMPLE_ROWS = 4  # questions per evaluation set whose responses are kept to look at
+MAX_SAMPLER_GAP = 0.1  # nats per token; in fp32 rounding leaves 1e-6
+GIB = 2**30
 
 
 class Stopped(Exception):  # noqa: N818  (an event, not an error)
     """A signal has asked the run to stop; raised on all ranks together."""
-
-
-@contextmanager
-def step_errors() -> Iterator[None]:
-    """End the program with one line where a step cannot be finished."""
-    try:
-        yield
-    except StepError as error:
-        exit_with_error(error)
-    except torch.OutOfMemoryError as error:
-        figures = " ".join(str(error).split())[:300]
-        advice = "lower --tokens_per_forward, --rollout_batch, --max_pixels or --group_size"
-        sys.exit(f"rank {dist.get_rank()}: out of memory: {advice}. {figures}")
-
-
-@contextmanager
-def reported(path: Path) -> Iterator[None]:
-    """A picture that a full disk refuses costs a line, not the end of the run."""
-    try:
-        yield
-    except OSError as error:
-        print(f"{path} is not written: {error}", file=sys.stderr)
 
 
 class Run:
@@ -87,12 +74,11 @@ class Run:
         self.rank, self.world, self.device = ranks
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.step = 0  # steps completed
-        self.position = 0  # prompts of the data stream used by them
+        self.position = 0  # rows of the data used by them
         self.evaluated_step = None  # the last step that has an evaluation in the log
         self.stop_requested = False
+        self._lock = None  # the first rank's
         self.warned_of: set[str] = set()  # subjects of warnings given once
-        self.history: list[dict] = []  # the lines of metrics.jsonl
-        self.unwritten: dict[str, list[str]] = {}  # log -> lines that a full disk refused
 
         self.mesh = make_mesh(self.device.type, config.shard_size)
         self.rows, self.eval_sets = self._load_data(encoder)
@@ -101,27 +87,21 @@ class Run:
         self.policy = self._load_policy(encoder, torch.float32)
         if "mask" in algo.views():
             self.policy.saliency = saliency_for(algo.mask_strategy, config.data)
-        self.reference = None
-        if algo.kl_ref_coef:
-            self.reference = self._load_policy(encoder, self.dtype)
-        trained = [p for p in self.policy.model.parameters() if p.requires_grad]
+        self.reference = self._load_policy(encoder, self.dtype) if algo.kl_ref_coef else None
         self.optimizer = torch.optim.AdamW(
-            trained,
+            [p for p in self.policy.model.parameters() if p.requires_grad],
             lr=config.lr,
             weight_decay=config.weight_decay,
             fused=self.device.type == "cuda",  # else AdamW copies all parameters in every step
         )
         cores = (os.cpu_count() or 1) // local_world_size()
-        workers = max(1, min(4, cores))
         self.grader = Grader(
             config.reward or compute_score,
-            workers=workers,
+            workers=max(1, min(4, cores)),
             deadline=config.reward_deadline,
             budget=config.reward_budget,
             memory=config.reward_memory,
         )
-        self.stream = None
-        self._lock = None  # the first rank's
 
     # --------------------------------------------------------------------------------------- set-up
 
@@ -152,29 +132,29 @@ class Run:
             )
             policy.tokens_per_forward = config.tokens_per_forward
             policy.model.model.visual.requires_grad_(not config.freeze_vision)
-            shard(policy.model, self.mesh, self.dtype)
+            # A single rank has nothing to shard, but FSDP is also what computes in half precision.
+            if self.world > 1 or self.dtype != torch.float32:
+                shard(policy.model, self.mesh, self.dtype)
         return policy
 
     def start(self) -> None:
         """Open the folder, resume from its newest checkpoint, read data ahead, heed signals."""
-        config = self.config
         self.folder = on_first_rank(self._claim_folder)
-        newest = []
-        if config.resume:
-            newest = on_first_rank(lambda: checkpoint.complete(self.folder)[-1:])
-        if config.resume and not newest:
-            on_first_rank(self._check_unfinished)
+        newest = on_first_rank(self._newest_checkpoint)
         if newest:
-            state = checkpoint.load(newest[0], self.policy.model, self.optimizer)
+            state = checkpoint.load(newest, self.policy.model, self.optimizer)
             self.step, self.position = state["step"], state["position"]
-        self.history = on_first_rank(lambda: self._open_folder(resuming=bool(newest)))
+        self.evaluated_step = on_first_rank(lambda: self._open_folder(resuming=bool(newest)))
         if not (self.folder / "config.json").exists():
             raise OSError(f"{self.folder} is not the first rank's: all machines must share it")
-        if any(line["step"] == self.step and is_evaluation(line) for line in self.history):
-            self.evaluated_step = self.step
-        makers = [make for name, make in LOGGERS.items() if getattr(config, name)]
+        makers = [make for name, make in LOGGERS.items() if getattr(self.config, name)]
         self.loggers = [make(self.folder) for make in makers if self.rank == 0]
-        self.stream = self._open_stream()
+        config, encode = self.config, self.policy.encoder.encode
+        per_round = config.mini_batch if self.algo.dynamic_sampling else config.prompts_per_step
+        ranks = {"rank": self.rank, "world": self.world}
+        self.stream = data.Stream(
+            self.rows, encode, per_round, **ranks, seed=config.seed, position=self.position
+        )
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
         if self.rank == 0:
@@ -184,22 +164,28 @@ class Run:
 
     def _claim_folder(self) -> Path:
         """Make and lock the folder, before anything in it is read or written."""
-        folder = Path(self.config.resume or self.config.out or free_name(self.config))
+        config = self.config
+        if config.out and not config.resume and not is_unused(Path(config.out)):
+            raise OSError(f"--out {config.out} exists: choose another folder, or --resume it")
+        folder = Path(config.resume or config.out or free_name(config))
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = lock(folder)
         return folder
 
-    def _check_unfinished(self) -> None:
-        """A run without a checkpoint starts over. ValueError if that would replace its model."""
+    def _newest_checkpoint(self) -> Path | None:
+        """Where to resume. A run without a checkpoint starts over, unless it has a model."""
+        if not self.config.resume:
+            return None
+        if complete := checkpoint.complete(self.folder):
+            return complete[-1]
         if (self.folder / "model").exists():
-            raise ValueError(f"{self.folder} has a model but no checkpoint: nothing to resume")
+            raise OSError(f"{self.folder} has a model but no checkpoint: nothing to resume")
         print(f"{self.folder} has no checkpoint: starting at step 0")
+        return None
 
-    def _open_folder(self, resuming: bool) -> list[dict]:
-        """Write config.json and rewind the logs to the checkpoint; returns the lines that stay."""
-        config = asdict(self.config) | asdict(self.algo)
-        config |= {"algo": self.config.algo, "steps": self.last_step, "resume": ""}
-        del config["name"]
+    def _open_folder(self, resuming: bool) -> int | None:
+        """Write config.json, rewind the logs to the checkpoint; returns `evaluated_step`."""
+        config = flags_of(self.config, self.algo) | {"steps": self.last_step, "resume": ""}
         checkpoint.clean(self.folder)
         text = json.dumps(config, indent=1) + "\n"
         checkpoint.write_atomically(self.folder / "config.json", text)
@@ -207,24 +193,16 @@ class Run:
             keep_copy(Path(self.config.algo), self.folder)
         last_kept = self.step if resuming else -1
         rewind(self.folder / "samples.jsonl", last_kept)
-        return rewind(self.folder / "metrics.jsonl", last_kept)
-
-    def _open_stream(self) -> data.Stream:
-        config, encode = self.config, self.policy.encoder.encode
-        per_round = config.prompts_per_step
-        if self.algo.dynamic_sampling:
-            per_round = config.mini_batch
-        ranks = {"rank": self.rank, "world": self.world}
-        return data.Stream(
-            self.rows, encode, per_round, **ranks, seed=config.seed, position=self.position
-        )
+        lines = rewind(self.folder / "metrics.jsonl", last_kept)
+        is_evaluated = any(line["step"] == self.step and is_evaluation(line) for line in lines)
+        return self.step if is_evaluated else None
 
     def _disk_line(self) -> str:
         """The size of a checkpoint (fp32 weights, two moments of the trained ones) and the room."""
         parameters = list(self.policy.model.parameters())
-        size = sum(p.numel() * (12 if p.requires_grad else 4) for p in parameters) / 2**30
+        size = sum(p.numel() * (12 if p.requires_grad else 4) for p in parameters) / GIB
         need = (self.config.keep + 1) * size
-        free = shutil.disk_usage(self.folder).free / 2**30
+        free = shutil.disk_usage(self.folder).free / GIB
         line = (
             f"checkpoints: {size:.3g} GiB each, up to {need:.3g} GiB with --keep "
             f"{self.config.keep} while one is saved; {free:.3g} GiB free in {self.folder}"
@@ -235,12 +213,13 @@ class Run:
 
     def steps(self) -> Iterator[int]:
         """Yield the number of each step to take, from 0. Raises Stopped after a signal."""
-        with tqdm(initial=self.step, total=self.last_step, disable=self.rank > 0) as bar:
+        with tqdm(initial=self.step, total=self.last_step, disable=self.rank > 0) as self.bar:
             while self.step < self.last_step:
                 self.raise_if_stopped()
                 self.started = time.time()
+                self.skipped_before = self.stream.skipped.total()
                 yield self.step
-                bar.update()
+                self.bar.update()
 
     def next_prompts(self, round_index: int) -> list[Prompt]:
         """This rank's prompts of a round of sampling, numbered over all rounds and ranks."""
@@ -250,6 +229,10 @@ class Run:
             prompts.append(prompt)
         return prompts
 
+    def skipped_rows(self) -> int:
+        """Rows of this step that turned out broken, on this rank."""
+        return self.stream.skipped.total() - self.skipped_before
+
     def finish_step(self, metrics: dict[str, float], groups: list[Group]) -> None:
         """Count a step, log its metrics with its times, save a checkpoint if one is due."""
         self.step += 1
@@ -257,18 +240,33 @@ class Run:
         metrics["seconds"] = time.time() - self.started
         metrics["tokens_per_second"] = metrics.pop("response_tokens") / metrics["seconds"]
         if self.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(self.device) / 2**30
-            metrics["peak_memory"] = max_over_ranks(peak)
-            torch.cuda.reset_peak_memory_stats(self.device)
+            metrics["peak_memory"] = max_over_ranks(torch.cuda.max_memory_allocated() / GIB)
+            torch.cuda.reset_peak_memory_stats()
+        self.bar.set_postfix({name: f"{metrics[name]:.3f}" for name in ("reward", "accuracy")})
         self.log(metrics)
-        if metrics.get("sampler_gap", 0.0) > MAX_SAMPLER_GAP:
-            self._warn_of_sampler_gap(metrics["sampler_gap"])
         if self.algo.dynamic_sampling and metrics["groups_kept"] == 0:
-            self._warn_of_empty_step(metrics)
-        if self.step % SHOW_EVERY == 0 and groups:
-            self._show_responses(groups)
+            self._warn_once(
+                "empty step",
+                f"no group to train on after {metrics['rounds']} rounds (mean reward "
+                f"{metrics['reward']:.3f}): every group is all right or all wrong, so the task is "
+                "too easy or too hard for this model, or --reward does not fit it",
+            )
+        if metrics.get("sampler_gap", 0.0) > MAX_SAMPLER_GAP:
+            self._warn_once(
+                "sampler gap",
+                f"log-probs when sampled and in training differ by {metrics['sampler_gap']:.2g} "
+                "per token (sampler_gap): attention or precision is wrong here, unless the "
+                "algorithm samples under another image than it trains on",
+            )
+        if self.step % SHOW_EVERY == 0 and groups and self.rank == 0:
+            show_responses(self.step, groups)
         if self.is_due(self.config.save_every):
             self.save()
+
+    def _warn_once(self, subject: str, text: str) -> None:
+        if self.rank == 0 and subject not in self.warned_of:
+            tqdm.write(f"warning: step {self.step}: {text}", file=sys.stderr)
+        self.warned_of.add(subject)
 
     def is_due(self, every: int) -> bool:
         """Whether something due every so many steps, and after the last, is due now; 0: never."""
@@ -289,8 +287,7 @@ class Run:
             ordered = sorted(concat_over_ranks(first), key=lambda record: record["row"])
             samples += [{"step": self.step, "set": name} | record for record in ordered]
         self.evaluated_step = self.step
-        line = {f"eval/{name}": accuracy for name, accuracy in accuracies.items()}
-        self.log(line, samples)
+        self.log({f"eval/{name}": accuracy for name, accuracy in accuracies.items()}, samples)
 
     def log(self, metrics: dict, samples: list[dict] = ()) -> None:
         """Write one line of metrics.jsonl, and samples to samples.jsonl, on the first rank."""
@@ -299,65 +296,18 @@ class Run:
         line = {"step": self.step}
         for name, value in metrics.items():
             line[name] = round(value, 8) if isinstance(value, float) else value
-        for name, new in {"metrics.jsonl": [line], "samples.jsonl": samples}.items():
-            lines = [json.dumps(each) + "\n" for each in new]
-            waiting = self.unwritten.get(name, [])
-            self.unwritten[name] = append(self.folder / name, waiting + lines)
+        append(self.folder / "metrics.jsonl", [line])
+        append(self.folder / "samples.jsonl", samples)
         for logger in self.loggers:
             logger(line, samples)
-        self.history.append(line)
-        if not is_evaluation(line):
-            self._warn_of_collapse()
-
-    def _warn_of_collapse(self) -> None:
-        warning = None if "collapse" in self.warned_of else collapse_warning(self.history)
-        if warning:
-            self._warn_once("collapse", warning)
-
-    def _warn_of_empty_step(self, metrics: dict[str, float]) -> None:
-        reward, rounds = metrics["reward"], int(metrics["rounds"])
-        self._warn_once(
-            "empty step",
-            f"warning: step {self.step} has no group to train on after {rounds} rounds (mean "
-            f"reward {reward:.3f}): every group is all right or all wrong, so the task is too easy "
-            "or too hard for this model, or --reward does not fit it",
-        )
-
-    def _warn_of_sampler_gap(self, gap: float) -> None:
-        self._warn_once(
-            "sampler gap",
-            f"warning: step {self.step}: log-probs when sampled and in training differ by "
-            f"{gap:.2g} per token (sampler_gap): attention or precision is wrong here, unless the "
-            "algorithm samples under another image than it trains on",
-        )
-
-    def _warn_once(self, subject: str, text: str) -> None:
-        if self.rank == 0 and subject not in self.warned_of:
-            tqdm.write(text, file=sys.stderr)
-        self.warned_of.add(subject)
-
-    def _show_responses(self, groups: list[Group]) -> None:
-        """Print a group's best and worst response, if possible of a group where they differ."""
-        if self.rank > 0:
-            return
-        differing = (group for group in groups if group.rewards.min() < group.rewards.max())
-        group = next(differing, groups[0])
-        tqdm.write(f"step {self.step}: {group.prompt.example.question}")
-        by_reward = group.rewards.argsort(descending=True).tolist()
-        for i in (by_reward[0], by_reward[-1]):
-            tqdm.write(f"  reward {group.rewards[i]:.2f}: {group.responses[i][:SHOWN_CHARACTERS]}")
 
     def save(self) -> None:
-        """Save a checkpoint of the completed steps. A full disk costs a line, not the run."""
+        """Save a checkpoint of the completed steps."""
         state = {"step": self.step, "position": self.position}
-        try:
+        with survivable(f"the checkpoint of step {self.step}"):
             checkpoint.save(
                 self.folder, self.policy.model, self.optimizer, state, keep=self.config.keep
             )
-        except OSError as error:
-            if self.rank == 0:
-                problem = f"error: step {self.step} is not saved, training goes on: {error}"
-                tqdm.write(problem, file=sys.stderr)
 
     # -------------------------------------------------------------------------------------- the end
 
@@ -371,18 +321,37 @@ class Run:
         if max_over_ranks(self.stop_requested):
             raise Stopped
 
-    def stop_early(self) -> None:
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, kind, error, traceback) -> bool:
+        """Save what a signal has stopped; make the user's errors one line; end threads."""
+        try:
+            if isinstance(error, Stopped):
+                self._stop_early()
+            elif isinstance(error, StepError):
+                exit_with_error(error)
+            elif isinstance(error, torch.OutOfMemoryError):
+                figures = " ".join(str(error).split())[:300]
+                advice = "lower --tokens_per_forward, --rollout_batch, --max_pixels or --group_size"
+                sys.exit(f"rank {self.rank}: out of memory: {advice}. {figures}")
+        finally:
+            self.stream.close()
+            self.grader.close()
+            if self._lock:
+                self._lock.close()
+        return isinstance(error, Stopped)
+
+    def _stop_early(self) -> None:
         """Save the completed steps, unless --save_every is 0, and say how to continue."""
         if self.config.save_every and self.step:
-            with step_errors():
-                self.save()
+            self.save()
         if self.rank > 0:
             return
-        print(f"stopped after step {self.step}", end="")
         if checkpoint.complete(self.folder):
-            print(f"; continue with --resume {self.folder}")
+            print(f"stopped after step {self.step}; continue with --resume {self.folder}")
         else:
-            print(": no checkpoint was saved, so there is nothing to resume")
+            print(f"stopped after step {self.step}: no checkpoint was saved")
 
     def export(self) -> None:
         """Write model/, a plain Hugging Face folder."""
@@ -390,10 +359,9 @@ class Run:
         try:
             checkpoint.export(self.policy.model, source, model_dir, self.dtype)
         except OSError as error:
-            advice = ""
-            if checkpoint.complete(self.folder):
-                advice = f"; make room, then --resume {self.folder}"
-            exit_with_error(f"{model_dir} is not written: {error}{advice}")
+            raise StepError(
+                f"{model_dir} is not written: {error}; make room, then --resume {self.folder}"
+            ) from error
 
     def sample_prompt(self) -> Prompt:
         """The first usable prompt of an evaluation set, to show a response to at the end."""
@@ -401,7 +369,7 @@ class Run:
         for i in range(len(rows)):
             with suppress(ValueError):
                 return self.policy.encoder.encode(rows[i])
-        raise ValueError(f"{rows.name}: no usable row")
+        raise StepError(f"{rows.name}: no usable row")
 
     def summarise(self, sample: Group) -> None:
         """Draw the curves; print accuracies before and after, a sample response and the files."""
@@ -415,27 +383,21 @@ class Run:
                 print(f"{name:<20} accuracy {before:.3f} before, {after:.3f} after")
         example = sample.prompt.example
         for i, image in enumerate(example.images):
-            path = self.folder / f"sample{i}.png"
-            with reported(path):
-                image.save(path)
-                print(f"image: {path}")
+            with survivable(self.folder / f"sample{i}.png"):
+                image.save(self.folder / f"sample{i}.png")
+                print(f"image: {self.folder}/sample{i}.png")
         print(f"question: {example.question}")
         print(f"response: {sample.responses[0]}")
         print(f"answer: {example.answer}")
         print(f"metrics: {self.folder}/metrics.jsonl")
-        with reported(self.folder / "curves.png"):
+        with survivable(self.folder / "curves.png"):
             print(f"curves: {plots.curves(self.folder)}")
-        with reported(self.folder / "samples.html"):
-            self._write_samples()
+        with survivable(self.folder / "samples.html"):
+            lines = read_log(self.folder / "samples.jsonl")
+            title, out = f"Responses of {self.folder.name}", self.folder / "samples.html"
+            if page := pages.samples(lines, self._find_example, title, out):
+                print(f"samples: {page}")
         print(f"model: {self.folder}/model")
-
-    def _write_samples(self) -> None:
-        """Write the evaluations' decoded responses beside their images, if there are any."""
-        lines = read_log(self.folder / "samples.jsonl")
-        title, out = f"Responses of {self.folder.name}", self.folder / "samples.html"
-        page = pages.samples(lines, self._find_example, title, out)
-        if page:
-            print(f"samples: {page}")
 
     def _find_example(self, line: dict) -> Example | None:
         """The question of a line of samples.jsonl; None if the data no longer has it there."""
@@ -444,14 +406,6 @@ class Run:
             example = self.eval_sets[line["set"]][row]
             same = (example.id or str(row), example.answer) == (line["id"], line["label"])
             return example if same else None
-
-    def close(self) -> None:
-        """End threads and worker processes, which the interpreter would wait for."""
-        if self.stream:
-            self.stream.close()
-        self.grader.close()
-        if self._lock:
-            self._lock.close()
 
 
 def check_same_rows(*sets: data.Rows) -> None:
@@ -463,3 +417,13 @@ def check_same_rows(*sets: data.Rows) -> None:
         raise ValueError(
             f"the ranks read different rows of {sets[0].name}: usable are {counts} of the sets"
         )
+
+
+def show_responses(step: int, groups: list[Group]) -> None:
+    """Print a group's best and worst response, if possible of a group where they differ."""
+    differing = (group for group in groups if group.rewards.min() < group.rewards.max())
+    group = next(differing, groups[0])
+    tqdm.write(f"step {step}: {group.prompt.example.question}")
+    by_reward = group.rewards.argsort(descending=True).tolist()
+    for i in (by_reward[0], by_reward[-1]):
+        tqdm.write(f"  reward {group.rewards[i]:.2f}: {group.responses[i][:SHOWN_CHARACTERS]}")

@@ -1,4 +1,4 @@
-"""A run's folder: its name, its lock, its saved flags and its logs.
+"""A run's folder: its name, its lock and its logs.
 
 config.json     every flag, resolved
 metrics.jsonl   one line per step, one per evaluation
@@ -18,57 +18,29 @@ import os
 import shutil
 import socket
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import torch.distributed as dist
+from tqdm import tqdm
+
 from support.checkpoint import write_atomically
-from support.cli import exit_with_error
-
-# Flags that may change when a run is resumed, among them those that a failed run is told to change.
-FREE_ON_RESUME = {
-    "tokens_per_forward",
-    "rollout_batch",
-    "reward_budget",
-    "reward_memory",
-    "resume",
-    "steps",
-    "wandb",
-    "tensorboard",
-    "keep",
-    "save_every",
-    "eval_every",
-    "shard_size",
-}
 
 
-# -------------------------------------------------------------------------------------------- flags
-
-
-def with_saved_config(given: dict, defaults: dict) -> dict:
-    """The given flags, over those of the run that --resume names.
-
-    Ends the program with one line where they contradict each other or would overwrite a folder.
-    `defaults`: the value of a flag that the run predates.
-    """
-    if not given.get("resume"):
-        if given.get("out") and not is_unused(Path(given["out"])):
-            exit_with_error(f"--out {given['out']} exists: choose another folder, or --resume it")
-        return given
-    path = Path(given["resume"]) / "config.json"
-    if not path.is_file():
-        exit_with_error(f"--resume {given['resume']}: no config.json there")
-    saved = defaults | json.loads(path.read_text())
-    for name in given.keys() - FREE_ON_RESUME:
-        if given[name] != saved[name]:
-            conflict = f"--{name} {given[name]} contradicts the run's {saved[name]}"
-            exit_with_error(f"--resume {given['resume']}: {conflict}")
-    return saved | given
+@contextmanager
+def survivable(what) -> Iterator[None]:
+    """A file that cannot be written, to a full disk say, costs a line and not the run."""
+    try:
+        yield
+    except OSError as error:
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            tqdm.write(f"error: {what} is not written: {error}", file=sys.stderr)
 
 
 def free_name(config) -> str:
     """runs/ALGO-MODEL-sSEED, or the next free suffix: no existing folder is ever overwritten."""
-    algo = Path(config.algo).stem
-    model = Path(config.model.rstrip("/")).name.replace(":", "-")
+    algo, model = Path(config.algo).stem, Path(config.model.rstrip("/")).name
     name = f"runs/{algo}-{model}-s{config.seed}"
     numbered = (f"{name}-{i}" for i in itertools.count(2))
     return next(each for each in itertools.chain([name], numbered) if not Path(each).exists())
@@ -79,15 +51,6 @@ def is_unused(folder: Path) -> bool:
     if not folder.exists():
         return True
     return folder.is_dir() and {path.name for path in folder.iterdir()} <= {".lock", ".config.json"}
-
-
-def keep_copy(source: Path, folder: Path) -> None:
-    """Copy a file of the user's into a new run; warn where a resumed run meets another version."""
-    copy = folder / source.name
-    if not copy.exists():
-        shutil.copy(source, copy)
-    elif copy.read_bytes() != source.read_bytes():
-        print(f"{source} differs from the run's copy of it, {copy}", file=sys.stderr)
 
 
 def lock(folder: Path):
@@ -102,38 +65,38 @@ def lock(folder: Path):
     except BlockingIOError:
         file.seek(0)
         holder = file.read().strip() or "another process"
-        file.close()
         raise OSError(f"{folder} is in use by {holder}: end it, or choose another folder") from None
     except OSError as error:  # some network file systems have no locks
-        problem = f"{folder} cannot be locked, so let nothing else write there: {error}"
-        print(problem, file=sys.stderr)
+        print(f"{folder} cannot be locked, let nothing else write there: {error}", file=sys.stderr)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
     return file
 
 
-# ----------------------------------------------------------------------------------- JSON-line logs
+def keep_copy(source: Path, folder: Path) -> None:
+    """Copy a file of the user's into a new run; warn where a resumed run meets another version."""
+    copy = folder / source.name
+    if not copy.exists():
+        shutil.copy(source, copy)
+    elif copy.read_bytes() != source.read_bytes():
+        print(f"{source} differs from the run's copy of it, {copy}", file=sys.stderr)
 
 
 def is_evaluation(line: dict) -> bool:
     return any(key.startswith("eval/") for key in line)
 
 
-def append(path: Path, lines: list[str]) -> list[str]:
-    """Append lines to a file. Returns those that a full disk refused, to be tried again later."""
-    if not lines:
-        return []
+def append(path: Path, lines: list[dict]) -> None:
+    """Append lines to a log."""
     size = path.stat().st_size if path.exists() else 0
-    try:
-        with open(path, "a") as file:
-            file.write("".join(lines))
-    except OSError as error:
-        print(f"{path.name}: {len(lines)} lines wait to be written: {error}", file=sys.stderr)
-        with suppress(OSError):
+    with survivable(f"a line of {path}"):
+        try:
+            with open(path, "a") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+        except OSError:
             os.truncate(path, size)  # leave no half line
-        return lines
-    return []
+            raise
 
 
 def read_log(path: Path) -> list[dict]:

@@ -9,14 +9,13 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import sys
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 from torch import Tensor
 
 from support import StepError
-from support.batch import Group, Prompt, seeded
+from support.batch import Group, Prompt
 
 FOLDER = Path(__file__).resolve().parent.parent / "variants"
 
@@ -25,11 +24,11 @@ def variant_names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("[!_]*.py"))
 
 
-def load_variant(name: str, base: type, steps: tuple[str, ...], presets: tuple[str, ...]) -> type:
+def load_variant(name: str, base: type, presets: tuple[str, ...]) -> type:
     """The subclass of `base` that variants/NAME.py or path/to/FILE.py defines.
 
-    steps: what a subclass may replace beside its fields. presets: known names beside the variants.
-    ValueError, in one line, for an unknown name or a class that would not do what it says.
+    presets: known names beside the variants. ValueError, in one line, for an unknown name or a
+    class that would not do what it says.
     """
     if name in variant_names():
         module = importlib.import_module(f"variants.{name}")
@@ -44,7 +43,7 @@ def load_variant(name: str, base: type, steps: tuple[str, ...], presets: tuple[s
     if len(classes) != 1:
         found = ", ".join(each.__name__ for each in classes) or "none"
         raise ValueError(f"algo={name}: must define one subclass of {base.__name__}, has {found}")
-    check_variant(classes[0], steps, name)
+    check_variant(classes[0], base, name)
     return classes[0]
 
 
@@ -60,8 +59,10 @@ def _import_file(path: Path):
     return module
 
 
-def check_variant(variant: type, steps: tuple[str, ...], where: str) -> None:
+def check_variant(variant: type, base: type, where: str) -> None:
     """ValueError for a setting or step that would not take effect."""
+    of_base = {field.name for field in dataclasses.fields(base)}
+    steps = [name for name in vars(base) if name not in of_base and not name.startswith("_")]
     if "__dataclass_params__" not in vars(variant):
         raise ValueError(f"algo={where}: decorate {variant.__name__} with @dataclass(frozen=True)")
     parents = [each for each in variant.__mro__[1:] if dataclasses.is_dataclass(each)]
@@ -79,46 +80,28 @@ def check_variant(variant: type, steps: tuple[str, ...], where: str) -> None:
             raise ValueError(f"algo={where}: write the type, {name}: float = ..., or it is ignored")
 
 
-def sampling_pairs(
-    algo, prompts: list[Prompt], policy, group_size: int, key: tuple
-) -> list[tuple[Prompt, Prompt]]:
-    """The pairs of all prompts, see papo.Algo.images.
-
-    Responses to the same prompt get different numbers, so that their random numbers differ.
-    """
-    pairs = []
-    for prompt in prompts:
-        generator = seeded("images", *key, prompt.index)
-        of_prompt = algo.images(prompt, policy, generator)
-        for number, (sampled, trained) in enumerate(of_prompt):
-            pairs.append((replace(sampled, first_sample=number * group_size), trained))
-    return pairs
-
-
-def check_view(view, algo, name: str, prompt: Prompt) -> tuple[Tensor, Tensor]:
-    """What a step `view` returned; StepError if it is not pixels and a mask of patches."""
+def check_view(view, algo, name: str, prompt: Prompt) -> None:
+    """StepError if a step `view` returned anything but pixels and a mask of patches."""
     n, width = prompt.pixel_values.shape
     expected = [f"float32[{n}, {width}]", f"bool[{n}]"]
     found = [_describe(each) for each in view]
     if found != expected:
         raise StepError(
-            f"algo={algo.name}: view({name!r}) must return pixels and the changed patches, "
+            f"{type(algo).__name__}.view({name!r}) must return pixels and the changed patches, "
             f"{' and '.join(expected)}, not {' and '.join(found)}"
         )
-    return view
 
 
-def check_weights(weights, algo, groups: list[Group]) -> list[Tensor]:
-    """What a step `weigh` returned; StepError if it is not a factor of each group, or nothing."""
-    for weight, group in zip(weights, groups, strict=bool(weights)):
+def check_weights(weights, algo, groups: list[Group]) -> None:
+    """StepError if a step `weigh` returned anything but a factor of each group's advantages."""
+    for weight, group in zip(weights, groups, strict=True):
         n, length = group.tokens.shape
         choices = (f"float32[{n}, 1]", f"float32[{n}, {length}]")
         if _describe(weight) not in choices or not weight.isfinite().all():
             raise StepError(
-                f"algo={algo.name}: weigh must return {' or '.join(choices)} per group, finite, "
-                f"not {_describe(weight)}: {str(weight)[:80]!r}"
+                f"{type(algo).__name__}.weigh must return {' or '.join(choices)} per group, "
+                f"finite, not {_describe(weight)}: {str(weight)[:80]!r}"
             )
-    return weights
 
 
 def _describe(value) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may touch a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # not as many as are idle: the same numbers each time
 
 import pytest
 import torch
@@ -23,9 +24,11 @@ from PIL import Image
 from pretend_device import PretendDevice
 from transformers import AutoModelForImageTextToText
 
+import rollout
 import train
-from rollout import generate
-from support import attribution_figures, plots, toy
+from experiments import start_model
+from rollout import Sampling
+from support import attribution_figures, plots
 from support.batch import Example
 from support.qwen_vl import Encoder, Policy
 
@@ -35,12 +38,18 @@ torch.set_num_threads(1)  # a tiny model is fastest on one thread
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """The toy's model after two warm-up steps: real class, real files, nothing learned."""
-    return str(toy.build(seed=0, folder=tmp_path_factory.mktemp("toy") / "model", steps=2))
+    return str(start_model.build(0, tmp_path_factory.mktemp("toy") / "model", steps=2))
 
 
 @pytest.fixture(scope="session")
 def encoder(folder):
     return Encoder(folder, min_pixels=3136, max_pixels=200_704, suffix="Box it.")
+
+
+def generate(policy, prompts, group_size, key=(0, 0), stop=lambda: False, **sampling):
+    """rollout.generate, with the fields of Sampling as keywords."""
+    sampling = {"temperature": policy.temperature} | sampling
+    return rollout.generate(policy, prompts, group_size, Sampling(**sampling), key=key, stop=stop)
 
 
 @pytest.fixture()

@@ -29,7 +29,8 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from support import checkpoint, toy  # noqa: E402  (needs the line above)
+from experiments import start_model  # noqa: E402  (needs the line above)
+from support import checkpoint  # noqa: E402
 
 FLAGS = (
     "--data toy --val_data toy --prompts_per_step 5 --mini_batch 3 --group_size 3 "
@@ -193,7 +194,7 @@ def main() -> None:
     args = parser.parse_args()
     steps = 2 * args.kills + 4
     with tempfile.TemporaryDirectory() as scratch:
-        model = toy.build(seed=0, folder=Path(scratch) / "model", steps=2)
+        model = start_model.build(0, Path(scratch) / "model", steps=2)
         result = compare_with_killed(
             str(model), Path(scratch), args.kills, args.ranks, steps, args.seed
         )

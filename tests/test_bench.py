@@ -5,9 +5,9 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import generate
 
 from experiments import bench
-from rollout import generate
 
 
 @pytest.fixture(scope="module")
@@ -88,13 +88,3 @@ def test_one_step_runs_sharded(capsys):
     assert "mean length" in printed and "mean length 12" not in printed
     assert "papo_g: 2 updates" in printed
     assert "papo_g over grpo at equal rollouts" in printed
-
-
-@pytest.mark.parametrize(
-    "flag, value, choice",
-    [("--only", "speed", "rollouts"), ("--model", "gpt", "random:qwen2.5-vl-3b")],
-)
-def test_an_unknown_part_names_the_choices(flag, value, choice, capsys):
-    with pytest.raises(SystemExit):
-        bench.main([flag, value])
-    assert choice in capsys.readouterr().err

@@ -142,20 +142,18 @@ def test_the_export_gathers_one_tensor_at_a_time(one_rank, policy, monkeypatch):
 
 def test_log_lines_survive_a_full_disk_and_a_kill(tmp_path, capsys):
     path = tmp_path / "metrics.jsonl"
-    lines = [json.dumps({"step": step, "text": "x" * 50}) + "\n" for step in range(4)]
-    assert run_module.append(path, lines[:1]) == []
+    lines = [{"step": step, "text": "x" * 50} for step in range(4)]
+    run_module.append(path, lines[:1])
     with full_disk(100):
-        waiting = run_module.append(path, lines[1:2])
-        waiting = run_module.append(path, waiting + lines[2:3])
-    assert waiting == lines[1:3]
-    assert path.read_text() == lines[0]
-    assert "wait to be written" in capsys.readouterr().err
-    assert run_module.append(path, waiting + lines[3:]) == []
-    assert path.read_text() == "".join(lines)
+        run_module.append(path, lines[1:2])
+    assert run_module.read_log(path) == lines[:1]  # no half line is left behind
+    assert "error: a line of" in capsys.readouterr().err
+    run_module.append(path, lines[1:])
+    assert run_module.read_log(path) == lines
 
-    path.write_text("".join(lines) + '{"step": 4, "te')  # killed in the middle of a line
-    assert [line["step"] for line in run_module.rewind(path, 2)] == [0, 1, 2]
-    assert path.read_text() == "".join(lines[:3])
+    path.write_text(path.read_text() + '{"step": 4, "te')  # killed in the middle of a line
+    assert run_module.rewind(path, 2) == lines[:3]
+    assert run_module.read_log(path) == lines[:3]
 
 
 # --------------------------------------------------------------------------------- runs on one rank
@@ -172,7 +170,7 @@ def test_training_continues_when_a_save_fails(run, monkeypatch, capsys):
     monkeypatch.setattr(train.Run, "save", save)
     out = run("full", "--steps 4 --save_every 1 --eval_every 0 --keep 1")
     [error] = lines_with(capsys.readouterr().err, "error:")
-    assert error.startswith("error: step 3 is not saved, training goes on: ")
+    assert error.startswith("error: the checkpoint of step 3 is not written: ")
     assert left == [["step_000001"], ["step_000002"], ["step_000002"], ["step_000004"]]
     assert [line["step"] for line in metric_lines(out)] == [1, 2, 3, 4]
 
@@ -282,7 +280,7 @@ def test_a_full_disk_on_one_rank_and_resuming_on_other_numbers(run, folder, tmp_
     done = on_ranks(2, *args, script=FAULTY_RANK, FAULT="full_disk")
     assert done.returncode == 0, done.stderr[-3000:]
     [error] = lines_with(done.stderr, "error:")
-    assert error.startswith("error: step 1 is not saved, training goes on: ")
+    assert error.startswith("error: the checkpoint of step 1 is not written: ")
     assert checkpoint_names(out) == ["step_000002"]
     one_rank = run("one_rank", f"{flags} --steps 4")
     train.main(["--resume", str(out), "--steps", "3"])

@@ -5,13 +5,12 @@ test_rollout.py checks what is sampled, test_device.py that CUDA would sample th
 
 import pytest
 import torch
-from conftest import process_restored
+from conftest import generate, process_restored
 from pretend_device import CUDA
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rollout import generate
 from support import decoding, distributed
 from support.batch import Example, pad_and_cat
 from support.decoding import DecodingLoop

@@ -10,14 +10,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import generate
 from pretend_device import CUDA, MIXED
 
 import evaluate
 import papo
 import rollout
-from papo import mini_batches, prepare, preset, update
-from rollout import generate
+from papo import prepare, preset, update
 from support import attribution, decoding, packing
+from support.batch import mini_batches
 from support.decoding import DecodingLoop, GroupCache, repeat
 from support.qwen_vl import Policy
 

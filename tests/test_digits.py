@@ -1,20 +1,15 @@
 """The digits task: its rows, its split of the scans, and training on it with public flags alone."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
-from conftest import ENVIRONMENT
+from conftest import metric_lines, process_restored
+
+import train
+from support import data, toy
 
 pytest.importorskip("sklearn", reason="the digits experiment needs scikit-learn")
 
 from experiments import digits, run, tasks  # noqa: E402  (imports scikit-learn)
-from support import data, toy
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize(
@@ -44,9 +39,9 @@ def test_notes_are_wrong_where_vision_decides_and_right_half_the_time_elsewhere(
 
 
 def test_no_scan_of_the_evaluation_is_seen_in_training():
-    train, held_out = digits.scans(held_out=False), digits.scans(held_out=True)
+    trained_on, held_out = digits.scans(held_out=False), digits.scans(held_out=True)
     for digit in range(len(digits.WORDS)):
-        seen = {scan.tobytes() for scan in train[digit]}
+        seen = {scan.tobytes() for scan in trained_on[digit]}
         new = {scan.tobytes() for scan in held_out[digit]}
         assert len(seen) > 100 and len(new) > 50
         assert not seen & new
@@ -89,11 +84,9 @@ def test_the_task_trains_with_public_flags(tmp_path, monkeypatch):
     assert len(rows) == 16
     assert rows[0].question == digits.example_of(digits.make_scene("train", 0, seed=3)).question
     flags = task.training(3) | {"out": tmp_path / "run", "steps": 1, "prompts_per_step": 4}
-    words = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
-    command = [sys.executable, "train.py", *words]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    lines = [json.loads(line) for line in open(tmp_path / "run" / "metrics.jsonl")]
+    with process_restored():
+        train.main([f"--{name}={value}" for name, value in flags.items()])
+    lines = metric_lines(tmp_path / "run")
     assert [line["step"] for line in lines] == [0, 1, 1]
     assert {"eval/general", "eval/vision_dependent"} <= lines[0].keys()
 

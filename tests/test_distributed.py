@@ -14,6 +14,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import evaluate
 import train
 from support import distributed
+from support.protocol import EvalConfig
 from support.qwen_vl import Policy
 
 
@@ -52,14 +53,6 @@ def test_a_wrong_shard_size_is_named_with_the_choices(twelve_ranks, shard_size):
         distributed.make_mesh("cpu", shard_size)
 
 
-def test_a_wrong_shard_size_ends_a_run_with_one_line(folder, tmp_path, capsys):
-    with process_restored(), pytest.raises(SystemExit) as ended:
-        train.main(run_flags(folder, tmp_path / "run", "--shard_size 3"))
-    assert ended.value.code == 2
-    [line] = capsys.readouterr().err.strip().splitlines()[-1:]
-    assert line.endswith("error: shard_size=3: must divide the number of ranks, 1; choices: 1")
-
-
 # ------------------------------------------------------------------------------ what CUDA will meet
 
 
@@ -82,7 +75,6 @@ def test_cudnn_attention_is_off():
     "given, settings",
     [
         ({}, "expandable_segments:True"),
-        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
         ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
     ],
 )
@@ -138,13 +130,12 @@ def test_sharding_rounds_nothing_more_in_bf16(folder, encoder, groups):
 
 def test_ranks_wait_for_the_longest_scoring(folder, tmp_path, record_calls):
     """That of a chunk of an evaluation or that of a round, on top of half an hour."""
-    calls, slow = record_calls(dist, "init_process_group"), {"reward_deadline": 50.0}
+    calls = record_calls(dist, "init_process_group")
     for flags in ("--reward_deadline 50 --rollout_batch 10", "--reward_budget 5000"):
         with process_restored():
-            train.build_run(run_flags(folder, tmp_path / "run", flags)).close()
-    flags = {"model": folder, "data": "toy", "eval_rows": 1, "rollout_batch": 10}
+            train.build_run(run_flags(folder, tmp_path / "run", flags)).grader.close()
     with process_restored():
-        evaluate.set_up(evaluate.configure(flags | slow))
+        evaluate.load(EvalConfig(folder, "toy", rollout_batch=10, reward_deadline=50.0))
     waits = [options["timeout"].total_seconds() - 30 * 60 for _, options in calls]
     assert waits == [60 + 2 * 50 * 10, 5000, 60 + 2 * 50 * 10]
 
@@ -168,5 +159,5 @@ def test_evaluation_loads_one_rank_at_a_time(folder, monkeypatch):
     monkeypatch.setattr(distributed, "one_rank_at_a_time", turn)
     monkeypatch.setattr(Policy, "load", load)
     with process_restored():
-        evaluate.set_up(evaluate.configure({"model": folder, "data": "toy", "eval_rows": 1}))
+        evaluate.load(EvalConfig(folder, "toy", eval_rows=1))
     assert loaded_in_turn == [True]

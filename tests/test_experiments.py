@@ -3,10 +3,10 @@
 import dataclasses
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 import train
 from experiments import (
@@ -18,14 +18,14 @@ from experiments import (
     report_difficulty,
     report_tasks,
     run,
+    start_model,
     tasks,
 )
-from papo import algo_class, preset
+from papo import algo_class, preset_row
 from support import toy
-from support.cli import parse_flags, resolve_config
+from support.config import parse_flags
 from support.variants import variant_names
 
-ROOT = Path(__file__).parent.parent
 DOTS = tasks.Dots()
 
 
@@ -52,19 +52,17 @@ def test_the_report_shows_every_variant():
     assert ["start", *report.TABLE1] == protocol.EXPERIMENTS["table1"][0]
 
 
-def test_train_accepts_the_flags_of_every_variant(tmp_path):
-    for name, flags in protocol.VARIANTS.items():
-        objective = algo_class(flags.get("algo", "papo_g"))
-        algo_fields = {field.name for field in dataclasses.fields(objective)}
-        words = ["--model", DOTS.spec, "--out", str(tmp_path / name)]
+def test_train_accepts_the_flags_of_every_variant():
+    for flags in protocol.VARIANTS.values():
+        algo = flags.get("algo", "papo_g")
+        words = []
         for flag, value in (protocol.TRAINING | flags).items():
             words.append(f"--{flag}" if value is True else f"--{flag}={value}")
-        given = parse_flags("A run.", train.Config, objective, argv=words)
-        assert flags.items() <= given.items()
-        config = resolve_config(train.Config, given)
-        assert config.data == DOTS.spec and config.max_new_tokens == 61
-        changed = {key: value for key, value in flags.items() if key in algo_fields}
-        dataclasses.replace(preset(config.algo), **changed)
+        defaults = preset_row(algo) | toy.task_defaults(DOTS.setting)
+        classes = train.Config, algo_class(algo)
+        config, objective = parse_flags("A run.", *classes, defaults=defaults, argv=words)
+        assert flags.items() <= (vars(config) | vars(objective)).items()
+        assert config.max_new_tokens == 61
 
 
 def test_a_response_is_misread_where_its_count_is_wrong():
@@ -93,11 +91,13 @@ def test_a_response_is_misread_where_its_count_is_wrong():
     assert silent == (scene.cells.count(scene.asked) > 0)
 
 
-def test_the_sign_flip_test_is_exact():
+def test_the_sign_flip_test_is_exact_and_holms_correction():
     assert measures.sign_flip_p([1.0] * 8) == 2 / 256
     assert measures.sign_flip_p([1.0, -1.0]) == 1.0
     assert measures.sign_flip_p([3.0, -1.0]) == 1.0
     assert measures.sign_flip_p([3.0, 1.0]) == 0.5
+    assert measures.holm([0.03, 0.01, 0.2]) == pytest.approx([0.06, 0.03, 0.2])
+    assert measures.holm([0.04, 0.03]) == pytest.approx([0.06, 0.06])
 
 
 def task_result(variant, seed, curve, tokens=10):
@@ -135,11 +135,6 @@ def test_a_method_is_ahead_from_where_it_stays_ahead():
     assert report_cost.ahead_from(budgets, np.array([0, 1.0, -1, 2, 1])) == 3.0
     assert report_cost.ahead_from(budgets, np.array([0, 1.0, 2, 1, 3])) == 1.0
     assert report_cost.ahead_from(budgets, np.array([0, 1.0, 2, 1, 0])) == np.inf
-
-
-def test_holms_correction():
-    assert measures.holm([0.03, 0.01, 0.2]) == pytest.approx([0.06, 0.03, 0.2])
-    assert measures.holm([0.04, 0.03]) == pytest.approx([0.06, 0.06])
 
 
 def test_the_report_on_both_tasks_takes_the_reported_seeds_alone(tmp_path):
@@ -247,18 +242,20 @@ def test_the_report_on_difficulty_compares_the_gains_of_a_seed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "variant, spec",
+    "variant, changes",
     [
-        ("gamma_0.1", DOTS.spec),
-        ("dots/grpo", DOTS.spec),
-        ("dots_easy/grpo", DOTS.spec + ",misread=0.04"),
-        ("dots_hard/start", DOTS.spec + ",misread=0.2"),
+        ("gamma_0.1", {}),
+        ("dots/grpo", {}),
+        ("dots_easy/grpo", {"misread": 0.04}),
+        ("dots_hard/start", {"misread": 0.2}),
     ],
 )
-def test_a_level_of_difficulty_changes_the_start_model_alone(variant, spec):
+def test_a_level_of_difficulty_changes_the_start_model_alone(variant, changes, monkeypatch):
+    monkeypatch.setattr(start_model, "build", lambda *args: args)
     task = run.task_of(variant)
-    assert task.training(20) == {"model": spec}
-    assert dataclasses.replace(task.setting, misread=DOTS.setting.misread) == DOTS.setting
+    seed, folder, setting = task.build(20)
+    assert (seed, setting) == (20, dataclasses.replace(DOTS.setting, **changes))
+    assert (folder == DOTS.build(20)[1]) == (not changes)
     row = task.example("general", 3)
     assert row.question == DOTS.example("general", 3).question
     assert row.images[0].tobytes() == DOTS.example("general", 3).images[0].tobytes()
@@ -276,13 +273,13 @@ def test_a_result_made_with_other_flags_is_refused(tmp_path, monkeypatch):
 
 
 def test_a_continued_run_keeps_its_origin(tmp_path, monkeypatch):
-    (tmp_path / toy.WEIGHTS).write_text("weights")
+    (tmp_path / start_model.WEIGHTS).write_text("weights")
     file = tmp_path / "grpo.origin"
     first = run.origin("grpo", 10, tmp_path, file)
     monkeypatch.setattr(run, "current_commit", lambda: "later")
     assert run.origin("grpo", 10, tmp_path, file) == first
     assert first["machine"]["threads"] == 1 and first["commit"] != "later"
-    (tmp_path / toy.WEIGHTS).write_text("others")
+    (tmp_path / start_model.WEIGHTS).write_text("others")
     with pytest.raises(RuntimeError, match="the start model has changed"):
         run.origin("grpo", 10, tmp_path, file)
 

@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from support import decoding, packing, toy
+from experiments import start_model
+from support import decoding, packing
 from support.batch import Example, Group, Prompt
 from support.qwen_vl import use_faster_forwards
 
@@ -40,7 +41,7 @@ def mode():
 def model(mode):
     """Qwen2.5-VL 3B with the engine's attention and forwards."""
     with mode, torch.device("cuda"):
-        config = toy.random_config("qwen2.5-vl-3b")
+        config = start_model.random_config("qwen2.5-vl-3b")
         model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
     model.set_attn_implementation(packing.ATTENTION)
     use_faster_forwards(model)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import examples, metric_lines, random_image, truncate
+from conftest import examples, generate, metric_lines, random_image, truncate
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_papo import check_packed_equals_padded
@@ -18,18 +18,18 @@ from test_rollout import check_equals_stock_greedy
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 import train
+from experiments import start_model
 from masking import mask_prompt
-from papo import mini_batches, prepare, preset, update
-from rollout import generate
+from papo import prepare, preset, update
 from support import checkpoint, toy
-from support.batch import Example, pad_and_cat, seeded
+from support.batch import Example, mini_batches, pad_and_cat, seeded
 from support.qwen_vl import Encoder, Policy
 
 # From the hub's generation_config.json and preprocessor_config.json.
 CHAT_DEFAULTS = {"do_sample": True, "repetition_penalty": 1.05, "temperature": 0.000001}
 PREPROCESSORS = {
-    "qwen2_5_vl": toy.PREPROCESSOR,
-    "qwen3_vl": toy.PREPROCESSOR
+    "qwen2_5_vl": start_model.PREPROCESSOR,
+    "qwen3_vl": start_model.PREPROCESSOR
     | {
         "image_processor_type": "Qwen2VLImageProcessorFast",
         "processor_class": "Qwen3VLProcessor",
@@ -116,14 +116,16 @@ def write_folder(folder: Path, kind: str, tied: bool, template: str) -> str:
     template: which files hold the chat template: json, jinja or both.
     """
     folder.mkdir()
-    tokenizer = toy.make_tokenizer()
-    special = tokenizer.convert_tokens_to_ids(toy.SPECIAL[0])
+    tokenizer = start_model.make_tokenizer()
+    special = tokenizer.convert_tokens_to_ids(start_model.SPECIAL[0])
     write_tokenizer(folder, tokenizer, template)
     if kind == "qwen3_vl":
         config = qwen3_config(len(tokenizer), special)
     else:
         sizes = (128, 160, 4, 4, 2), (4, 64, 96, 2), [1, 3]
-        config = toy.hub_config(*sizes, [4, 6, 6], len(tokenizer), tied, "bfloat16", special)
+        config = start_model.hub_config(
+            *sizes, [4, 6, 6], len(tokenizer), tied, "bfloat16", special
+        )
     ids = {"bos_token_id": special, "pad_token_id": special, "eos_token_id": [special + 2, special]}
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", CHAT_DEFAULTS | ids)
@@ -143,9 +145,9 @@ def write_tokenizer(folder: Path, tokenizer, template: str) -> None:
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
     write_json(folder / "vocab.json", bpe["vocab"])
     if template in ("json", "both"):
-        write_json(folder / "chat_template.json", {"chat_template": toy.CHAT_TEMPLATE})
+        write_json(folder / "chat_template.json", {"chat_template": start_model.CHAT_TEMPLATE})
     if template in ("jinja", "both"):
-        (folder / "chat_template.jinja").write_text(toy.CHAT_TEMPLATE)
+        (folder / "chat_template.jinja").write_text(start_model.CHAT_TEMPLATE)
 
 
 def enlarge_weights(model) -> None:
@@ -241,7 +243,7 @@ def test_a_hub_folder_trains_and_exports(run, tmp_path, monkeypatch, kind, tied,
     assert (model.lm_head.weight is model.model.language_model.embed_tokens.weight) == tied
     trained_weights = trained["model"].state_dict()
     for name, weight in model.state_dict().items():
-        assert torch.equal(weight, trained_weights[name].full_tensor()), name
+        assert torch.equal(weight, trained_weights[name]), name
     pairs = zip(loaded.parameters(), model.parameters(), strict=True)
     assert any(not torch.equal(before.float(), after) for before, after in pairs)
 
@@ -268,7 +270,7 @@ def test_qwen3_greedy_equals_stock_generate(policy, prompts):
     check_equals_stock_greedy(policy, prompts, groups, 16)
 
 
-@pytest.mark.parametrize("chosen", [[0], [1], [2], [0, 1, 2, 3]], ids=str)
+@pytest.mark.parametrize("chosen", [[1], [0, 1, 2, 3]], ids=str)
 def test_qwen3_packed_rows_equal_padded_rows(policy, prompts, chosen):
     """With image features added to the first layers."""
     groups = generate(policy, prompts, 3, max_new_tokens=12, rollout_batch=5)

@@ -7,14 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import random_image
+from conftest import generate, random_image
 from torch.nn import functional as F
 
 from losses import Counts, count
 from masking import mask_prompt
-from papo import PRESETS, mini_batches, prepare, preset, record, row_loss, update
-from rollout import generate
-from support.batch import Example, pad_and_cat, seeded
+from papo import PRESETS, prepare, preset, record, row_loss, update
+from support.batch import Example, mini_batches, pad_and_cat, seeded
 from support.packing import pack_rows
 from support.qwen_vl import Policy
 
@@ -211,7 +210,7 @@ def test_presets_are_the_papers():
         assert (algo.entropy_coef, algo.masked_entropy_coef) == (eta, eta)
         assert (algo.clip_low, algo.clip_high, algo.clip_dual) == (clip_low, clip_high, 3.0)
         assert algo.dynamic_sampling == dynamic
-        assert (algo.name, algo.average) == (name, "token")
+        assert algo.average == "token"
         assert (algo.mask_ratio, algo.mask_strategy) == (0.6, "random")
 
 
@@ -220,24 +219,12 @@ def test_presets_are_the_papers():
     [
         (lambda: preset("ppo"), "grpo, dapo, papo_g"),
         (lambda: preset("grpo", "72b"), "'3b' or '7b'"),
-        (lambda: replace(preset("grpo"), mask_strategy="blur"), "random, semantic, noise"),
         (lambda: replace(preset("grpo"), mask_ratio=1.2), "between 0 and 1"),
-        (lambda: replace(preset("grpo"), average="mean"), "token, seq"),
     ],
 )
 def test_bad_presets_name_the_choices(make, message):
     with pytest.raises(ValueError, match=message):
         make()
-
-
-def test_annealing_is_linear_and_includes_the_entropies():
-    algo = replace(preset("papo_d"), kl_prcp_coef_end=0.0)
-    half = algo.annealed(5, 11)
-    assert half.kl_prcp_coef == pytest.approx(0.005)
-    assert half.entropy_coef == pytest.approx(0.015)
-    assert algo.annealed(0, 11).kl_prcp_coef == 0.01
-    assert algo.annealed(10, 11).masked_entropy_coef == 0
-    assert preset("papo_d").annealed(7, 11) == preset("papo_d")
 
 
 # ----------------------------------------------------------------------------------------- prepare

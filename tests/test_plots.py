@@ -4,15 +4,13 @@ import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from drawings import assert_drawn, assert_legible, tick_labels
 
 from support import plots
-
-ROOT = Path(__file__).parent.parent
 
 
 def write_log(folder, lines, **config):

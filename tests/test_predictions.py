@@ -6,7 +6,7 @@ import re
 import mathruler.grader
 import pytest
 
-from support import data, metrics, predictions
+from support import data, predictions
 from support.predictions import boxed
 
 
@@ -64,19 +64,6 @@ def test_boxed():
     assert boxed("1") is None
 
 
-def test_grading_is_papo_evals(tmp_path):
-    """A folder is graded set by set, each under the paper's name for it."""
-    expected = papo_eval_file(tmp_path / "We-Math_We-Math.jsonl")
-    papo_eval_file(tmp_path / "mine.jsonl")
-    results = predictions.grade_files([tmp_path], ["We_Math"], n=8)
-    [line] = metrics.summarise(results, 8, {})
-    assert line["name"] == "We_Math"
-    assert line["accuracy"] == pytest.approx(its_rule(expected, 8))
-    assert 20 < line["accuracy"] < 80
-    unboxed = [boxed(record["predict"]) is None for record in expected]
-    assert [record["unboxed"] for record in results["We_Math"]] == unboxed
-
-
 def test_which_files_are_meant(tmp_path):
     for name in ("a", "b"):
         (tmp_path / f"{name}.jsonl").write_text("")
@@ -106,17 +93,17 @@ def test_an_output_folder_is_one_evaluations(tmp_path):
     model.mkdir()
     (model / "weights").write_text("1")
     out = tmp_path / "out"
-    settings, inputs = {"seed": 0, "n": 8}, {"model": str(model), "data": "hub/id"}
-    predictions.open_output(out, settings, inputs)
-    predictions.open_output(out, settings, inputs)
+    settings = {"seed": 0, "n": 8, "model": str(model), "data": "hub/id", "benchmarks": "hub/id"}
+    predictions.open_output(out, settings)
+    predictions.open_output(out, settings)
     with pytest.raises(ValueError, match=f"--out {out} holds an evaluation with seed 0: choose"):
-        predictions.open_output(out, settings | {"seed": 1}, inputs)
+        predictions.open_output(out, settings | {"seed": 1})
     (model / "weights").write_text("12")
     with pytest.raises(ValueError, match="holds an evaluation with files of model "):
-        predictions.open_output(out, settings, inputs)
+        predictions.open_output(out, settings)
     (tmp_path / "rows.jsonl").write_text("")
     with pytest.raises(ValueError, match="holds rows.jsonl and no evaluation: choose another"):
-        predictions.open_output(tmp_path, settings, inputs)
+        predictions.open_output(tmp_path, settings)
 
 
 def test_partial_records_survive_a_kill(tmp_path):

@@ -21,10 +21,15 @@ ROOT = Path(__file__).parent.parent
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
-from papo import mini_batches, prepare, preset, update  # noqa: E402  (needs the path)
-from rollout import generate  # noqa: E402
+from papo import prepare, preset, update  # noqa: E402  (needs the path)
+from rollout import Sampling, generate  # noqa: E402
 from support import checkpoint, distributed, toy  # noqa: E402
-from support.batch import Example, Group, seeded  # noqa: E402
+from support.batch import (  # noqa: E402
+    Example,
+    Group,
+    mini_batches,  # noqa: E402
+    seeded,
+)
 from support.qwen_vl import Encoder, Policy  # noqa: E402
 
 # Every term: the entropies; a reference, and weights from attention; a second view; weights scaled
@@ -115,7 +120,7 @@ class Shape:
     def sample(self):
         """Every rank samples the same responses."""
         prompt = self.policy.encoder.encode(toy.example("train", 0))
-        [group] = generate(self.policy, [prompt], 3, max_new_tokens=6, key=(0, 0))
+        [group] = generate(self.policy, [prompt], 3, Sampling(6), key=(0, 0))
         self.results["sampled"] = group.tokens
 
     def update(self, name):

@@ -6,11 +6,11 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import generate
 from transformers import GenerationConfig, TopPLogitsWarper
 
 import rollout
-from rollout import generate
-from support import StepError, decoding
+from support import StepError, decoding, qwen_vl
 from support.batch import pad_and_cat
 from support.decoding import sample, top_p_filter
 from support.qwen_vl import Policy
@@ -128,9 +128,10 @@ def test_the_key_and_the_number_seed_a_sample(varied_policy, prompts):
     assert torch.equal(first, again)
     different = {tuple(row.tolist()) for row in first}
     assert len(different) > len(first) // 2  # a prompt's samples differ, too
-    from_third = [replace(prompt, first_sample=2) for prompt in prompts]
-    last_two = sample_tokens(varied_policy, from_third, 2, max_new_tokens=12)
-    assert torch.equal(last_two, first.view(-1, 4, 12)[:, 2:].flatten(0, 1))
+    # A prompt's second group counts its samples on.
+    twice = sample_tokens(varied_policy, prompts + prompts, 2, max_new_tokens=12)
+    two_halves = torch.stack(twice.view(2, -1, 2, 12).unbind(), 1)  # [prompts, groups, 2, T]
+    assert torch.equal(two_halves.flatten(0, 2), first)
 
 
 def test_a_response_ends_with_its_first_end_token(varied_policy, prompts):
@@ -218,13 +219,15 @@ def test_no_prompts_or_a_stop_give_no_groups(policy, prompts):
         assert generate(policy, prompts, 2, max_new_tokens=40, stop=partial(next, answers)) == []
 
 
-def test_a_tiny_model_runs_on_one_thread(folder, encoder, monkeypatch):
+@pytest.mark.parametrize("idle, threads", [(1.9, 2), (1.2, 1), (0.0, 1)])
+def test_a_tiny_model_takes_the_threads_that_are_idle(folder, encoder, monkeypatch, idle, threads):
     """Unless OMP_NUM_THREADS is set."""
     calls = []
     monkeypatch.setattr(torch, "set_num_threads", calls.append)
+    monkeypatch.setattr(qwen_vl, "idle_cores", lambda: idle)
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     Policy.load(folder, encoder)
     assert calls == []
     monkeypatch.delenv("OMP_NUM_THREADS")
     Policy.load(folder, encoder)
-    assert calls == [1]
+    assert calls == [threads]

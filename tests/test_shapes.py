@@ -9,8 +9,9 @@ import torch
 from shape_only import ShapeOnly, VarlenAttention
 from transformers import AutoModelForImageTextToText
 
+from experiments import start_model
 from experiments.bench import random_group
-from support import decoding, packing, toy
+from support import decoding, packing
 from support.batch import Example, Prompt
 from support.qwen_vl import use_faster_forwards
 
@@ -41,7 +42,7 @@ def by_shape(request, monkeypatch):
         lambda query: lambda q, k, v, *lengths, scale, causal: VarlenAttention.apply(q, k, v),
     )
     with torch.device("meta"):
-        config = toy.random_config(f"qwen2.5-vl-{request.param}")
+        config = start_model.random_config(f"qwen2.5-vl-{request.param}")
         model = AutoModelForImageTextToText.from_config(config)
     model = model.to(torch.bfloat16).eval()
     model.set_attn_implementation(packing.ATTENTION)

@@ -1,24 +1,24 @@
-"""The toy: images and questions, tokenizer, model folder and (slow) the start model."""
+"""The toy: images and questions, tokenizer, the start model's folder and (slow) its weights."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import re
 from collections import Counter
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 import train
-from experiments import tasks
+from experiments import start_model, tasks
 from support import toy
 from support.batch import Example
 from support.qwen_vl import Encoder
@@ -55,29 +55,10 @@ def find_dots(image: Image.Image) -> list[tuple[int, int, str]]:
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return toy.make_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return toy.build(3, tmp_path_factory.mktemp("toy") / "model", steps=2)
+    return start_model.make_tokenizer()
 
 
 # ------------------------------------------------------------------------------------- settings
-
-
-def test_a_setting_that_cannot_be_drawn_is_refused():
-    for bad in ({"radius": 7}, {"cell": 30}, {"colours": 7}, {"most": 10}, {"grid": 0}):
-        with pytest.raises(ValueError, match=next(iter(bad))):
-            toy.Setting(**bad)
-
-
-def test_a_spec_names_a_setting():
-    assert toy.setting_of("toy") == toy.DEFAULT
-    assert toy.setting_of("toys") is None
-    assert toy.setting_of("Qwen/toy:3B") is None
-    harder = toy.setting_of("toy:grid=4,colours=4,misread=0.2,warm_steps=400")
-    assert harder == toy.Setting(grid=4, colours=4, misread=0.2, warm_steps=400)
 
 
 @pytest.mark.parametrize(
@@ -91,17 +72,19 @@ def test_a_spec_names_a_setting():
 def test_a_setting_has_one_spec_which_names_it(setting, spec):
     assert toy.spec_of(setting) == spec
     assert toy.setting_of(spec) == setting
+    assert toy.setting_of("toys") is toy.setting_of("Qwen/toy:3B") is None
 
 
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
         ("toy:size=4", "no toy setting 'size': choose from grid"),
-        ("toy:grid=four", "grid='four' is not int"),
         ("toy:grid=4.5", "grid='4.5' is not int"),
         ("toy:grid", "grid='' is not int"),
         ("toy:grid=10", "grid=10: must be in 1..9"),
+        ("toy:most=10", "most=10: must be in 1..9"),
         ("toy:misread=2", "misread=2.0: must be in 0..1"),
+        ("toy:cell=30", "cell=30: must be a multiple of 28"),
     ],
 )
 def test_a_wrong_spec_is_one_clear_error(spec, message):
@@ -171,10 +154,7 @@ def test_notes_are_right_half_the_time_and_never_in_vision_dependent():
         right[split] = sum(number_in(item.question) == item.answer for item in items) / len(items)
     assert right["vision_dependent"] == 0
     assert 0.42 < right["train"] < 0.58 and 0.42 < right["general"] < 0.58
-
-
-def test_note_right_decides_how_often_notes_are_right():
-    always = replace(toy.DEFAULT, note_right=1.0)
+    always = toy.Setting(note_right=1.0)
     items = [toy.example("general", i, setting=always) for i in range(20)]
     assert all(number_in(item.question) == item.answer for item in items)
 
@@ -261,8 +241,10 @@ def test_a_response_takes_three_tokens_per_cell(tokenizer):
 
 
 def test_special_tokens_are_single_and_in_qwens_order(tokenizer):
-    ids = [tokenizer(token)["input_ids"] for token in toy.SPECIAL]
-    assert ids == [[len(tokenizer) - len(toy.SPECIAL) + i] for i in range(len(toy.SPECIAL))]
+    ids = [tokenizer(token)["input_ids"] for token in start_model.SPECIAL]
+    assert ids == [
+        [len(tokenizer) - len(start_model.SPECIAL) + i] for i in range(len(start_model.SPECIAL))
+    ]
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
     assert not set(sum(ids, [])) & set(tokenizer(toy.SUFFIX)["input_ids"])
 
@@ -287,24 +269,26 @@ def test_the_chat_template_does_what_qwens_does(tokenizer):
 
 
 def test_the_folder_has_the_hubs_files(folder):
-    names = {path.name for path in folder.iterdir()}
-    assert {"config.json", "generation_config.json", "preprocessor_config.json"} <= names
-    assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= names
-    assert "model.safetensors" in names
-    files = ("config", "generation_config", "preprocessor_config")
-    config, chat, images = (json.loads((folder / f"{name}.json").read_text()) for name in files)
+    names = "chat_template.jinja config.json generation_config.json model.safetensors "
+    names += "preprocessor_config.json task.json tokenizer.json tokenizer_config.json"
+    assert sorted(path.name for path in Path(folder).iterdir()) == names.split()
+    config, chat, images, task = (
+        json.loads((Path(folder) / f"{name}.json").read_text())
+        for name in ("config", "generation_config", "preprocessor_config", "task")
+    )
     assert config["model_type"] == "qwen2_5_vl"
     assert "text_config" not in config and "hidden_size" in config  # flat, as on the hub
     assert chat["eos_token_id"] == [config["eos_token_id"], chat["pad_token_id"]]
     assert chat["repetition_penalty"] == 1.05
     assert images["image_processor_type"] == "Qwen2VLImageProcessor"
-    assert json.loads((folder / "task.json").read_text()) == {"data": "toy"}
-    assert os.listdir(folder.parent) == [folder.name], "something was left beside the folder"
+    assert task == {"data": "toy"}
 
 
-def test_the_folder_loads_with_the_auto_classes(folder):
-    model, report = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+@pytest.mark.parametrize("name", ["shipped", "built"])
+def test_the_folder_loads_with_the_auto_classes(folder, name):
+    path = toy.MODEL if name == "shipped" else folder
+    model, report = AutoModelForImageTextToText.from_pretrained(path, output_loading_info=True)
+    tokenizer = AutoTokenizer.from_pretrained(path)
     assert type(model).__name__ == "Qwen2_5_VLForConditionalGeneration"
     assert not any(report.values()), report
     assert model.lm_head.weight is model.get_input_embeddings().weight
@@ -315,40 +299,33 @@ def test_the_folder_loads_with_the_auto_classes(folder):
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def test_a_prompt_has_one_image_token_per_cell(folder):
-    prompt = make_encoder(folder).encode(toy.example("train", 0))
-    assert prompt.image_grid_thw.tolist() == [[1, 6, 6]]
-    assert prompt.is_image_token.sum() == 9
-
-
-@pytest.mark.parametrize("grid", [1, 3, 4, 7])
+@pytest.mark.parametrize("grid", [1, 3, 7])
 def test_the_folder_names_its_task_whose_default_lengths_fit(tmp_path, grid):
     setting = toy.Setting(grid=grid, most=1)
-    folder = toy.build(0, tmp_path / "model", steps=1, setting=setting)
-    task = json.loads((folder / "task.json").read_text())
-    assert toy.setting_of(task["data"]) == setting
+    folder = start_model.build(0, tmp_path / "model", setting, steps=1)
+    limits = toy.defaults(str(folder), "")
+    assert toy.setting_of(limits["data"]) == setting and limits["val_data"] == limits["data"]
     encoder = make_encoder(folder)
-    limits = toy.task_defaults(setting)
     prompt = encoder.encode(toy.example("train", 0, setting=setting))
+    assert prompt.is_image_token.sum() == max(grid, 2) ** 2  # one per cell; 1 x 1 is enlarged
     assert len(prompt) <= limits["max_prompt_tokens"]
     response = toy.write_response(["red"] * grid**2, "red", setting=setting) + "<|im_end|>"
     assert len(encoder.tokenizer(response)["input_ids"]) <= limits["max_new_tokens"]
 
 
-def test_defaults_of_the_task_and_of_the_model_are_separate_flags_of_train():
-    """A large model on the toy must not get the tiny one's learning rate, nor the reverse."""
+def test_all_defaults_are_flags_of_train():
+    """Else the parser would pass over them."""
     flags = {field.name for field in fields(train.Config)}
     assert toy.task_defaults() == toy.TASK_DEFAULTS
-    assert set(toy.MODEL_DEFAULTS) == {"lr"}
-    assert not set(toy.TASK_DEFAULTS) & set(toy.MODEL_DEFAULTS)
-    assert set(toy.TASK_DEFAULTS) | set(toy.MODEL_DEFAULTS) <= flags
+    assert toy.defaults(str(toy.MODEL), "").keys() <= flags
 
 
 # ------------------------------------------------------------------------------------ the weights
 
 
 def warm_batch(encoder, rows, flawed, setting=toy.DEFAULT):
-    return toy.warm_batch(encoder, toy.make_lessons(rows, flawed, seed=0, setting=setting))
+    lessons = start_model.make_lessons(rows, flawed, seed=0, setting=setting)
+    return start_model.warm_batch(encoder, lessons)
 
 
 def test_warm_batches_hold_the_trainers_prompt_and_a_response(folder):
@@ -385,77 +362,76 @@ def test_padding_does_not_change_the_loss_of_a_warm_batch(folder):
     for row in range(8):
         inputs, is_response = warm_batch(encoder, range(row, row + 1), False, setting)
         lengths.add(inputs["input_ids"].shape[1])
-        losses.append(toy.warm_loss(model, inputs, is_response, None).item())
+        losses.append(start_model.warm_loss(model, inputs, is_response, None).item())
     assert len(lengths) == 2
     batch = warm_batch(encoder, range(8), False, setting)
-    assert toy.warm_loss(model, *batch, None).item() == pytest.approx(sum(losses) / 8)
+    loss = start_model.warm_loss(model, *batch, None).item()
+    assert loss == pytest.approx(sum(losses) / 8)
 
 
-def test_a_build_is_reproducible_and_leaves_the_callers_generator_alone(folder, tmp_path):
-    state = torch.random.get_rng_state()
-    again = toy.build(3, tmp_path / "again", steps=2)
-    assert torch.equal(state, torch.random.get_rng_state())
-    assert (again / toy.WEIGHTS).read_bytes() == (folder / toy.WEIGHTS).read_bytes()
-    other = toy.build(4, tmp_path / "other", steps=2)
-    assert (other / toy.WEIGHTS).read_bytes() != (folder / toy.WEIGHTS).read_bytes()
-
-
-def test_a_build_does_not_depend_on_the_number_of_threads(folder, tmp_path):
-    before = torch.get_num_threads()
+def test_a_build_depends_on_its_arguments_alone(folder, tmp_path):
+    """Not on the number of threads; and it leaves the caller's generator as it was."""
+    state, threads = torch.random.get_rng_state(), torch.get_num_threads()
+    torch.set_num_threads(4)
     try:
-        for threads in (1, 4):
-            torch.set_num_threads(threads)
-            again = toy.build(3, tmp_path / f"threads{threads}", steps=2)
-            assert torch.get_num_threads() == threads
-            assert (again / toy.WEIGHTS).read_bytes() == (folder / toy.WEIGHTS).read_bytes()
+        again = start_model.build(0, tmp_path / "again", steps=2)
+        assert torch.get_num_threads() == 4
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(threads)
+    assert torch.equal(state, torch.random.get_rng_state())
+    other = start_model.build(1, tmp_path / "other", steps=2)
+    weights = [(Path(each) / start_model.WEIGHTS).read_bytes() for each in (folder, again, other)]
+    assert weights[0] == weights[1] != weights[2]
 
 
-def test_a_build_is_made_once_and_cached_under_its_arguments(tmp_path, monkeypatch):
-    monkeypatch.setenv("PAPO_CACHE", str(tmp_path / "cache"))
-    first = toy.build(0, steps=1)
-    assert first.parent == tmp_path / "cache"
-    modified = (first / toy.WEIGHTS).stat().st_mtime_ns
-    assert toy.build(0, steps=1) == first
-    assert (first / toy.WEIGHTS).stat().st_mtime_ns == modified
-    other_seed = toy.build(1, steps=1)
-    other_setting = toy.build(0, steps=1, setting=toy.Setting(misread=0.2))
-    assert len({first, other_seed, other_setting}) == 3
-    assert {first, other_seed, other_setting} == set((tmp_path / "cache").iterdir())
-
-
-def test_a_build_that_dies_leaves_no_folder(tmp_path, monkeypatch):
+def test_a_build_that_dies_leaves_no_half_model(tmp_path, monkeypatch):
     def die(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(toy, "warm_start", die)
-    with pytest.raises(KeyboardInterrupt):
-        toy.build(0, tmp_path / "model", steps=1)
-    assert list(tmp_path.iterdir()) == []
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(start_model, "warm_start", die)
+        start_model.build(0, tmp_path / "model", steps=1)
+    assert not (tmp_path / "model").exists()
+    folder = start_model.build(0, tmp_path / "model", steps=1)
+    modified = (folder / start_model.WEIGHTS).stat().st_mtime_ns
+    assert start_model.build(0, folder, steps=1) == folder  # nothing is made twice
+    assert (folder / start_model.WEIGHTS).stat().st_mtime_ns == modified
+    assert list(tmp_path.iterdir()) == [folder]
 
 
-def test_of_two_builds_at_once_the_slower_takes_the_others(tmp_path, monkeypatch):
-    def finish_another_build(*args):
-        (tmp_path / "model").mkdir()
-        (tmp_path / "model" / toy.WEIGHTS).write_bytes(b"the other's")
-
-    monkeypatch.setattr(toy, "warm_start", finish_another_build)
-    assert toy.build(0, tmp_path / "model", steps=1) == tmp_path / "model"
-    assert (tmp_path / "model" / toy.WEIGHTS).read_bytes() == b"the other's"
+def test_of_two_builds_at_once_the_slower_takes_the_others(tmp_path):
+    """Two runs of an experiment share a start model. Other content is not replaced."""
+    complete, folder = tmp_path / "complete", tmp_path / "model"
+    for path in (complete, folder):
+        path.mkdir()
+        (path / "proof").write_text(path.name)
+    start_model.publish(complete, folder, "proof")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert (folder / "proof").read_text() == "model"
+    complete.mkdir()
+    with pytest.raises(OSError, match="not empty"):
+        start_model.publish(complete, folder, "other proof")
+    assert (folder / "proof").exists()
 
 
-def test_a_folder_of_something_else_is_not_overwritten(tmp_path):
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="without model.safetensors"):
-        toy.build(0, tmp_path, steps=1)
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+def test_the_command_builds_a_model_that_trains_without_further_flags(tmp_path, capsys):
+    out, spec = tmp_path / "start", "toy:grid=2,most=4,warm_steps=1"
+    start_model.main([spec, "--out", str(out)])
+    assert capsys.readouterr().out == f"torchrun train.py --algo papo_g --model {out}\n"
+    assert toy.defaults(str(out), "")["data"] == spec
+    for words, message in (
+        ([spec, "--out", str(out)], f"--out {out} exists: choose another folder"),
+        (["toys", "--out", "x"], "toys: give toy or toy:grid=4,..."),
+        (["toy:size=3", "--out", "x"], "no toy setting 'size'"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            start_model.main(words)
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("name", "billions"), [("qwen2.5-vl-3b", 3.75), ("qwen2.5-vl-7b", 8.29)])
 def test_published_sizes_have_the_published_number_of_parameters(name, billions):
-    config = toy.random_config(name)
+    config = start_model.random_config(name)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
     parameters = sum(p.numel() for p in model.parameters())
@@ -463,16 +439,8 @@ def test_published_sizes_have_the_published_number_of_parameters(name, billions)
     assert parameters / 1e9 == pytest.approx(billions, abs=0.01)
     assert vision_parameters / 1e9 == pytest.approx(0.67, abs=0.01)
     assert (config.image_token_id, config.text_config.eos_token_id) == (151655, 151645)
-
-
-def test_an_unknown_size_is_named_with_the_choices():
-    with pytest.raises(ValueError, match="'qwen2.5-vl-1b'.*qwen2.5-vl-3b, qwen2.5-vl-7b"):
-        toy.random_config("qwen2.5-vl-1b")
-
-
-def test_the_contact_sheet_is_written(tmp_path):
-    toy.contact_sheet(str(tmp_path / "toy.png"))
-    assert Image.open(tmp_path / "toy.png").size == (1200, 1200)
+    with pytest.raises(ValueError, match="'1b'.*qwen2.5-vl-3b, qwen2.5-vl-7b"):
+        start_model.random_config("1b")
 
 
 @torch.no_grad()
@@ -500,18 +468,27 @@ def accuracy(folder: Path, items: list[Example], **sampling) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_warm_start_sees_imperfectly(seed):
-    """Better than blind (1/6 where notes lie), with room for 20 points on both splits."""
-    folder = toy.build(seed)
-    sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0}
-    for split, low, high in (("general", 0.4, 0.7), ("vision_dependent", 0.25, 0.6)):
-        items = [toy.example(split, i) for i in range(256)]
-        assert low < accuracy(folder, items, **sampling) < high
+def test_the_shipped_model_is_what_start_model_builds(tmp_path):
+    """The weights equal to the last bit on a CPU of the same kind, else within rounding: the root
+    mean square difference was up to 4e-4 without AVX-512, and 3e-3 after one step more or less."""
+    built = start_model.build(0, tmp_path / "model")
+    files = {path.name for path in built.iterdir()}
+    assert files == {path.name for path in toy.MODEL.iterdir()}
+    for name in files - {start_model.WEIGHTS}:
+        assert (built / name).read_bytes() == (toy.MODEL / name).read_bytes(), name
+    ours, shipped = (load_file(each / start_model.WEIGHTS) for each in (built, toy.MODEL))
+    assert ours.keys() == shipped.keys()
+    differences = torch.cat([(ours[name] - shipped[name]).flatten() for name in ours])
+    assert differences.square().mean().sqrt() < 1e-3
 
 
 @pytest.mark.slow
-def test_the_start_model_answers_greedily_without_a_note():
+def test_the_shipped_model_sees_imperfectly():
+    """Better than blind (1/6 where notes lie), with room for 20 points on both splits."""
+    sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0}
+    for split, low, high in (("general", 0.4, 0.7), ("vision_dependent", 0.25, 0.6)):
+        items = [toy.example(split, i) for i in range(256)]
+        assert low < accuracy(toy.MODEL, items, **sampling) < high
     everything_plain = toy.Setting(plain_share=1.0)
     items = [toy.example("train", 10_000 + i, setting=everything_plain) for i in range(64)]
-    assert accuracy(toy.build(0), items, do_sample=False) > 0.9
+    assert accuracy(toy.MODEL, items, do_sample=False) > 0.9

@@ -24,6 +24,7 @@ from conftest import (
     ENVIRONMENT,
     ROOT,
     check_same_metrics,
+    generate,
     lines_with,
     metric_lines,
     on_ranks,
@@ -34,7 +35,6 @@ from transformers import AutoModelForImageTextToText
 
 import train
 from papo import PRESETS, preset
-from rollout import generate
 from support import checkpoint, data, pages, plots, run_folder, toy
 from support import run as run_module
 from support.batch import Group, pad_and_cat
@@ -307,7 +307,7 @@ def test_groups_that_cannot_be_compared_have_no_advantage(prompts, dynamic_sampl
     run = SimpleNamespace(grader=grader, raise_if_stopped=Mock())
     algo, sums = SimpleNamespace(dynamic_sampling=dynamic_sampling), Counter()
     kept = train.grade(run, algo, groups, sums)
-    metrics = train.means_over_ranks(sums)
+    metrics = train.rollout_metrics(sums)
     assert metrics["zero_advantage_groups"] == 2
     assert metrics["accuracy"] == pytest.approx(2 / 9)
     assert metrics["response_length"] == 2
@@ -367,8 +367,8 @@ def test_a_reward_that_never_works_ends_the_run(run, tmp_path, capsys, body, mes
     "flags, message",
     [
         ("--algo ppo", "'ppo': choose one of grpo, dapo, papo_g"),
-        ("--mask_strategy blur", "random, semantic, noise"),
-        ("--grup_size 4", "unknown flag --grup_size: did you mean --group_size"),
+        ("--mask_strategy blur", "'random', 'semantic', 'noise'"),
+        ("--grup_size 4", "unknown flag --grup_size: the flags are algo average"),
         ("--temperature 0", "temperature=0.0: must be above 0"),
         ("--model /no/such/folder", "/no/such/folder"),
         ("--reward nothing", "reward 'nothing'"),

@@ -4,13 +4,12 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 from experiments import walkthrough
 
-ROOT = Path(__file__).parent.parent
 PAGE = """# Title
 
 ```python

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
-from papo import Algo, flag
-from support.cli import check_range
+from papo import Algo
+from support.config import check_range, flag
 from variants.noisy_rollout import DIFFUSION_STEPS, add_noise
 
 
@@ -26,15 +26,15 @@ class DVRP(Algo):
     kl_ref_coef: float = 0.0
     kl_prcp_coef: float = 0.01
     masked_entropy_coef: float = 0.05
-    noised_coef: float = flag(0.01, "weight of KL(pi || pi_noised), which is minimised", "dvrp")
+    noised_coef: float = flag(0.01, "weight of KL(pi || pi_noised), which is minimised")
     noise_steps: int = flag(500, "diffusion steps of noise in the noised view")
 
     def __post_init__(self):
         super().__post_init__()
-        check_range(self, "noise_steps", 0, DIFFUSION_STEPS - 1)
+        check_range(self, 0, DIFFUSION_STEPS - 1, "noise_steps")
 
     def views(self):
-        return super().views() | {"noised": self.noised_coef}
+        return (*super().views(), "noised")
 
     def view(self, name, prompt, policy, generator):
         if name == "mask":

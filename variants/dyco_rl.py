@@ -31,9 +31,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from papo import Algo, flag
+from papo import Algo
 from support.batch import Group
-from support.cli import check_range
+from support.config import check_range, flag
 from support.distributed import concat_over_ranks, reshard_root
 from support.packing import owners, pack_rows
 
@@ -43,13 +43,13 @@ class DyCoRL(Algo):
     kl_ref_coef: float = 0.04
     kl_prcp_coef: float = 0.0
     clip_high: float = 0.2
-    strength: float = flag(0.2, "largest change of an advantage, as a share of it", "dyco_rl")
+    strength: float = flag(0.2, "largest change of an advantage, as a share of it")
     neutral_margin: float = flag(0.05, "by how much v_txt exceeds v_vis at a textual token")
     shortest_response: int = flag(60, "responses of fewer tokens get score -1 (7B: 150)")
 
     def __post_init__(self):
         super().__post_init__()
-        check_range(self, "strength", 0, 1)
+        check_range(self, 0, 1, "strength")
 
     def weigh(self, groups, policy):
         alignments = attention_alignments(policy, groups, self.neutral_margin)

@@ -21,8 +21,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from papo import Algo, flag
-from support.cli import check_range
+from papo import Algo
+from support.batch import seeded
+from support.config import check_range, flag
 
 DIFFUSION_STEPS = 1000
 
@@ -33,25 +34,32 @@ class NoisyRollout(Algo):
     kl_prcp_coef: float = 0.0
     entropy_coef: float = -0.001  # a bonus, where PAPO's entropies are penalties
     clip_high: float = 0.2
-    noise_steps: int = flag(500, "diffusion steps of noise at first", "noisy_rollout")
+    noise_steps: int = flag(500, "diffusion steps of noise at first")
     noise_slope: float = flag(30.0, "how steeply the noise falls to 0")
     noise_middle: float = flag(40.0, "training step at which half of the noise is left")
 
     def __post_init__(self):
         super().__post_init__()
-        check_range(self, "noise_steps", 0, DIFFUSION_STEPS - 1)
+        check_range(self, 0, DIFFUSION_STEPS - 1, "noise_steps")
 
-    def annealed(self, step, last_step):
-        algo = super().annealed(step, last_step)
+    def at_step(self, step, last_step):
         fall = self.noise_slope * (step + 1 - self.noise_middle) / last_step  # t counts from 1
         left = 1 - 1 / (1 + math.exp(min(-fall, 700)))  # exp(710) overflows
-        return replace(algo, noise_steps=int(self.noise_steps * left))
+        return replace(self, noise_steps=int(self.noise_steps * left))
 
-    def images(self, prompt, policy, generator):
+    def sample(self, prompts, policy, generate, key):
+        pairs = [(prompt, self._noised(prompt, policy, key)) for prompt in prompts]
+        groups = generate([image for pair in pairs for image in pair])
+        for clean, noised in zip(groups[::2], groups[1::2], strict=True):
+            noised.prompt = clean.prompt  # trained under the clean image
+        return groups
+
+    def _noised(self, prompt, policy, key):
         if prompt.pixel_values is None:
-            return [(prompt, prompt), (prompt, prompt)]
+            return prompt
+        generator = seeded("images", *key, prompt.index)
         pixels = add_noise(prompt.pixel_values, self.noise_steps, policy.encoder.images, generator)
-        return [(prompt, prompt), (replace(prompt, pixel_values=pixels), prompt)]
+        return replace(prompt, pixel_values=pixels)
 
 
 def add_noise(pixel_values: Tensor, steps: int, processor, generator: torch.Generator) -> Tensor:

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from papo import Algo, flag
-from support.cli import check_range
+from papo import Algo
+from support.config import check_range, flag
 from variants.vppo import visual_dependency
 
 
@@ -33,17 +33,15 @@ class PGPO(Algo):
     kl_prcp_coef: float = 0.0
     clip_high: float = 0.28
     dynamic_sampling: bool = True
-    threshold: float = flag(0.4, "tau: scaled dependency at which a token's weight is 1", "pgpo")
+    threshold: float = flag(0.4, "tau: scaled dependency at which a token's weight is 1")
     boost: float = flag(2.0, "beta: how much the weight rises from tau to the largest dependency")
-
-    needs = ("old_log_probs",)
 
     def __post_init__(self):
         super().__post_init__()
-        check_range(self, "threshold", 0.01, 0.99)
+        check_range(self, 0.01, 0.99, "threshold")
 
     def views(self):
-        return {"mask": 0.0} | super().views()
+        return ("mask",)
 
     def view(self, name, prompt, policy, generator):
         black = policy.encoder.black_patch.expand_as(prompt.pixel_values)

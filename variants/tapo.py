@@ -30,13 +30,16 @@ class TAPO(Algo):
 
     columns = ("images_pos", "images_neg")
 
-    def images(self, prompt, policy, generator):
-        positive = prompt
-        if prompt.pixel_values is not None:
-            pixels = prompt.more_pixel_values["images_pos"]
-            positive = replace(prompt, pixel_values=pixels)
-        return [(prompt, prompt), (positive, positive)]
+    def sample(self, prompts, policy, generate, key):
+        return generate([image for prompt in prompts for image in (prompt, positive_of(prompt))])
 
     def view(self, name, prompt, policy, generator):
         negative = prompt.more_pixel_values["images_neg"]
         return negative, (negative != prompt.pixel_values).any(-1)
+
+
+def positive_of(prompt):
+    """The prompt under its positive image."""
+    if prompt.pixel_values is None:
+        return prompt
+    return replace(prompt, pixel_values=prompt.more_pixel_values["images_pos"])

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from losses import kl_k3
-from papo import Algo, flag
+from papo import Algo
 from support.batch import Group
-from support.cli import check_range
+from support.config import check_range, flag
 from support.distributed import concat_over_ranks
 
 
@@ -37,18 +37,15 @@ class VPPO(Algo):
     clip_high: float = 0.28
     dynamic_sampling: bool = True
     mask_ratio: float = 0.5
-    token_share: float = flag(0.4, "share of a response's tokens that are trained", group="vppo")
+    token_share: float = flag(0.4, "share of a response's tokens that are trained")
     least_weight: float = flag(0.9, "weight of the response that depends least on the image")
-
-    needs = ("old_log_probs",)
 
     def __post_init__(self):
         super().__post_init__()
-        check_range(self, "token_share", 0, 1)
-        check_range(self, "least_weight", 0, 1)
+        check_range(self, 0, 1, "token_share", "least_weight")
 
     def views(self):
-        return {"mask": 0.0} | super().views()
+        return ("mask",)
 
     def weigh(self, groups, policy):
         with_image = [group for group in groups if group.has_image]

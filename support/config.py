@@ -1,0 +1,141 @@
+"""Dataclass fields -> command-line flags, with transformers' HfArgumentParser.
+
+A flag that is given beats what a resumed run, a preset, a protocol or a task supplies, and that
+beats the dataclass's own default. Whatever is wrong with a flag is one line that names the value.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import field
+from pathlib import Path
+
+from transformers import HfArgumentParser
+
+from support import StepError
+
+# Flags that may change when a run is resumed, among them those that a failed run is told to change.
+FREE_ON_RESUME = """resume steps keep save_every eval_every wandb tensorboard tokens_per_forward
+rollout_batch shard_size reward_budget reward_memory""".split()
+
+
+def flag(default, help: str):
+    """A dataclass field that is a command-line flag; a list takes several values."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+class Parser(HfArgumentParser):
+    """argparse whose errors are one line, printed by one rank."""
+
+    def error(self, message: str):
+        exit_with_error(message)
+
+
+def early_flags(*names: str, argv=None) -> dict[str, str]:
+    """Those of these flags that were given: they decide which others there are, and defaults."""
+    parser = argparse.ArgumentParser(
+        add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS
+    )
+    for name in names:
+        parser.add_argument(f"--{name}", nargs="?", const="")
+    given, _ = parser.parse_known_args(argv)
+    return vars(given)
+
+
+def parse_flags(doc: str, *classes: type, defaults: dict, argv=None) -> tuple:
+    """An instance of each dataclass. `doc`: its first line heads --help.
+
+    defaults: replace those of the dataclasses; names that they do not have are ignored.
+    """
+    parser = Parser(classes, description=doc.strip().splitlines()[0], allow_abbrev=False)
+    known = {action.dest for action in parser._actions}
+    parser.set_defaults(**{name: defaults[name] for name in defaults.keys() & known})
+    for action in parser._actions:
+        if action.help is None:  # a subclass that changes a default keeps its parent's text
+            action.help = _inherited_help(classes, action.dest)
+    *configs, unknown = parser.parse_args_into_dataclasses(
+        argv, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        exit_with_error(f"unknown flag {unknown[0]}: the flags are {' '.join(sorted(known))}")
+    return tuple(configs)
+
+
+def _inherited_help(classes: tuple[type, ...], name: str) -> str | None:
+    for parent in (parent for each in classes for parent in each.__mro__):
+        own = getattr(parent, "__dataclass_fields__", {}).get(name)
+        if own and "help" in own.metadata:
+            return own.metadata["help"]
+    return None
+
+
+def saved_config(run_folder: str) -> dict:
+    """The flags of the run that --resume names. ValueError if there are none."""
+    path = Path(run_folder) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"--resume {run_folder}: no config.json there")
+    return json.loads(path.read_text())
+
+
+def check_resumed(flags: dict, saved: dict) -> None:
+    """ValueError for a flag that contradicts the run that is resumed."""
+    for name in saved.keys() & flags.keys() - set(FREE_ON_RESUME):
+        if flags[name] != saved[name]:
+            raise ValueError(f"--{name} {flags[name]} contradicts the run's {saved[name]}")
+
+
+# ------------------------------------------------------------------------------------------- errors
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """End the program with one line where the block meets bad input or a missing file."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError, StepError) as error:
+        exit_with_error(error)
+
+
+def exit_with_error(message) -> None:
+    """End the program with one line on standard error and exit status 2."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(3)  # the first rank speaks, and torchrun then ends this one
+    text = str(message).strip() or repr(message)
+    program = Path(sys.argv[0]).name
+    print(f"{program}: error: {text.splitlines()[0]}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def check_range(config, low: float, high: float, *names: str) -> None:
+    """ValueError where a field is below `low` or above `high`."""
+    for name in names:
+        if not low <= getattr(config, name) <= high:
+            raise ValueError(f"{name}={getattr(config, name)}: must be between {low} and {high}")
+
+
+def check_at_least(config, low: float, *names: str) -> None:
+    """ValueError where a field is below `low`."""
+    for name in names:
+        if not getattr(config, name) >= low:
+            raise ValueError(f"{name}={getattr(config, name)}: must be at least {low}")
+
+
+def check_above(config, low: float, *names: str) -> None:
+    """ValueError where a field is not above `low`."""
+    for name in names:
+        if not getattr(config, name) > low:
+            raise ValueError(f"{name}={getattr(config, name)}: must be above {low}")
+
+
+def flags_of(*configs) -> dict:
+    """All flags of these dataclasses, as config.json keeps them."""
+    return {name: value for each in configs for name, value in dataclasses.asdict(each).items()}

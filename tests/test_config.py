@@ -1,0 +1,168 @@
+"""Flags and where their defaults come from."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import evaluate
+import train
+from support import toy
+from support.config import early_flags, flag, parse_flags
+from support.protocol import configure
+
+HARDER = "toy:grid=4,colours=4"
+
+
+@pytest.fixture()
+def resolve(monkeypatch):
+    """resolve(flags) -> the flags of a run that would be trained, as attributes."""
+
+    def no_run(config, algo, encoder, ranks):
+        return SimpleNamespace(**vars(config), **vars(algo))
+
+    monkeypatch.setattr(train, "Run", no_run)
+    monkeypatch.setattr(train.distributed, "init_distributed", lambda scoring_seconds: None)
+    return lambda flags: train.build_run(flags.split())
+
+
+@pytest.fixture()
+def other_model(folder, tmp_path):
+    """A model that is no toy's: its folder names no task."""
+    shutil.copytree(folder, tmp_path / "other", ignore=shutil.ignore_patterns("task.json"))
+    return tmp_path / "other"
+
+
+@pytest.fixture()
+def harder_model(folder, tmp_path):
+    """The model of a harder toy."""
+    shutil.copytree(folder, tmp_path / "harder")
+    (tmp_path / "harder" / "task.json").write_text(json.dumps({"data": HARDER}))
+    return tmp_path / "harder"
+
+
+# ---------------------------------------------------------------------------------------- defaults
+
+
+def test_the_task_follows_the_data_and_the_learning_rate_the_model(resolve, other_model):
+    """A 3B model on the toy's data must not be trained at the tiny model's learning rate."""
+    paper, tiny = train.Config(), toy.MODEL_DEFAULTS["lr"]
+    default = resolve("")
+    assert (default.algo, default.data, default.val_data) == ("papo_g", "toy", "toy")
+    assert (default.lr, default.steps, default.max_new_tokens) == (tiny, 50, 40)
+    large_on_toy = resolve(f"--model {other_model} --data {HARDER}")
+    assert (large_on_toy.lr, large_on_toy.steps, large_on_toy.max_new_tokens) == (paper.lr, 50, 61)
+    toy_on_file = resolve("--data mine.jsonl")
+    assert (toy_on_file.lr, toy_on_file.prompts_per_step) == (tiny, paper.prompts_per_step)
+    assert toy_on_file.val_data == paper.val_data
+
+
+def test_a_flag_beats_the_defaults_of_preset_task_and_model(resolve):
+    preset = resolve("--algo papo_d")
+    assert (preset.kl_prcp_coef, preset.dynamic_sampling) == (0.01, True)
+    flags = "--algo papo_d --kl_prcp_coef 0.5 --dynamic_sampling false --steps=7 --lr 0.25"
+    given = resolve(f"{flags} --val_data none")
+    assert (given.kl_prcp_coef, given.dynamic_sampling, given.clip_high) == (0.5, False, 0.28)
+    assert (given.steps, given.lr, given.data, given.val_data) == (7, 0.25, "toy", "none")
+
+
+def test_a_resumed_run_keeps_its_flags(resolve, tmp_path, capsys):
+    """But for those that may change, and for one that it predates: that has its default."""
+    saved = {"algo": "grpo", "kl_ref_coef": 0.5, "lr": 0.25, "steps": 5, "keep": 3, "gone": 1}
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    resume = f"--resume {tmp_path}"
+    run = resolve(resume)
+    assert (run.algo, run.kl_ref_coef, run.lr, run.steps) == ("grpo", 0.5, 0.25, 5)
+    assert (run.keep, run.top_p, run.resume) == (3, 0.99, str(tmp_path))
+    run = resolve(f"{resume} --steps 9 --tokens_per_forward 8192 --lr 0.25")
+    assert (run.steps, run.keep, run.tokens_per_forward, run.lr) == (9, 3, 8192, 0.25)
+    for flags, kept in (("--lr 0.5", "0.25"), ("--algo dapo", "grpo")):
+        with pytest.raises(SystemExit, match="2"):
+            train.main(f"{resume} {flags}".split())
+        [line] = capsys.readouterr().err.splitlines()
+        assert line.endswith(f"{flags} contradicts the run's {kept}")
+
+
+def test_the_task_travels_with_an_export(run, harder_model, other_model):
+    flags = f"--model {harder_model} --data toy --steps 1 --eval_every 0 --save_every 0"
+    exported = run("run", flags) / "model"
+    model = ["--model", str(exported)]
+    config = configure("A test.", model)
+    assert (config.data, config.max_new_tokens) == (HARDER, 61)
+    assert configure("A test.", [*model, "--data", "toy"]).max_new_tokens == 40
+    assert toy.defaults(str(other_model), "") == {}
+    assert toy.defaults("some/hub-id", "PAPOGalaxy/PAPO_ViRL39K_train") == {}
+
+
+# ------------------------------------------------------------------------------------------- flags
+
+
+@dataclass
+class Flags:
+    name: str = flag("a", "a name")
+    size: int = flag(1, "a size")
+    files: list[str] = flag([], "files")
+    quick: bool = flag(False, "be quick")
+
+
+def test_lists_and_switches():
+    def parse(line, **defaults):
+        [flags] = parse_flags("A test.\n\nMore.", Flags, defaults=defaults, argv=line.split())
+        return flags
+
+    assert parse("", size=3, unheard=1) == Flags(size=3)
+    assert parse("--files a b --quick", size=3) == Flags(size=3, files=["a", "b"], quick=True)
+    assert parse("--quick false --size 2", size=3, quick=True) == Flags(size=2)
+
+
+def test_early_flags_are_read_without_knowing_the_others():
+    line = "--algo grpo --lr 3 --algo=dapo --model"
+    assert early_flags("algo", "model", "data", argv=line.split()) == {"algo": "dapo", "model": ""}
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("--sise 3", "unknown flag --sise: the flags are files help name quick size"),
+        ("name", "unknown flag name: the flags are"),
+        ("--size three", "argument --size: invalid int value: 'three'"),
+        ("--name", "argument --name: expected one argument"),
+    ],
+)
+def test_a_wrong_flag_is_one_line(capsys, line, message):
+    with pytest.raises(SystemExit, match="2"):
+        parse_flags("A test.", Flags, defaults={}, argv=line.split())
+    [error] = capsys.readouterr().err.splitlines()
+    assert message in error
+
+
+@pytest.mark.parametrize("main", [train.main, evaluate.main])
+def test_another_toy_is_built_by_a_command(capsys, main):
+    with pytest.raises(SystemExit, match="2"):
+        main(["--model", "toy:grid=4"])
+    [error] = capsys.readouterr().err.splitlines()
+    assert "build it with `python -m experiments.start_model toy:grid=4 --out FOLDER`" in error
+    assert toy.model_folder("toy") == str(toy.MODEL)
+    assert toy.model_folder("Qwen/Qwen2.5-VL-3B-Instruct") == "Qwen/Qwen2.5-VL-3B-Instruct"
+    assert Path(toy.MODEL, "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: train.Config(rollout_batch=0), "rollout_batch=0: must be at least 1"),
+        (lambda: train.Config(save_every=-1), "save_every=-1: must be at least 0"),
+        (lambda: train.Config(max_grad_norm=0.0), "max_grad_norm=0.0: must be above 0"),
+        (lambda: train.Config(top_p=1.5), "top_p=1.5: must be between 0 and 1"),
+        (lambda: train.Algo(clip_dual=0.0), "clip_dual=0.0: must be above 1"),
+        (lambda: train.Algo(mask_ratio=float("nan")), "mask_ratio=nan: choose a share"),
+        (lambda: evaluate.EvalConfig(heat_patches=0), "heat_patches=0: must be at least 1"),
+        (lambda: evaluate.EvalConfig(temperature=-1.0), "temperature=-1.0: must be at least 0"),
+    ],
+)
+def test_values_out_of_range_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
