@@ -271,11 +271,7 @@ def main(argv=None) -> None:
     with run:  # ends a stopped or failed run properly
         train(run)
         run.export()
-        # One response to show, sampled as in evaluations.
-        sampling = Sampling(run.config.max_new_tokens, run.config.temperature)
-        key = ("sample", run.config.seed)
-        [sample] = generate(run.policy, [run.sample_prompt()], 1, sampling, key=key)
-        run.summarise(sample)
+        run.summarise()
     dist.destroy_process_group()
 
 

@@ -183,3 +183,50 @@ def accuracy_cells(runs: list[dict]) -> list[str]:
     cells = [interval([accuracy(run, split) for run in runs]) for split in (*SPLITS, "overall")]
     trained = [run for run in runs if "curve" in run]
     return [*cells, interval([accuracy_over_training(run) for run in trained])]
+
+
+# Metric -> (factor, rise): by how much its median must have grown to count as a sign of collapse.
+COLLAPSE_SIGNS = {
+    "kl_prcp": (1.5, 0.05),
+    "clip_frac": (1.5, 0.005),
+    "entropy": (1.25, 0.02),
+    "masked_entropy": (1.25, 0.02),
+}
+
+
+def collapse_warning(steps: list[dict], window: int = 7) -> str | None:
+    """One line when the paper's early signs of collapse appear together, else None.
+
+    Compares the last `window` training lines with the `window` lines before them. A metric shows
+    a sign if half of its last window lies above its whole earlier window and its median has grown
+    by the factor and the rise in COLLAPSE_SIGNS. Every measured metric must show one at once.
+    KL_prcp rising alone, which PAPO wants, therefore never warns; neither does a healthy run,
+    whose entropies fall, nor independent noise.
+
+    Not measured are masked_entropy where it is not logged and the clip fraction where it is 0
+    throughout (one update per step). At least three metrics must be measured, among them KL_prcp
+    and the entropy; lines without these two are skipped. The thresholds are fitted to one run in
+    experiments/, where the warning comes three steps after accuracy halves. Later (`remedies`) it
+    came in 2 of 23 collapsed runs, so its absence says nothing; no healthy run has had it.
+    """
+    usable = [
+        line
+        for line in steps
+        if metrics.finite_series([line], "kl_prcp") and metrics.finite_series([line], "entropy")
+    ]
+    recent = usable[-2 * window :]
+    signs = []
+    for metric, (factor, rise) in COLLAPSE_SIGNS.items():
+        values = np.array(list(metrics.finite_series(recent, metric).values()))
+        measured = len(values) == 2 * window and (metric != "clip_frac" or values.any())
+        if not measured:
+            continue
+        earlier, last = values[:window], values[window:]
+        before, after = np.median(earlier), np.median(last)
+        if after <= earlier.max() or after < factor * before or after < before + rise:
+            return None
+        signs.append(f"{metric} {before:.3g} -> {after:.3g}")
+    if len(signs) < 3:
+        return None
+    step = recent[-1]["step"]
+    return f"step {step}: early signs of collapse over the last {window} steps: {', '.join(signs)}"

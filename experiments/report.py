@@ -22,6 +22,7 @@ from experiments.measures import (
     accuracy_gain,
     accuracy_over_training,
     at_seeds,
+    collapse_warning,
     common_seeds,
     complete,
     count_ahead,
@@ -284,7 +285,7 @@ def warning_step(run: dict) -> int | None:
     """The step after which the trainer's rule first warns of a collapse."""
     lines = training_lines(run)
     for end in range(1, len(lines) + 1):
-        if metrics.collapse_warning(lines[:end]):
+        if collapse_warning(lines[:end]):
             return end
     return None
 

@@ -1,8 +1,7 @@
-"""What the numbers of a run say: its log, its evaluation table, early signs of collapse.
+"""What the numbers of a run say: its log and its evaluation table.
 
-train.py asks for the collapse warning at every step, evaluate.py prints the table, plots.py draws
-what `read_metrics` returns. Not in the paper: t intervals over seeds, bootstrap intervals over
-questions and the rule in `collapse_warning` (the paper names the signs).
+evaluate.py prints the table, plots.py draws what `read_metrics` returns. Not in the paper: t
+intervals over seeds and bootstrap intervals over questions.
 """
 
 from __future__ import annotations
@@ -14,14 +13,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-
-# Metric -> (factor, rise): by how much its median must have grown to count as a sign of collapse.
-COLLAPSE_SIGNS = {
-    "kl_prcp": (1.5, 0.05),
-    "clip_frac": (1.5, 0.005),
-    "entropy": (1.25, 0.02),
-    "masked_entropy": (1.25, 0.02),
-}
 
 # 97.5% quantiles of Student's t for 1 to 9 degrees of freedom. No library we require has them.
 T_TABLE = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
@@ -72,44 +63,6 @@ def finite_series(lines: list[dict], metric: str) -> dict[int, float]:
         if isinstance(value, (int, float)) and math.isfinite(value):
             series[line["step"]] = float(value)
     return series
-
-
-def collapse_warning(steps: list[dict], window: int = 7) -> str | None:
-    """One line when the paper's early signs of collapse appear together, else None.
-
-    Compares the last `window` training lines with the `window` lines before them. A metric shows
-    a sign if half of its last window lies above its whole earlier window and its median has grown
-    by the factor and the rise in COLLAPSE_SIGNS. Every measured metric must show one at once.
-    KL_prcp rising alone, which PAPO wants, therefore never warns; neither does a healthy run,
-    whose entropies fall, nor independent noise.
-
-    Not measured are masked_entropy where it is not logged and the clip fraction where it is 0
-    throughout (one update per step). At least three metrics must be measured, among them KL_prcp
-    and the entropy; lines without these two are skipped. The thresholds are fitted to one run in
-    experiments/, where the warning comes three steps after accuracy halves. Later (`remedies`) it
-    came in 2 of 23 collapsed runs, so its absence says nothing; no healthy run has had it.
-    """
-    usable = [
-        line
-        for line in steps
-        if finite_series([line], "kl_prcp") and finite_series([line], "entropy")
-    ]
-    recent = usable[-2 * window :]
-    signs = []
-    for metric, (factor, rise) in COLLAPSE_SIGNS.items():
-        values = np.array(list(finite_series(recent, metric).values()))
-        measured = len(values) == 2 * window and (metric != "clip_frac" or values.any())
-        if not measured:
-            continue
-        earlier, last = values[:window], values[window:]
-        before, after = np.median(earlier), np.median(last)
-        if after <= earlier.max() or after < factor * before or after < before + rise:
-            return None
-        signs.append(f"{metric} {before:.3g} -> {after:.3g}")
-    if len(signs) < 3:
-        return None
-    step = recent[-1]["step"]
-    return f"step {step}: early signs of collapse over the last {window} steps: {', '.join(signs)}"
 
 
 def mean_interval(values: Iterable[float]) -> tuple[float, float]:

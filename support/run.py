@@ -363,16 +363,8 @@ class Run:
                 f"{model_dir} is not written: {error}; make room, then --resume {self.folder}"
             ) from error
 
-    def sample_prompt(self) -> Prompt:
-        """The first usable prompt of an evaluation set, to show a response to at the end."""
-        rows = [*self.eval_sets.values(), self.rows][0]
-        for i in range(len(rows)):
-            with suppress(ValueError):
-                return self.policy.encoder.encode(rows[i])
-        raise StepError(f"{rows.name}: no usable row")
-
-    def summarise(self, sample: Group) -> None:
-        """Draw the curves; print accuracies before and after, a sample response and the files."""
+    def summarise(self) -> None:
+        """Print accuracies before and after, a response and the files; draw the curves."""
         if self.rank > 0:
             return
         _, evals = read_metrics(self.folder / "metrics.jsonl")
@@ -381,23 +373,29 @@ class Run:
                 name = key.removeprefix("eval/")
                 before, after = evals[0][key], evals[-1][key]
                 print(f"{name:<20} accuracy {before:.3f} before, {after:.3f} after")
-        example = sample.prompt.example
+        samples = read_log(self.folder / "samples.jsonl")
+        self._show_sample([sample for sample in samples if sample["step"] == self.step])
+        print(f"metrics: {self.folder}/metrics.jsonl")
+        with survivable(self.folder / "curves.png"):
+            print(f"curves: {plots.curves(self.folder)}")
+        with survivable(self.folder / "samples.html"):
+            title, out = f"Responses of {self.folder.name}", self.folder / "samples.html"
+            if page := pages.samples(samples, self._find_example, title, out):
+                print(f"samples: {page}")
+        print(f"model: {self.folder}/model")
+
+    def _show_sample(self, samples: list[dict]) -> None:
+        """Print the first of these responses, and write its images."""
+        example = self._find_example(samples[0]) if samples else None
+        if not example:
+            return
         for i, image in enumerate(example.images):
             with survivable(self.folder / f"sample{i}.png"):
                 image.save(self.folder / f"sample{i}.png")
                 print(f"image: {self.folder}/sample{i}.png")
         print(f"question: {example.question}")
-        print(f"response: {sample.responses[0]}")
+        print(f"response: {samples[0]['predict']}")
         print(f"answer: {example.answer}")
-        print(f"metrics: {self.folder}/metrics.jsonl")
-        with survivable(self.folder / "curves.png"):
-            print(f"curves: {plots.curves(self.folder)}")
-        with survivable(self.folder / "samples.html"):
-            lines = read_log(self.folder / "samples.jsonl")
-            title, out = f"Responses of {self.folder.name}", self.folder / "samples.html"
-            if page := pages.samples(lines, self._find_example, title, out):
-                print(f"samples: {page}")
-        print(f"model: {self.folder}/model")
 
     def _find_example(self, line: dict) -> Example | None:
         """The question of a line of samples.jsonl; None if the data no longer has it there."""

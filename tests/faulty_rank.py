@@ -24,11 +24,11 @@ def save_on_full_disk(run):
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def crash_in_step_1(*args, key):
-    _, step = key
+def crash_in_step_1(*args):
+    _, step = args[-1]  # key
     if step == 1:
         raise ZeroDivisionError("something broke on rank 1")
-    return original_prepare(*args, key=key)
+    return original_prepare(*args)
 
 
 if os.environ["RANK"] == "1":

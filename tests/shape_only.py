@@ -10,6 +10,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from support.batch import Example, Prompt
+
 
 class ShapeOnly(TorchDispatchMode):
     """Inside, an operation with a meta tensor runs on the meta device.
@@ -81,3 +83,16 @@ class VarlenAttention(torch.autograd.Function):
     def backward(ctx, gradient):
         query, key, value, _ = ctx.saved_tensors
         return tuple(torch.empty_like(each) for each in (query, key, value))
+
+
+def image_prompt(tokens: int, rows: int, columns: int) -> Prompt:
+    """A prompt with one image of so many patches, of which four make an image token."""
+    patches = rows * columns
+    return Prompt(
+        example=Example("", "", []),
+        input_ids=torch.zeros(tokens, dtype=torch.long),
+        position_ids=torch.arange(tokens).expand(3, -1),
+        is_image_token=torch.arange(tokens) < patches // 4,
+        pixel_values=torch.zeros(patches, 1176),
+        image_grid_thw=torch.tensor([[1, rows, columns]]),
+    )

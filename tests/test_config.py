@@ -52,9 +52,9 @@ def test_the_task_follows_the_data_and_the_learning_rate_the_model(resolve, othe
     paper, tiny = train.Config(), toy.MODEL_DEFAULTS["lr"]
     default = resolve("")
     assert (default.algo, default.data, default.val_data) == ("papo_g", "toy", "toy")
-    assert (default.lr, default.steps, default.max_new_tokens) == (tiny, 50, 40)
+    assert (default.lr, default.steps, default.max_new_tokens) == (tiny, 30, 40)
     large_on_toy = resolve(f"--model {other_model} --data {HARDER}")
-    assert (large_on_toy.lr, large_on_toy.steps, large_on_toy.max_new_tokens) == (paper.lr, 50, 61)
+    assert (large_on_toy.lr, large_on_toy.steps, large_on_toy.max_new_tokens) == (paper.lr, 30, 61)
     toy_on_file = resolve("--data mine.jsonl")
     assert (toy_on_file.lr, toy_on_file.prompts_per_step) == (tiny, paper.prompts_per_step)
     assert toy_on_file.val_data == paper.val_data

@@ -7,6 +7,7 @@ a value, so a missing `.to(device)`, a wait for the device and a kernel's signat
 import numpy as np
 import pytest
 import torch
+from shape_only import image_prompt
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -14,7 +15,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from experiments import start_model
 from support import decoding, packing
-from support.batch import Example, Group, Prompt
+from support.batch import Group
 from support.qwen_vl import use_faster_forwards
 
 pytestmark = pytest.mark.skipif(not torch.version.cuda, reason="needs the CUDA build of torch")
@@ -55,18 +56,6 @@ def ampere(monkeypatch):
     monkeypatch.setattr(packing, "_import_flash_attn", lambda: None)
 
 
-def image_prompt(length, grid):
-    patches = grid[1] * grid[2]
-    return Prompt(
-        example=Example("", "", []),
-        input_ids=torch.zeros(length, dtype=torch.long),
-        position_ids=torch.arange(length).expand(3, -1),
-        is_image_token=torch.arange(length) < patches // 4,
-        pixel_values=torch.zeros(patches, 1176),
-        image_grid_thw=torch.tensor([grid]),
-    )
-
-
 def fake_row(groups, mode):
     """build_row's result for a GPU; which values it has is decided on the host."""
     with unset_fake_temporarily():
@@ -95,7 +84,7 @@ def no_vision_tower(model, monkeypatch):
 
 def test_prefill_and_a_decoding_step(mode, model, no_vision_tower, monkeypatch):
     """The step copies nothing to the host, so a CUDA graph can hold it."""
-    prompts = [image_prompt(1300, (1, 64, 72)), image_prompt(700, (1, 40, 44))]
+    prompts = [image_prompt(1300, 64, 72), image_prompt(700, 40, 44)]
     row = fake_row([decoding.empty_group(prompt) for prompt in prompts], mode)
     monkeypatch.setattr(decoding, "split_rows", lambda groups, max_tokens: [groups])
     monkeypatch.setattr(decoding, "build_row", lambda *args: row)
@@ -126,7 +115,7 @@ def test_prefill_and_a_decoding_step(mode, model, no_vision_tower, monkeypatch):
 def test_a_training_forward(mode, model, no_vision_tower, monkeypatch):
     """Two groups in one row, through torch's varlen kernel."""
     groups = []
-    for prompt in (image_prompt(1300, (1, 64, 72)), image_prompt(700, (1, 40, 44))):
+    for prompt in (image_prompt(1300, 64, 72), image_prompt(700, 40, 44)):
         mask = torch.arange(40) < torch.tensor([40, 1, 7, 30, 2])[:, None]
         tokens = torch.zeros(mask.shape, dtype=torch.long)
         groups.append(Group(prompt, tokens, mask, mask.any(1), torch.zeros(mask.shape)))

@@ -6,31 +6,16 @@ from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
-from shape_only import ShapeOnly, VarlenAttention
+from shape_only import ShapeOnly, VarlenAttention, image_prompt
 from transformers import AutoModelForImageTextToText
 
 from experiments import start_model
 from experiments.bench import random_group
 from support import decoding, packing
-from support.batch import Example, Prompt
 from support.qwen_vl import use_faster_forwards
 
 GIB = 2**30
 PAGE = Path(__file__).parent.parent / "docs" / "gpu.md"
-
-
-def image_prompt(tokens):
-    """A prompt of 1,300 tokens or of 4,096, nearly all of them of one image."""
-    grid = {1300: (1, 64, 80), 4096: (1, 160, 100)}[tokens]
-    patches = grid[1] * grid[2]
-    return Prompt(
-        example=Example("", "", []),
-        input_ids=torch.zeros(tokens, dtype=torch.long),
-        position_ids=torch.arange(tokens).expand(3, -1),
-        is_image_token=torch.arange(tokens) < patches // 4,
-        pixel_values=torch.zeros(patches, 1176, dtype=torch.bfloat16),
-        image_grid_thw=torch.tensor([grid]),
-    )
 
 
 @pytest.fixture(params=["3b", pytest.param("7b", marks=pytest.mark.slow)])
@@ -61,7 +46,7 @@ def test_sampling(by_shape, monkeypatch):
     """Prefill of 16 prompts x 5 responses, then the steps at 450 tokens per response."""
     size, model = by_shape
     encoder = SimpleNamespace(images=SimpleNamespace(merge_size=2), black_patch=torch.zeros(1176))
-    prompts = [image_prompt(1300) for _ in range(16)]
+    prompts = [image_prompt(1300, 64, 80) for _ in range(16)]
     chunk = decoding.Chunk(
         encoder,
         prompts,
@@ -96,7 +81,7 @@ def test_an_update(by_shape):
     model.gradient_checkpointing_enable({"use_reentrant": False})
     for parameter in model.parameters():  # FSDP takes each gradient away at once
         parameter.register_post_accumulate_grad_hook(lambda each: setattr(each, "grad", None))
-    groups = [random_group(image_prompt(1300), torch.full((5,), 450)) for _ in range(4)]
+    groups = [random_group(image_prompt(1300, 64, 80), torch.full((5,), 450)) for _ in range(4)]
     row = packing.build_row(groups, "", torch.zeros(1176), 2, "cpu")
     row = row._replace(pixel_values=row.pixel_values.to("meta"))
     with ShapeOnly(ignored=[*model.parameters(), *model.buffers()]) as shapes:
