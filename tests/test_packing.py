@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from conftest import random_image
 from test_hub_shapes import qwen3_config
 from test_papo import log_probs_and_gradients
+from torch.distributed.utils import _to_kwargs
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from support import packing
@@ -58,6 +59,16 @@ def test_sequences_for_a_kernel_equal_masks(policy, groups, monkeypatch):
     assert (calls.count(True), calls.count(False)) == (4, 2)  # one per layer of text and vision
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     assert (found_gradients - expected_gradients).norm() < 1e-5 * expected_gradients.norm()
+
+
+def test_fsdp_passes_a_row_on(groups):
+    """FSDP2 moves the inputs of a forward to its device; what is no tensor must survive."""
+    row = packing.build_row(groups, "", torch.zeros(1176), 2, "cpu")
+    [(moved,)], _ = _to_kwargs((row,), {}, torch.device("meta"), False)
+    assert type(moved) is packing.Row and moved.attend is row.attend
+    for before, after in zip(row, moved, strict=True):
+        if isinstance(before, torch.Tensor):
+            assert after.is_meta and after.shape == before.shape
 
 
 @pytest.mark.parametrize("sizes", [[(84, 84)], [(336, 252), (56, 56), (140, 420)]])
