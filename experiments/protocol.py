@@ -103,6 +103,20 @@ PUBLISHED: dict[str, dict] = {
     "noisy_rollout": {"algo": "noisy_rollout"} | HALVES,
     "noisy_rollout_papo": {"algo": "noisy_rollout", "kl_prcp_coef": 0.02} | HALVES,
     "tapo": {"algo": "tapo"} | HALVES,
+    "tor": {"algo": "tor"},
+}
+# What a method is built on.
+BASES = {
+    "papo_g": "grpo",
+    "dyco_rl": "grpo",
+    "noisy_rollout": "grpo",
+    "tor": "grpo",
+    "papo_d": "dapo",
+    "vppo": "dapo",
+    "pgpo": "dapo",
+    "dvrp": "papo_g",
+    "noisy_rollout_papo": "noisy_rollout",
+    "tapo": "papo_d",
 }
 # The further setting, where the toy needs another scale: the weights of KLs to views times one of
 # FACTORS, which seeds 0 to 2 choose, ...

@@ -4,21 +4,21 @@
 
 A response should change when the image is hidden, and stay when it is only harder to read.
 
+    k(t) = int(500 sigmoid(10 (1/2 - t / t_max)))     diffusion steps of noise at step t of t_max
+
 Source: a third-party re-implementation; the authors published no code. Its mask is PAPO's, at 0.6,
-its noise NoisyRollout's, which we take at 500 steps. It has no KL_ref.
+its noise NoisyRollout's. It has no KL_ref.
 Difference: H_noised is left out, because the source's entropies carry no gradient. For the same
 reason H_mask is only logged, as in PAPO.
 """
 
-from __future__ import annotations
-
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from papo import Algo
 from support.config import check_range, flag
-from variants.noisy_rollout import DIFFUSION_STEPS, add_noise
+from variants.noisy_rollout import DIFFUSION_STEPS, add_noise, falling
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,16 @@ class DVRP(Algo):
     kl_prcp_coef: float = 0.01
     masked_entropy_coef: float = 0.05
     noised_coef: float = flag(0.01, "weight of KL(pi || pi_noised), which is minimised")
-    noise_steps: int = flag(500, "diffusion steps of noise in the noised view")
+    noise_steps: int = flag(500, "diffusion steps of noise at first")
+    noise_slope: float = flag(10.0, "how steeply the noise falls; half is left at half time")
 
     def __post_init__(self):
         super().__post_init__()
         check_range(self, 0, DIFFUSION_STEPS - 1, "noise_steps")
+
+    def at_step(self, step, last_step):
+        past_middle = step / last_step - 0.5
+        return replace(self, noise_steps=falling(self.noise_steps, self.noise_slope * past_middle))
 
     def views(self):
         return (*super().views(), "noised")

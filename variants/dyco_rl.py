@@ -12,21 +12,19 @@ everything after them, the response included. For either part m,
     score = tanh(z-score over the batch of sigmoid(mean s_t over tokens with a role))
     A_i <- A_i clamp(1 + 0.2 score_i, 0.8, 1.2)
 
-A response of fewer than 60 tokens gets score -1. Negative advantages are scaled alike.
+A response of fewer than 60 tokens gets score -1.
 
-Source: the authors' code, github.com/Sammy20207109/DyCo-RL, on GRPO with beta 0.04 (n = 4; as DAPO:
---kl_ref_coef 0 --clip_high 0.28). For models above 5e9 parameters the limit is 150.
-Differences: its abstract weighs tokens, its code responses, as here. It goes on counting after a
-response's end until the batch's longest ends; here padding never counts. Its z-score is over one
-device's 4 responses; here over the mini-batch on all ranks. It records attention while sampling;
-here one further forward of the same policy gives the same attention. Between tokens the textual
-part grows by one position, on which the two are not compared (as released). Responses without an
-image keep weight 1.
+Source: the authors' code, github.com/Sammy20207109/DyCo-RL, on GRPO with beta 0.04 (n = 4), which
+averages per response. As DAPO: --average token --kl_ref_coef 0 --clip_high 0.28. Above 5e9
+parameters: --shortest_response 150.
+Differences: it counts steps after a response's end, takes the last image token for text, has the
+mean over all prompt positions as a_0 (ours: the last's), and one device's 4 responses as the batch
+of the z-score (ours: the mini-batch on all ranks). Its advantages have eps 1e-4, its k3 no clamp,
+its DAPO drops truncated responses. Responses without an image keep weight 1 here.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -43,6 +41,7 @@ class DyCoRL(Algo):
     kl_ref_coef: float = 0.04
     kl_prcp_coef: float = 0.0
     clip_high: float = 0.2
+    average: Literal["token", "seq"] = "seq"
     strength: float = flag(0.2, "largest change of an advantage, as a share of it")
     neutral_margin: float = flag(0.05, "by how much v_txt exceeds v_vis at a textual token")
     shortest_response: int = flag(60, "responses of fewer tokens get score -1 (7B: 150)")

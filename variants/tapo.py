@@ -12,8 +12,6 @@ reward asks that the true answer occur in the <answer> text, ours compares the b
 further images are resized to the size of the first, as there.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 from papo import Algo

@@ -1,21 +1,15 @@
 """VPPO: train on the tokens that depend on the image, more in responses that depend on it more.
 
     S_t = min(k3(d), 10),  d = log pi_mask - log pi_old       dependency of a token
-    L   = L_pg with A_i w_i m_t in place of A_i,  + 0.06 H
+    L   = DAPO's, with A_i w_i m_t in place of A_i,  + 0.06 H
 
-m_t is 1 for the ceil(0.4 n) of a response's n tokens whose S is largest, else 0; all n still count
-in the average. x_i is the response's mean S, scaled over the mini-batch from its least (0) to its
-largest (1), and w_i = 0.9 + 0.1 x_i / mean(x), so that the weights have mean 1.
+m_t is 1 at the ceil(0.4 n) of a response's n tokens whose S is largest, else 0. x_i is the
+response's mean S, min-max scaled over the mini-batch; w_i = 0.9 + 0.1 x_i / mean(x) has mean 1.
 
-Source: the authors' code, github.com/huaixuheqing/VPPO-RL. It has n = 8 responses, 384 prompts in
-mini-batches of 128, 2 epochs, and rewards accuracy alone.
-Differences: it masks per response and in 14-px tiles of the raw image; here one mask per prompt
-covers the model's patches (masking.py). It scales over one device's share, with mean(x) over a
-micro-batch; here both are over the mini-batch on all ranks. Responses without an image keep weight
-1 here and do not enter the scaling.
+Source: the authors' code, github.com/huaixuheqing/VPPO-RL; n = 8, reward accuracy alone.
+Differences: it masks per response, in 14-px tiles; here a prompt has one mask, of the model's
+patches. It scales over one device's share; here over all ranks'. Without an image the weight is 1.
 """
-
-from __future__ import annotations
 
 from dataclasses import dataclass
 
@@ -48,24 +42,22 @@ class VPPO(Algo):
         return ("mask",)
 
     def weigh(self, groups, policy):
-        with_image = [group for group in groups if group.has_image]
-        means = [mean for group in with_image for mean in response_dependency(group).tolist()]
-        all_means = torch.tensor(concat_over_ranks(means))
+        means = [response_dependency(group).tolist() for group in groups if group.has_image]
+        all_means = torch.tensor(concat_over_ranks(sum(means, [])))
         return [self._weights(group, all_means) for group in groups]
 
-    def _weights(self, group: Group, all_means: Tensor) -> Tensor:
+    def _weights(self, group, all_means):
         if not group.has_image:
             return torch.ones(len(group.tokens), 1)
         kept = top_tokens(visual_dependency(group), group.response_mask, self.token_share)
-        weights = response_weights(response_dependency(group), all_means, self.least_weight)
-        return weights[:, None] * kept
+        factors = response_weights(response_dependency(group), all_means, self.least_weight)
+        return factors[:, None] * kept
 
 
 def visual_dependency(group: Group) -> Tensor:
     """S[G, T] of each token; 0 at padding, and everywhere for a prompt without an image."""
-    if not group.has_image:
-        return torch.zeros_like(group.old_log_probs)
-    return kl_k3(group.old_log_probs, group.masked_log_probs)
+    masked = group.masked_log_probs if group.has_image else group.old_log_probs
+    return kl_k3(group.old_log_probs, masked)
 
 
 def response_dependency(group: Group) -> Tensor:
@@ -78,13 +70,11 @@ def response_weights(means: Tensor, all_means: Tensor, least: float) -> Tensor:
     low, spread = all_means.min(), all_means.max() - all_means.min()
     if spread <= 1e-6:
         return torch.ones_like(means)
-    mean_x = ((all_means - low) / spread).mean()
-    return least + (means - low) / spread * (1 - least) / mean_x
+    return least + (1 - least) * (means - low) / (all_means - low).mean()
 
 
 def top_tokens(dependency: Tensor, mask: Tensor, share: float) -> Tensor:
     """1.0 at the ceil(share * n) tokens of each response with the largest dependency, else 0.0."""
     order = dependency.masked_fill(~mask, -1.0).argsort(dim=1, descending=True, stable=True)
-    rank = order.argsort(dim=1)
     n_kept = (share * mask.sum(1, keepdim=True).double() - 1e-9).ceil()  # 0.28 * 25 exceeds 7
-    return ((rank < n_kept) & mask).float()
+    return ((order.argsort(dim=1) < n_kept) & mask).float()
