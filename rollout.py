@@ -160,7 +160,12 @@ def _make_group(
             f"({prompt.example.question[:80]!r}): either the weights have diverged (lower --lr and "
             "--resume from a checkpoint), or attention is wrong on this device"
         )
-    to_text = policy.encoder.tokenizer.decode
+
+    def to_text(token_ids: Tensor) -> str:
+        """With the opening tag that the prompt may end with, which belongs to the response."""
+        text = policy.encoder.tokenizer.decode(token_ids, skip_special_tokens=True)
+        return policy.encoder.opening + text
+
     of_responses = zip(tokens, response_mask, strict=True)
     return Group(
         prompt=prompt,
@@ -168,5 +173,5 @@ def _make_group(
         response_mask=response_mask,
         truncated=(lengths == max_new_tokens) & ~is_end.any(1),
         sample_log_probs=log_probs.masked_fill(~response_mask, 0.0),
-        responses=[to_text(ids[mask], skip_special_tokens=True) for ids, mask in of_responses],
+        responses=[to_text(ids[mask]) for ids, mask in of_responses],
     )

@@ -257,6 +257,8 @@ def build_run(argv=None) -> Run:
     if algo.dynamic_sampling and MAX_ROUNDS * config.mini_batch < config.prompts_per_step:
         limit = f"{MAX_ROUNDS} rounds of mini_batch={config.mini_batch} prompts"
         raise ValueError(f"{limit} cannot fill prompts_per_step={config.prompts_per_step}")
+    if config.group_size < 2 and type(algo).sample is Algo.sample:
+        raise ValueError("group_size=1: give at least 2, one response has nothing to compare with")
     # The timeout of collectives: ranks wait for one that still scores.
     seconds = max(config.reward_budget, scoring_limit(config.reward_deadline, config.rollout_batch))
     ranks = distributed.init_distributed(scoring_seconds=seconds)

@@ -73,7 +73,8 @@ class Encoder:
 
     It needs no weights, so it runs in threads while the model works. `name`: a local Hugging Face
     folder or a hub id. Images are resized to between min_pixels and max_pixels. `suffix` is
-    appended to questions that lack it.
+    appended to questions that lack it. `opening`: "<think>" where the chat template writes it for
+    the model (Qwen3-VL Thinking), else "".
     """
 
     def __init__(self, name: str, min_pixels: int, max_pixels: int, suffix: str = PROMPT_SUFFIX):
@@ -89,6 +90,10 @@ class Encoder:
         self.images.size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
         self.suffix = suffix
         self.image_id = self.config.image_token_id
+        added = self.tokenizer.added_tokens_decoder.values()
+        self.control_tokens = [token.content for token in added if token.special]
+        chat = self._render([{"type": "text", "text": "?"}])
+        self.opening = "<think>" if chat.rstrip().endswith("<think>") else ""
         with torch.device("meta"):  # no weights: only its position ids are used
             self.rope = AutoModelForImageTextToText.from_config(self.config).model
 
@@ -148,6 +153,9 @@ class Encoder:
 
     def _tokenize(self, question: str) -> tuple[list[int], int]:
         """Token ids with one placeholder per image, and the number of <image> markers."""
+        for token in self.control_tokens:
+            if token in question:
+                raise ValueError(f"the question spells out {token}: {question[:80]!r}")
         if self.suffix and self.suffix not in question:
             question = f"{question}\n\n{self.suffix}"
         texts = question.split("<image>")
@@ -157,14 +165,14 @@ class Encoder:
                 content.append({"type": "image"})
             if text:
                 content.append({"type": "text", "text": text})
-        chat = self.tokenizer.apply_chat_template(
+        ids = self.tokenizer(self._render(content), add_special_tokens=False)["input_ids"]
+        return ids, len(texts) - 1
+
+    def _render(self, content: list[dict]) -> str:
+        """The chat template's text, up to where the response begins."""
+        return self.tokenizer.apply_chat_template(
             [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
         )
-        ids = self.tokenizer(chat, add_special_tokens=False)["input_ids"]
-        markers = len(texts) - 1
-        if ids.count(self.image_id) != markers:
-            raise ValueError(f"the question spells out an image token: {question[:80]!r}")
-        return ids, markers
 
     def _process_images(self, example: Example):
         """pixel_values, image_grid_thw (None where there is no image), pixels of more_images."""
@@ -273,8 +281,9 @@ class Policy:
         use_faster_forwards(model)
         for method in (row_log_probs, row_hidden_states):  # FSDP wraps methods only
             setattr(model, method.__name__, MethodType(method, model))
-        self.pad_id = encoder.tokenizer.pad_token_id
         self.eos_ids = self._end_tokens()
+        pad_id = encoder.tokenizer.pad_token_id
+        self.pad_id = self.eos_ids[0] if pad_id is None else pad_id  # which nothing reads
         self.suppressed_ids = self._vision_tokens()
         # Qwen's generation_config holds chat defaults (repetition_penalty 1.05, a near-zero
         # temperature) that generate() would merge into rollouts silently. Only the end tokens are
@@ -287,11 +296,16 @@ class Policy:
     def load(
         cls, name, encoder, dtype=torch.float32, device="cpu", temperature=1.0, checkpointing=False
     ) -> Policy:
-        """Load the weights of a local folder or hub id; OSError where there are none.
+        """Load the weights of a local folder or hub id; OSError where any are missing.
 
         checkpointing: recompute each layer in the backward instead of storing its activations.
         """
-        model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype).to(device)
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            name, dtype=dtype, output_loading_info=True
+        )
+        if missing := sorted(info["missing_keys"]):  # transformers fills them at random
+            raise OSError(f"model {name}: {len(missing)} weights are missing, such as {missing[0]}")
+        model = model.to(device)
         choose_threads(model)
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})

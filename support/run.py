@@ -55,6 +55,7 @@ from support.sandbox import Grader
 SHOW_EVERY = 10  # steps between printed responses
 SHOWN_CHARACTERS = 400
 SAMPLE_ROWS = 4  # questions per evaluation set whose responses are kept to look at
+MAX_USELESS_STEPS = 3
 MAX_SAMPLER_GAP = 0.1  # nats per token; in fp32 rounding leaves 1e-6
 GIB = 2**30
 
@@ -78,6 +79,7 @@ class Run:
         self.evaluated_step = None  # the last step that has an evaluation in the log
         self.stop_requested = False
         self._lock = None  # the first rank's
+        self.useless_steps = 0  # steps in a row without any advantage
         self.warned_of: set[str] = set()  # subjects of warnings given once
 
         self.mesh = make_mesh(self.device.type, config.shard_size)
@@ -244,13 +246,7 @@ class Run:
             torch.cuda.reset_peak_memory_stats()
         self.bar.set_postfix({name: f"{metrics[name]:.3f}" for name in ("reward", "accuracy")})
         self.log(metrics)
-        if self.algo.dynamic_sampling and metrics["groups_kept"] == 0:
-            self._warn_once(
-                "empty step",
-                f"no group to train on after {metrics['rounds']} rounds (mean reward "
-                f"{metrics['reward']:.3f}): every group is all right or all wrong, so the task is "
-                "too easy or too hard for this model, or --reward does not fit it",
-            )
+        self._warn_of_equal_rewards(metrics, groups)
         if metrics.get("sampler_gap", 0.0) > MAX_SAMPLER_GAP:
             self._warn_once(
                 "sampler gap",
@@ -262,6 +258,27 @@ class Run:
             show_responses(self.step, groups)
         if self.is_due(self.config.save_every):
             self.save()
+
+    def _warn_of_equal_rewards(self, metrics: dict[str, float], groups: list[Group]) -> None:
+        """Warn after a few steps in a row without any advantage; Adam would scale up their noise.
+
+        Dynamic sampling keeps no such group, so there is none to show.
+        """
+        useful = metrics["groups_kept"]
+        if not self.algo.dynamic_sampling:
+            useful -= metrics["zero_advantage_groups"]
+        self.useless_steps = 0 if useful > 0 else self.useless_steps + 1
+        if self.useless_steps == MAX_USELESS_STEPS:
+            shown = ""
+            if groups:
+                answer, response = groups[0].prompt.example.answer, groups[0].responses[0]
+                shown = f"; a response: {response[:SHOWN_CHARACTERS]!r}, the answer: {answer!r}"
+            self._warn_once(
+                "equal rewards",
+                f"in {MAX_USELESS_STEPS} steps no group had different rewards (mean "
+                f"{metrics['reward']:.3f}), so there is nothing to learn from: the task is too "
+                f"easy or too hard for this model, or --reward does not fit it{shown}",
+            )
 
     def _warn_once(self, subject: str, text: str) -> None:
         if self.rank == 0 and subject not in self.warned_of:

@@ -165,6 +165,8 @@ def model_folder(name: str) -> str:
     if name.startswith("toy:"):
         build = f"python -m experiments.start_model {name} --out FOLDER"
         raise ValueError(f"--model {name}: build it with `{build}`, then give --model FOLDER")
+    if (Path(name) / "model" / "config.json").is_file():
+        raise ValueError(f"--model {name} is the folder of a run: its model is {name}/model")
     return str(MODEL) if name == "toy" else name
 
 

@@ -5,6 +5,7 @@ Qwen2.5-VL's folder has a flat config and the old names of weights; Qwen3-VL's h
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,12 +16,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_papo import check_packed_equals_padded
 from test_rollout import check_equals_stock_greedy
+from test_variants import gradient_of
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 import train
 from experiments import start_model
+from losses import kl_k3
 from masking import mask_prompt
-from papo import prepare, preset, update
+from papo import prepare, preset, row_loss, update
 from support import checkpoint, toy
 from support.batch import Example, mini_batches, pad_and_cat, seeded
 from support.qwen_vl import Encoder, Policy
@@ -253,6 +256,78 @@ def test_a_hub_folder_trains_and_exports(run, tmp_path, monkeypatch, kind, tied,
     again = run("again", f"{flags} {exported}")
     assert metric_lines(again)[0]["groups_kept"] >= 0
     assert (again / "model" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    "kind, old, new, message",
+    [
+        ("qwen2_5_vl", "visual.", None, r"\d\d weights are missing, such as model.visual"),
+        ("qwen3_vl", "layers.2.", None, r"11 weights are missing, .*language_model.layers.2"),
+        ("qwen2_5_vl", "lm_head.", None, "1 weights are missing, such as lm_head.weight"),
+        ("qwen3_vl", "model.", "base_model.model.", "weights are missing"),  # as peft names them
+    ],
+)
+def test_missing_weights_are_an_error(tmp_path, kind, old, new, message):
+    """transformers would fill them with random numbers."""
+    source = Path(write_folder(tmp_path / "hub", kind, kind == "qwen3_vl", "jinja"))
+    (source / "model.safetensors.index.json").unlink()
+    weights = {}
+    for file in source.glob("*.safetensors"):
+        weights |= load_file(file)
+        file.unlink()
+    if new is None:
+        weights = {name: value for name, value in weights.items() if old not in name}
+    else:
+        weights = {name.replace(old, new, 1): value for name, value in weights.items()}
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(OSError, match=message):
+        Policy.load(str(source), Encoder(str(source), 4096, 200_704))
+
+
+def test_a_template_that_opens_think_keeps_the_tag_in_the_response(qwen3, tmp_path):
+    """As Qwen3-VL Thinking's: without it no response would earn the format reward."""
+    folder = shutil.copytree(qwen3, tmp_path / "thinking")
+    template = folder / "chat_template.json"
+    text = json.loads(template.read_text())["chat_template"]
+    ends_with_turn = "<|im_start|>assistant\n"
+    assert ends_with_turn in text or repr(ends_with_turn)[1:-1] in text
+    for turn in (ends_with_turn, repr(ends_with_turn)[1:-1]):
+        text = text.replace(turn, f"{turn}<think>")
+    write_json(template, {"chat_template": text})
+    policy = Policy.load(str(folder), Encoder(str(folder), 4096, 200_704))
+    prompt = policy.encoder.encode(examples()[0])
+    tail = policy.encoder.tokenizer.decode(prompt.input_ids[-8:])
+    assert tail.rstrip().endswith("<think>")
+    [group] = generate(policy, [prompt], 3, max_new_tokens=4)
+    assert all(text.startswith("<think>") for text in group.responses)
+    decoded = policy.encoder.tokenizer.decode(group.tokens[0][group.response_mask[0]])
+    assert group.responses[0].removeprefix("<think>") in decoded
+    assert Encoder(qwen3, 4096, 200_704).opening == ""
+
+
+def test_a_tokenizer_without_a_pad_token_samples(qwen3):
+    encoder = Encoder(qwen3, 4096, 200_704)
+    encoder.tokenizer.pad_token = None
+    policy = Policy.load(qwen3, encoder)
+    groups = generate(policy, [encoder.encode(each) for each in examples()], 2, max_new_tokens=4)
+    assert all(group.tokens.dtype == torch.long for group in groups)
+
+
+def test_qwen3_trains_papo(policy, prompts):
+    """The gradient of papo_g is that of grpo minus gamma times that of KL_prcp."""
+    groups = generate(policy, prompts[:1], 3, max_new_tokens=8)
+    groups[0].advantages = torch.tensor([1.0, -0.5, -0.5])
+    gradients = {}
+    for name, gamma in (("grpo", 0.0), ("papo_g", 0.5)):
+        algo = replace(preset(name), kl_ref_coef=0.0, kl_prcp_coef=gamma)
+        prepare(policy, None, [groups], algo, key=(0, 0))
+        loss, _ = row_loss(policy, groups, algo)
+        gradients[name] = gradient_of(policy, loss)
+    mask = groups[0].response_mask
+    kl = kl_k3(policy.log_probs(groups), groups[0].masked_log_probs)[mask].mean()
+    added = gradients["papo_g"] - gradients["grpo"]
+    assert added.norm() > 1e-3
+    torch.testing.assert_close(added, -0.5 * gradient_of(policy, kl), atol=1e-5, rtol=1e-3)
 
 
 def test_chat_defaults_do_not_bias_rollouts(policy, prompts):

@@ -373,7 +373,8 @@ def test_prompt_length_needs_no_pixels(encoder, prompts):
     "question, images, message",
     [
         ("<image>what?", [], "1 <image> markers for 0 images"),
-        ("what is <|image_pad|>?", [], "spells out an image token"),
+        ("what is <|image_pad|>?", [], r"spells out <\|image_pad\|>"),
+        ("what<|im_end|>", [], r"spells out <\|im_end\|>"),
         ("<image>what?", [random_image(1, 5000)], "(?i)aspect ratio"),
     ],
 )

@@ -280,14 +280,29 @@ def test_dynamic_sampling_drops_groups_and_samples_more(run, monkeypatch):
     assert (step["rounds"], step["groups_kept"], step["zero_advantage_groups"]) == (3, 5, 4)
 
 
-def test_steps_without_groups_are_skipped_with_one_warning(run, monkeypatch, capsys):
+@pytest.mark.parametrize("algo", ["papo_d", "papo_g"])
+def test_steps_without_an_advantage_are_warned_of_once(run, monkeypatch, capsys, algo):
+    """With dynamic sampling there is no update; without it one response is shown."""
     monkeypatch.setattr(train, "MAX_ROUNDS", 3)
     monkeypatch.setattr(Grader, "__call__", lambda self, responses, answers: zero_scores(responses))
-    steps = training_lines(run("none", "--algo papo_d --steps 2 --eval_every 0"))
+    steps = training_lines(run("none", f"--algo {algo} --steps 4 --eval_every 0"))
     [warning] = lines_with(capsys.readouterr().err, "warning:")
-    assert "no group to train on after 3 rounds (mean reward 0.000)" in warning
-    assert [(step["groups_kept"], step["rounds"]) for step in steps] == [(0, 3)] * 2
-    assert not any("pg_loss" in step for step in steps)
+    assert "step 3: in 3 steps no group had different rewards (mean 0.000)" in warning
+    assert ("a response: " in warning and "the answer: " in warning) == (algo == "papo_g")
+    if algo == "papo_d":
+        assert [(step["groups_kept"], step["rounds"]) for step in steps] == [(0, 3)] * 4
+        assert not any("pg_loss" in step for step in steps)
+
+
+def test_one_response_per_image_is_enough_for_two_images(run):
+    run("noisy", "--algo noisy_rollout --group_size 1 --steps 1 --eval_every 0")
+
+
+def test_the_folder_of_a_run_is_no_model(run, capsys):
+    out = run("whole", "--steps 1 --eval_every 0")
+    with pytest.raises(SystemExit):
+        train.main(["--model", str(out)])
+    assert f"{out} is the folder of a run: its model is {out}/model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dynamic_sampling", [False, True])
@@ -373,6 +388,7 @@ def test_a_reward_that_never_works_ends_the_run(run, tmp_path, capsys, body, mes
         ("--model /no/such/folder", "/no/such/folder"),
         ("--reward nothing", "reward 'nothing'"),
         ("--resume /no/such/run", "no config.json there"),
+        ("--group_size 1", "group_size=1: give at least 2"),
     ],
 )
 def test_errors_are_one_line(run, capsys, flags, message):
