@@ -36,6 +36,7 @@ from support.distributed import (
     sum_over_ranks,
     world_size,
 )
+from support.lora import average_gradients
 from support.packing import pack_rows
 from support.qwen_vl import Policy
 from support.variants import check_view, check_weights, load_variant
@@ -258,6 +259,7 @@ def accumulate_gradients(policy: Policy, batch: list[Group], algo: Algo) -> dict
         (loss * world_size()).backward()
         largest_gaps.append(metrics.pop("sampler_gap_max"))
         values.append(torch.stack([*metrics.values()]).double())
+    average_gradients(policy.model)  # of LoRA adapters, which FSDP leaves alone
     # A row divides by the counts of the whole mini-batch, so sums over rows and ranks are means.
     sums = sum_over_ranks(sum(values).tolist())
     largest_gap = max_over_ranks(torch.stack(largest_gaps).max())

@@ -38,7 +38,7 @@ from losses import group_advantages
 from papo import PRESETS, Algo, algo_class, prepare, preset_row, update
 from rollout import Sampling, generate
 from support import config as flags
-from support import distributed, toy
+from support import distributed, lora, toy
 from support.batch import Group, mini_batches
 from support.config import flag
 from support.qwen_vl import PROMPT_SUFFIX, Encoder, size_of
@@ -217,6 +217,8 @@ class Config:
     weight_decay: float = flag(1e-2, "AdamW's weight decay")
     max_grad_norm: float = flag(1.0, "gradient norm to clip at; inf: never")
     freeze_vision: bool = flag(False, "train the language model only")
+    lora_rank: int = flag(0, "train adapters of this rank in the language model; 0: all weights")
+    lora_alpha: float = flag(32.0, "adapters are scaled by this / lora_rank")
     eval_every: int = flag(
         50, "steps between evaluations; also before the first and after the last; 0: never"
     )
@@ -236,6 +238,7 @@ class Config:
         )
         flags.check_at_least(self, 1, "eval_n", "keep", "tokens_per_forward", "rollout_batch")
         flags.check_at_least(self, 0, "steps", "top_k", "eval_every", "eval_rows", "save_every")
+        flags.check_at_least(self, 0, "lora_rank")
         flags.check_above(self, 0, "temperature", "max_grad_norm", "top_p")
         flags.check_range(self, 0, 1, "top_p")
 
@@ -246,11 +249,12 @@ def build_run(argv=None) -> Run:
     Precedence: given flags, the resumed run's, the toy's defaults, the preset's, the dataclasses'.
     """
     # Algo and model decide which flags there are and their defaults, so they are read beforehand.
-    given = flags.early_flags("algo", "model", "data", "resume", argv=argv)
+    given = flags.early_flags("algo", "model", "data", "resume", "lora_rank", argv=argv)
     saved = flags.saved_config(given["resume"]) if given.get("resume") else {}
     early = saved | given
     name, model = early.get("algo", Config.algo), toy.model_folder(early.get("model", Config.model))
-    defaults = preset_row(name, size_of(model)) | toy.defaults(model, early.get("data", "")) | saved
+    defaults = preset_row(name, size_of(model)) | lora.defaults(early.get("lora_rank", 0))
+    defaults |= toy.defaults(model, early.get("data", "")) | saved
     classes = (Config, algo_class(name))
     config, algo = flags.parse_flags(__doc__, *classes, defaults=defaults, argv=argv)
     flags.check_resumed(flags.flags_of(config, algo), saved)  # few may change: FREE_ON_RESUME

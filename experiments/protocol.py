@@ -238,6 +238,13 @@ EXPERIMENTS["remedies"] = ([f"dots/{name}" for name in ON_DOTS if "large" in nam
 CONFIRMING_SEEDS = range(28, 36)
 EXPERIMENTS["confirm"] = (["dots/grpo", "dots/semantic_0.17"], CONFIRMING_SEEDS)
 
+# The same two methods with all weights and with adapters.
+ADAPTERS = {"lora_rank": 8, "lr": 1e-3}
+LORA = {"grpo": METHODS["grpo"], "semantic_0.17": ON_DOTS["semantic_0.17"]}
+LORA |= {f"{name}_r8": flags | ADAPTERS for name, flags in LORA.items()}
+VARIANTS |= {f"lora/{name}": flags for name, flags in LORA.items()}
+EXPERIMENTS["lora"] = ([f"lora/{name}" for name in LORA], EIGHT_SEEDS)
+
 # Both tasks with start models that perception limits less or more: level -> how often the labels of
 # the warm start misread a cell. The tasks themselves have 0.12.
 MISREAD = {"easy": 0.04, "hard": 0.2}

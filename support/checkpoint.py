@@ -19,11 +19,16 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.distributed.tensor import DTensor
 from transformers.utils import cached_file
 
 from support.distributed import on_first_rank
+from support.lora import adapted_layers, merge
 
 # Copied to the export unchanged: what AutoProcessor reads, and a toy model's task.
 COPIED_FILES = """task.json generation_config.json preprocessor_config.json processor_config.json
@@ -84,7 +89,13 @@ def load(checkpoint_dir: Path, model, optimizer) -> dict:
             f"{checkpoint_dir} cannot be read: delete it to resume from the one before"
         ) from error
     weights, moments = content["model"], content["optimizer"]
-    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
+    set_state_dict(
+        model,
+        optimizer,
+        model_state_dict=weights,
+        optim_state_dict=moments,
+        options=state_options(model),
+    )
     return content["state"]
 
 
@@ -95,11 +106,17 @@ def state_dicts(model, optimizer) -> dict:
     at 1. AdamW's bias correction goes by that counter, so it is set back.
     """
     untouched = not optimizer.state
-    weights, moments = get_state_dict(model, optimizer)
+    weights, moments = get_state_dict(model, optimizer, options=state_options(model))
     if untouched:
         for state in optimizer.state.values():
             state["step"].zero_()
     return {"model": weights, "optimizer": moments}
+
+
+def state_options(model) -> StateDictOptions:
+    """With adapters, only they are saved: the source has the frozen weights."""
+    has_adapters = bool(adapted_layers(model))
+    return StateDictOptions(ignore_frozen_params=has_adapters, strict=not has_adapters)
 
 
 def export(model, source: str, folder: Path, dtype) -> None:
@@ -137,16 +154,21 @@ def export(model, source: str, folder: Path, dtype) -> None:
 def gather_weights(model, dtype) -> dict[str, torch.Tensor]:
     """The whole weights in `dtype` in host memory: on the first rank, {} on the others.
 
-    All ranks call it. They gather one tensor at a time, and nothing keeps its fp32 values.
+    All ranks call it. They gather one tensor at a time, and nothing keeps its fp32 values. Adapters
+    are merged into the weights that they belong to.
     """
+    adapted = {f"{name}.base_layer.weight": layer for name, layer in adapted_layers(model).items()}
     is_tied = model.lm_head.weight is model.get_input_embeddings().weight
     weights = {}
     for name, tensor in model.state_dict().items():
-        if is_tied and name == "lm_head.weight":
-            continue  # stored once, tied again on loading
+        if "lora_" in name or (is_tied and name == "lm_head.weight"):
+            continue  # merged; stored once, tied again on loading
         if isinstance(tensor, DTensor):
             tensor = tensor.full_tensor()
+        if name in adapted:
+            tensor = merge(adapted[name], tensor)
         if dist.get_rank() == 0:
+            name = name.replace(".base_layer", "")
             weights[name] = tensor.to(device="cpu", dtype=dtype)
     return weights
 

@@ -208,15 +208,18 @@ def fsdp_blocks(model) -> list:
     return [*model.model.visual.blocks, *model.model.language_model.layers]
 
 
-def shard(model, mesh, dtype: torch.dtype) -> None:
-    """Shard a model in place with FSDP2. It computes in `dtype` and reduces gradients in fp32."""
+def shard(model, mesh, dtype: torch.dtype, ignored: set = frozenset()) -> None:
+    """Shard a model in place with FSDP2. It computes in `dtype` and reduces gradients in fp32.
+
+    ignored: parameters that every rank keeps whole, as they are.
+    """
     # cast_forward_inputs would round the angles of the vision tower's rotary embedding to bf16.
     precision = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     for block in fsdp_blocks(model):
-        fully_shard(block, mesh=mesh, mp_policy=precision)
-    fully_shard(model, mesh=mesh, mp_policy=precision)
+        fully_shard(block, mesh=mesh, mp_policy=precision, ignored_params=ignored)
+    fully_shard(model, mesh=mesh, mp_policy=precision, ignored_params=ignored)
     for method in ("row_log_probs", "row_hidden_states"):
         register_fsdp_forward_method(model, method)
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from support import StepError, benchmarks, checkpoint, data, pages, plots
+from support import StepError, benchmarks, checkpoint, data, lora, pages, plots
 from support.batch import Example, Group, Prompt
 from support.config import exit_with_error, flags_of
 from support.distributed import (
@@ -86,10 +86,15 @@ class Run:
         self.rows, self.eval_sets = self._load_data(encoder)
         epoch_steps = int(config.epochs * len(self.rows)) // config.prompts_per_step
         self.last_step = config.steps or max(1, epoch_steps)
-        self.policy = self._load_policy(encoder, torch.float32)
+        with_adapters = config.lora_rank > 0
+        self.policy = self._load_policy(encoder, self.dtype if with_adapters else torch.float32)
         if "mask" in algo.views():
             self.policy.saliency = saliency_for(algo.mask_strategy, config.data)
-        self.reference = self._load_policy(encoder, self.dtype) if algo.kl_ref_coef else None
+        self.reference = None
+        if algo.kl_ref_coef:
+            self.reference = lora.Reference(self.policy)
+            if not with_adapters:
+                self.reference = self._load_policy(encoder, self.dtype)
         self.optimizer = torch.optim.AdamW(
             [p for p in self.policy.model.parameters() if p.requires_grad],
             lr=config.lr,
@@ -134,9 +139,13 @@ class Run:
             )
             policy.tokens_per_forward = config.tokens_per_forward
             policy.model.model.visual.requires_grad_(not config.freeze_vision)
-            # A single rank has nothing to shard, but FSDP is also what computes in half precision.
-            if self.world > 1 or self.dtype != torch.float32:
-                shard(policy.model, self.mesh, self.dtype)
+            if config.lora_rank:
+                lora.add_adapters(policy.model, config.lora_rank, config.lora_alpha, encoder.source)
+            # A single rank has nothing to shard, but FSDP also computes in half precision what is
+            # stored in fp32.
+            if self.world > 1 or dtype != self.dtype:
+                adapters = lora.adapter_parameters(policy.model).values()
+                shard(policy.model, self.mesh, self.dtype, ignored=set(adapters))
         return policy
 
     def start(self) -> None:
@@ -202,7 +211,8 @@ class Run:
     def _disk_line(self) -> str:
         """The size of a checkpoint (fp32 weights, two moments of the trained ones) and the room."""
         parameters = list(self.policy.model.parameters())
-        size = sum(p.numel() * (12 if p.requires_grad else 4) for p in parameters) / GIB
+        frozen = 0 if self.config.lora_rank else 4  # bytes per parameter
+        size = sum(p.numel() * (12 if p.requires_grad else frozen) for p in parameters) / GIB
         need = (self.config.keep + 1) * size
         free = shutil.disk_usage(self.folder).free / GIB
         line = (
@@ -375,6 +385,8 @@ class Run:
         source, model_dir = self.policy.encoder.source, self.folder / "model"
         try:
             checkpoint.export(self.policy.model, source, model_dir, self.dtype)
+            if self.config.lora_rank:
+                on_first_rank(lambda: lora.save_adapter(self.policy.model, self.folder / "adapter"))
         except OSError as error:
             raise StepError(
                 f"{model_dir} is not written: {error}; make room, then --resume {self.folder}"

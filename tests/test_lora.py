@@ -1,0 +1,157 @@
+"""LoRA: adapters beside frozen weights, the reference without them, checkpoints and exports."""
+
+import copy
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import (
+    ROOT,
+    check_same_metrics,
+    check_same_weights,
+    metric_lines,
+    on_ranks,
+    process_restored,
+    run_flags,
+)
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
+
+import train
+from papo import prepare, preset, update
+from support import distributed, lora
+from support.batch import mini_batches
+from support.qwen_vl import Encoder, Policy
+
+TRAIN = "--algo papo_g --lora_rank 4 --lora_alpha 8 --eval_every 0 --lr 1e-2"
+
+
+def with_adapters(folder, encoder, dtype=torch.float32):
+    policy = Policy.load(folder, encoder, dtype)
+    lora.add_adapters(policy.model, 4, 8.0, folder)
+    return policy
+
+
+def test_adapters_change_nothing_at_first(folder, encoder, groups):
+    plain, policy = Policy.load(folder, encoder), with_adapters(folder, encoder)
+    with torch.no_grad():
+        assert torch.equal(plain.log_probs(groups), policy.log_probs(groups))
+    again = lora.adapter_parameters(with_adapters(folder, encoder).model)
+    for name, parameter in lora.adapter_parameters(policy.model).items():
+        assert torch.equal(parameter, again[name]), name
+        assert ("lora_A" in name) == bool(parameter.abs().sum() > 0)
+
+
+def test_only_adapters_train_and_the_reference_stays(folder, encoder, groups):
+    policy = with_adapters(folder, encoder)
+    reference = lora.Reference(policy)
+    before = reference.per_group(groups, reference.log_probs)
+    frozen = {n: p.clone() for n, p in policy.model.named_parameters() if not p.requires_grad}
+    trained = [p for p in policy.model.parameters() if p.requires_grad]
+    assert len(trained) == len(lora.adapter_parameters(policy.model)) == 2 * 7 * 4  # layers
+    optimizer, algo = torch.optim.AdamW(trained, lr=1e-2), preset("papo_g")
+    for step in range(2):
+        batches = mini_batches(copy.deepcopy(groups), 2)
+        prepare(policy, reference, batches, algo, key=(0, step))
+        metrics = update(policy, optimizer, batches, algo)
+    assert metrics["kl_ref"] > 1e-4  # from the base, not from a copy of the policy
+    after = reference.per_group(groups, reference.log_probs)
+    assert all(map(torch.equal, before, after))
+    moved = policy.per_group(groups, policy.log_probs)
+    assert not any(map(torch.equal, before, moved))
+    for name, parameter in policy.model.named_parameters():
+        if name in frozen:
+            assert torch.equal(parameter, frozen[name]) and parameter.grad is None, name
+
+
+def test_fp32_adapters_beside_sharded_bf16_weights(folder, encoder, groups):
+    """FSDP2 refuses two dtypes in one unit, so it must not see the adapters."""
+    plain, sharded = (with_adapters(folder, encoder, torch.bfloat16) for _ in range(2))
+    adapters = [lora.adapter_parameters(each.model) for each in (plain, sharded)]
+    with process_restored():
+        distributed.init_distributed()
+        mesh = distributed.make_mesh("cpu")
+        distributed.shard(sharded.model, mesh, torch.bfloat16, ignored=set(adapters[1].values()))
+        log_probs = [each.log_probs(groups) for each in (plain, sharded)]
+        assert torch.equal(*log_probs)
+        for each in log_probs:
+            each.sum().backward()
+    for name, parameter in adapters[0].items():
+        assert parameter.dtype == parameter.grad.dtype == torch.float32
+        assert torch.equal(parameter.grad, adapters[1][name].grad), name
+
+
+def test_the_export_is_the_adapted_model(run, folder, groups, monkeypatch):
+    """Merged, as a plain folder; and the adapter alone, as peft loads it on the source model."""
+    from peft import PeftModel
+
+    found = {}
+    real_export = train.Run.export
+
+    def export(self):
+        real_export(self)
+        with torch.no_grad():
+            found["log_probs"] = self.policy.log_probs(groups)
+
+    monkeypatch.setattr(train.Run, "export", export)
+    out = run("run", f"{TRAIN} --steps 2")
+    encoder = Encoder(str(out / "model"), 3136, 200_704)
+    merged = Policy.load(str(out / "model"), encoder)
+    base = AutoModelForImageTextToText.from_pretrained(folder)
+    adapted = PeftModel.from_pretrained(base, out / "adapter").get_base_model()
+    with torch.no_grad():
+        start = Policy.load(folder, encoder).log_probs(groups)
+        assert (start - found["log_probs"]).abs().max() > 1e-3
+        for policy in (merged, Policy(adapted, encoder)):
+            difference = policy.log_probs(groups) - found["log_probs"]
+            assert difference.abs().max() < 1e-5
+    stored, of_source = (
+        load_file(Path(each) / "model.safetensors") for each in (out / "model", folder)
+    )
+    assert stored.keys() == of_source.keys()
+
+
+def test_a_checkpoint_holds_adapters_and_resumes_exactly(run):
+    whole = run("whole", f"{TRAIN} --steps 3")
+    half = run("half", f"{TRAIN} --steps 2 --save_every 1 --keep 1")
+    size = sum(file.stat().st_size for file in (half / "checkpoints").rglob("*.distcp"))
+    assert size < (half / "model" / "model.safetensors").stat().st_size / 2
+    train.main(["--resume", str(half), "--steps", "3"])
+    check_same_metrics(whole, half)
+    check_same_weights(whole, half)
+
+
+def test_two_ranks_train_the_adapters_of_one(run, folder, tmp_path):
+    flags = f"{TRAIN} --steps 2 --algo grpo_no_kl_ref --entropy_coef 0.1"
+    one, two = run("one", flags), tmp_path / "two"
+    done = on_ranks(2, *run_flags(folder, two, flags))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert metric_lines(one)[-1]["grad_norm"] > 1e-3
+    check_same_metrics(one, two, rel=1e-3, abs=1e-5)
+    ours, theirs = (
+        load_file(each / "adapter" / "adapter_model.safetensors") for each in (one, two)
+    )
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], atol=2e-4, rtol=0)
+
+
+def test_adapters_have_a_learning_rate_of_their_own(folder, tmp_path):
+    """A toy model's own would go before it, and a given one does."""
+    model = shutil.copytree(folder, tmp_path / "no_toy", ignore=lambda *_: ["task.json"])
+    data = f"--model {model} --data toy --val_data none --out {tmp_path / 'run'}"
+    for flags, expected in (("--lora_rank 4", 1e-5), ("--lora_rank=4 --lr 1", 1.0), ("", 1e-6)):
+        with process_restored():
+            built = train.build_run(f"{data} {flags}".split())
+            built.grader.close()
+            assert built.config.lr == expected, flags
+
+
+@pytest.mark.slow
+def test_the_toy_learns_with_adapters(tmp_path):
+    out = tmp_path / "run"
+    flags = f"--algo papo_g --lora_rank 8 --steps 60 --eval_every 60 --out {out}"
+    done = on_ranks(1, *flags.split(), script=ROOT / "train.py")
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, *_, last = (line for line in metric_lines(out) if "eval/general" in line)
+    assert last["eval/general"] > first["eval/general"] + 0.1
