@@ -12,6 +12,7 @@ from transformers import AutoModelForImageTextToText
 from experiments import start_model
 from experiments.bench import random_group
 from support import decoding, packing
+from support.lora import add_adapters
 from support.qwen_vl import use_faster_forwards
 
 GIB = 2**30
@@ -74,17 +75,28 @@ def test_sampling(by_shape, monkeypatch):
     assert shapes.peak / GIB == pytest.approx(stated(size, what), rel=0.02)
 
 
-def test_an_update(by_shape):
+@pytest.mark.parametrize(
+    "what, n_prompts, lora_rank",
+    [
+        ("one row of an update, 4 prompts x 5 responses", 4, 0),
+        ("one row with adapters, 4 prompts x 5 responses", 4, 16),
+        ("one row with adapters, 1 prompt x 5 responses", 1, 16),
+    ],
+)
+def test_an_update(by_shape, what, n_prompts, lora_rank):
     """The backward of one row, with checkpointing, gradients of weights left out."""
     size, model = by_shape
+    if lora_rank:
+        add_adapters(model, lora_rank, 32.0, "source")
     model.train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    for parameter in model.parameters():  # FSDP takes each gradient away at once
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:  # FSDP takes each gradient away at once
         parameter.register_post_accumulate_grad_hook(lambda each: setattr(each, "grad", None))
-    groups = [random_group(image_prompt(1300, 64, 80), torch.full((5,), 450)) for _ in range(4)]
+    prompts = [image_prompt(1300, 64, 80) for _ in range(n_prompts)]
+    groups = [random_group(prompt, torch.full((5,), 450)) for prompt in prompts]
     row = packing.build_row(groups, "", torch.zeros(1176), 2, "cpu")
     row = row._replace(pixel_values=row.pixel_values.to("meta"))
     with ShapeOnly(ignored=[*model.parameters(), *model.buffers()]) as shapes:
         packing.row_log_probs(model, row, 1.0).sum().backward()
-    what = "one row of an update, 4 prompts x 5 responses"
     assert shapes.peak / GIB == pytest.approx(stated(size, what), rel=0.02)
