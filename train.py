@@ -29,6 +29,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -87,18 +88,15 @@ def collect(run: Run, algo: Algo, key: tuple) -> tuple[list[Group], dict[str, fl
     config, start = run.config, time.time()
     kept: list[Group] = []
     sums: Counter = Counter()
-
-    def sample_groups(prompts):
-        return generate(
-            run.policy,
-            prompts,
-            config.group_size,
-            Sampling.of(config),
-            key=key,
-            progress=run.rank == 0,
-            stop=lambda: run.stop_requested,
-        )
-
+    sample_groups = partial(
+        generate,
+        run.policy,
+        group_size=config.group_size,
+        sampling=Sampling.of(config),
+        key=key,
+        progress=run.rank == 0,
+        stop=lambda: run.stop_requested,
+    )
     for round_index in range(MAX_ROUNDS):
         # This rank's share of the round's prompts. Prompt.index goes on from round to round.
         prompts = run.next_prompts(round_index)
@@ -134,14 +132,14 @@ def grade(run: Run, algo: Algo, groups: list[Group], sums: Counter) -> list[Grou
     # where the time for scoring ran out.
     scores = run.grader(responses, answers)
     run.raise_if_stopped()
-    rewards, accuracy, formats, unscored = (
-        torch.tensor([score.get(name, 0.0) for score in scores], dtype=torch.float64)
-        for name in ("overall", "accuracy", "format", "unscored")
-    )
-    advantages = group_advantages(rewards, index)
+
+    def column(name: str) -> torch.Tensor:
+        return torch.tensor([score.get(name, 0.0) for score in scores], dtype=torch.float64)
+
+    rewards, accuracy = column("overall"), column("accuracy")
     # An unscored response has reward 0, which distorts the mean: its prompt gets no advantages.
-    is_graded = ~torch.isin(index, index[unscored > 0])
-    advantages = advantages.where(is_graded, 0.0).float()
+    is_graded = ~torch.isin(index, index[column("unscored") > 0])
+    advantages = group_advantages(rewards, index).where(is_graded, 0.0).float()
     sizes = [len(group.responses) for group in groups]
     of_groups = zip(groups, rewards.split(sizes), advantages.split(sizes), strict=True)
     for group, own_rewards, own_advantages in of_groups:
@@ -152,7 +150,7 @@ def grade(run: Run, algo: Algo, groups: list[Group], sums: Counter) -> list[Grou
         responses=len(scores),
         reward=float(rewards.sum()),
         accuracy=float(accuracy.sum()),
-        format=float(formats.sum()),
+        format=float(column("format").sum()),
         truncated=sum(int(group.truncated.sum()) for group in groups),
         response_tokens=sum(int(group.response_mask.sum()) for group in groups),
         zero_advantage_groups=len(index.unique()) - len(has_advantage),
@@ -162,12 +160,9 @@ def grade(run: Run, algo: Algo, groups: list[Group], sums: Counter) -> list[Grou
     )
     if not algo.dynamic_sampling:
         return groups
-
-    def is_mixed(prompt_index: int) -> bool:
-        own = index == prompt_index
-        return bool(is_graded[own].all()) and 0.01 < accuracy[own].mean() < 0.99
-
-    return [group for group in groups if is_mixed(group.prompt.index)]
+    mean_accuracy = {i: accuracy[index == i].mean() for i in index[is_graded].tolist()}
+    mixed = {i for i, mean in mean_accuracy.items() if 0.01 < mean < 0.99}
+    return [group for group in groups if group.prompt.index in mixed]
 
 
 def rollout_metrics(sums: Counter) -> dict[str, float]:
