@@ -85,8 +85,10 @@ def predict(
     for prompts in tqdm(encoded, title, len(chunks), leave=False, disable=not title):
         groups = generate(policy, prompts, n, sampling, key=("eval", seed), **options)
         responses = [text for group in groups for text in group.responses]
-        answers = [group.prompt.example.answer for group in groups for _ in group.responses]
-        scores = grader(responses, answers, budget=scoring_limit(grader.deadline, len(responses)))
+        examples = [group.prompt.example for group in groups for _ in group.responses]
+        answers = [example.answer for example in examples]
+        budget = scoring_limit(grader.deadline, len(responses))
+        scores = grader(responses, answers, examples, budget=budget)
         distributed.wait_for_all()  # before the next chunk: some ranks may still score
         yield predictions.make_records(policy.encoder.tokenizer, groups, scores)
 

@@ -126,11 +126,12 @@ def grade(run: Run, algo: Algo, groups: list[Group], sums: Counter) -> list[Grou
     All responses to a prompt are compared; a variant may sample several groups per prompt.
     """
     responses = [text for group in groups for text in group.responses]
-    answers = [group.prompt.example.answer for group in groups for _ in group.responses]
+    examples = [group.prompt.example for group in groups for _ in group.responses]
+    answers = [example.answer for example in examples]
     index = torch.tensor([group.prompt.index for group in groups for _ in group.responses])
     # Per response: accuracy and format, 0 or 1, and overall = 0.9 accuracy + 0.1 format; "unscored"
     # where the time for scoring ran out.
-    scores = run.grader(responses, answers)
+    scores = run.grader(responses, answers, examples)
     run.raise_if_stopped()
 
     def column(name: str) -> torch.Tensor:
@@ -188,7 +189,7 @@ class Config:
         "toy, toy:grid=4,..., a parquet, JSON or JSONL file, a folder of these, or a hub id",
     )
     val_data: str = flag("PAPOGalaxy/PAPO_MMK12_test", "evaluation data, as --data, or none")
-    reward: str = flag("", "score with path/file.py:function, see README")
+    reward: str = flag("", "score with path/file.py:function, which may see the row: README")
     out: str = flag("", "folder of the run; default: runs/ALGO-MODEL-sSEED")
     resume: str = flag("", "folder of a run to continue from its newest checkpoint")
     seed: int = flag(0, "random seed")

@@ -33,6 +33,12 @@ class Example:
     # Further image columns, each as long as `images`: images_aug (images masked beforehand), and
     # those that a variant, a subclass of papo.Algo, asks for.
     more_images: dict[str, list[Image.Image]] = field(default_factory=dict)
+    columns: dict = field(default_factory=dict)  # the row's further columns
+
+    def as_row(self) -> dict:
+        """What a reward with a parameter `row` is given."""
+        names = ("question", "answer", "images", "id")
+        return self.columns | {name: getattr(self, name) for name in names}
 
 
 @dataclass

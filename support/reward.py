@@ -69,14 +69,15 @@ def accuracy_reward(response: str, answer: str) -> float:
     Runs no code from the response. It has no time limit, though, and some responses take forever:
     see support/sandbox.py.
     """
-    content = _last_box(rewrite(response))
+    content = boxed(response)
     if content is None:
         return 0.0
     return float(mathruler.grade_answer(content, answer))
 
 
-def _last_box(text: str) -> str | None:
+def boxed(response: str) -> str | None:
     r"""The content of the last \boxed{...}, or None where there is none or it is not closed."""
+    text = rewrite(response)
     content = mathruler.extract_boxed_content(text)
     if content != "None":
         return content

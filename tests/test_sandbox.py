@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -10,14 +11,14 @@ import warnings
 from pathlib import Path
 
 import pytest
+from conftest import ROOT, random_image
 from test_reward import ORDINARY, attacks, boxed, released
 
+from support.batch import Example
 from support.reward import format_reward
-from support.sandbox import ROOT, Grader, RewardError
+from support.sandbox import Grader, RewardError
 
-linux_only = pytest.mark.skipif(
-    sys.platform != "linux", reason="rests on Linux: prctl, RLIMIT_AS, /proc"
-)
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS and /proc")
 
 HANGS = ["99999999!", "9**9**9", "1e999999999", "2**(10**10)", "(x+y)**999"]
 ODD = [
@@ -25,14 +26,6 @@ ODD = [
     *("\ud800\x00", "9" * 5000, "1/0", "nan", "1e999", "", "{" * 50_000),
     *("[0]*9999999999", "\\frac" * 50, "²", "(" * 300),
 ]
-
-
-@pytest.fixture(scope="module")
-def grader():
-    with Grader(workers=2) as grader:
-        yield grader
-
-
 PRELUDE = """
 import os, signal, sys, time
 
@@ -42,11 +35,25 @@ def zero(**more):
 """
 
 
-def write(folder, text):
-    """A user's file, of which the given text starts in line 7."""
-    path = folder / "mine.py"
-    path.write_text(PRELUDE + text)
-    return path
+@pytest.fixture(scope="module")
+def grader():
+    with Grader(workers=2) as grader:
+        yield grader
+
+
+@pytest.fixture()
+def write(tmp_path):
+    """write(text) -> the spec of the function f in a user's file, of which text starts in line 8"""
+
+    def write_file(text):
+        (tmp_path / "mine.py").write_text(PRELUDE + text)
+        return f"{tmp_path}/mine.py:f"
+
+    return write_file
+
+
+def accuracies(scores):
+    return [score["accuracy"] for score in scores]
 
 
 def gone(pid):
@@ -56,37 +63,19 @@ def gone(pid):
         return True
 
 
-def all_gone(pids, seconds=5.0):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end and not all(map(gone, pids)):
-        time.sleep(0.05)
-    return all(map(gone, pids))
+# ------------------------------------------------------------------------------------------ batches
 
 
-def wait_for_pid(file):
-    """The number that another process writes to the file."""
-    end = time.monotonic() + 60
-    while not (file.exists() and file.read_text().strip()):
-        assert time.monotonic() < end
-        time.sleep(0.05)
-    return int(file.read_text())
-
-
-def accuracies(scores):
-    return [score["accuracy"] for score in scores]
-
-
-# ---- batches
-
-
-@pytest.mark.filterwarnings("ignore:.*raise --reward_deadline")
+@pytest.mark.filterwarnings("ignore:.*took longer")
 def test_hostile_and_ordinary_responses_in_one_batch(grader):
     ordinary = [(boxed(given), answer) for given, answer, _ in ORDINARY]
     hostile = [(boxed(text), "0.5") for text in HANGS + ODD]
     hostile.append(("<think>" * 10_000 + "\\boxed{" * 10_000, "0.5"))
     mixed = ordinary + hostile
     random.Random(1).shuffle(mixed)
+    start = time.monotonic()
     scores = grader(*zip(*mixed, strict=True))
+    assert time.monotonic() - start < 2.5 * len(hostile)
     assert grader.timeouts >= len(HANGS)
     assert grader.errors == grader.unscored == 0
     for row, score in zip(mixed, scores, strict=True):
@@ -99,11 +88,15 @@ def test_hostile_and_ordinary_responses_in_one_batch(grader):
     assert grader.timeouts == 0
 
 
+@pytest.mark.filterwarnings("ignore:.*took longer")
+def test_hostile_responses_alone_are_no_error_of_the_rule(grader):
+    assert [each["overall"] for each in grader([boxed("9**9**9")] * 2, ["1"] * 2)] == [0.1, 0.1]
+
+
 def test_no_code_runs_in_a_worker(tmp_path, grader):
-    path = tmp_path / "executed"
-    responses = [boxed(attack) for attack in attacks(path)]
+    responses = [boxed(attack) for attack in attacks(tmp_path / "executed")]
     assert accuracies(grader(responses, ["0.5"] * len(responses))) == [0.0] * len(responses)
-    assert not path.exists()
+    assert not (tmp_path / "executed").exists()
 
 
 SLEEP = """
@@ -113,19 +106,15 @@ def f(response, answer):
 """
 
 
-@pytest.mark.filterwarnings("ignore:.*raise --reward_deadline")
-def test_budget(tmp_path):
+def test_the_budget_ends_a_call(write):
     """One by one, the 20 sleepers would take 10 s with the deadline and 1,200 s without."""
-    path = write(tmp_path, SLEEP)
-    with Grader(f"{path}:f", workers=2, deadline=0.5, budget=1.5) as grader:
-        left = r"f left \d+ of 26 responses unscored after 1.5 s: raise --reward_budget"
-        with pytest.warns(UserWarning, match=left):
+    with Grader(write(SLEEP), workers=2, deadline=0.5, budget=1.5) as grader:
+        with pytest.warns(UserWarning, match=r"of 26 responses \d+ left when --reward_budget"):
             scores = grader(["0"] * 5 + ["60"] * 20 + ["0"], ["a"] * 26)
-        assert accuracies(scores) == [1.0] * 5 + [0.0] * 21
-        assert grader.timeouts >= 1
-        assert grader.unscored >= 10
-        assert grader.timeouts + grader.unscored == 21
-        assert sum("unscored" in score for score in scores) == grader.unscored
+        assert accuracies(scores)[:5] == [1.0] * 5
+        assert grader.timeouts >= 2
+        assert grader.timeouts + grader.unscored + sum(accuracies(scores)) == 26
+        assert sum("unscored" in score for score in scores) == grader.unscored >= 10
         assert accuracies(grader(["0"], ["a"])) == [1.0]
         assert grader.timeouts == grader.unscored == 0
 
@@ -144,11 +133,10 @@ def f(response, answer):
 
 
 @linux_only
-def test_crashes_memory_and_prints_stay_in_the_worker(tmp_path, capfd):
-    path = write(tmp_path, CRASHES)
+def test_crashes_memory_and_prints_stay_in_the_worker(write, capfd):
     words = ["fine", "crash", "bomb", "fine", "exit", "fine"]
-    with Grader(f"{path}:f", workers=1, deadline=10.0, memory=0.2) as grader:
-        with pytest.warns(UserWarning, match="failed on 3 of 6 .*: the worker process died"):
+    with Grader(write(CRASHES), workers=1, deadline=10.0, memory=0.2) as grader:
+        with pytest.warns(UserWarning, match="of 6 responses 1 killed their process .*; 1 Mem"):
             scores = grader(words, words)
         assert (grader.errors, grader.timeouts) == (3, 0)
     assert accuracies(scores) == [float(word == "fine") for word in words]
@@ -158,11 +146,27 @@ def test_crashes_memory_and_prints_stay_in_the_worker(tmp_path, capfd):
     assert "noise" in printed.err and "noise" not in printed.out
 
 
-# ---- a user's function
+ALARM = """
+def f(response, answer):
+    signal.signal(signal.SIGALRM, lambda *_: None)
+    signal.alarm(1)
+    9**9**9
+"""
+
+
+def test_a_function_with_alarms_of_its_own_keeps_the_deadline(write):
+    with Grader(write(ALARM), workers=1, deadline=0.5) as grader:
+        with pytest.raises(RewardError, match="of 1 responses 1 took longer than --reward_dead"):
+            grader(["a"], ["a"])
+
+
+# --------------------------------------------------------------------------------- a user's function
 
 
 ERRORS = """
 def f(response, answer):
+    if response == "number":
+        return 1.0
     if response == "partly":
         return {"overall": 1.0}
     if response == "nan":
@@ -171,95 +175,89 @@ def f(response, answer):
 """
 
 
-def test_errors_of_a_users_function(tmp_path):
-    path = write(tmp_path, ERRORS)
-    with Grader(f"{path}:f", workers=1) as grader:
-        message = r"f failed on 1 of 3 .*: ZeroDivisionError: division by zero \(mine.py:13"
+def test_errors_of_a_users_function(write):
+    with Grader(write(ERRORS), workers=1) as grader:
+        message = r"of 3 responses 1 ZeroDivisionError: division by zero \(mine.py:15\)"
         with pytest.warns(UserWarning, match=message):
             assert accuracies(grader(["2", "0", "4"], ["0.5"] * 3)) == [1.0, 0.0, 0.0]
         assert grader.errors == 1
         for word, message in [
-            ("0", "failed on 2 of 2 responses: ZeroDivisionError"),
-            ("partly", "finite overall, format, accuracy, the function returned {'overall': 1.0}"),
-            ("nan", "the function returned {'overall': nan"),
+            ("0", "of 2 responses 2 ZeroDivisionError"),
+            ("number", "2 returned 1.0, no dict with finite overall, format, accuracy"),
+            ("partly", "2 returned {'overall': 1.0}, no dict"),
+            ("nan", "2 returned {'overall': nan"),
         ]:
             with pytest.raises(RewardError, match=message):
                 grader([word] * 2, ["1"] * 2)
         assert accuracies(grader(["2"], ["0.5"])) == [1.0]
 
 
-def test_a_function_that_does_not_load_is_named(tmp_path):
-    good = write(tmp_path, "def score(response, answer):\n    return zero()\n")
-    broken = tmp_path / "broken.py"
-    broken.write_text("import no_such_module\n")
+def test_a_slow_function_is_reported(write):
+    """A judge that is slower than the deadline is not taken for one that rewards nothing."""
+    with Grader(write(SLEEP), workers=2, deadline=0.5) as grader:
+        with pytest.warns(UserWarning, match="of 4 responses 2 took longer than --reward_deadl"):
+            assert accuracies(grader(["0", "9", "0", "9"], ["a"] * 4)) == [1.0, 0.0, 1.0, 0.0]
+        with warnings.catch_warnings():  # a tenth is tolerated
+            warnings.simplefilter("error")
+            assert sum(accuracies(grader(["9"] + ["0"] * 9, ["a"] * 10))) == 9.0
+
+
+def test_a_function_that_does_not_load_is_named(write, tmp_path):
+    good = write("def score(response, answer):\n    return zero()\n").removesuffix(":f")
+    (tmp_path / "broken.py").write_text("import no_such_module\n")
     for spec, message in [
-        ("mine.py", "reward 'mine.py': no colon; expected path/file.py:function"),
-        (f"{tmp_path}/absent.py:f", "there is no file .*absent.py'; expected path/file.py:functio"),
+        ("mine.py", "reward mine.py: .*expected path/file.py:function"),
+        (f"{tmp_path}/absent.py:f", "absent.py:f: .*no such file; expected path/file.py:function"),
         (f"{good}:scor", "no function 'scor' there, it has: zero, score"),
-        (f"{broken}:f", "the file does not load: ModuleNotFoundError: No module named 'no_such_m"),
-        (3, "reward 3: no colon"),
+        (f"{tmp_path}/broken.py:f", "ModuleNotFoundError: No module named 'no_such_m"),
     ]:
         with pytest.raises(ValueError, match=message) as error:
             Grader(spec, workers=1)
         assert "\n" not in str(error.value)
-    silent = tmp_path / "silent.py"
-    silent.write_text("import os\nos._exit(1)\n")
+    (tmp_path / "silent.py").write_text("import os\nos._exit(1)\n")
     with pytest.raises(RewardError, match="the scoring server died"):
-        Grader(f"{silent}:f", workers=1)
+        Grader(f"{tmp_path}/silent.py:f", workers=1)
 
 
-def test_bad_arguments(grader):
-    with pytest.raises(ValueError, match="one answer per response, got 2 and 1"):
-        grader(["a", "b"], ["a"])
-    with pytest.raises(ValueError, match="must be strings, got int 3"):
-        grader(["a"], [3])
+# ------------------------------------------------------------------------------------- the whole row
 
 
-def test_limits_are_checked():
-    for limits, message in [
-        ({"workers": 0}, "workers must be above 0 and at most 1e\\+06, got 0"),
-        ({"deadline": float("nan")}, "deadline must be above 0 and at most 1e\\+06, got nan"),
-        ({"budget": float("inf")}, "budget must be above 0 and at most 1e\\+06, got inf"),
-        ({"memory": -1}, "memory must be above 0 and at most 1e\\+06, got -1"),
-        (
-            {"deadline": 90},
-            "deadline of 90 s exceeds its budget of 60 s per call: raise --reward_budget",
-        ),
-    ]:
-        with pytest.raises(ValueError, match=message) as error:
-            Grader(**limits)
-        assert "\n" not in str(error.value)
+ROW = """
+def f(response, answer, row):
+    sizes = [image.size for image in row["images"]]
+    right = [row["question"], row["answer"], row["id"], sizes] == ["?", answer, "7", [(28, 56)]]
+    row.pop("unit")  # the next response's is whole
+    return zero(accuracy=float(right), overall=float(id(row["images"])))
+"""
 
 
-# ---- too slow
+def test_a_function_may_see_the_row(write):
+    """It is sent once per prompt: both workers inherit the same object."""
+    example = Example("?", "3", [random_image(28, 56)], "7", columns={"unit": "h", "id": "not it"})
+    with Grader(write(ROW), workers=2) as grader:
+        scores = grader(["a"] * 4, ["3"] * 4, [example] * 4)
+        assert accuracies(scores) == [1.0] * 4
+        assert len({score["overall"] for score in scores}) == 1
+        with pytest.raises(ValueError, match="takes a row, which files of responses .--grade"):
+            grader(["a"], ["3"])
+    with Grader(workers=1) as grader:
+        assert accuracies(grader([boxed("3")], ["3"], ["no row is made of this"])) == [1.0]
 
 
-def test_a_slow_function_is_reported(tmp_path):
-    """A judge that is slower than the deadline is not taken for one that rewards nothing."""
-    path = write(tmp_path, SLEEP)
-    with Grader(f"{path}:f", workers=2, deadline=0.5) as grader:
-        slow = r"f took more than 0.5 s on 2 of 4 responses: raise --reward_deadline"
-        with pytest.warns(UserWarning, match=slow):
-            assert accuracies(grader(["0", "9", "0", "9"], ["a"] * 4)) == [1.0, 0.0, 1.0, 0.0]
-        with pytest.raises(
-            RewardError, match="0.5 s on 2 of 2 .*: raise --reward_deadline"
-        ) as error:
-            grader(["9"] * 2, ["a"] * 2)
-        assert "\n" not in str(error.value)
-        with warnings.catch_warnings():  # a tenth is tolerated
-            warnings.simplefilter("error")
-            assert grader([], []) == []
-            assert sum(accuracies(grader(["9"] + ["0"] * 9, ["a"] * 10))) == 9.0
+def test_the_reward_in_the_readme_compares_units(tmp_path):
+    """As it stands there."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    [block] = [block for block in blocks if "row: dict" in block]
+    (tmp_path / "units.py").write_text(block)
+    example = Example("How long?", "3", [], columns={"unit": "hours"})
+    responses = [boxed("3 hours"), boxed("3 minutes"), boxed("4 hours"), boxed("3"), "3 hours"]
+    with Grader(f"{tmp_path}/units.py:score", workers=1) as grader:
+        scores = grader(responses, ["3"] * 5, [example] * 5)
+    assert accuracies(scores) == [1.0, 0.0, 0.0, 0.0, 0.0]
+    assert [score["overall"] for score in scores] == [1.0, 0.1, 0.1, 0.1, 0.0]
 
 
-def test_hostile_responses_alone_are_no_error_of_the_rule():
-    with Grader(workers=2, deadline=0.5) as grader:
-        with pytest.warns(UserWarning, match="compute_score took more than 0.5 s on 2 of 2"):
-            scores = grader([boxed("9**9**9")] * 2, ["0.5"] * 2)
-    assert [score["overall"] for score in scores] == [0.1, 0.1]
-
-
-# ---- no process is left
+# -------------------------------------------------------------------------------- no process is left
 
 
 def test_a_closed_grader_has_no_process():
@@ -286,25 +284,28 @@ def test_a_signal_to_the_whole_job_leaves_scoring_to_the_trainer(tmp_path, monke
 
 HANG = """
 def f(response, answer):
-    print(os.getpid(), file=open("pid", "w"), flush=True)
+    print(os.getpid(), os.getppid(), file=open("pids", "w"), flush=True)
     9**9**9
 """
 
 
 @linux_only
-def test_a_killed_trainer_leaves_no_process(tmp_path):
+def test_a_killed_trainer_leaves_no_process(write, tmp_path):
     """Not even a worker inside one big-integer power, which sees no signal and no closed pipe."""
-    write(tmp_path, HANG)
     code = (
         "from support.sandbox import Grader;"
-        "Grader('mine.py:f', workers=1, deadline=60)(['a'], ['a'])"
+        f"Grader({write(HANG)!r}, workers=1, deadline=60)(['a'], ['a'])"
     )
-    environment = os.environ | {"PYTHONPATH": ROOT}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     trainer = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=environment)
-    try:
-        worker = wait_for_pid(tmp_path / "pid")
-        assert not gone(worker)
-    finally:
-        trainer.send_signal(signal.SIGKILL)
-        trainer.wait()
-    assert all_gone([worker])
+    file, end = tmp_path / "pids", time.monotonic() + 60
+    while not (file.exists() and file.read_text().strip()) and time.monotonic() < end:
+        time.sleep(0.05)
+    pids = file.read_text().split()
+    assert not any(map(gone, pids))
+    trainer.kill()
+    trainer.wait()
+    end = time.monotonic() + 5
+    while not all(map(gone, pids)) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert all(map(gone, pids))

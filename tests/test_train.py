@@ -267,7 +267,7 @@ def test_dynamic_sampling_drops_groups_and_samples_more(run, monkeypatch):
     monkeypatch.setattr(train, "MAX_ROUNDS", 3)
     numbers = itertools.count()
 
-    def one_right_in_every_second_group(self, responses, answers):
+    def one_right_in_every_second_group(self, responses, *_):
         scores = zero_scores(responses)
         for score in scores:
             group, sample = divmod(next(numbers), 3)
@@ -284,7 +284,7 @@ def test_dynamic_sampling_drops_groups_and_samples_more(run, monkeypatch):
 def test_steps_without_an_advantage_are_warned_of_once(run, monkeypatch, capsys, algo):
     """With dynamic sampling there is no update; without it one response is shown."""
     monkeypatch.setattr(train, "MAX_ROUNDS", 3)
-    monkeypatch.setattr(Grader, "__call__", lambda self, responses, answers: zero_scores(responses))
+    monkeypatch.setattr(Grader, "__call__", lambda self, responses, *_: zero_scores(responses))
     steps = training_lines(run("none", f"--algo {algo} --steps 4 --eval_every 0"))
     [warning] = lines_with(capsys.readouterr().err, "warning:")
     assert "step 3: in 3 steps no group had different rewards (mean 0.000)" in warning
