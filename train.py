@@ -237,6 +237,7 @@ class Config:
         flags.check_at_least(self, 0, "lora_rank")
         flags.check_above(self, 0, "temperature", "max_grad_norm", "top_p")
         flags.check_range(self, 0, 1, "top_p")
+        flags.check_range(self, 1e-3, 1e6, "reward_deadline", "reward_budget", "reward_memory")
 
 
 def build_run(argv=None) -> Run:
@@ -267,6 +268,7 @@ def build_run(argv=None) -> Run:
 
 
 def main(argv=None) -> None:
+    flags.print_any_character()
     with flags.one_line_errors():
         run = build_run(argv)
         run.start()

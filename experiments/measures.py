@@ -12,7 +12,7 @@ from statistics import fmean
 import numpy as np
 
 from experiments.tasks import SPLITS
-from support import metrics
+from support import plots
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -136,7 +136,7 @@ def interval(values: list[float], digits: int = 1, sign: bool = False) -> str:
     """Mean +- half the width of the 95% t interval; "-" without values."""
     if not values:
         return "-"
-    mean, half = metrics.mean_interval(values)
+    mean, half = plots.mean_interval(values)
     shown = f"{mean:+.{digits}f}" if sign else f"{mean:.{digits}f}"
     return shown if math.isnan(half) else f"{shown} +- {half:.{digits}f}"
 
@@ -212,12 +212,12 @@ def collapse_warning(steps: list[dict], window: int = 7) -> str | None:
     usable = [
         line
         for line in steps
-        if metrics.finite_series([line], "kl_prcp") and metrics.finite_series([line], "entropy")
+        if plots.finite_series([line], "kl_prcp") and plots.finite_series([line], "entropy")
     ]
     recent = usable[-2 * window :]
     signs = []
     for metric, (factor, rise) in COLLAPSE_SIGNS.items():
-        values = np.array(list(metrics.finite_series(recent, metric).values()))
+        values = np.array(list(plots.finite_series(recent, metric).values()))
         measured = len(values) == 2 * window and (metric != "clip_frac" or values.any())
         if not measured:
             continue

@@ -51,7 +51,7 @@ from experiments.protocol import (
     TASKS,
 )
 from experiments.tasks import SPLITS
-from support import metrics, plots
+from support import plots
 
 HERE = Path(__file__).resolve().parent
 
@@ -446,7 +446,7 @@ def variants_figure(found: Results) -> str:
     figure = Figure(figsize=(8, 0.6 + 0.34 * len(gains)), layout="constrained")
     ax = figure.subplots()
     for row, values in enumerate(gains.values()):
-        mean, half = metrics.mean_interval(values)
+        mean, half = plots.mean_interval(values)
         ax.plot(values, [row] * len(values), ".", color="tab:gray", markersize=5)
         ax.errorbar(mean, row, xerr=half, fmt="o", color="tab:blue", capsize=3)
     ax.axvline(0, color="black", linewidth=0.8)

@@ -29,7 +29,7 @@ from experiments.protocol import CONFIRMING_SEEDS
 from experiments.report_cost import pay_table
 from experiments.report_tasks import QUESTIONS, curve_gain
 from experiments.tasks import SPLITS
-from support import metrics
+from support import plots
 
 METHOD, BASE = "dots/semantic_0.17", "dots/grpo"
 LABELS = {BASE: "grpo", METHOD: "semantic 0.17"}
@@ -86,7 +86,7 @@ def figure(found: Results, figures: Path) -> str:
     for gain in gains:
         right.plot(gain.keys(), gain.values(), color="C2", linewidth=0.7, alpha=0.5)
     steps = list(gains[0])
-    intervals = [metrics.mean_interval([gain[step] for gain in gains]) for step in steps]
+    intervals = [plots.mean_interval([gain[step] for gain in gains]) for step in steps]
     means, halves = np.transpose(intervals)
     right.plot(steps, means, ".-", color="C2", linewidth=2)
     right.fill_between(steps, means - halves, means + halves, color="C2", alpha=0.15)

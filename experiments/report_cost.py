@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from experiments.measures import Results, interval, markdown, overall_curve
 from experiments.protocol import TASKS
-from support import metrics
+from support import plots
 
 UNITS = ("seconds", "sampled tokens")
 BUDGETS = (0.25, 0.5, 0.75, 1.0)  # of what the baseline spends in all
@@ -137,7 +137,7 @@ def _draw_mean(ax, runs: list[dict], unit: str, costs: dict, label: str, colour:
     x = np.mean([spent(run, unit, costs) for run in runs], axis=0)
     curves = np.array([list(overall_curve(run).values()) for run in runs])  # [runs, evaluations]
     means = [fmean(column) for column in curves.T]
-    halves = [metrics.mean_interval(column.tolist())[1] for column in curves.T]
+    halves = [plots.mean_interval(column.tolist())[1] for column in curves.T]
     ax.plot(x, means, color=colour, label=label)
     low, high = np.subtract(means, halves), np.add(means, halves)
     ax.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)

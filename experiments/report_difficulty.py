@@ -29,7 +29,7 @@ from experiments.report_tasks import (
     last_gain,
     last_steps_table,
 )
-from support import metrics
+from support import plots
 
 LEVELS = ("easy", "middle", "hard")
 PAIRS = [
@@ -122,7 +122,7 @@ def draw_gains(ax, shares: list[float], by_level: list[list[float]]) -> None:
     for seed, of_seed in zip(NEW_SEEDS, zip(*by_level, strict=True), strict=True):
         ax.plot(shares, of_seed, linewidth=0.9, alpha=0.8, label=f"seed {seed}")
     for share, values in zip(shares, by_level, strict=True):
-        mean, half = metrics.mean_interval(values)
+        mean, half = plots.mean_interval(values)
         ax.errorbar(share, mean, half, fmt="o", color="black", capsize=4)
     ticks = [f"{level}\n{share:.0f}%" for level, share in zip(LEVELS, shares, strict=True)]
     ax.set_xticks(shares, ticks)

@@ -41,7 +41,7 @@ from experiments.protocol import (
     TRAINING,
 )
 from experiments.tasks import SPLITS
-from support import metrics
+from support import plots
 
 BASELINES = {
     "papo_g": "grpo",
@@ -219,7 +219,7 @@ def draw_mean(ax, curves: list[dict[int, float]], method: str, with_interval: bo
     if not curves:
         return
     steps = list(curves[0])
-    intervals = [metrics.mean_interval([curve[step] for curve in curves]) for step in steps]
+    intervals = [plots.mean_interval([curve[step] for curve in curves]) for step in steps]
     means, halves = np.transpose(intervals)
     colour = f"C{COMPARED.index(method)}"
     ax.plot(steps, means, ".-", color=colour, label=method)

@@ -9,15 +9,23 @@ from transformers import TextStreamer
 
 from support import data
 from support.batch import Example, Prompt
-from support.predictions import boxed
 from support.qwen_vl import Policy
+from support.reward import boxed
+
+
+def prompt_of(config, sets: dict, policy: Policy) -> Prompt:
+    """The prompt of --ask and --image, or of --row. ValueError if there is none.
+
+    config: protocol.EvalConfig; sets: name -> data.Rows.
+    """
+    prompt = policy.encoder.encode(example_of(config, sets))
+    if config.explain and prompt.pixel_values is None:
+        raise ValueError("--explain: the example has no image")
+    return prompt
 
 
 def example_of(config, sets: dict) -> Example:
-    """The example of --ask and --image, or of --row. ValueError if there is none.
-
-    config: evaluate.EvalConfig; sets: name -> data.Rows.
-    """
+    """The example of --ask and --image, or of --row."""
     if config.ask:
         images = [data.read_image(path, Path()) for path in config.image]
         markers = "" if "<image>" in config.ask else "<image>" * len(images)
@@ -34,7 +42,7 @@ def example_of(config, sets: dict) -> Example:
 def ask(policy: Policy, prompt: Prompt, config) -> None:
     """Print the response as it is generated (transformers' own generate), then its box.
 
-    config: evaluate.EvalConfig.
+    config: protocol.EvalConfig.
     """
     inputs = {
         "input_ids": prompt.input_ids[None],

@@ -17,8 +17,8 @@ from support import attribution_figures, pages
 from support.attribution_figures import Attribution
 from support.batch import Group
 from support.pages import CellDrops
-from support.predictions import boxed
 from support.qwen_vl import Encoder, Policy
+from support.reward import boxed
 
 MASK_SETTINGS = ("mask_ratio", "mask_strategy", "mask_sigma")
 HEAT_TITLE = "drop of the response's log-prob when a cell alone is black"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import json
 import os
 import sys
@@ -103,6 +104,13 @@ def one_line_errors() -> Iterator[None]:
         yield
     except (ValueError, OSError, ImportError, StepError) as error:
         exit_with_error(error)
+
+
+def print_any_character() -> None:
+    """A character that stdout or stderr cannot encode is printed as an escape, and ends nothing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a notebook's is not
+            stream.reconfigure(errors="backslashreplace")
 
 
 def exit_with_error(message) -> None:

@@ -159,14 +159,6 @@ def max_over_ranks(value) -> float:
     return _all_reduce([value], dist.ReduceOp.MAX)[0]
 
 
-def wait_for_all() -> None:
-    """Wait until all ranks are here, with the timeout that scoring may take.
-
-    The groups that FSDP gathers weights in have torch's half an hour.
-    """
-    max_over_ranks(0)
-
-
 def _all_reduce(values, operation) -> list[float]:
     numbers = [float(value) for value in values]
     if not dist.is_initialized():

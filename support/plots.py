@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +18,8 @@ import numpy as np
 from matplotlib import ticker
 from matplotlib.figure import Figure
 
-from support.metrics import align_columns, eval_keys, finite_series, mean_interval, read_metrics
+# 97.5% quantiles of Student's t for 1 to 9 degrees of freedom. No library we require has them.
+T_TABLE = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
 
 
 class Axis(NamedTuple):
@@ -134,8 +136,9 @@ def curves(run_folder, out=None) -> Path:
     return draw(panels, ", ".join(filter(None, heading)), out or folder / "curves.png", axes=axes)
 
 
-def compare(run_folders, out) -> tuple[Path, str]:
-    """Draw several runs over one another: (path of the figure, table of first and last values).
+def compare(run_folders, out) -> tuple[str, Path]:
+    """Draw several runs over one another, in `out`/compare.png. Returns a table of first and last
+    values, and the path of the figure.
 
     Runs that agree in all settings but the seed form a group. A group is drawn as the mean over
     the runs that logged a step, with a 95% t interval where all of its runs (two or more) did.
@@ -159,8 +162,9 @@ def compare(run_folders, out) -> tuple[Path, str]:
     }
     heading = "mean over seeds; band: 95% interval"
     axes = {metric: axis_of(metric) for metric in metrics}
-    figure = draw(panels, heading, out, shared_legend=True, axes=axes)
-    return figure, _comparison_table(series, list(groups), [*sets, "reward", "kl_prcp"])
+    Path(out).mkdir(parents=True, exist_ok=True)
+    figure = draw(panels, heading, Path(out, "compare.png"), shared_legend=True, axes=axes)
+    return _comparison_table(series, list(groups), [*sets, "reward", "kl_prcp"]), figure
 
 
 def axis_of(metric: str) -> Axis:
@@ -287,3 +291,75 @@ def _plot_mean(ax, runs: list[Series], label: str, colour: str):
     (line,) = ax.plot(steps, means, linewidth=1.2, label=label, color=colour, marker=marker)
     ax.fill_between(steps, means - halves, means + halves, color=colour, alpha=0.18, linewidth=0)
     return line
+
+
+# ---------------------------------------------------------------------- numbers behind the figures
+
+
+def read_metrics(path) -> tuple[list[dict], list[dict]]:
+    """Read metrics.jsonl, or the one in a run's folder: (training lines, evaluation lines).
+
+    Both are sorted by step. A resumed run repeats steps: the later training line of a step
+    replaces the earlier one. Lines with an "eval/..." key are evaluations; those of one step are
+    merged. A line that is no JSON is skipped: a killed run may leave half a line.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "metrics.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no metrics file at {path}: give a run folder or its metrics.jsonl"
+        )
+    steps: dict[int, dict] = {}
+    evals: dict[int, dict] = {}
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+            raise ValueError(f"{path}: a line without an integer step: {text[:60]!r}")
+        if eval_keys([line]):
+            evals.setdefault(line["step"], {}).update(line)
+        else:
+            steps[line["step"]] = line
+    return [steps[step] for step in sorted(steps)], [evals[step] for step in sorted(evals)]
+
+
+def eval_keys(lines: Iterable[dict]) -> list[str]:
+    """The names of all evaluation metrics ("eval/SET") in these lines, sorted."""
+    return sorted({key for line in lines for key in line if key.startswith("eval/")})
+
+
+def finite_series(lines: list[dict], metric: str) -> dict[int, float]:
+    """{step: value} of the lines in which the metric is a finite number."""
+    series = {}
+    for line in lines:
+        value = line.get(metric)
+        if isinstance(value, (int, float)) and math.isfinite(value):
+            series[line["step"]] = float(value)
+    return series
+
+
+def mean_interval(values: Iterable[float]) -> tuple[float, float]:
+    """(mean, half width of its 95% t interval) of independent values; NaN wide for a single one."""
+    values = np.asarray(list(values), dtype=float)
+    df = len(values) - 1
+    if df < 1:
+        return float(values[0]), math.nan
+    if df <= len(T_TABLE):
+        t = T_TABLE[df - 1]
+    else:  # Cornish-Fisher expansion, within 0.2%
+        t = 1.95996 + 2.37227 / df + 2.8225 / df**2
+    return float(values.mean()), float(t * values.std(ddof=1) / math.sqrt(len(values)))
+
+
+def align_columns(lines: list[list[str]], left: int) -> str:
+    """Lines of cells as text: the first `left` columns are flush left, the others flush right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = []
+    for line in lines:
+        names = [cell.ljust(width) for cell, width in zip(line, widths, strict=True)]
+        numbers = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
+        text.append("  ".join(names[:left] + numbers[left:]).rstrip())
+    return "\n".join(text)

@@ -1,63 +1,161 @@
-r"""PAPO-Eval's prediction files: written while an evaluation runs, read to resume it, graded again.
+r"""An evaluation's files and its table: written while it runs, read to resume it, graded again.
 
-The end of the pipeline: evaluate.py samples and grades the responses, and this module keeps them.
-A prediction file NAME.jsonl has one JSON line per response, loop after loop over the whole set,
-with PAPO-Eval's keys `idx`, `id`, `prompt`, `predict` and `label`. Further keys are ours; PAPO-Eval
-does not read them. The folder of an evaluation holds
+evaluate.py samples and grades; this module keeps the responses and computes avg@n, pass@n,
+intervals and Delta_rel. A question is the list of its n records, one per response. --out holds
 
     evaluation.json           the settings it was started with and the files it reads
-    partial/NAME/RANK.jsonl   the responses of a set that is being evaluated, in no order
-    NAME.jsonl                the responses of a finished set
-    table.txt, table.json     the accuracies, once all sets are finished (protocol.py)
+    NAME.partial              a set that is being evaluated, one line per question
+    NAME.jsonl                a finished set, one line per response, loop after loop over the set
+    table.txt, table.json     the accuracies, once all sets are finished
+
+The keys `idx`, `id`, `prompt`, `predict` and `label` of a NAME.jsonl are PAPO-Eval's, which grades
+these files and whose own files are graded here. The bootstrap interval and pass@n are ours.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-import os
-import shutil
-from collections import Counter
-from collections.abc import Iterable
+import math
+import sys
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from statistics import multimode
 
-from mathruler.grader import extract_boxed_content
+import numpy as np
 
-from support import metrics
 from support.batch import Group
-from support.benchmarks import ALIASES
+from support.benchmarks import ALIASES, BENCHMARKS, GENERAL, VISION
 from support.checkpoint import write_atomically
-from support.data import DataError
-from support.reward import compute_score, rewrite
+from support.plots import align_columns
+from support.reward import boxed
 from support.sandbox import Grader
 
+RESAMPLES = 1000  # bootstrap samples per evaluation set
+# Flags that change the results: a resumed evaluation must have the same values.
+CHANGES_RESULTS = """model data benchmarks n eval_rows reward reward_deadline seed temperature top_p
+top_k max_prompt_tokens max_new_tokens min_pixels max_pixels prompt_suffix""".split()
 
-def boxed(response: str) -> str | None:
-    r"""The content of the last \boxed{...}, as the grader reads it; None without a complete box."""
-    content = extract_boxed_content(rewrite(response))
-    return None if content == "None" else content  # mathruler's word for a missing box
+Question = list[dict]
 
 
-def grade_files(
-    paths: Iterable, names: Iterable[str] = (), *, n: int, reward: str = "", **limits
-) -> dict[str, list[dict]]:
-    """Grade prediction files, or folders of them, again. Returns the records of each set by name.
+def make_questions(tokenizer, groups: list[Group], scores: Iterable[dict]) -> list[Question]:
+    """The questions of these groups; scores: per response, group after group."""
+    scores = iter(scores)
+    return [make_question(tokenizer, group, scores) for group in groups]
 
-    `names`: the sets to grade; by default all that are found. `reward`: "path/file.py:function", by
-    default the released rule. `limits`: deadline and memory of the Grader. ValueError if a set is
-    missing or present twice, or if a question's number of responses is not a multiple of n.
+
+def make_question(tokenizer, group: Group, scores: Iterator[dict]) -> Question:
+    """The records of a group, with PAPO-Eval's keys and then ours. Takes its scores from these."""
+    prompt = group.prompt
+    prompt_text = tokenizer.decode(prompt.input_ids, skip_special_tokens=True)
+    question = []
+    for loop, response in enumerate(group.responses):
+        score = next(scores)
+        record = {"idx": prompt.index, "id": prompt.example.id or str(prompt.index)}
+        record |= {"prompt": prompt_text, "predict": response, "label": prompt.example.answer}
+        record |= {"row": prompt.index, "loop": loop}
+        record |= {"accuracy": score["accuracy"], "format": score["format"]}
+        record |= {"unboxed": boxed(response) is None, "truncated": bool(group.truncated[loop])}
+        question.append(record)
+    return question
+
+
+# ----------------------------------------------------------------------------- a running evaluation
+
+
+def open_output(config) -> None:
+    """Start an evaluation in the folder of --out, or resume the one that is there.
+
+    To be resumed, an evaluation must have the same settings. What it reads is compared by name,
+    size and modification time, as a path may be the same and its content new. ValueError if the
+    folder holds another evaluation, or other JSON files. config: protocol.EvalConfig.
     """
-    results = {
-        name: read_predictions(path) for name, path in find_predictions(paths, names).items()
-    }
-    with Grader(reward or compute_score, budget=1e6, **limits) as grader:
-        for name, records in results.items():
-            metrics.in_questions(name, records, n)  # checks the counts before the slow part
-            responses = [record["predict"] for record in records]
-            scores = grader(responses, [record["label"] for record in records])
-            for record, score in zip(records, scores, strict=True):
-                record |= score
-                record["unboxed"] = boxed(record["predict"]) is None
+    out = config.out
+    if not out:
+        return
+    current = {name: getattr(config, name) for name in CHANGES_RESULTS}
+    for name in ("model", "data", "benchmarks"):
+        current[f"files of {name}"] = file_stamps(Path(current[name]).expanduser())
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "evaluation.json"
+    others = sorted(path.name for path in folder.glob("*.json*"))
+    if not others:
+        write_atomically(file, json.dumps(current, indent=1) + "\n")
+    elif not file.exists():
+        problem = f"holds {others[0]} and no evaluation"
+        raise ValueError(f"--out {out} {problem}: choose another folder")
+    saved = json.loads(file.read_text())
+    changed = [f"{k} {str(saved.get(k))[:60]}" for k in current if current[k] != saved.get(k)]
+    if changed:
+        problem = f"holds an evaluation with {', '.join(changed)}"
+        raise ValueError(f"--out {out} {problem}: choose another folder")
+
+
+def file_stamps(path: Path) -> list[list]:
+    """[name, bytes, modification time] of the file `path`, or of each file in the folder `path`."""
+    candidates = sorted(path.glob("*")) if path.is_dir() else [path]
+    files = [file for file in candidates if file.is_file()]
+    return [[file.name, file.stat().st_size, file.stat().st_mtime] for file in files]
+
+
+def append(out: str, name: str, questions: list[Question]) -> None:
+    """Keep new questions of a set."""
+    if not out:
+        return
+    with open(Path(out, f"{name}.partial"), "a") as file:
+        file.write("\n")  # ends a line that a killed process left incomplete
+        file.writelines(json.dumps(question) + "\n" for question in questions)
+
+
+def answered(out: str, name: str) -> list[Question]:
+    """The questions of a set that the folder holds already."""
+    if not out:
+        return []
+    finished, partial = Path(out, f"{name}.jsonl"), Path(out, f"{name}.partial")
+    if finished.exists():
+        return into_questions(name, read_predictions(finished))
+    questions = []
+    if partial.exists():
+        for line in partial.read_text(errors="replace").split("\n"):
+            with suppress(json.JSONDecodeError):  # blank or incomplete, see `append`
+                questions.append(json.loads(line))
+    return questions
+
+
+def finish(out: str, name: str, questions: list[Question]) -> None:
+    """Write the finished set, and delete its partial file."""
+    if not out:
+        return
+    records = itertools.chain.from_iterable(zip(*questions, strict=True))  # loop after loop
+    lines = [json.dumps(record | {"idx": idx}) + "\n" for idx, record in enumerate(records)]
+    write_atomically(Path(out, f"{name}.jsonl"), "".join(lines))
+    Path(out, f"{name}.partial").unlink(missing_ok=True)
+
+
+# ----------------------------------------------------------------------------------- grading again
+
+
+def grade_files(paths: Iterable, grader: Grader, names=(), n: int = 0) -> dict[str, list[Question]]:
+    """Grade prediction files, or folders of them, again: set name -> its questions.
+
+    names: the sets to grade; by default all that are found. n: responses per question; by default
+    what the files hold. ValueError if a set is missing, present twice or incomplete.
+    """
+    results = {}
+    for name, path in find_predictions(paths, names).items():
+        results[name] = into_questions(name, read_predictions(path))
+        found = responses_per_question({name: results[name]})
+        n = n or found
+        if found != n:
+            raise ValueError(f"{path} holds {found} responses per question, not {n} (see --n)")
+    for questions in results.values():
+        records = list(itertools.chain.from_iterable(questions))
+        responses, labels = ([each[key] for each in records] for key in ("predict", "label"))
+        for record, score in zip(records, grader(responses, labels, budget=math.inf), strict=True):
+            record |= score | {"unboxed": boxed(record["predict"]) is None}
     return results
 
 
@@ -68,8 +166,7 @@ def find_predictions(paths: Iterable, names: Iterable[str]) -> dict[str, Path]:
         files += sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
     found = {ALIASES.get(file.stem, file.stem): file for file in files}
     wanted = list(names) or list(found)
-    missing = [name for name in wanted if name not in found]
-    if not files or missing or len(found) < len(files):
+    if not files or len(found) < len(files) or not found.keys() >= set(wanted):
         expected = ", ".join(wanted) or "a set"
         present = ", ".join(file.name for file in files) or "none"
         where = " ".join(map(str, paths))
@@ -80,7 +177,7 @@ def find_predictions(paths: Iterable, names: Iterable[str]) -> dict[str, Path]:
 def read_predictions(path: Path) -> list[dict]:
     """The records of a prediction file; a missing id or prompt is "".
 
-    DataError names the first line that is not a prediction.
+    ValueError names the first line that is not a prediction.
     """
     records = []
     with open(path, encoding="utf-8") as lines:
@@ -91,102 +188,150 @@ def read_predictions(path: Path) -> list[dict]:
                 record = {"id": "", "prompt": ""} | json.loads(line)
                 record |= {"predict": str(record["predict"]), "label": str(record["label"])}
             except (ValueError, TypeError, KeyError) as error:
-                problem = f"line {number} is not a prediction ({type(error).__name__}: {error})"
-                raise DataError(f"{path}: {problem}") from error
+                problem = f"is not a prediction ({type(error).__name__}: {error})"
+                raise ValueError(f"{path}: line {number} {problem}") from error
             records.append(record)
     return records
 
 
-def open_output(out: Path, settings: dict) -> None:
-    """Start an evaluation in the folder `out`, or resume the one that is there.
+def into_questions(name: str, records: list[dict]) -> list[Question]:
+    """Group the records of a set into questions of n responses each, n being what most have.
 
-    To be resumed, an evaluation must have the same `settings`. What it reads is compared by name,
-    size and modification time, as a path may be the same and its content new. ValueError if `out`
-    holds another evaluation, or other JSON files.
+    As in PAPO-Eval, records with equal id, prompt and label belong together; so do ours with an
+    equal row. ValueError names a question with another number of responses.
     """
-    current = dict(settings)
-    for name in ("model", "data", "benchmarks"):
-        current[f"files of {name}"] = file_stamps(Path(settings[name]).expanduser())
-    out.mkdir(parents=True, exist_ok=True)
-    file = out / "evaluation.json"
-    if not file.exists():
-        others = sorted(path.name for path in out.glob("*.json*"))
-        if others:
-            problem = f"holds {others[0]} and no evaluation"
-            raise ValueError(f"--out {out} {problem}: choose another folder")
-        write_atomically(file, json.dumps(current, indent=1) + "\n")
-        return
-    saved = json.loads(file.read_text())
-    changed = [name for name in current if current[name] != saved.get(name)]
-    if changed:
-        values = ", ".join(f"{name} {str(saved.get(name))[:60]}" for name in changed)
-        raise ValueError(f"--out {out} holds an evaluation with {values}: choose another folder")
+    groups: dict[tuple, list[dict]] = {}
+    for record in records:
+        key = (record["id"], record["prompt"], record["label"], record.get("row"))
+        groups.setdefault(key, []).append(record)
+    n = min(multimode(map(len, groups.values())), default=0)
+    questions = []
+    for (question_id, prompt, label, _), group in groups.items():
+        repeats, remainder = divmod(len(group), n)
+        if remainder:
+            text = " ".join(prompt.split("user\n")[-1].split())[:80]
+            question = f"question {question_id!r} ({text!r}, answer {label!r})"
+            raise ValueError(f"{name}: {len(group)} responses to {question}, but {n} to others")
+        # A set may hold a question several times. Records come loop after loop over the set, so
+        # the n responses to one of its copies are `repeats` apart.
+        questions += [group[copy::repeats] for copy in range(repeats)]
+    return questions
 
 
-def file_stamps(path: Path) -> list[list]:
-    """[name, bytes, modification time] of the file `path`, or of each file in the folder `path`."""
-    candidates = sorted(path.glob("*")) if path.is_dir() else [path]
-    files = [file for file in candidates if file.is_file()]
-    return [[file.name, file.stat().st_size, file.stat().st_mtime] for file in files]
+def responses_per_question(results: dict[str, list[Question]]) -> int:
+    """n of avg@n; 0 if there is no question."""
+    return max(
+        (len(question) for questions in results.values() for question in questions), default=0
+    )
 
 
-def append_partial(out: Path, name: str, rank: int, records: list[dict]) -> None:
-    """Append new records of a set to this rank's part. They are on disk when this returns."""
-    file = out / "partial" / name / f"{rank}.jsonl"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file, "a", encoding="utf-8") as part:
-        part.write("\n")  # ends a line that a killed process left incomplete
-        part.writelines(json.dumps(record) + "\n" for record in records)
-        part.flush()
-        os.fsync(part.fileno())
+# ---------------------------------------------------------------------------------------- the table
 
 
-def load_partial(out: Path, name: str, n: int) -> list[dict]:
-    """The records of a set that `out` holds already, for the questions with all n responses."""
-    files = [out / f"{name}.jsonl", *(out / "partial" / name).glob("*.jsonl")]
-    records = {}
-    for file in filter(Path.exists, files):
-        with open(file, encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                with suppress(json.JSONDecodeError):  # blank or incomplete, see append_partial
-                    record = json.loads(line)
-                    records[record["row"], record["loop"]] = record
-    responses = Counter(row for row, _ in records)
-    return [record for (row, _), record in records.items() if responses[row] == n]
+def mean_accuracy(questions: list[Question]) -> float:
+    """avg@n in [0, 1]; 0 if there is no question."""
+    accuracies = [record["accuracy"] for question in questions for record in question]
+    return sum(accuracies) / max(len(accuracies), 1)
 
 
-def write_predictions(out: Path, name: str, records: list[dict]) -> None:
-    """Write the finished set's records, ordered loop after loop, and delete its partial files."""
-    temporary = out / f".{name}.tmp"
-    with open(temporary, "w", encoding="utf-8") as lines:
-        for idx, record in enumerate(records):
-            lines.write(json.dumps(record | {"idx": idx}) + "\n")
-    os.replace(temporary, out / f"{name}.jsonl")
-    shutil.rmtree(out / "partial" / name, ignore_errors=True)
+def summarise(results: dict[str, list[Question]], baseline: dict | None = None) -> list[dict]:
+    """The rows of an evaluation's table, in %: one per set, then averages over groups of sets.
+
+    results, baseline: set name -> graded questions. Columns:
+    accuracy   avg@n; low and high: its bootstrap 95% interval over questions
+    pass       questions with at least one correct response among n
+    unboxed    responses without a complete \\boxed{}; truncated: cut at max_new_tokens
+    delta      Delta_rel, the relative gain over the baseline
+    An average is the plain mean over its sets, of delta too (the paper's definition); an average
+    over the same sets as an earlier one is left out. NaN: unknown.
+    """
+    rows = [_set_row(name, questions) for name, questions in results.items()]
+    for row in rows if baseline else ():
+        before = _set_row(row["name"], baseline[row["name"]])
+        if row["questions"] != before["questions"]:
+            counts = f"{before['questions']} questions, this evaluation {row['questions']}"
+            print(f"{row['name']}: no Delta_rel, the baseline has {counts}", file=sys.stderr)
+        elif before["accuracy"]:
+            row["delta"] = 100 * (row["accuracy"] / before["accuracy"] - 1)
+    all_sets = BENCHMARKS["all"] if results.keys() <= set(BENCHMARKS["all"]) else tuple(results)
+    groups = {"general": GENERAL, "vision-dependent": VISION, "overall": all_sets}
+    averages: dict[tuple, dict] = {}
+    for label, names in groups.items():
+        members = [row for row in rows if row["name"] in names]
+        if len(members) > 1:
+            key = tuple(row["name"] for row in members)
+            averages.setdefault(key, _average_row(label, members, len(names)))
+    rows += averages.values()
+    for row in rows:
+        low, high = np.quantile(row.pop("resampled"), [0.025, 0.975])
+        row["low"], row["high"] = float(low), float(high)
+    return rows
 
 
-def make_records(tokenizer, groups: list[Group], scores: list[dict]) -> list[dict]:
-    """One record per response, with PAPO-Eval's keys and then ours; scores in the same order."""
-    scores = iter(scores)
-    records = []
-    for group in groups:
-        prompt = group.prompt
-        prompt_text = tokenizer.decode(prompt.input_ids, skip_special_tokens=True)
-        for loop, response in enumerate(group.responses):
-            score = next(scores)
-            records.append(
-                {
-                    "idx": prompt.index,
-                    "id": prompt.example.id or str(prompt.index),
-                    "prompt": prompt_text,
-                    "predict": response,
-                    "label": prompt.example.answer,
-                    "row": prompt.index,
-                    "loop": loop,
-                    "accuracy": score["accuracy"],
-                    "format": score["format"],
-                    "unboxed": boxed(response) is None,
-                    "truncated": bool(group.truncated[loop]),
-                }
-            )
-    return records
+def _set_row(name: str, questions: list[Question]) -> dict:
+    """One set's row, with bootstrap samples of its accuracy [RESAMPLES] under "resampled".
+
+    The samples depend on the name and the accuracies alone.
+    """
+    accuracies = [np.mean([record["accuracy"] for record in question]) for question in questions]
+    resampled = np.array([math.nan])
+    if questions:
+        rng = np.random.default_rng([0, *name.encode()])
+        resampled = 100 * rng.choice(accuracies, (RESAMPLES, len(questions))).mean(1)
+    records = list(itertools.chain.from_iterable(questions))
+    return {
+        "name": name,
+        "questions": len(questions),
+        "delta": math.nan,
+        "accuracy": _percent(accuracies),
+        "pass": _percent([accuracy > 0 for accuracy in accuracies]),
+        # PAPO-Eval's own files do not say whether a response was cut.
+        "unboxed": _percent([r["unboxed"] for r in records if "unboxed" in r]),
+        "truncated": _percent([r["truncated"] for r in records if "truncated" in r]),
+        "resampled": resampled,
+    }
+
+
+def _percent(values: list) -> float:
+    return 100 * float(np.mean(values)) if values else math.nan
+
+
+def _average_row(label: str, rows: list[dict], n_sets: int) -> dict:
+    """The mean of these rows; the name says so where the group has sets that were not evaluated."""
+    missing = f" ({len(rows)} of {n_sets})" if len(rows) < n_sets else ""
+    mean = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0] if key != "name"}
+    n_questions = sum(row["questions"] for row in rows)
+    return mean | {"name": f"{label} average{missing}", "questions": n_questions}
+
+
+def report(results: dict[str, list[Question]], baseline: dict | None, notes: list, out: str):
+    """Print the table with its notes, and write it to the folder `out`, if there is one."""
+    rows = summarise(results, baseline)
+    lines = [table(rows, responses_per_question(results)), *notes]
+    if results.keys() & set(BENCHMARKS["all"]):
+        lines.append("the benchmarks hold no free-form questions: PAPO-Eval's authors removed them")
+    lines.append("interval: bootstrap over questions; unboxed: without a complete \\boxed{...}")
+    text = "\n".join(lines)
+    print(text)
+    if out:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        Path(out, "table.txt").write_text(text + "\n", encoding="utf-8")
+        as_json = json.dumps(rows, indent=1).replace("NaN", "null")
+        Path(out, "table.json").write_text(as_json + "\n")
+
+
+def table(rows: list[dict], n: int) -> str:
+    """The rows of `summarise` as plain text; a dash stands for NaN."""
+    columns = {"pass": f"pass@{n} %", "unboxed": "unboxed %", "truncated": "truncated %"}
+    if any(math.isfinite(row["delta"]) for row in rows):
+        columns["delta"] = "Delta_rel %"
+    lines = [["", "questions", f"avg@{n} %", "95% interval", *columns.values()]]
+    for row in rows:
+        interval = f"{row['low']:.2f} to {row['high']:.2f}" if math.isfinite(row["low"]) else "-"
+        line = [row["name"], str(row["questions"]), _cell(row["accuracy"]), interval]
+        lines.append(line + [_cell(row[key]) for key in columns])
+    return align_columns(lines, left=1)
+
+
+def _cell(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.2f}"

@@ -1,12 +1,10 @@
-"""The flags of evaluate.py, the paper's protocol, and the table that an evaluation reports."""
+"""The flags of evaluate.py and the paper's protocol."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 
-from support import benchmarks, metrics, plots, predictions, toy
+from support import benchmarks, toy
 from support.config import check_at_least, check_range, early_flags, flag, parse_flags
 from support.qwen_vl import PROMPT_SUFFIX
 
@@ -24,11 +22,6 @@ PAPER_PROTOCOL = {
 PROTOCOLS = {"paper": PAPER_PROTOCOL, "training": {}}  # training: EvalConfig's own defaults
 
 
-# Flags that change the results: a resumed evaluation must have the same values.
-CHANGES_RESULTS = """model data benchmarks n eval_rows reward reward_deadline seed temperature top_p
-top_k max_prompt_tokens max_new_tokens min_pixels max_pixels prompt_suffix""".split()
-
-
 @dataclass
 class EvalConfig:
     """Flags. The paper's protocol and toys override some."""
@@ -37,7 +30,7 @@ class EvalConfig:
     data: str = flag("", "toy, all, general, vision_dependent, a benchmark, file, folder or hub id")
     benchmarks: str = flag("PAPO-Galaxy/PAPO_eval", "hub id or folder of the nine benchmarks")
     protocol: str = flag("", "paper or training; default: paper for benchmarks")
-    n: int = flag(8, "samples per question (avg@n)")
+    n: int = flag(8, "samples per question (avg@n); --grade takes what the files hold")
     out: str = flag("", "folder for predictions, tables, figures; also resumes an evaluation")
     baseline: str = flag("", "folder of predictions to measure Delta_rel against")
     eval_rows: int = flag(0, "use this many rows of each set, the first usable ones; 0: all")
@@ -64,80 +57,37 @@ class EvalConfig:
     rollout_batch: int = flag(320, "most responses sampled at a time; a kill loses at most these")
 
     def __post_init__(self):
-        check_at_least(self, 1, "n", "masks", "heat_patches", "max_new_tokens", "rollout_batch")
+        check_at_least(self, 1, "masks", "heat_patches", "max_new_tokens", "rollout_batch")
+        check_at_least(self, 0 if self.grade else 1, "n")
         check_at_least(self, 0, "top_k", "eval_rows", "temperature")
         check_range(self, 0, 1, "top_p")
+        check_range(self, 1e-3, 1e6, "reward_deadline", "reward_memory")
 
 
 def configure(doc: str, argv=None) -> EvalConfig:
     """Precedence: given flags, the protocol, the toy's defaults, EvalConfig's."""
-    early = early_flags("model", "data", "protocol", "ask", "explain", argv=argv)
+    early = early_flags("model", "data", "protocol", "ask", "explain", "grade", argv=argv)
     model = toy.model_folder(early.get("model", EvalConfig.model))
     defaults = toy.defaults(model, early.get("data", "")) | {"eval_rows": 0}
     data = early.get("data") or defaults.get("data", "all")
-    defaults |= protocol_defaults(data, early)
-    [config] = parse_flags(doc, EvalConfig, defaults=defaults, argv=argv)
-    return config
-
-
-def protocol_defaults(data: str, early: dict) -> dict:
-    """Defaults of evaluate.py's flags: those of the protocol that data and --protocol choose.
-
-    early: the flags that were given among protocol, ask and explain.
-    """
     default = "paper" if benchmarks.benchmark_names(data) else "training"
     protocol = early.get("protocol") or default
     if protocol not in PROTOCOLS:
         raise ValueError(f"--protocol {protocol}: choose one of {', '.join(PROTOCOLS)}")
-    greedy = {"temperature": 0.0} if "ask" in early or "explain" in early else {}
-    return PROTOCOLS[protocol] | greedy | {"data": data, "protocol": protocol}
+    defaults |= PROTOCOLS[protocol] | {"data": data, "protocol": protocol}
+    if "ask" in early or "explain" in early:
+        defaults["temperature"] = 0.0
+    if "grade" in early:
+        defaults["n"] = 0
+    [config] = parse_flags(doc, EvalConfig, defaults=defaults, argv=argv)
+    return config
 
 
-def protocol_line(config) -> str:
-    """The settings behind the numbers of a table. config: evaluate.EvalConfig."""
+def protocol_line(config: EvalConfig) -> str:
+    """The settings behind the numbers of a table."""
     settings = []
     for name in PAPER_PROTOCOL:
         value = getattr(config, name)
         changed = PROTOCOLS[config.protocol].get(name, value) != value
         settings.append(f"{name} {value}" + (" (CHANGED)" if changed else ""))
     return f"protocol {config.protocol}: {', '.join(settings)}; the box decides, not the format"
-
-
-def report(config, results: dict, baseline: dict | None, notes: list[str]) -> None:
-    """Print the table with its notes, and write it to --out."""
-    paper_sets = benchmarks.BENCHMARKS["all"]
-    known = set(results) & set(paper_sets)
-    averages = {
-        "general": benchmarks.GENERAL,
-        "vision-dependent": benchmarks.VISION,
-        "overall": paper_sets if len(known) == len(results) else tuple(results),
-    }
-    rows = metrics.summarise(results, config.n, averages, baseline)
-    notes = list(notes)
-    if known:
-        notes.append("the benchmarks hold no free-form questions: PAPO-Eval's authors removed them")
-    notes.append("interval: bootstrap over questions; unboxed: without a complete \\boxed{...}")
-    text = "\n".join([metrics.table(rows, config.n), *notes])
-    print(text)
-    if config.out:
-        out = Path(config.out)
-        (out / "table.txt").write_text(text + "\n", encoding="utf-8")
-        as_json = json.dumps(rows, indent=1).replace("NaN", "null")
-        (out / "table.json").write_text(as_json + "\n")
-
-
-def compare_or_grade(config) -> None:
-    """Handle --compare and --grade, which need no model. config: evaluate.EvalConfig."""
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    if config.compare:
-        figure, table = plots.compare(config.compare, out / "compare.png")
-        print(table, figure, sep="\n")
-        return
-    how = {"n": config.n, "reward": config.reward, "deadline": config.reward_deadline}
-    how["memory"] = config.reward_memory
-    results = predictions.grade_files(config.grade, **how)
-    baseline = None
-    if config.baseline:
-        baseline = predictions.grade_files([config.baseline], results, **how)
-    report(config, results, baseline, notes=[])

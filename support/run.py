@@ -21,11 +21,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from support import StepError, benchmarks, checkpoint, data, lora, pages, plots
+from support import StepError, benchmarks, checkpoint, data, lora, pages, plots, predictions
 from support.batch import Example, Group, Prompt
 from support.config import exit_with_error, flags_of
 from support.distributed import (
-    concat_over_ranks,
     gather_over_ranks,
     local_world_size,
     make_mesh,
@@ -35,7 +34,6 @@ from support.distributed import (
     shard,
 )
 from support.loggers import LOGGERS
-from support.metrics import read_metrics
 from support.qwen_vl import Encoder, Policy
 from support.reward import compute_score
 from support.run_folder import (
@@ -303,18 +301,15 @@ class Run:
         due = self.is_due(self.config.eval_every) and self.evaluated_step != self.step
         return due and bool(self.eval_sets)
 
-    def log_evaluation(self, accuracies: dict[str, float], records: dict[str, list]) -> None:
-        """Log the accuracy of each evaluation set, and the first response to its first questions.
-
-        records: evaluation set -> this rank's records.
-        """
+    def log_evaluation(self, results: dict[str, list[predictions.Question]]) -> None:
+        """Log avg@n of each evaluation set, and the first response to its first questions."""
         samples = []
-        for name, of_set in records.items():
-            first = [each for each in of_set if each["row"] < SAMPLE_ROWS and each["loop"] == 0]
-            ordered = sorted(concat_over_ranks(first), key=lambda record: record["row"])
-            samples += [{"step": self.step, "set": name} | record for record in ordered]
+        for name, questions in results.items():
+            records = [each[0] for each in questions if each[0]["row"] < SAMPLE_ROWS]
+            samples += [{"step": self.step, "set": name} | record for record in records]
+        accuracies = {f"eval/{k}": predictions.mean_accuracy(v) for k, v in results.items()}
         self.evaluated_step = self.step
-        self.log({f"eval/{name}": accuracy for name, accuracy in accuracies.items()}, samples)
+        self.log(accuracies, samples)
 
     def log(self, metrics: dict, samples: list[dict] = ()) -> None:
         """Write one line of metrics.jsonl, and samples to samples.jsonl, on the first rank."""
@@ -396,7 +391,7 @@ class Run:
         """Print accuracies before and after, a response and the files; draw the curves."""
         if self.rank > 0:
             return
-        _, evals = read_metrics(self.folder / "metrics.jsonl")
+        _, evals = plots.read_metrics(self.folder / "metrics.jsonl")
         for key in evals[0] if evals else ():
             if key.startswith("eval/"):
                 name = key.removeprefix("eval/")

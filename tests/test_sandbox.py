@@ -63,7 +63,7 @@ def gone(pid):
         return True
 
 
-# ------------------------------------------------------------------------------------------ batches
+# ---------------------------------------------------------------------------------------- batches
 
 
 @pytest.mark.filterwarnings("ignore:.*took longer")
@@ -160,7 +160,7 @@ def test_a_function_with_alarms_of_its_own_keeps_the_deadline(write):
             grader(["a"], ["a"])
 
 
-# --------------------------------------------------------------------------------- a user's function
+# ------------------------------------------------------------------------------- a user's function
 
 
 ERRORS = """
@@ -219,7 +219,7 @@ def test_a_function_that_does_not_load_is_named(write, tmp_path):
         Grader(f"{tmp_path}/silent.py:f", workers=1)
 
 
-# ------------------------------------------------------------------------------------- the whole row
+# ----------------------------------------------------------------------------------- the whole row
 
 
 ROW = """
@@ -257,7 +257,7 @@ def test_the_reward_in_the_readme_compares_units(tmp_path):
     assert [score["overall"] for score in scores] == [1.0, 0.1, 0.1, 0.1, 0.0]
 
 
-# -------------------------------------------------------------------------------- no process is left
+# ------------------------------------------------------------------------------ no process is left
 
 
 def test_a_closed_grader_has_no_process():
