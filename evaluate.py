@@ -66,8 +66,9 @@ def predict(
         responses = [text for group in groups for text in group.responses]
         examples = [group.prompt.example for group in groups for _ in group.responses]
         answers = [example.answer for example in examples]
-        scores = grader(responses, answers, examples, budget=math.inf)  # each has a deadline
-        questions = predictions.make_questions(policy.encoder.tokenizer, groups, scores)
+        scores = iter(grader(responses, answers, examples, budget=math.inf))  # each has a deadline
+        tokenizer = policy.encoder.tokenizer
+        questions = [predictions.make_question(tokenizer, group, scores) for group in groups]
         # Ranks that are done wait here for those that still score.
         questions = distributed.concat_over_ranks(questions)
         yield sorted(questions, key=lambda question: question[0]["row"])
@@ -94,10 +95,7 @@ def validate(run) -> None:
 
 
 def evaluate(policy: Policy, sets: dict, config: EvalConfig) -> None:
-    """Evaluate every set; the first rank prints the table.
-
-    With --out, a resumed evaluation skips answered questions; an interruption costs one chunk.
-    """
+    """Evaluate every set, but for questions that --out holds; the first rank prints the table."""
     results, baseline, notes = {}, None, [protocol_line(config)]
     is_first = dist.get_rank() == 0
     with make_grader(config) as grader:

@@ -40,14 +40,8 @@ top_k max_prompt_tokens max_new_tokens min_pixels max_pixels prompt_suffix""".sp
 Question = list[dict]
 
 
-def make_questions(tokenizer, groups: list[Group], scores: Iterable[dict]) -> list[Question]:
-    """The questions of these groups; scores: per response, group after group."""
-    scores = iter(scores)
-    return [make_question(tokenizer, group, scores) for group in groups]
-
-
 def make_question(tokenizer, group: Group, scores: Iterator[dict]) -> Question:
-    """The records of a group, with PAPO-Eval's keys and then ours. Takes its scores from these."""
+    """One record per response, with PAPO-Eval's keys and then ours, and the next of the scores."""
     prompt = group.prompt
     prompt_text = tokenizer.decode(prompt.input_ids, skip_special_tokens=True)
     question = []
@@ -72,32 +66,28 @@ def open_output(config) -> None:
     size and modification time, as a path may be the same and its content new. ValueError if the
     folder holds another evaluation, or other JSON files. config: protocol.EvalConfig.
     """
-    out = config.out
-    if not out:
+    if not config.out:
         return
     current = {name: getattr(config, name) for name in CHANGES_RESULTS}
     for name in ("model", "data", "benchmarks"):
         current[f"files of {name}"] = file_stamps(Path(current[name]).expanduser())
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "evaluation.json"
-    others = sorted(path.name for path in folder.glob("*.json*"))
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    file, others = out / "evaluation.json", sorted(path.name for path in out.glob("*.json*"))
+    if others and not file.exists():
+        raise ValueError(f"--out {out} holds {others[0]} and no evaluation: choose another folder")
     if not others:
         write_atomically(file, json.dumps(current, indent=1) + "\n")
-    elif not file.exists():
-        problem = f"holds {others[0]} and no evaluation"
-        raise ValueError(f"--out {out} {problem}: choose another folder")
     saved = json.loads(file.read_text())
     changed = [f"{k} {str(saved.get(k))[:60]}" for k in current if current[k] != saved.get(k)]
     if changed:
-        problem = f"holds an evaluation with {', '.join(changed)}"
-        raise ValueError(f"--out {out} {problem}: choose another folder")
+        values = ", ".join(changed)
+        raise ValueError(f"--out {out} holds an evaluation with {values}: choose another folder")
 
 
 def file_stamps(path: Path) -> list[list]:
     """[name, bytes, modification time] of the file `path`, or of each file in the folder `path`."""
-    candidates = sorted(path.glob("*")) if path.is_dir() else [path]
-    files = [file for file in candidates if file.is_file()]
+    files = [file for file in [path, *sorted(path.glob("*"))] if file.is_file()]
     return [[file.name, file.stat().st_size, file.stat().st_mtime] for file in files]
 
 
@@ -185,12 +175,13 @@ def read_predictions(path: Path) -> list[dict]:
             if not line.strip():
                 continue
             try:
-                record = {"id": "", "prompt": ""} | json.loads(line)
-                record |= {"predict": str(record["predict"]), "label": str(record["label"])}
+                record = json.loads(line)
+                texts = {key: str(record[key]) for key in ("predict", "label")}
             except (ValueError, TypeError, KeyError) as error:
                 problem = f"is not a prediction ({type(error).__name__}: {error})"
                 raise ValueError(f"{path}: line {number} {problem}") from error
-            records.append(record)
+            names = {key: record.get(key, "") for key in ("id", "prompt")}
+            records.append(record | texts | names)
     return records
 
 

@@ -1,29 +1,30 @@
-"""evaluate.py: the paper's table, avg@n, resumption, --ask, --explain, --grade and --compare."""
+"""evaluate.py: avg@n, resumption, --ask, --explain, --grade and --compare."""
 
+import io
 import json
 import re
+import sys
 from contextlib import redirect_stderr, redirect_stdout
-from io import StringIO
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, generate, on_ranks, process_restored, random_image
+from conftest import ROOT, generate, metric_lines, on_ranks, process_restored, random_image
 from PIL import Image
 from test_benchmarks import row, split_rows, write_split
-from test_predictions import its_rule, papo_eval_file
+from test_predictions import its_rule, papo_eval_file, write_jsonl
 
 import evaluate
 from masking import mask_prompt
 from papo import Algo
-from rollout import Sampling
-from support import attribution, attribution_figures, benchmarks, data, metrics, pages, toy
+from support import attribution, attribution_figures, pages, toy
 from support.batch import Example, seeded
-from support.predictions import boxed
 from support.protocol import configure
 from support.qwen_vl import Encoder, Policy
+from support.reward import boxed
 
 SMALL = "--min_pixels 3136 --max_pixels 200704 --max_new_tokens 6 --n 3 --rollout_batch 6".split()
 
@@ -32,232 +33,10 @@ def read_jsonl(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def write_jsonl(path, records):
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-
-
 def error_line(capsys):
     """The one error line a command printed."""
     [line] = [line for line in capsys.readouterr().err.splitlines() if ": error: " in line]
     return line
-
-
-# ------------------------------------------------------------------------------------------ Table 1
-
-GROUPS = {
-    "general": benchmarks.GENERAL,
-    "vision-dependent": benchmarks.VISION,
-    "overall": benchmarks.BENCHMARKS["all"],
-}
-
-
-class TableRow(NamedTuple):
-    general: list[float]  # accuracy on each of the five sets
-    vision: list[float]  # of the four
-    averages: list[float]  # of each group in GROUPS
-    deltas: list[float]  # Delta_rel of each group over the baseline
-
-
-def table_row(general, vision, averages, deltas=""):
-    columns = (general, vision, averages, deltas)
-    return TableRow(*([float(number) for number in text.split()] for text in columns))
-
-
-TABLE_1 = {
-    "GRPO-3B": table_row(
-        "28.72 59.34 58.90 57.24 55.25", "38.14 55.81 25.66 52.26", "51.89 42.97 47.92"
-    ),
-    "PAPO_G-3B": table_row(
-        "30.95 61.38 60.09 57.39 57.14",
-        "38.67 62.56 27.11 53.95",
-        "53.39 45.57 49.92",
-        "3.38 5.60 4.36",
-    ),
-    "GRPO-7B": table_row(
-        "40.18 65.48 68.12 72.26 66.51", "45.62 73.94 35.17 61.71", "62.51 54.11 58.78"
-    ),
-    "PAPO_G-7B": table_row(
-        "40.25 69.53 66.79 72.52 68.43",
-        "46.07 89.81 36.63 64.97",
-        "63.50 59.37 61.66",
-        "1.53 7.96 4.39",
-    ),
-    "DAPO-3B": table_row(
-        "31.20 60.89 59.95 66.83 56.25", "40.69 74.25 28.42 53.09", "55.02 49.11 52.40"
-    ),
-    "PAPO_D-3B": table_row(
-        "35.65 62.53 62.67 64.09 60.51",
-        "41.67 83.56 28.76 57.72",
-        "57.09 52.93 55.24",
-        "5.00 5.97 5.54",
-    ),
-    "DAPO-7B": table_row(
-        "35.92 61.91 58.51 75.93 55.64", "37.05 90.05 29.02 51.04", "57.58 51.79 55.01"
-    ),
-    "PAPO_D-7B": table_row(
-        "44.11 67.53 68.30 80.61 68.58",
-        "46.70 91.38 36.34 64.87",
-        "65.83 59.82 63.16",
-        "15.61 19.09 17.54",
-    ),
-}
-# Two printed Delta_rel differ from what their own rows give: (printed, recomputed).
-EXCEPTIONS = {
-    ("PAPO_D-7B", "vision-dependent"): (19.09, 19.96),
-    ("PAPO_D-3B", "vision-dependent"): (5.97, 6.22),
-}
-
-
-def make_predictions(percent):
-    """1,250 questions x 8 responses, exactly `percent` of which are correct."""
-    n_correct = round(percent * 100)
-    return [
-        {"id": str(i % 1250), "prompt": "", "label": "1", "accuracy": float(i < n_correct)}
-        for i in range(10_000)
-    ]
-
-
-def predictions_of(name):
-    scores = TABLE_1[name].general + TABLE_1[name].vision
-    splits = benchmarks.BENCHMARKS["all"]
-    return {split: make_predictions(score) for split, score in zip(splits, scores, strict=True)}
-
-
-@pytest.mark.parametrize("baseline", ["GRPO-3B", "GRPO-7B", "DAPO-3B", "DAPO-7B"])
-def test_table_1(baseline, monkeypatch, capsys):
-    monkeypatch.setattr(metrics, "RESAMPLES", 3)
-    papo = f"PAPO_{baseline[0]}{baseline[4:]}"
-    printed, before, after = TABLE_1[papo], predictions_of(baseline), predictions_of(papo)
-    rows = metrics.summarise(after, 8, GROUPS, before)[-3:]
-    assert [line["name"] for line in rows] == [f"{group} average" for group in GROUPS]
-    columns = zip(GROUPS, rows, printed.averages, printed.deltas, strict=True)
-    for group, line, average, delta in columns:
-        assert line["accuracy"] == pytest.approx(average, abs=0.02)
-        in_paper, recomputed = EXCEPTIONS.get((papo, group), (delta, delta))
-        assert delta == in_paper
-        assert line["delta"] == pytest.approx(recomputed, abs=0.02)
-
-    averages = [line["accuracy"] for line in metrics.summarise(before, 8, GROUPS)[-3:]]
-    assert averages == pytest.approx(TABLE_1[baseline].averages, abs=0.02)
-
-    evaluate.report(evaluate.EvalConfig(), after, before, [])
-    text = capsys.readouterr().out
-    cells = [line.split() for line in text.splitlines() if "average" in line]
-    assert [c[0] for c in cells] == list(GROUPS)
-    assert [float(c[3]) for c in cells] == pytest.approx(printed.averages, abs=0.02)
-    assert "free-form" in text
-
-
-def test_an_average_over_part_of_a_group_says_so():
-    groups = {"general": benchmarks.GENERAL, "overall": benchmarks.BENCHMARKS["all"][:5]}
-    results = {name: make_predictions(50) for name in benchmarks.GENERAL[:2]}
-    rows = metrics.summarise(results, 8, groups)
-    assert [line["name"] for line in rows] == [*benchmarks.GENERAL[:2], "general average (2 of 5)"]
-
-
-def test_measures_by_hand():
-    """Two questions with n = 4: one correct response in all."""
-    records = [
-        {
-            "id": question,
-            "prompt": "p",
-            "label": "l",
-            "accuracy": float((question, i) == (0, 0)),
-            "unboxed": question == 1,
-            "truncated": i == 0,
-        }
-        for i in range(4)
-        for question in range(2)
-    ]
-    [line] = metrics.summarise({"x": records}, 4, {})
-    assert line == {
-        "name": "x",
-        "questions": 2,
-        "accuracy": 12.5,
-        "pass": 50.0,
-        "unboxed": 50.0,
-        "truncated": 25.0,
-        "delta": pytest.approx(float("nan"), nan_ok=True),
-        "low": 0.0,
-        "high": 25.0,
-    }
-
-
-def test_intervals_match_the_known_distribution():
-    records = [
-        {"id": i, "prompt": "", "label": "", "accuracy": float(i % 5 == 0)} for i in range(1000)
-    ]
-    [line] = metrics.summarise({"y": records}, 1, {})
-    half = 196 * (0.2 * 0.8 / 1000) ** 0.5
-    assert (line["low"], line["high"]) == pytest.approx((20 - half, 20 + half), abs=0.5)
-    [again] = metrics.summarise({"y": records}, 1, {})
-    assert again["low"] == line["low"]  # the seed is fixed
-    interval = [f"{line['low']:.2f}", "to", f"{line['high']:.2f}"]
-    cells = metrics.table([line], 1).splitlines()[1].split()
-    assert cells == ["y", "1000", "20.00", *interval, "20.00", "-", "-"]
-
-
-# ---------------------------------------------------------------------------------- PAPO-Eval files
-
-
-def test_grading_follows_papo_evals_rule(tmp_path, capsys):
-    file, out = tmp_path / "We-Math_We-Math.jsonl", tmp_path / "out"
-    records = papo_eval_file(file)
-    evaluate.main(["--grade", str(file), "--out", str(out)])
-    [line] = json.loads((out / "table.json").read_text())
-    assert line["name"] == "We_Math"
-    assert line["questions"] == 5
-    assert line["accuracy"] == pytest.approx(its_rule(records, 8))
-    assert 20 < line["accuracy"] < 80
-    assert line["truncated"] is None
-    assert 0 < line["unboxed"] < 50
-    assert (out / "table.txt").read_text() == capsys.readouterr().out
-
-
-def test_repeated_questions_are_separated():
-    """One question that occurs twice per loop: always right first, then always wrong."""
-    records = [
-        {"id": "", "prompt": "p", "label": "1", "accuracy": float(i % 2 == 0)} for i in range(8)
-    ]
-    questions = metrics.in_questions("x", records, 4)
-    accuracies = [[record["accuracy"] for record in question] for question in questions]
-    assert accuracies == [[1.0] * 4, [0.0] * 4]
-
-
-def test_missing_responses_are_an_error_that_names_the_question(tmp_path, capsys):
-    file = tmp_path / "a.jsonl"
-    write_jsonl(file, papo_eval_file(file, repeated=False)[:-2])
-    with pytest.raises(SystemExit, match="2"):
-        evaluate.main(["--grade", str(file)])
-    [line] = capsys.readouterr().err.splitlines()
-    question = "question 'test_3' ('Frage ß 3? assistant', answer '90')"
-    assert f"a: 7 responses to {question} are not a multiple of n=8" in line
-
-
-def test_baseline(tmp_path, capsys):
-    ours, theirs, out = tmp_path / "ours", tmp_path / "theirs", tmp_path / "out"
-    ours.mkdir()
-    theirs.mkdir()
-    papo_eval_file(ours / "PAPO_MMK12.jsonl")
-    file = theirs / "PAPO_MMK12.jsonl"
-    worse = papo_eval_file(file)
-    for record in worse[1::2]:
-        record["predict"] = "?"
-    write_jsonl(file, worse)
-    command = ["--grade", str(ours), "--baseline", str(theirs), "--out", str(out)]
-    evaluate.main(command)
-    [line] = json.loads((out / "table.json").read_text())
-    assert line["delta"] == pytest.approx(100 * (line["accuracy"] / its_rule(worse, 8) - 1))
-    assert line["delta"] > 10
-    assert "Delta_rel %" in capsys.readouterr().out
-
-    write_jsonl(file, [record for record in worse if record["label"] != "4"])
-    evaluate.main(["--grade", str(ours), "--baseline", str(theirs), "--out", str(tmp_path / "few")])
-    assert "PAPO_MMK12: no Delta_rel, the baseline has " in capsys.readouterr().err
-    file.rename(theirs / "We_Math.jsonl")
-    with pytest.raises(SystemExit, match="2"):
-        evaluate.main(command)
-    assert "one NAME.jsonl for PAPO_MMK12 expected, found We_Math.jsonl" in error_line(capsys)
 
 
 # ------------------------------------------------------------------------ evaluation and resumption
@@ -282,7 +61,7 @@ class Evaluation(NamedTuple):
 @pytest.fixture(scope="module")
 def uninterrupted(folder, data_flags, tmp_path_factory):
     """An uninterrupted evaluation on one rank."""
-    out, stdout, stderr = tmp_path_factory.mktemp("whole") / "out", StringIO(), StringIO()
+    out, stdout, stderr = tmp_path_factory.mktemp("whole") / "out", io.StringIO(), io.StringIO()
     with redirect_stdout(stdout), redirect_stderr(stderr):
         evaluate.main(["--model", folder, *data_flags, "--out", str(out)])
     return Evaluation(out, stdout.getvalue(), stderr.getvalue())
@@ -304,7 +83,7 @@ def test_evaluation(uninterrupted, capsys):
         "system\nYou are a helpful assistant.\n"
         "user\nUnd , wie groß ist ∠ABC?\n\nBox it.\nassistant\n"
     )
-    assert "We_Math: 2 rows left out (broken image 1, markers 1)" in stdout
+    assert "We_Math: left out: {'markers': 1, 'broken image': 1}" in stdout
     assert "We_Math: row 4 is left out: broken image" in stderr
     assert "We_Math: row 5 is skipped, markers" in stderr
     protocol = "n 3 (CHANGED), temperature 1.0, top_p 1.0, top_k 50, max_new_tokens 6 (CHANGED)"
@@ -312,7 +91,7 @@ def test_evaluation(uninterrupted, capsys):
     names = [line.split()[0] for line in stdout.splitlines()[1:4]]
     assert names == ["We_Math", "lscpku_LogicVista", "overall"]
 
-    evaluate.main(["--grade", str(out), "--n", "3"])
+    evaluate.main(["--grade", str(out)])  # the files know n
     assert stdout.splitlines()[:4] == capsys.readouterr().out.splitlines()[:4]
     for name in ("We_Math", "lscpku_LogicVista"):
         records = read_jsonl(out / f"{name}.jsonl")
@@ -320,18 +99,70 @@ def test_evaluation(uninterrupted, capsys):
         assert its_rule(records, 3) == pytest.approx(accuracy)
 
 
-def test_scoring_is_bounded(policy):
-    """By what every response may take, so that other ranks know how long to wait."""
-    calls = []
+def test_grading_against_a_baseline(tmp_path, capsys):
+    ours, theirs, out = tmp_path / "ours", tmp_path / "theirs", tmp_path / "out"
+    ours.mkdir()
+    theirs.mkdir()
+    papo_eval_file(ours / "PAPO_MMK12.jsonl")
+    file = theirs / "PAPO_MMK12.jsonl"
+    worse = papo_eval_file(file)
+    for record in worse[1::2]:
+        record["predict"] = "?"
+    write_jsonl(file, worse)
+    command = ["--grade", str(ours), "--baseline", str(theirs), "--out", str(out)]
+    evaluate.main(command)
+    [line] = json.loads((out / "table.json").read_text())
+    assert line["delta"] == pytest.approx(100 * (line["accuracy"] / its_rule(worse, 8) - 1))
+    assert line["delta"] > 10
+    assert line["truncated"] is None
+    text = capsys.readouterr().out
+    assert "Delta_rel %" in text and (out / "table.txt").read_text() == text
 
-    def grader(responses, answers, budget):
-        calls.append((len(responses), budget))
-        return [{"accuracy": 0.0, "format": 0.0} for _ in responses]
+    write_jsonl(file, [record for record in worse if record["label"] != "4"])
+    evaluate.main(command)
+    assert "PAPO_MMK12: no Delta_rel, the baseline has " in capsys.readouterr().err
 
-    grader.deadline = 5.0
-    rows, sampling = data.load("toy", "general", limit=3), Sampling(2, rollout_batch=8)
-    assert len(list(evaluate.predict(policy, rows, grader, 4, sampling))) == 2
-    assert calls == [(8, 60 + 2 * 5 * 8), (4, 60 + 2 * 5 * 4)]
+
+REWARD = """
+def score(response, answer, row):
+    whole = (row["answer"], row["unit"], len(row["images"]))
+    return dict.fromkeys(("overall", "format", "accuracy"), float(whole == (answer, "dots", 1)))
+"""
+
+
+def test_a_reward_sees_the_row_in_training_and_evaluation(
+    run, folder, tmp_path, monkeypatch, capsys
+):
+    original = toy.example
+    monkeypatch.setattr(toy, "example", lambda *a: replace(original(*a), columns={"unit": "dots"}))
+    (tmp_path / "mine.py").write_text(REWARD)
+    flags = ["--reward", f"{tmp_path}/mine.py:score"]
+    logged = metric_lines(run("trained", f"--steps 1 {' '.join(flags)}"))
+    assert [line.get("accuracy", line.get("eval/general")) for line in logged] == [1.0] * 3
+    out = tmp_path / "out"
+    sizes = "--eval_rows 2 --n 2 --max_new_tokens 5 --out".split()
+    evaluate.main(["--model", folder, *flags, *sizes, str(out)])
+    assert {each["accuracy"] for each in read_jsonl(out / "general.jsonl")} == {1.0}
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.main(["--grade", str(out), *flags])
+    assert "mine.py:score takes a row, which files of responses (--grade," in error_line(capsys)
+
+
+def test_a_character_that_stdout_lacks_ends_nothing(run, folder, tmp_path, images, monkeypatch):
+    """Both commands print questions."""
+    data = tmp_path / "roots.jsonl"
+    write_jsonl(data, [{"problem": "What is √4?", "answer": "2"}])
+    explain = ["--explain", "--ask", "√?", "--image", images[0], "--out", str(tmp_path / "out")]
+    for command in (
+        lambda: run("run", f"--data {data} --val_data {data} --steps 1 --save_every 0"),
+        lambda: evaluate.main(["--model", folder, *explain, "--max_new_tokens", "2"]),
+    ):
+        stdout = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+        monkeypatch.setattr(sys, "stdout", stdout)
+        command()
+        stdout.flush()
+        assert b"question: " in stdout.buffer.getvalue()
+        assert b"\\u221a" in stdout.buffer.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -372,16 +203,15 @@ def test_resumption(folder, data_flags, uninterrupted, tmp_path, monkeypatch, ca
     assert batches == [[0, 1], [2, 3]]
     assert not (out / "table.txt").exists()
 
-    partial_file = out / "partial" / "We_Math" / "0.jsonl"
+    partial_file = out / "We_Math.partial"
     text = partial_file.read_text()
-    partial_file.write_text(text[:-30])  # question 3 lacks a response, as after SIGKILL
+    partial_file.write_text(text[:-30])  # the line of question 3 is torn, as after SIGKILL
     limit = None
     batches.clear()
     evaluate.main(command)
     assert batches[0] == [3]
     assert sum(batches[1:], []) == [0, 1, 2, 3]
     assert read_files(out) == read_files(uninterrupted.out)
-    assert list((out / "partial").rglob("*.jsonl")) == []
 
     batches.clear()
     evaluate.main(command)
@@ -389,10 +219,6 @@ def test_resumption(folder, data_flags, uninterrupted, tmp_path, monkeypatch, ca
     assert read_files(out) == read_files(uninterrupted.out)
 
     capsys.readouterr()
-    with pytest.raises(SystemExit, match="2"):
-        evaluate.main([*command, "--seed", "1"])
-    message = f"--out {out} holds an evaluation with seed 0: choose another folder"
-    assert message in capsys.readouterr().err
 
 
 def test_two_ranks_write_the_files_of_one(folder, data_flags, uninterrupted, tmp_path):
@@ -545,34 +371,6 @@ def test_explain_bounds_its_forwards_and_masks_as_in_training(
     assert len(forwards) == 3  # clean, two masked views, twelve cells
 
 
-def test_explain_a_question_with_several_images(folder, tmp_path, images, capsys):
-    flags = ["--max_new_tokens", "4", "--masks", "1", "--out", str(tmp_path / "out")]
-    question = ["--explain", "--ask", "How many?", "--image", *images]
-    evaluate.main(["--model", folder, *question, *flags])
-    assert (tmp_path / "out" / "heat_map1.png").exists()
-    assert "response: " in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_tokens_read_off_the_image_depend_on_it():
-    """A trained toy's colour words depend on the image more than the words of its template."""
-    policy = toy_policy(str(toy.MODEL))
-    encoder = policy.encoder
-    colours, template = [], []
-    for i in range(8):
-        prompt = encoder.encode(toy.example("vision_dependent", i), i)
-        [group] = generate(policy, [prompt], 1, temperature=0.0, max_new_tokens=40)
-        group.view_pixel_values["mask"], _ = mask_prompt(prompt, Algo(), encoder, seeded(i))
-        with torch.no_grad():
-            gains = (policy.log_probs([group]) - policy.log_probs([group], "mask"))[0]
-        for token, gain in zip(group.tokens[0].tolist(), gains.tolist(), strict=True):
-            word = encoder.tokenizer.decode([token]).strip()
-            is_colour = word in (*toy.COLOURS, "none")
-            (colours if is_colour else template).append(gain)
-    assert np.mean(colours) > 0.3
-    assert np.mean(colours) > 5 * abs(np.mean(template))
-
-
 # -------------------------------------------------------------------------------- --compare, errors
 
 
@@ -589,20 +387,6 @@ def test_compare(tmp_path, capsys):
     assert re.search(r"papo_g +eval/general +2 +0\.300 \+- 1\.271 +0 +0\.500 \+- 1\.271 +2", text)
     assert text.splitlines()[-1] == str(out / "compare.png")
     assert (out / "compare.png").exists()
-
-
-def test_predictions_never_overwrite_data(folder, tmp_path, capsys):
-    """With --out in the data's folder, NAME.jsonl would replace the rows it was made from."""
-    toy.example("train", 0).images[0].save(tmp_path / "a.png")
-    data = tmp_path / "mine.jsonl"
-    write_jsonl(data, [{"problem": "<image>How many?", "answer": "1", "images": ["a.png"]}])
-    before = data.read_text()
-    flags = "--n 1 --max_new_tokens 2 --min_pixels 3136".split()
-    with pytest.raises(SystemExit, match="2"):
-        evaluate.main(["--model", folder, "--data", str(data), *flags, "--out", str(tmp_path)])
-    message = f"--out {tmp_path} holds mine.jsonl and no evaluation: choose another folder"
-    assert message in capsys.readouterr().err
-    assert data.read_text() == before
 
 
 @pytest.mark.parametrize(

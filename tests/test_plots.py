@@ -54,7 +54,7 @@ def titles(figure):
     return [ax.get_title() for ax in figure.axes]
 
 
-# ---------------------------------------------------------------------------- curves, comparisons
+# -------------------------------------------------------------------------- curves, comparisons
 
 
 def test_curves_draws_every_panel(tmp_path, figures):
@@ -126,7 +126,7 @@ def test_noise_does_not_fill_a_panel(tmp_path, figures):
     lines = [{"step": step, "response_length": 31 + 0.1 * (step % 2)} for step in range(5)]
     run = write_log(tmp_path, lines, algo="grpo")
     plots.curves(run)
-    plots.compare([run], tmp_path / "compare.png")
+    plots.compare([run], tmp_path)
     for figure in figures:
         low, high = figure.axes[0].get_ylim()
         assert low < 29.1 and high > 33
@@ -140,7 +140,7 @@ def test_compare_leaves_out_what_moves_in_no_run(tmp_path, figures):
             for step in (1, 2)
         ]
         folders.append(write_log(tmp_path / algo, lines, algo=algo))
-    plots.compare(folders, tmp_path / "compare.png")
+    plots.compare(folders, tmp_path)
     assert titles(figures[0]) == ["reward", "kl_ref", "clip_frac"]
 
 
@@ -157,7 +157,7 @@ def test_nothing_to_draw(tmp_path):
     with pytest.raises(ValueError, match="nothing to draw"):
         plots.curves(write_log(tmp_path, [{"step": 1, "reward": math.nan}]))
     with pytest.raises(ValueError, match="nothing to draw"):
-        plots.compare([], tmp_path / "compare.png")
+        plots.compare([], tmp_path)
 
 
 def test_the_backend_is_left_alone():
@@ -177,7 +177,7 @@ def test_compare_equals_the_hand_calculation(tmp_path, figures):
         if seed:  # two runs are longer than the first
             lines.append({"step": 3, "reward": 0.7 + 0.1 * seed})
         folders.append(write_log(tmp_path / f"s{seed}", lines, algo="papo_g", seed=seed))
-    _, table = plots.compare(folders, tmp_path / "compare.png")
+    table, _ = plots.compare(folders, tmp_path)
     rows = [line.split() for line in table.splitlines()]
     # sd 0.1, t(2) = 4.303: half width 4.303 * 0.1 / sqrt(3) = 0.248.
     assert rows[1] == "papo_g eval/general 3 0.400 +- 0.000 0 0.600 +- 0.248 2".split()
@@ -214,7 +214,7 @@ def test_compare_groups_by_algorithm_and_keeps_settings_apart(tmp_path, figures)
         write_run(tmp_path / f"{i}", seed=i % 2, steps=10 + i, out=f"runs/{i}", **config)
         for i, config in enumerate(runs)
     ]
-    path, table = plots.compare(folders, tmp_path / "compare.png")
+    table, path = plots.compare(folders, tmp_path)
     assert_drawn(path)
     rewards = [line.split(" reward ") for line in table.splitlines() if " reward " in line]
     seeds = {label.strip(): numbers.split()[0] for label, numbers in rewards}
@@ -229,3 +229,41 @@ def test_compare_groups_by_algorithm_and_keeps_settings_apart(tmp_path, figures)
     colours = [[line.get_color() for line in ax.lines] for ax in figure.axes]
     assert all(panel == colours[0] for panel in colours)
     assert_legible(figure)
+
+
+# ---------------------------------------------------------------------- numbers behind the figures
+
+
+def test_read_metrics(tmp_path):
+    """A resumed run repeats steps, and a killed one leaves half a line."""
+    lines = [
+        '{"step": 0, "eval/general": 0.5, "eval/vision_dependent": 0.3}',
+        '{"step": 1, "reward": 0.1}',
+        '{"step": 2, "reward": 0.2}',
+        '{"step": 2, "eval/general": 0.61}',
+        '{"step": 2, "eval/other": 0.4}',
+        '{"step": 1, "reward": 0.15}',
+        '{"step": 0, "eval/general": 0.55}',
+        '{"step": 3, "rew',
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    steps, evals = plots.read_metrics(tmp_path)
+    assert steps == [{"step": 1, "reward": 0.15}, {"step": 2, "reward": 0.2}]
+    assert evals == [
+        {"step": 0, "eval/general": 0.55, "eval/vision_dependent": 0.3},
+        {"step": 2, "eval/general": 0.61, "eval/other": 0.4},
+    ]
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        plots.read_metrics(tmp_path / "nowhere")
+    (tmp_path / "metrics.jsonl").write_text('{"reward": 0.125}\n')
+    with pytest.raises(ValueError, match="0.125"):
+        plots.read_metrics(tmp_path)
+
+
+@pytest.mark.parametrize("n, t", [(2, 12.706), (10, 2.262), (11, 2.228), (121, 1.980)])
+def test_the_interval_is_students_t(n, t):
+    values = np.random.default_rng(n).normal(size=n)
+    mean, half = plots.mean_interval(values)
+    assert mean == pytest.approx(values.mean())
+    assert half == pytest.approx(t * values.std(ddof=1) / math.sqrt(n), rel=2e-3)
+    assert math.isnan(plots.mean_interval(values[:1])[1])

@@ -1,13 +1,97 @@
-"""support/predictions.py: graded by PAPO-Eval's rule, and resumed after a kill."""
+"""support/predictions.py: Table 1 of the paper, PAPO-Eval's rule, files that survive a kill."""
 
 import json
+import math
 import re
 
 import mathruler.grader
 import pytest
 
-from support import data, predictions
-from support.predictions import boxed
+from support import benchmarks, predictions
+from support.protocol import EvalConfig
+from support.sandbox import Grader
+
+# ---------------------------------------------------------------------------------------- the table
+
+# Accuracy on the nine sets | averages over general, vision-dependent, all | their Delta_rel.
+TABLE_1 = {
+    "GRPO-3B": "28.72 59.34 58.90 57.24 55.25 38.14 55.81 25.66 52.26 | 51.89 42.97 47.92",
+    "PAPO_G-3B": "30.95 61.38 60.09 57.39 57.14 38.67 62.56 27.11 53.95 | 53.39 45.57 49.92"
+    " | 3.38 5.60 4.36",
+    "GRPO-7B": "40.18 65.48 68.12 72.26 66.51 45.62 73.94 35.17 61.71 | 62.51 54.11 58.78",
+    "PAPO_G-7B": "40.25 69.53 66.79 72.52 68.43 46.07 89.81 36.63 64.97 | 63.50 59.37 61.66"
+    " | 1.53 7.96 4.39",
+    "DAPO-3B": "31.20 60.89 59.95 66.83 56.25 40.69 74.25 28.42 53.09 | 55.02 49.11 52.40",
+    "PAPO_D-3B": "35.65 62.53 62.67 64.09 60.51 41.67 83.56 28.76 57.72 | 57.09 52.93 55.24"
+    " | 5.00 6.22 5.54",  # printed is 5.97, which its own row does not give
+    "DAPO-7B": "35.92 61.91 58.51 75.93 55.64 37.05 90.05 29.02 51.04 | 57.58 51.79 55.01",
+    "PAPO_D-7B": "44.11 67.53 68.30 80.61 68.58 46.70 91.38 36.34 64.87 | 65.83 59.82 63.16"
+    " | 15.61 19.96 17.54",  # printed is 19.09
+}
+
+
+def table_row(name):
+    return [[float(number) for number in part.split()] for part in TABLE_1[name].split("|")]
+
+
+def questions(percent, n_questions=1250, n=8):
+    """Questions with n responses each, exactly `percent` of which are correct."""
+    n_correct = round(percent / 100 * n_questions * n)
+    correct = [float(i < n_correct) for i in range(n_questions * n)]
+    return [[{"accuracy": each} for each in correct[i::n_questions]] for i in range(n_questions)]
+
+
+def results_of(name):
+    splits, scores = benchmarks.BENCHMARKS["all"], table_row(name)[0]
+    return {split: questions(score) for split, score in zip(splits, scores, strict=True)}
+
+
+@pytest.mark.parametrize("baseline", ["GRPO-3B", "GRPO-7B", "DAPO-3B", "DAPO-7B"])
+def test_table_1(baseline, monkeypatch, capsys):
+    monkeypatch.setattr(predictions, "RESAMPLES", 3)
+    papo = f"PAPO_{baseline[0]}{baseline[4:]}"
+    _, averages, deltas = table_row(papo)
+    predictions.report(results_of(papo), results_of(baseline), [], "")
+    text = capsys.readouterr().out
+    cells = [line.split() for line in text.splitlines() if " average" in line]
+    assert [line[0] for line in cells] == ["general", "vision-dependent", "overall"]
+    assert [float(line[3]) for line in cells] == pytest.approx(averages, abs=0.02)
+    assert [float(line[-1]) for line in cells] == pytest.approx(deltas, abs=0.02)
+    assert "free-form" in text
+    rows = predictions.summarise(results_of(baseline))[-3:]
+    assert [row["accuracy"] for row in rows] == pytest.approx(table_row(baseline)[1], abs=0.02)
+
+
+def test_an_average_over_part_of_a_group_says_so():
+    rows = predictions.summarise({name: questions(50, 4) for name in benchmarks.GENERAL[:2]})
+    assert [row["name"] for row in rows][2:] == ["general average (2 of 5)"]
+
+
+def test_measures_by_hand():
+    """Two questions with n = 4: one correct response in all, in the first."""
+    of_set = questions(12.5, 2, 4)
+    for i, question in enumerate(of_set):
+        for loop, record in enumerate(question):
+            record |= {"unboxed": i == 1, "truncated": loop == 0}
+    [row] = predictions.summarise({"x": of_set})
+    assert math.isnan(row.pop("delta"))
+    expected = {"accuracy": 12.5, "pass": 50.0, "unboxed": 50.0, "truncated": 25.0}
+    assert row == expected | {"name": "x", "questions": 2, "low": 0.0, "high": 25.0}
+    assert predictions.mean_accuracy(of_set) == 0.125
+
+
+def test_intervals_match_the_known_distribution():
+    [row] = predictions.summarise({"y": questions(20, 1000, 1)})
+    half = 196 * (0.2 * 0.8 / 1000) ** 0.5
+    assert (row["low"], row["high"]) == pytest.approx((20 - half, 20 + half), abs=0.5)
+    [again] = predictions.summarise({"y": questions(20, 1000, 1)})
+    assert again["low"] == row["low"]  # the seed is fixed
+    interval = [f"{row['low']:.2f}", "to", f"{row['high']:.2f}"]
+    cells = predictions.table([row], 1).splitlines()[1].split()
+    assert cells == ["y", "1000", "20.00", *interval, "20.00", "-", "-"]
+
+
+# ----------------------------------------------------------------------------------- grading again
 
 
 def its_rule(records, n):
@@ -26,17 +110,16 @@ def its_rule(records, n):
     return 100 * sum(means) / len(means)
 
 
+def write_jsonl(path, records):
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    path.write_text("".join(lines), encoding="utf-8")
+
+
 def papo_eval_file(path, n=8, repeated=True):
     """Write five questions, loop after loop; the last two are the same question if `repeated`."""
     labels = ["4", "\\frac{1}{2}", "B\n", "90", "90" if repeated else "91"]
-    responses = [
-        "\\boxed{4}",
-        "<think> 1 < 2 </think> \\boxed{0.5}",
-        "it is B",
-        "\\boxed{ 1 / 2 }",
-        "\\boxed{90",
-        "\\boxed{B}",
-    ]
+    boxes = ["\\boxed{4}", "<think> 1 < 2 </think> \\boxed{0.5}", "it is B", "\\boxed{ 1 / 2 }"]
+    responses = [*boxes, "\\boxed{90", "\\boxed{B}"]
     records = []
     for loop in range(n):
         for i, label in enumerate(labels):
@@ -44,94 +127,123 @@ def papo_eval_file(path, n=8, repeated=True):
             response = responses[(loop * 3 + i) % len(responses)]
             if i > 2 and loop % 2:
                 response += " \\boxed{90}"
-            records.append(
-                {
-                    "idx": len(records),
-                    "id": f"test_{question}",
-                    "prompt": f"system\nYou are.\nuser\nFrage ß {question}?\nassistant\n",
-                    "predict": response,
-                    "label": label,
-                }
-            )
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-    path.write_text("".join(lines), encoding="utf-8")
+            prompt = f"system\nYou are.\nuser\nFrage ß {question}?\nassistant\n"
+            record = {"idx": len(records), "id": f"test_{question}", "prompt": prompt}
+            records.append(record | {"predict": response, "label": label})
+    write_jsonl(path, records)
     return records
 
 
-def test_boxed():
-    assert boxed("<think> 1 </think> \\boxed{a \\frac{1} / {2}} x") == "a \\frac{1}/{2}"
-    assert boxed("\\boxed{1") is None
-    assert boxed("1") is None
+@pytest.fixture(scope="module")
+def grader():
+    with Grader(workers=1) as grader:
+        yield grader
+
+
+@pytest.mark.parametrize("n", [8, 16])
+def test_grading_follows_papo_evals_rule(tmp_path, grader, n):
+    """n is what the file holds; a question that occurs twice per loop is two."""
+    records = papo_eval_file(tmp_path / "We-Math_We-Math.jsonl", n)
+    results = predictions.grade_files([tmp_path], grader)
+    [row] = predictions.summarise(results)
+    assert (row["name"], row["questions"]) == ("We_Math", 5)
+    assert predictions.responses_per_question(results) == n
+    assert row["accuracy"] == pytest.approx(its_rule(records, n))
+    assert 20 < row["accuracy"] < 80
+    assert 0 < row["unboxed"] < 50
+    assert math.isnan(row["truncated"])
+
+
+def test_another_n_than_the_files_hold_is_an_error(tmp_path, grader):
+    papo_eval_file(tmp_path / "a.jsonl", n=16)
+    with pytest.raises(ValueError, match=r"a.jsonl holds 16 responses per question, not 8 \(see"):
+        predictions.grade_files([tmp_path], grader, n=8)
+    assert predictions.grade_files([tmp_path], grader, n=16)
+
+
+def test_repeated_questions_are_separated():
+    """One question that occurs twice per loop: always right first, then always wrong."""
+    same = {"id": "", "prompt": "p", "label": "1"}
+    records = [same | {"accuracy": float(i % 2 == 0)} for i in range(8)]
+    others = [{"id": str(i % 2), "prompt": "p", "label": "1", "accuracy": 0.5} for i in range(8)]
+    of_set = predictions.into_questions("x", [*records, *others])
+    accuracies = [[record["accuracy"] for record in question] for question in of_set]
+    assert accuracies == [[1.0] * 4, [0.0] * 4, [0.5] * 4, [0.5] * 4]
+
+
+def test_missing_responses_are_an_error_that_names_the_question(tmp_path, grader):
+    file = tmp_path / "a.jsonl"
+    write_jsonl(file, papo_eval_file(file, repeated=False)[:-2])
+    question = r"question 'test_3' \('Frage ß 3\? assistant', answer '90'\)"
+    with pytest.raises(ValueError, match=f"a: 7 responses to {question}, but 8 to others"):
+        predictions.grade_files([file], grader)
 
 
 def test_which_files_are_meant(tmp_path):
-    for name in ("a", "b"):
-        (tmp_path / f"{name}.jsonl").write_text("")
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "a.jsonl").write_text("")
+    for name in ("a", "b", "other/a"):
+        (tmp_path / f"{name}.jsonl").write_text("")
     find = predictions.find_predictions
     assert list(find([tmp_path], [])) == ["a", "b"]
     assert find([tmp_path], ["b"]) == {"b": tmp_path / "b.jsonl"}
-    with pytest.raises(ValueError, match="one NAME.jsonl for c, a expected, found a.jsonl, b.json"):
-        find([tmp_path], ["c", "a"])
-    with pytest.raises(ValueError, match="found a.jsonl, b.jsonl, a.jsonl"):
-        find([tmp_path, tmp_path / "other"], [])
-    with pytest.raises(ValueError, match="for a set expected, found none"):
-        find([], [])
+    for paths, names, message in [
+        ([tmp_path], ["c", "a"], "one NAME.jsonl for c, a expected, found a.jsonl, b.json"),
+        ([tmp_path, tmp_path / "other"], [], "found a.jsonl, b.jsonl, a.jsonl"),
+        ([], [], "for a set expected, found none"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            find(paths, names)
 
 
 @pytest.mark.parametrize("line", ["rubbish", "[1]", '{"predict": "1"}'])
 def test_a_line_that_is_not_a_prediction_is_named(tmp_path, line):
     file = tmp_path / "a.jsonl"
     file.write_text('{"predict": 1, "label": "\u2028"}\n\n' + line + "\n", encoding="utf-8")
-    with pytest.raises(data.DataError, match="a.jsonl: line 3 is not a prediction"):
+    with pytest.raises(ValueError, match="a.jsonl: line 3 is not a prediction"):
         predictions.read_predictions(file)
+
+
+# ----------------------------------------------------------------------------------- --out's folder
 
 
 def test_an_output_folder_is_one_evaluations(tmp_path):
     model = tmp_path / "model"
     model.mkdir()
     (model / "weights").write_text("1")
-    out = tmp_path / "out"
-    settings = {"seed": 0, "n": 8, "model": str(model), "data": "hub/id", "benchmarks": "hub/id"}
-    predictions.open_output(out, settings)
-    predictions.open_output(out, settings)
-    with pytest.raises(ValueError, match=f"--out {out} holds an evaluation with seed 0: choose"):
-        predictions.open_output(out, settings | {"seed": 1})
+
+    def start(out="out", **settings):
+        predictions.open_output(EvalConfig(str(model), out=str(tmp_path / out), **settings))
+
+    start()
+    start()
+    with pytest.raises(ValueError, match="out holds an evaluation with seed 0: choose another"):
+        start(seed=1)
     (model / "weights").write_text("12")
     with pytest.raises(ValueError, match="holds an evaluation with files of model "):
-        predictions.open_output(out, settings)
+        start()
     (tmp_path / "rows.jsonl").write_text("")
     with pytest.raises(ValueError, match="holds rows.jsonl and no evaluation: choose another"):
-        predictions.open_output(tmp_path, settings)
+        start(out=".")
 
 
-def test_partial_records_survive_a_kill(tmp_path):
-    """Only questions with all n responses count, whatever line a killed rank leaves incomplete."""
+def test_a_torn_line_costs_its_question(tmp_path):
+    """Of a killed process; what it appends when it resumes is read."""
+    shared = {"id": "", "prompt": "", "predict": "größe\u2028", "label": "1"}
+    of_set = [[{"row": i, "loop": loop} | shared for loop in range(2)] for i in range(3)]
+    out = str(tmp_path)
+    assert predictions.answered(out, "a") == []
+    predictions.append(out, "a", of_set[:2])
+    partial = tmp_path / "a.partial"
+    partial.write_text(partial.read_text()[:-5])
+    assert predictions.answered(out, "a") == of_set[:1]
+    predictions.append(out, "a", of_set[1:])
+    assert predictions.answered(out, "a") == of_set
 
-    def record(row, loop):
-        return {"idx": 0, "row": row, "loop": loop, "predict": "größe\u2028"}
-
-    def load():
-        return sorted(predictions.load_partial(tmp_path, "a", 2), key=key)
-
-    def key(record):
-        return record["loop"], record["row"]
-
-    complete = sorted([record(row, loop) for row in range(3) for loop in range(2)], key=key)
-    assert load() == []
-    predictions.append_partial(tmp_path, "a", 0, [record(0, 0), record(0, 1)])
-    predictions.append_partial(tmp_path, "a", 1, [record(1, 0), record(1, 1)])
-    part = tmp_path / "partial" / "a" / "1.jsonl"
-    part.write_text(part.read_text(encoding="utf-8")[:-5], encoding="utf-8")
-    assert load() == [record(0, 0), record(0, 1)]
-    predictions.append_partial(tmp_path, "a", 1, [record(2, 0), record(2, 1)])
-    predictions.append_partial(tmp_path, "a", 0, [record(1, 0), record(1, 1)])
-    assert load() == complete
-
-    predictions.write_predictions(tmp_path, "a", complete)
-    assert not part.exists()
-    assert load() == [record | {"idx": i} for i, record in enumerate(complete)]
-    text = (tmp_path / "a.jsonl").read_text(encoding="utf-8")
-    assert len(text.splitlines()) == len(complete)  # Python also splits at "\u2028"
-    assert list(tmp_path.glob(".*")) == []
+    predictions.finish(out, "a", of_set)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+    records = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert [(each["idx"], each["row"]) for each in records] == list(enumerate([0, 1, 2] * 2))
+    found = predictions.answered(out, "a")
+    assert [[(record["row"], record["loop"]) for record in question] for question in found] == [
+        [(i, 0), (i, 1)] for i in range(3)
+    ]
