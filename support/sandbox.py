@@ -78,7 +78,7 @@ class Grader(AbstractContextManager):
         reply = self._ask((function, workers or min(4, os.cpu_count() or 1), deadline, memory))
         if isinstance(reply, str):
             self.close()
-            raise ValueError(f"reward {function}: {reply}")
+            raise ValueError(f"reward {function!r}: {reply}")
         self._takes_row = reply
 
     def __call__(self, responses, answers, examples=None, budget=None) -> list[dict[str, float]]:
@@ -145,8 +145,8 @@ def serve(fd: int) -> None:
     try:
         function = load(spec)
         reply = "row" in inspect.signature(function).parameters
-    except Exception as error:
-        reply = one_line(error)
+    except ValueError as error:
+        reply = str(error)
     warnings.simplefilter("ignore", SyntaxWarning)  # Python's, about a formula
     reward.accuracy_reward(r"\boxed{x+x}", "2x")  # sympy imports what it needs, for all workers
     with suppress(EOFError, ConnectionError):
@@ -158,14 +158,17 @@ def serve(fd: int) -> None:
 
 
 def load(spec):
-    """The function of a "path/file.py:function"."""
+    """The function of a "path/file.py:function". ValueError, in one line, if there is none."""
     path, _, name = str(spec).rpartition(":")
     if not os.path.isfile(path):
-        raise ValueError("no such file; expected path/file.py:function")
+        raise ValueError(f"there is no file {path!r}; expected path/file.py:function")
     sys.path.append(os.path.dirname(os.path.abspath(path)))
     found = importlib.util.spec_from_file_location("user_reward", path)
     sys.modules["user_reward"] = module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
+    try:
+        found.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"the file does not load: {one_line(error)}") from error
     functions = {key: value for key, value in vars(module).items() if inspect.isfunction(value)}
     if name not in functions:
         raise ValueError(f"no function {name!r} there, it has: {', '.join(functions) or 'none'}")
@@ -191,11 +194,16 @@ def score_batch(trainer, function, tasks, workers, deadline, memory, end) -> lis
         for pipe, (process, indices, due) in list(running.items()):
             if pipe not in ready and time.monotonic() < due:
                 continue
-            outcome = receive(pipe) if pipe in ready else TIMEOUT
-            outcomes[indices[0]] = outcome
-            running[pipe] = process, indices[1:], time.monotonic() + deadline
-            if outcome in (TIMEOUT, DIED) or not indices[1:]:
-                waiting.append(indices[1:])
+            outcome = TIMEOUT
+            if pipe in ready:
+                outcome = DIED
+                with suppress(EOFError, OSError):
+                    outcome = pipe.recv()
+            index, rest = indices[0], indices[1:]
+            outcomes[index] = outcome
+            running[pipe] = process, rest, time.monotonic() + deadline
+            if outcome in (TIMEOUT, DIED) or not rest:
+                waiting.append(rest)
                 end_worker(pipe, running.pop(pipe)[0])
     for pipe, (process, *_) in running.items():
         end_worker(pipe, process)
@@ -215,13 +223,6 @@ def start_worker(function, tasks: list[tuple], memory: float) -> tuple[Connectio
             os._exit(0)
     theirs.close()
     return ours, process
-
-
-def receive(pipe: Connection) -> dict | str:
-    try:
-        return pipe.recv()
-    except (EOFError, OSError):
-        return DIED
 
 
 def end_worker(pipe: Connection, process: int) -> None:

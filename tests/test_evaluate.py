@@ -218,8 +218,6 @@ def test_resumption(folder, data_flags, uninterrupted, tmp_path, monkeypatch, ca
     assert sum(batches, []) == []
     assert read_files(out) == read_files(uninterrupted.out)
 
-    capsys.readouterr()
-
 
 def test_two_ranks_write_the_files_of_one(folder, data_flags, uninterrupted, tmp_path):
     out = tmp_path / "out"

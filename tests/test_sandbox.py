@@ -206,10 +206,10 @@ def test_a_function_that_does_not_load_is_named(write, tmp_path):
     good = write("def score(response, answer):\n    return zero()\n").removesuffix(":f")
     (tmp_path / "broken.py").write_text("import no_such_module\n")
     for spec, message in [
-        ("mine.py", "reward mine.py: .*expected path/file.py:function"),
-        (f"{tmp_path}/absent.py:f", "absent.py:f: .*no such file; expected path/file.py:function"),
+        ("mine.py", "reward 'mine.py': there is no file ''; expected path/file.py:function"),
+        (f"{tmp_path}/absent.py:f", "no file '/.*/absent.py'; expected path/file.py:function"),
         (f"{good}:scor", "no function 'scor' there, it has: zero, score"),
-        (f"{tmp_path}/broken.py:f", "ModuleNotFoundError: No module named 'no_such_m"),
+        (f"{tmp_path}/broken.py:f", "the file does not load: ModuleNotFoundError: No module named"),
     ]:
         with pytest.raises(ValueError, match=message) as error:
             Grader(spec, workers=1)
