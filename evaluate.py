@@ -20,6 +20,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -28,7 +29,7 @@ from tqdm import tqdm
 import masking
 from papo import Algo
 from rollout import Sampling, generate
-from support import StepError, attribution, benchmarks, distributed, plots, predictions, toy
+from support import StepError, benchmarks, curves, distributed, pages, predictions, toy
 from support import config as flags
 from support.ask import ask, prompt_of
 from support.batch import Prompt, seeded
@@ -139,9 +140,9 @@ def make_grader(config: EvalConfig) -> Grader:
 
 
 def explain(policy: Policy, prompt: Prompt, config: EvalConfig) -> None:
-    """Sample a response, and draw how much likelier its tokens are than under masked images, and
-    than with single cells of the image black."""
-    algo = Algo(**attribution.mask_settings(config.model))  # those of its run, if known
+    """Sample a response, and write a page: how much likelier its tokens are than under masked
+    images, and than with single parts of the image black."""
+    algo = Algo(**pages.mask_settings(config.model))  # those of its run, if known
     saliency = saliency_for(algo.mask_strategy, config.data)
     # images_aug is a fixed view: one pass is enough.
     n_masks = 1 if "images_aug" in prompt.more_pixel_values else config.masks
@@ -151,7 +152,10 @@ def explain(policy: Policy, prompt: Prompt, config: EvalConfig) -> None:
         views.append(masking.mask_prompt(prompt, algo, policy.encoder, generator, saliency))
     key = ("explain", config.seed)
     [group] = generate(policy, [prompt], 1, Sampling.of(config), key=key)
-    attribution.explain(policy, group, views, config.heat_patches, config.out or "explained")
+    page = Path(config.out or "explained", "explanation.html")
+    pages.explain(policy, group, views, config.heat_patches, page)
+    print(f"question: {prompt.example.question.replace('<image>', '')}")
+    print(f"response: {group.responses[0]}\n{page}")
 
 
 # -------------------------------------------------------------------------------------- the command
@@ -189,7 +193,7 @@ def main(argv=None) -> None:
     with flags.one_line_errors():
         config = configure(__doc__, argv)
         if config.compare:
-            table, figure = plots.compare(config.compare, config.out)
+            table, figure = curves.compare(config.compare, config.out)
             print(table, figure, sep="\n")
             return
         if config.grade:

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from support import StepError, benchmarks, checkpoint, data, lora, pages, plots, predictions
+from support import StepError, benchmarks, checkpoint, curves, data, lora, pages, predictions
 from support.batch import Example, Group, Prompt
 from support.config import exit_with_error, flags_of
 from support.distributed import (
@@ -391,17 +391,16 @@ class Run:
         """Print accuracies before and after, a response and the files; draw the curves."""
         if self.rank > 0:
             return
-        _, evals = plots.read_metrics(self.folder / "metrics.jsonl")
-        for key in evals[0] if evals else ():
-            if key.startswith("eval/"):
-                name = key.removeprefix("eval/")
-                before, after = evals[0][key], evals[-1][key]
+        for metric, values in curves.read_metrics(self.folder).items():
+            if metric.startswith("eval/"):
+                name = metric.removeprefix("eval/")
+                before, *_, after = [*values.values()] * 2  # a single one is both
                 print(f"{name:<20} accuracy {before:.3f} before, {after:.3f} after")
         samples = read_log(self.folder / "samples.jsonl")
         self._show_sample([sample for sample in samples if sample["step"] == self.step])
         print(f"metrics: {self.folder}/metrics.jsonl")
         with survivable(self.folder / "curves.png"):
-            print(f"curves: {plots.curves(self.folder)}")
+            print(f"curves: {curves.draw_run(self.folder)}")
         with survivable(self.folder / "samples.html"):
             title, out = f"Responses of {self.folder.name}", self.folder / "samples.html"
             if page := pages.samples(samples, self._find_example, title, out):

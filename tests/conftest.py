@@ -28,7 +28,7 @@ import rollout
 import train
 from experiments import start_model
 from rollout import Sampling
-from support import attribution_figures, plots
+from support import curves
 from support.batch import Example
 from support.qwen_vl import Encoder, Policy
 
@@ -268,6 +268,5 @@ def figures(monkeypatch):
             super().__init__(*args, **kwargs)
             made.append(self)
 
-    for module in (plots, attribution_figures):
-        monkeypatch.setattr(module, "Figure", RecordedFigure)
+    monkeypatch.setattr(curves, "Figure", RecordedFigure)
     return made

@@ -18,10 +18,8 @@ from test_benchmarks import row, split_rows, write_split
 from test_predictions import its_rule, papo_eval_file, write_jsonl
 
 import evaluate
-from masking import mask_prompt
-from papo import Algo
-from support import attribution, attribution_figures, pages, toy
-from support.batch import Example, seeded
+from support import pages, toy
+from support.batch import Example
 from support.protocol import configure
 from support.qwen_vl import Encoder, Policy
 from support.reward import boxed
@@ -297,76 +295,33 @@ def test_ask(folder, images, capsys, question, n_images):
     assert text.splitlines()[-1] == f"boxed: {answer}"
 
 
-@torch.no_grad()
-def test_explain_draws_the_policys_log_probs(folder, tmp_path, record_calls, capsys):
-    """Gains are from a mean over masks, the heat map from one black image token at a time."""
-    draws = record_calls(attribution_figures, "perception_gain")
-    heat_calls = record_calls(attribution_figures, "heat_map")
-    pages_written = record_calls(pages, "explanation")
-    out = tmp_path / "out"
-    flags = "--explain --row vision_dependent:1 --max_new_tokens 7 --masks 3".split()
-    evaluate.main(["--model", folder, *flags, "--out", str(out)])
-    text = capsys.readouterr().out
-    for name in ("perception_gain.png", "explanation.html", "heat_map0.png"):
-        assert str(out / name) in text
-        assert (out / name).stat().st_size > 1000
-    example = toy.example("vision_dependent", 1)
-    assert f"question: {example.question.removeprefix('<image>')}\n" in text
-
-    policy = toy_policy(folder)
-    encoder, prompt = policy.encoder, policy.encoder.encode(example)
-    [group] = generate(policy, [prompt], 1, temperature=0.0, max_new_tokens=7)
-
-    def masked_log_probs(view):
-        group.view_pixel_values["mask"] = view
-        return policy.log_probs([group], "mask")[0]
-
-    [((drawn, *_), _)] = draws
-    clean = policy.log_probs([group])[0]
-    assert drawn.tokens == [encoder.tokenizer.decode([t]) for t in group.tokens[0].tolist()]
-    np.testing.assert_allclose(drawn.clean, clean, atol=1e-6)
-    masks = [mask_prompt(prompt, Algo(), encoder, seeded("explain", 0, i)) for i in range(3)]
-    expected = torch.stack([masked_log_probs(view) for view, _ in masks]).mean(0)
-    np.testing.assert_allclose(drawn.masked, expected, atol=1e-6)
-
-    [((_, heat, *_), _)] = heat_calls
-    assert heat.shape == (3, 3)
-    view = prompt.pixel_values.clone()
-    view[4 * 5 : 4 * 6] = encoder.black_patch  # the four patches of the token in row 1, column 2
-    drops = clean - masked_log_probs(view)
-    np.testing.assert_allclose(heat[1, 2], drops.sum(), atol=1e-5)
-    [((_, [cells], _), _)] = pages_written
-    np.testing.assert_allclose(cells.drops[1, 2], drops, atol=1e-6)
-
-    # The masked image that is drawn is the one the model gets.
-    view, patch_mask = masks[0]
-    [masked_image] = drawn.masked_images
-    pixel_values = encoder.images(images=[masked_image], return_tensors="pt")["pixel_values"]
-    torch.testing.assert_close(pixel_values, view)
-    assert 0 < patch_mask.float().mean() < 1
-
-
-def test_explain_bounds_its_forwards_and_masks_as_in_training(
-    folder, tmp_path, record_calls, capsys
+def test_explain_masks_as_in_training_and_bounds_its_forwards(
+    folder, images, tmp_path, record_calls, capsys
 ):
-    """A full-size image has over a thousand image tokens, so heat-map cells hold several."""
-    run_folder = tmp_path / "run"
+    """A full-size image has over a thousand image tokens, so a part of it holds several."""
+    run_folder, out = tmp_path / "run", tmp_path / "out"
     run_folder.mkdir()
     (run_folder / "model").symlink_to(folder)
     (run_folder / "config.json").write_text('{"mask_ratio": 1.0, "mask_strategy": "random"}')
     image = tmp_path / "image.png"
     random_image(28 * 8, 28 * 6).save(image)  # 48 image tokens
-    draws, forwards = record_calls(attribution, "draw"), record_calls(Policy, "log_probs")
-    question = ["--explain", "--ask", "How many?", "--image", str(image)]
-    flags = "--max_new_tokens 5 --masks 2 --heat_patches 12 --max_pixels 200704".split()
-    out = ["--out", str(tmp_path / "out")]
-    evaluate.main(["--model", str(run_folder / "model"), *question, *flags, *out])
-    [((_, _, patch_mask, clean, masked, [cells], _), _)] = draws
-    assert cells.drops.shape == (3, 4, 5)
-    assert "one cell of 2 x 2 image tokens" in capsys.readouterr().out
-    assert patch_mask.all()  # the run's mask_ratio, not 0.6
-    assert not torch.equal(clean, masked)
-    assert len(forwards) == 3  # clean, two masked views, twelve cells
+    pages_written, forwards = record_calls(pages, "explain"), record_calls(Policy, "log_probs")
+    question = ["--explain", "--ask", "How many?", "--image", str(image), images[0]]
+    flags = "--max_new_tokens 5 --masks 2 --heat_patches 15 --max_pixels 200704".split()
+    model = ["--model", str(run_folder / "model"), "--out", str(out)]
+    evaluate.main([*model, *question, *flags])
+    [((_, _, views, *_), _)] = pages_written
+    assert len(views) == 2 and all(patch_mask.all() for _, patch_mask in views)  # not 0.6
+    assert len(forwards) == 3  # clean, two masked views, 12 + 2 x 2 parts
+    text = capsys.readouterr().out
+    assert "question: How many?" in text and "response: " in text
+    assert text.splitlines()[-1] == str(out / "explanation.html")
+    assert '"side": 3' in (out / "explanation.html").read_text()
+    evaluate.main(
+        ["--model", folder, *"--explain --row vision_dependent:1 --masks 1".split(), *model[2:]]
+    )
+    example = toy.example("vision_dependent", 1)
+    assert example.question.removeprefix("<image>") in capsys.readouterr().out
 
 
 # -------------------------------------------------------------------------------- --compare, errors
@@ -382,7 +337,7 @@ def test_compare(tmp_path, capsys):
     runs, out = [str(tmp_path / "a"), str(tmp_path / "b")], tmp_path / "out"
     evaluate.main(["--compare", *runs, "--out", str(out)])
     text = capsys.readouterr().out
-    assert re.search(r"papo_g +eval/general +2 +0\.300 \+- 1\.271 +0 +0\.500 \+- 1\.271 +2", text)
+    assert re.search(r"papo_g +eval/general +2 +0\.300 \+- 1\.271 +0\.500 \+- 1\.271", text)
     assert text.splitlines()[-1] == str(out / "compare.png")
     assert (out / "compare.png").exists()
 
@@ -409,7 +364,7 @@ def test_compare(tmp_path, capsys):
             "--baseline tests",
             "tests: one NAME.jsonl for general, vision_dependent expected, found none",
         ),
-        ("--compare nowhere", "no metrics file at nowhere"),
+        ("--compare nowhere", "no nowhere/metrics.jsonl"),
         ("--model tests", ""),
     ],
 )

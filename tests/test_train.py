@@ -35,7 +35,7 @@ from transformers import AutoModelForImageTextToText
 
 import train
 from papo import PRESETS, preset
-from support import checkpoint, data, pages, plots, run_folder, toy
+from support import checkpoint, curves, data, pages, run_folder, toy
 from support import run as run_module
 from support.batch import Group, pad_and_cat
 from support.qwen_vl import Encoder, Policy
@@ -86,7 +86,7 @@ def test_pictures_that_cannot_be_written_cost_a_line_each(run, monkeypatch, caps
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(plots, "curves", full)
+    monkeypatch.setattr(curves, "draw_run", full)
     monkeypatch.setattr(pages, "samples", full)
     out = run("a", "--algo papo_g --steps 1")
     text = capsys.readouterr()

@@ -1,0 +1,219 @@
+"""Figures of runs: the curves of one, and several compared.
+
+train.py draws curves.png at a run's end; evaluate.py draws --compare. Not in the paper: t intervals
+over seeds.
+
+    python -c "from support import curves; print(curves.draw_run('runs/papo_g-toy-s0'))"
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from statistics import fmean, stdev
+
+from matplotlib import ticker
+from matplotlib.figure import Figure
+
+from support.run_folder import read_log
+
+Series = dict[int, float]  # step -> value
+
+# Title -> metrics, and how far the axis reaches at least, so that noise does not fill the panel.
+EVALUATION = "evaluation accuracy"
+PANELS: dict[str, tuple[tuple[str, ...], float]] = {
+    "reward on training prompts": (("reward", "accuracy", "format"), 0.1),
+    EVALUATION: ((), 0.1),  # whatever sets are in the log
+    "KL_prcp: clean view against masked view": (("kl_prcp",), 0.01),
+    "KL_ref: distance from the start model": (("kl_ref",), 0.01),
+    "entropy (minus mean log-prob)": (("entropy", "masked_entropy"), 0.1),
+    "share of tokens clipped": (("clip_frac", "clip_frac_dual"), 0.01),
+    "response length in tokens": (("response_length",), 4),
+    "share of responses cut off": (("truncated",), 0.1),
+    "gradient norm before clipping": (("grad_norm",), 0),
+}
+COMPARED = "reward kl_prcp kl_ref entropy masked_entropy clip_frac response_length".split()
+
+# Fields of config.json that do not set two runs apart: they may differ between repetitions.
+NOT_SETTINGS = set(
+    "seed out resume steps epochs keep save_every eval_every eval_n eval_rows wandb tensorboard "
+    "tokens_per_forward rollout_batch shard_size".split()
+)
+# 97.5% quantiles of Student's t for 1 to 9 degrees of freedom. No library we require has them.
+T_TABLE = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
+
+
+def read_metrics(run_folder) -> dict[str, Series]:
+    """Metric -> {step: value}, the finite numbers of a run's metrics.jsonl.
+
+    A resumed run repeats steps; the later line counts. FileNotFoundError where there is no log.
+    """
+    path = Path(run_folder) / "metrics.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}: give the folder of a run")
+    series: dict[str, Series] = {}
+    for line in read_log(path):
+        for metric, value in line.items():
+            if isinstance(value, (int, float)) and math.isfinite(value) and metric != "step":
+                series.setdefault(metric, {})[line["step"]] = float(value)
+    return {metric: dict(sorted(values.items())) for metric, values in series.items()}
+
+
+def mean_interval(values) -> tuple[float, float]:
+    """(mean, half width of its 95% t interval) of independent values; NaN wide for a single one."""
+    values = list(values)
+    df = len(values) - 1
+    if df == 0:
+        return values[0], math.nan
+    # Beyond the table the Cornish-Fisher expansion, within 0.2%.
+    t = T_TABLE[df - 1] if df <= len(T_TABLE) else 1.95996 + 2.37227 / df + 2.8225 / df**2
+    return fmean(values), t * stdev(values) / math.sqrt(len(values))
+
+
+# ------------------------------------------------------------------------------ one run or several
+
+
+def draw_run(run_folder, out=None) -> Path:
+    """Draw the metrics of one run that move; `out` defaults to curves.png in its folder.
+
+    ValueError if there are none.
+    """
+    folder = Path(run_folder)
+    metrics = read_metrics(folder)
+    panels = {}
+    for title, (names, _) in PANELS.items():
+        names = names or [name for name in metrics if name.startswith("eval/")]
+        found = {name: [metrics[name]] for name in names if name in metrics}
+        panels[title] = {name: runs for name, runs in found.items() if is_news(name, runs)}
+    config = read_config(folder)
+    heading = [config["algo"], Path(config.get("model", "")).name]
+    if "seed" in config:
+        heading.append(f"seed {config['seed']}")
+    return draw(panels, ", ".join(filter(None, heading)), out or folder / "curves.png")
+
+
+def compare(run_folders, out) -> tuple[str, Path]:
+    """Draw several runs over one another, in `out`/compare.png: (table of first and last values,
+    path of the figure).
+
+    Runs that agree in all settings but the seed form a group, drawn as its mean with a 95% t
+    interval at the steps that all of its runs (two or more) logged.
+    """
+    groups = {
+        label: [read_metrics(folder) for folder in folders]
+        for label, folders in group_runs([Path(folder) for folder in run_folders]).items()
+    }
+    names = {name for runs in groups.values() for run in runs for name in run}
+    sets = sorted(name for name in names if name.startswith("eval/"))
+    panels = {}
+    for metric in [*sets, *COMPARED]:
+        by_label = {
+            label: [run[metric] for run in runs if metric in run] for label, runs in groups.items()
+        }
+        if is_news(metric, sum(by_label.values(), [])):
+            panels[metric] = by_label
+    lines = [f"{'runs':<40} {'measure':<24} seeds  first           last"]
+    for label in groups:
+        for metric in [*sets, "reward", "kl_prcp"]:
+            if runs := panels.get(metric, {}).get(label):
+                ends = [_mean_of(run[step(run)] for run in runs) for step in (min, max)]
+                lines.append(f"{label:<40} {metric:<24} {len(runs):>5}  {ends[0]:<15} {ends[1]}")
+    figure = draw(panels, "mean over seeds; band: 95% interval", Path(out, "compare.png"))
+    return "\n".join(line.rstrip() for line in lines), figure
+
+
+def _mean_of(values) -> str:
+    mean, half = mean_interval(values)
+    return f"{mean:.3f} +- {half:.3f}" if math.isfinite(half) else f"{mean:.3f}"
+
+
+def read_config(folder: Path) -> dict:
+    """A run's config.json; a folder without one stands for an algorithm of its own."""
+    file = folder / "config.json"
+    config = json.loads(file.read_bytes()) if file.is_file() else {}
+    return {"algo": folder.name} | config
+
+
+def group_runs(folders: list[Path]) -> dict[str, list[Path]]:
+    """Label -> runs that are repetitions of one another.
+
+    Runs of one algorithm with different settings are not averaged; their labels name the settings
+    in which they differ.
+    """
+    by_algo: dict[str, dict[frozenset, list[Path]]] = {}
+    for folder in folders:
+        config = read_config(folder)
+        settings = frozenset((k, str(v)) for k, v in config.items() if k not in NOT_SETTINGS)
+        by_algo.setdefault(config["algo"], {}).setdefault(settings, []).append(folder)
+    groups = {}
+    for algo, runs_by_settings in by_algo.items():
+        common = frozenset.intersection(*runs_by_settings)
+        for settings, runs in runs_by_settings.items():
+            differences = sorted(f"{name}={value}" for name, value in settings - common)
+            groups[" ".join([algo, *differences])] = runs
+    return groups
+
+
+# ------------------------------------------------------------------------------------------ drawing
+
+
+def draw(panels: dict[str, dict[str, list[Series]]], heading: str, out) -> Path:
+    """Draw {title: {label: one series per run}}, three panels per row; no pyplot, so that a
+    notebook keeps its backend.
+
+    Each label is drawn as the mean of its runs with a 95% interval, in one colour everywhere. Empty
+    panels are left out.
+    """
+    panels = {title: lines for title, lines in panels.items() if any(lines.values())}
+    if not panels:
+        raise ValueError(f"nothing to draw in {out}: no metric that moves was logged")
+    rows = math.ceil(len(panels) / 3)
+    figure = Figure(figsize=(13.8, 2.9 * rows + 0.6), layout="constrained")
+    figure.suptitle(heading, fontsize=12, parse_math=False)  # a "$" in a name starts no formula
+    labels = list(dict.fromkeys(label for lines in panels.values() for label in lines))
+    for position, (title, lines) in enumerate(panels.items(), 1):
+        ax = figure.add_subplot(rows, 3, position)
+        ax.set_title(title, fontsize=9.5, parse_math=False)
+        ax.xaxis.set_major_locator(ticker.MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
+        ax.grid(alpha=0.3)
+        for label, runs in lines.items():
+            if runs:
+                _plot_mean(ax, runs, label, f"C{labels.index(label) % 10}")
+        _widen(ax, title)
+        ax.legend(fontsize=7.5, framealpha=0.6)
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=110)
+    return Path(out)
+
+
+def is_news(metric: str, runs: list[Series]) -> bool:
+    """Whether a metric moves in these runs; a reward or an evaluation is news all the same."""
+    values = {value for run in runs for value in run.values()}
+    is_result = metric == "reward" or metric.startswith("eval/")
+    return len(values) > 1 or (is_result and bool(values))
+
+
+def _plot_mean(ax, runs: list[Series], label: str, colour: str) -> None:
+    steps = sorted(set().union(*runs))
+    points = []
+    for step in steps:
+        values = [run[step] for run in runs if step in run]
+        mean, half = mean_interval(values)
+        points.append((mean, half if len(values) == len(runs) else math.nan))
+    low, high = [m - h for m, h in points], [m + h for m, h in points]
+    means = [mean for mean, _ in points]
+    marker = "." if len(steps) <= 60 else ""
+    name = label.removeprefix("eval/")
+    ax.plot(steps, means, linewidth=1.2, label=name, color=colour, marker=marker)
+    ax.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
+
+
+def _widen(ax, title: str) -> None:
+    """Let the axis of a panel, or of a single metric in it, span at least what PANELS says."""
+    spans = {metric: span for metrics, span in PANELS.values() for metric in metrics}
+    spans |= {name: span for name, (_, span) in PANELS.items()}
+    least = spans.get(title, spans[EVALUATION])
+    low, high = ax.get_ylim()
+    missing = max(0.0, least - (high - low)) / 2
+    ax.set_ylim(low - missing, high + missing)
