@@ -1,7 +1,7 @@
 r"""Evaluate by the paper's protocol, ask one question, or draw a response's image attribution.
 
     python evaluate.py --model runs/papo_g-toy-s0/model
-    torchrun --nproc_per_node 2 -- evaluate.py --model DIR_OR_HUB --data all --n 8 --out results
+    torchrun --nproc_per_node 2 -- evaluate.py --model DIR_OR_HUB --data all --out results
     python evaluate.py --grade predictions/*.jsonl
     python evaluate.py --model MODEL --ask "How many red dots are there?" --image dots.png
     python evaluate.py --model MODEL --explain --row vision_dependent:3
@@ -67,9 +67,13 @@ def predict(
         responses = [text for group in groups for text in group.responses]
         examples = [group.prompt.example for group in groups for _ in group.responses]
         answers = [example.answer for example in examples]
-        scores = iter(grader(responses, answers, examples, budget=math.inf))  # each has a deadline
+        scores = grader(responses, answers, examples, budget=math.inf)  # each has a deadline
+        of_groups = [scores[start : start + n] for start in range(0, len(scores), n)]
         tokenizer = policy.encoder.tokenizer
-        questions = [predictions.make_question(tokenizer, group, scores) for group in groups]
+        questions = [
+            predictions.make_question(tokenizer, *each)
+            for each in zip(groups, of_groups, strict=True)
+        ]
         # Ranks that are done wait here for those that still score.
         questions = distributed.concat_over_ranks(questions)
         yield sorted(questions, key=lambda question: question[0]["row"])
@@ -86,7 +90,7 @@ def validate(run) -> None:
     if not run.evaluation_is_due():
         return
     config, results = run.config, {}
-    sampling = replace(Sampling.of(config), top_p=1.0, top_k=0)
+    sampling = replace(Sampling.of(config), top_p=1.0, top_k=0)  # as the paper's protocol
     for name, rows in run.eval_sets.items():
         options = {"seed": config.seed, "stop": lambda: run.stop_requested}
         chunks = predict(run.policy, rows, run.grader, config.eval_n, sampling, **options)
@@ -96,7 +100,8 @@ def validate(run) -> None:
 
 
 def evaluate(policy: Policy, sets: dict, config: EvalConfig) -> None:
-    """Evaluate every set, but for questions that --out holds; the first rank prints the table."""
+    """Evaluate every set, without the questions already answered in --out; the first rank prints
+    the table. baseline: prediction files to compare with."""
     results, baseline, notes = {}, None, [protocol_line(config)]
     is_first = dist.get_rank() == 0
     with make_grader(config) as grader:
@@ -114,7 +119,7 @@ def evaluate(policy: Policy, sets: dict, config: EvalConfig) -> None:
 
 def evaluate_set(policy: Policy, name: str, rows, grader: Grader, config: EvalConfig):
     """Evaluate one set. Returns its questions, and the number of skipped rows by kind."""
-    out = config.out if dist.get_rank() == 0 else ""  # the first rank keeps all questions
+    out = config.out if dist.get_rank() == 0 else ""  # the first rank keeps all; "" writes nothing
     skipped_at_load = rows.skipped.copy()  # `skipped` grows while rows are encoded
     questions = distributed.on_first_rank(lambda: predictions.answered(out, name))
     saved = {question[0]["row"] for question in questions}
@@ -125,13 +130,12 @@ def evaluate_set(policy: Policy, name: str, rows, grader: Grader, config: EvalCo
         questions += chunk
     questions.sort(key=lambda question: question[0]["row"])
     predictions.finish(out, name, questions)
-    # Rows skipped at load are the same on all ranks: they count once.
-    of_ranks = distributed.gather_over_ranks(rows.skipped - skipped_at_load)
-    return questions, sum(of_ranks, skipped_at_load)
+    skipped_here = rows.skipped - skipped_at_load  # those at load are the same on all ranks
+    return questions, sum(distributed.gather_over_ranks(skipped_here), skipped_at_load)
 
 
 def make_grader(config: EvalConfig) -> Grader:
-    workers = 1 if distributed.world_size() > 1 else None  # None: by the number of cores
+    workers = 1 if distributed.world_size() > 1 else None  # ranks score in parallel; None: by cores
     limits = {"deadline": config.reward_deadline, "memory": config.reward_memory}
     return Grader(config.reward or compute_score, workers, **limits)
 
@@ -140,8 +144,8 @@ def make_grader(config: EvalConfig) -> Grader:
 
 
 def explain(policy: Policy, prompt: Prompt, config: EvalConfig) -> None:
-    """Sample a response, and write a page: how much likelier its tokens are than under masked
-    images, and than with single parts of the image black."""
+    """Sample a response, and write a page: how much likelier each token is under the image than
+    under masked images, or with one part of the image black."""
     algo = Algo(**pages.mask_settings(config.model))  # those of its run, if known
     saliency = saliency_for(algo.mask_strategy, config.data)
     # images_aug is a fixed view: one pass is enough.
@@ -189,7 +193,7 @@ def grade(config: EvalConfig) -> None:
 
 
 def main(argv=None) -> None:
-    flags.print_any_character()
+    flags.escape_unprintable()
     with flags.one_line_errors():
         config = configure(__doc__, argv)
         if config.compare:

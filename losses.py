@@ -4,6 +4,9 @@ r"""Every equation of PAPO (arXiv 2507.06448) as a pure function of tensors.
 
     beta = kl_ref_coef, gamma = kl_prcp_coef, eta1 = entropy_coef, eta2 = masked_entropy_coef
 
+KL_ref and KL_prcp are the mean k3 against pi_other = pi_ref, the reference, and pi_mask, the policy
+under the masked image.
+
 Shapes: B responses, T response positions, padded on the right. Tensors are [B, T] unless said
 otherwise. `response_mask` is True on a response's tokens, up to and including its first end token.
 Padding is never read: whatever stands there, even NaN, changes no loss, no metric and no gradient.
@@ -14,28 +17,28 @@ What the terms do to the policy, where d = log pi_other - log pi at a sampled to
     H  = - mean log pi                     gradient of H  = - mean grad log pi
 
 1. k3 is an unbiased estimate of KL(pi || pi_other) if samples come from pi and nothing is clamped.
-2. Its gradient is in expectation that of KL(pi_other || pi), not that of KL(pi || pi_other): for
-   samples from pi, grad log pi has mean 0, and exp(d) grad log pi the mean of grad log pi under
-   pi_other.
+2. Its gradient is in expectation that of KL(pi_other || pi), not that of KL(pi || pi_other), since
+   E_pi[grad log pi] = 0 and E_pi[exp(d) grad log pi] = E_pi_other[grad log pi].
 3. By that gradient, maximising KL_prcp makes a token likelier where the masked view finds it less
-   likely (d < 0).
-4. The gradient of H has expectation 0 for samples from pi, so what it does comes from single
-   samples, top-p and later mini-batches. The paper adds both entropies against collapse, in which
-   they grow.
+   likely (d < 0). It has no maximum; run too far, it destroys the text, and both entropies grow.
+   That is the paper's collapse, and why it penalises them.
+4. Descent on H makes every sampled token likelier. For samples from pi itself that is 0 on average,
+   as in 2; it sharpens pi where samples are cut by top-p or come from pi_old.
 5. H_mask estimates the cross-entropy of pi and pi_mask, which is H + KL(pi || pi_mask).
 
 Where the paper, the released code and this file differ:
 1. KL_prcp: the paper prints r - log r - 1 with r = pi / pi_mask, the released code has
    r = pi_mask / pi. Samples come from pi, so the code's form is the unbiased k3 estimate and the
-   paper's is not. Default: the code's form; `kl_prcp_estimator="paper"` selects the printed one.
-2. H and H_mask are minus the mean log-prob of the sampled tokens, not sums over the vocabulary (as
-   released), and are always averaged over tokens.
+   paper's is not. Default: the code's form; `kl_prcp_estimator="paper"` selects the printed one,
+   whose gradient is (exp(-d) - 1) grad log pi.
+2. As released, H and H_mask are minus the mean log-prob of the sampled tokens, always averaged over
+   tokens; the paper writes entropies.
 3. The masked log-probs normally carry no gradient (as released). So H_mask changes the value of the
    loss but not its gradient. With `--masked_grad` H_mask has a gradient, and that of KL_prcp flows
    through both views.
 4. The release averages within each micro-batch, then over micro-batches. Here every mean divides by
    a count over the whole mini-batch on all ranks. So the losses of any split add up to the loss of
-   the whole, and every token has the same weight.
+   the whole.
 """
 
 from __future__ import annotations
@@ -176,7 +179,7 @@ def policy_loss(  # noqa: PLR0913  (one argument per symbol of the equation)
 
 
 def _kl_prcp(log_probs: Tensor, masked_log_probs: Tensor, estimator: str) -> Tensor:
-    """The Implicit Perception Loss at each token: k3 against the masked view."""
+    """KL_prcp at each token (the paper's Implicit Perception Loss): k3 against the masked view."""
     if estimator == "k3":
         return kl_k3(log_probs, masked_log_probs)
     if estimator == "paper":  # r - log r - 1, r = pi / pi_mask: the roles swap
@@ -242,7 +245,7 @@ def papo_loss(  # noqa: PLR0913  (one argument per symbol of the equation)
         has_view = has_view & has_image.bool()[:, None]
 
     def own_without_image(under_view: Tensor) -> Tensor:
-        """Without an image, and at padding, pi's own without gradient, so that the KL is 0."""
+        """Without an image, and at padding, log pi itself: d = 0, so k3 and its gradient are 0."""
         return torch.where(has_view, under_view, log_probs.detach())
 
     if masked_log_probs is not None:

@@ -7,11 +7,12 @@ are the temporal copies. `patch_mask[N_patch]` is True for the patches that were
 
 The release blacks out 14-px tiles of the raw image, before resizing and RGB conversion, from an
 unseeded global generator, so tiles rarely line up with the model's patches. Here a tile is a patch,
-and the caller's generator draws one mask per prompt, shared by its group.
+and the caller's generator draws one mask per prompt, shared by its group. Semantic masks need a
+saliency map: DINOv2's attention (support/saliency.py), or the toy's dots.
 
 To add a corruption, write a function patches -> (masked, patch_mask), add its name to STRATEGIES
-and a branch to `mask_prompt`. Its parameters are fields of papo.Algo. (A view beside the masked one
-needs none of this: see Algo.views.)
+and a branch to `mask_prompt`. Its parameters are fields of papo.Algo. (For a further KL term, not
+another corruption, see papo.Algo.views.)
 """
 
 from __future__ import annotations

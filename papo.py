@@ -78,17 +78,17 @@ class Algo:
 
     # The steps a variant may replace.
 
-    def at_step(self, step: int, last_step: int) -> Algo:
-        """The settings at `step`, which runs from 0 to last_step - 1."""
+    def at_step(self, step: int, n_steps: int) -> Algo:
+        """The settings at `step`, from 0 to n_steps - 1."""
         return self
 
     def sample(self, prompts: list[Prompt], policy: Policy, generate: Callable, key: tuple):
         """A round's groups. generate(prompts) samples G responses to each, as a group.
 
-        A variant may have each prompt twice in `prompts`, say once under another image: all
-        responses of the same Prompt.index are compared. A group is trained under the images of its
-        group.prompt, in whose place the variant may put the original prompt. Call generate once: a
-        second call repeats the random numbers. `key` and Prompt.index seed others (batch.seeded).
+        A variant may pass each prompt twice, say once under another image: all responses of the
+        same Prompt.index are compared. A group is trained under the images of group.prompt; set it
+        back to the original prompt to train under the original image. Call generate once: a second
+        call repeats its random numbers. For others, use batch.seeded(NAME, *key, prompt.index).
         """
         return generate(prompts)
 
@@ -103,6 +103,7 @@ class Algo:
         """The pixels of a view, [N_patch, D_patch], and which patches changed, [N_patch] bool.
 
         A variant with further views tells them apart by name, and leaves "mask" to super()."""
+        # policy.saliency is set at the start of a run where masks are semantic.
         return masking.mask_prompt(prompt, self, policy.encoder, generator, policy.saliency)
 
     def weigh(self, groups: list[Group], policy: Policy) -> list[Tensor]:
@@ -124,7 +125,7 @@ PRESETS: dict[str, dict] = {
     "grpo_no_kl_ref": {"kl_prcp_coef": 0.0, "kl_ref_coef": 0.0},
     "papo_g_no_kl_ref": {**_PRCP_AND_ENTROPY, "kl_ref_coef": 0.0},
 }
-# Rows that a model of 7B's width takes instead.
+# What a model of 7B's width takes instead: the release adds entropies to papo_g at 7B only.
 PRESETS_7B = {"papo_g": {"entropy_coef": 0.05, "masked_entropy_coef": 0.05}}
 
 
@@ -133,7 +134,7 @@ def algo_class(name: str) -> type[Algo]:
     return Algo if name in PRESETS else load_variant(name, Algo, tuple(PRESETS))
 
 
-def preset_row(name: str, size: str = "3b") -> dict:
+def preset_settings(name: str, size: str = "3b") -> dict:
     """The settings that a preset changes for a model of this size; {} for a variant."""
     if size not in ("3b", "7b"):
         raise ValueError(f"size={size!r}: choose '3b' or '7b'")
@@ -143,7 +144,7 @@ def preset_row(name: str, size: str = "3b") -> dict:
 
 def preset(name: str, size: str = "3b") -> Algo:
     """The objective called `name`, a preset or a variant, for one of the paper's model sizes."""
-    return algo_class(name)(**preset_row(name, size))
+    return algo_class(name)(**preset_settings(name, size))
 
 
 # ------------------------------------------------------------------------------- before the updates
@@ -168,7 +169,7 @@ def prepare(
         record(reference, groups, "ref_log_probs", reference.log_probs)
     metrics = {}
     with_image = [group for group in groups if group.has_image]
-    for name in algo.views():
+    for name in algo.views():  # per_group: see `record`
         metrics[f"{name}_ratio"] = draw_view(policy, with_image, algo, name, key)
         under_view = policy.per_group(with_image, partial(policy.log_probs, view=name))
         for group, log_probs in zip(with_image, under_view, strict=True):
@@ -247,13 +248,13 @@ def accumulate_gradients(policy: Policy, batch: list[Group], algo: Algo) -> dict
     if batch:
         own = count(pad_and_cat(batch, "response_mask"), has_image(batch))
     counts = Counts(*sum_over_ranks(own))
-    # Every backward is a collective, so all ranks have as many rows: pack_rows adds rows of one
-    # group without response tokens.
+    # Every backward is a collective, so all ranks take equally many: pack_rows adds rows that hold
+    # a dummy group, two text tokens without a response.
     rows = pack_rows(batch, policy.tokens_per_forward)
     values, largest_gaps = [], []  # on the device: no wait per row
     for number, row in enumerate(rows, start=1):
         loss, metrics = row_loss(policy, row, algo, counts)
-        # Replicas of the weights, on other machines, exchange gradients in the last backward only.
+        # Under HSDP the replicas of the weights exchange gradients in the last backward only.
         reduce_over_replicas(policy.model, enabled=number == len(rows))
         # FSDP averages over all ranks; we want the sum, since the counts are those of all ranks.
         (loss * world_size()).backward()
@@ -283,7 +284,7 @@ def row_loss(policy: Policy, row: list[Group], algo: Algo, counts: Counts | None
         advantages = advantages[:, None] * recorded("weights")  # [B, T]
 
     def under(view: str) -> Tensor:
-        if view == "mask" and algo.masked_grad:
+        if view == "mask" and algo.masked_grad:  # papo_loss leaves out prompts without an image
             return policy.log_probs(row, view)
         return view_log_probs(row, view, policy.device)
 

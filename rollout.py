@@ -7,10 +7,10 @@
 
 Differences from the released code, which samples with vLLM:
 1. A response depends only on (seed, step, prompt, sample). The chunk it is sampled in and the
-   number of ranks change it by rounding at most.
+   number of ranks change log-probs by rounding, which may flip a token.
 2. Sampling ignores the model's generation_config except for its end-of-sequence tokens (Policy
-   replaces it). Qwen ships a repetition penalty of 1.05 and a near-zero temperature there; either
-   would silently bias the policy gradient.
+   replaces it). Qwen ships a repetition penalty of 1.05 and a near-zero temperature there; with
+   either, samples would not come from the policy whose log-probs training takes.
 3. The sampler's log-probs are those of the full softmax at the sampling temperature, before top-p,
    top-k and suppression: what the training forward computes. They are used only for the metric
    sampler_gap; training recomputes the old log-probs.
@@ -121,14 +121,14 @@ def _sample_chunk(
         eos_ids=torch.tensor(policy.eos_ids, device=device),
         stop=stop,
     )
-    options = {"do_sample": False}  # temperature 0: greedy
+    options = {"do_sample": False}  # temperature 0: the likeliest token, whatever the uniforms
     if sampling.temperature:
         options = {"do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k}
     last_tokens = torch.stack([prompt.input_ids[-1:] for prompt in prompts]).to(device)
     last_tokens = last_tokens.repeat_interleave(uniforms.shape[1], 0)
-    # generate() builds the processors and calls `decode`. It wants input_ids, one row per response;
-    # the loop encodes the prompts itself, and draws by top-p itself, since generate()'s sorts the
-    # vocabulary. Returns [prompts, G, steps] each, on the CPU.
+    # generate() builds the logits processors and calls `decode`, which encodes the prompts itself:
+    # input_ids only says how many responses there are. Top-p is left to `decode` too, because the
+    # processor for it sorts the whole vocabulary. Returns [prompts, G, steps] each, on the CPU.
     tokens, log_probs = policy.model.generate(
         input_ids=last_tokens,
         attention_mask=torch.ones_like(last_tokens),
@@ -158,11 +158,11 @@ def _make_group(
         raise StepError(
             f"log-probs of a response to prompt {prompt.example.id or prompt.index} are not finite "
             f"({prompt.example.question[:80]!r}): either the weights have diverged (lower --lr and "
-            "--resume from a checkpoint), or attention is wrong on this device"
+            "--resume from a checkpoint), or a kernel is wrong on this device"
         )
 
     def to_text(token_ids: Tensor) -> str:
-        """With the opening tag that the prompt may end with, which belongs to the response."""
+        """With the <think> that a chat template may write for the model: it is graded too."""
         text = policy.encoder.tokenizer.decode(token_ids, skip_special_tokens=True)
         return policy.encoder.opening + text
 

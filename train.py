@@ -1,19 +1,22 @@
 r"""Train a vision-language model with PAPO, GRPO or DAPO, on one or more devices.
 
-    torchrun train.py --algo papo_g                               the toy, on a laptop, in minutes
+    torchrun train.py --algo papo_g                 a toy on a laptop: a tiny model counts dots
     torchrun --nproc_per_node 2 train.py --algo papo_g --model Qwen/Qwen2.5-VL-3B-Instruct
-    torchrun train.py --resume runs/papo_g-toy-s0 --steps 100     continue a run
+    torchrun train.py --resume runs/papo_g-toy-s0 --steps 100
 
-`train` is the paper's loop. PAPO adds one term to GRPO or DAPO: KL_prcp, the KL between the policy
-under the image and under a masked image. It is maximised, so that responses depend on the image;
-losses.py has the symbols. Every rank samples and trains on its own prompts; no batch travels
-between ranks. What travels through a step is a list of Groups (support/batch.py), a prompt and its
-G responses each:
+`train` is the paper's loop. PAPO adds one term to GRPO or DAPO:
 
-    group.prompt             tokens [P], pixel_values [N_patch, D_patch] of its images
-    group.tokens             [G, T] sampled; response_mask [G, T], with the first end token
+    KL_prcp = KL(pi(. | image) || pi(. | masked image))
+
+It is maximised, so that responses depend on the image; losses.py has the other symbols. A response
+thinks, then boxes its answer: <think> ... </think> \boxed{3}. Every rank samples and trains on its
+own prompts; no batch travels between ranks. What travels through a step is a list of Groups
+(support/batch.py), a prompt and its G responses each:
+
+    group.prompt             input_ids [P], pixel_values [N_patch, D_patch] of its images
+    group.tokens             [G, T] sampled; response_mask [G, T], up to the first end token
     group.rewards            [G], then advantages [G]: set by `grade`
-    group.old_log_probs      [G, T], and ref_log_probs: set by papo.prepare
+    group.old_log_probs      [G, T], and ref_log_probs: set by papo.prepare where needed
     group.view_log_probs     "mask" -> [G, T], under the masked image: set by papo.prepare
 
 losses.py sees several groups stacked: B responses, [B, T].
@@ -21,7 +24,8 @@ losses.py sees several groups stacked: B responses, [B, T].
 The released trainer differs in three ways. It samples with vLLM under Ray; here every rank gathers
 the training weights and samples with them. It has bf16 weights with Kahan compensation; here master
 weights are fp32. If no group of a round survives dynamic sampling, it keeps the whole round, and
-after 20 rounds it gives up; here such a round adds nothing, and the step trains on what it has.
+after 20 rounds it gives up; here such a round adds nothing, and the step trains on what it has,
+perhaps nothing.
 """
 
 from __future__ import annotations
@@ -36,7 +40,7 @@ import torch.distributed as dist
 
 from evaluate import scoring_limit, validate
 from losses import group_advantages
-from papo import PRESETS, Algo, algo_class, prepare, preset_row, update
+from papo import PRESETS, Algo, algo_class, prepare, preset_settings, update
 from rollout import Sampling, generate
 from support import config as flags
 from support import distributed, lora, toy
@@ -54,7 +58,8 @@ def train(run: Run) -> None:
     config, policy = run.config, run.policy
     validate(run)
     for step in run.steps():
-        algo = run.algo.at_step(step, run.last_step)  # a variant may change settings over time
+        # A variant (a subclass of papo.Algo) may change settings over time.
+        algo = run.algo.at_step(step, run.n_steps)
         key = (config.seed, step)  # seeds samples and masks
 
         # 1. Sample G responses per prompt, grade them, compute group-relative advantages.
@@ -67,7 +72,7 @@ def train(run: Run) -> None:
         metrics |= prepare(policy, run.reference, batches, algo, key)
 
         # 3. One optimizer step per mini-batch of prompts on losses.papo_loss:
-        #    L = L_pg + beta KL_ref - gamma KL_prcp + eta1 H + eta2 H_mask
+        #    L = L_pg + beta KL_ref - gamma KL_prcp + eta1 H + eta2 H_mask   (H are penalties)
         metrics |= update(policy, run.optimizer, batches, algo, config.max_grad_norm)
         metrics["seconds_update"] = time.time() - start
 
@@ -106,12 +111,12 @@ def collect(run: Run, algo: Algo, key: tuple) -> tuple[list[Group], dict[str, fl
         indices = sorted(set(distributed.concat_over_ranks([group.prompt.index for group in kept])))
         if len(indices) >= config.prompts_per_step or not algo.dynamic_sampling:
             break
-    # Later rounds have larger indices, so this drops a surplus of the last.
+    # Later rounds have larger indices, so this drops what the last one has too many.
     chosen = indices[: config.prompts_per_step]
     kept = [group for group in kept if group.prompt.index in chosen]
     sums["skipped_rows"] = run.skipped_rows()  # this rank's, summed with the others'
     metrics = rollout_metrics(sums) | {
-        "unusable_rows": run.rows.skipped.total(),  # left out at the start, the same on all ranks
+        "unusable_rows": run.rows.skipped.total(),  # left out at loading, the same on all ranks
         "groups_kept": len(chosen),
         "rounds": round_index + 1,
         "seconds_rollout": time.time() - start,
@@ -146,7 +151,7 @@ def grade(run: Run, algo: Algo, groups: list[Group], sums: Counter) -> list[Grou
     for group, own_rewards, own_advantages in of_groups:
         group.rewards, group.advantages = own_rewards, own_advantages
 
-    has_advantage = index[advantages.abs() > 1e-6].unique()  # rounding leaves 1e-10
+    has_advantage = index[advantages.abs() > 1e-6].unique()  # equal rewards leave 1e-16 / eps
     sums.update(
         responses=len(scores),
         reward=float(rewards.sum()),
@@ -224,9 +229,9 @@ class Config:
     keep: int = flag(2, "how many checkpoints to keep")
     wandb: bool = flag(False, "log to Weights & Biases too")
     tensorboard: bool = flag(False, "log to TensorBoard too")
-    tokens_per_forward: int = flag(16_384, "most tokens per forward, which packs whole groups")
+    tokens_per_forward: int = flag(16_384, "most tokens per forward; a larger group gets its own")
     rollout_batch: int = flag(1024, "most responses sampled at a time, per rank")
-    shard_size: int = flag(0, "ranks that split one copy of the weights; 0: those of a machine")
+    shard_size: int = flag(0, "ranks per FSDP replica; 0: those of a machine")
 
     def __post_init__(self):
         flags.check_at_least(
@@ -250,7 +255,7 @@ def build_run(argv=None) -> Run:
     saved = flags.saved_config(given["resume"]) if given.get("resume") else {}
     early = saved | given
     name, model = early.get("algo", Config.algo), toy.model_folder(early.get("model", Config.model))
-    defaults = preset_row(name, size_of(model)) | lora.defaults(early.get("lora_rank", 0))
+    defaults = preset_settings(name, size_of(model)) | lora.defaults(early.get("lora_rank", 0))
     defaults |= toy.defaults(model, early.get("data", "")) | saved
     classes = (Config, algo_class(name))
     config, algo = flags.parse_flags(__doc__, *classes, defaults=defaults, argv=argv)
@@ -260,7 +265,8 @@ def build_run(argv=None) -> Run:
         raise ValueError(f"{limit} cannot fill prompts_per_step={config.prompts_per_step}")
     if config.group_size < 2 and type(algo).sample is Algo.sample:
         raise ValueError("group_size=1: give at least 2, one response has nothing to compare with")
-    # The timeout of collectives: ranks wait for one that still scores.
+    # Collectives wait for a rank that still scores: in training for its budget at most, in an
+    # evaluation for up to rollout_batch responses.
     seconds = max(config.reward_budget, scoring_limit(config.reward_deadline, config.rollout_batch))
     ranks = distributed.init_distributed(scoring_seconds=seconds)
     encoder = Encoder(model, config.min_pixels, config.max_pixels, config.prompt_suffix)
@@ -268,7 +274,7 @@ def build_run(argv=None) -> Run:
 
 
 def main(argv=None) -> None:
-    flags.print_any_character()
+    flags.escape_unprintable()
     with flags.one_line_errors():
         run = build_run(argv)
         run.start()

@@ -51,7 +51,9 @@ class Prompt:
     is_image_token: Tensor  # [P] bool, where image features replace embeddings
     pixel_values: Tensor | None = None  # [N_patch, D_patch]
     image_grid_thw: Tensor | None = None  # [n_images, 3], patches per axis
-    index: int = 0  # position among the step's prompts, the same on any number of ranks
+    # Position among the prompts of all rounds of a step, the same on any number of ranks; in an
+    # evaluation the number of the data row.
+    index: int = 0
     # Example.more_images on the same grid, [N_patch, D_patch] each.
     more_pixel_values: dict[str, Tensor] = field(default_factory=dict)
 

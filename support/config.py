@@ -106,7 +106,7 @@ def one_line_errors() -> Iterator[None]:
         exit_with_error(error)
 
 
-def print_any_character() -> None:
+def escape_unprintable() -> None:
     """A character that stdout or stderr cannot encode is printed as an escape, and ends nothing."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a notebook's is not

@@ -63,7 +63,7 @@ def mask_settings(model: str) -> dict:
 
 @torch.no_grad()
 def explain(policy: Policy, group: Group, views: list, max_cells: int, out: Path) -> Path:
-    """Write the page of one response: what each token owes to the image, and to each part of it.
+    """Write the page of one response: how much each token depends on the image and its parts.
 
     views: (pixels, patch_mask) of some masked views. A token's gain is its log-prob under the image
     minus its mean under them. Its drop at a cell is how much of its log-prob is lost when that cell

@@ -18,7 +18,7 @@ import itertools
 import json
 import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from statistics import multimode
@@ -40,13 +40,12 @@ top_k max_prompt_tokens max_new_tokens min_pixels max_pixels prompt_suffix""".sp
 Question = list[dict]
 
 
-def make_question(tokenizer, group: Group, scores: Iterator[dict]) -> Question:
-    """One record per response, with PAPO-Eval's keys and then ours, and the next of the scores."""
+def make_question(tokenizer, group: Group, scores: list[dict]) -> Question:
+    """One record per response, with PAPO-Eval's keys, then ours and its score."""
     prompt = group.prompt
     prompt_text = tokenizer.decode(prompt.input_ids, skip_special_tokens=True)
     question = []
-    for loop, response in enumerate(group.responses):
-        score = next(scores)
+    for loop, (response, score) in enumerate(zip(group.responses, scores, strict=True)):
         record = {"idx": prompt.index, "id": prompt.example.id or str(prompt.index)}
         record |= {"prompt": prompt_text, "predict": response, "label": prompt.example.answer}
         record |= {"row": prompt.index, "loop": loop}

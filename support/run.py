@@ -83,7 +83,7 @@ class Run:
         self.mesh = make_mesh(self.device.type, config.shard_size)
         self.rows, self.eval_sets = self._load_data(encoder)
         epoch_steps = int(config.epochs * len(self.rows)) // config.prompts_per_step
-        self.last_step = config.steps or max(1, epoch_steps)
+        self.n_steps = config.steps or max(1, epoch_steps)
         with_adapters = config.lora_rank > 0
         self.policy = self._load_policy(encoder, self.dtype if with_adapters else torch.float32)
         if "mask" in algo.views():
@@ -194,7 +194,7 @@ class Run:
 
     def _open_folder(self, resuming: bool) -> int | None:
         """Write config.json, rewind the logs to the checkpoint; returns `evaluated_step`."""
-        config = flags_of(self.config, self.algo) | {"steps": self.last_step, "resume": ""}
+        config = flags_of(self.config, self.algo) | {"steps": self.n_steps, "resume": ""}
         checkpoint.clean(self.folder)
         text = json.dumps(config, indent=1) + "\n"
         checkpoint.write_atomically(self.folder / "config.json", text)
@@ -223,8 +223,8 @@ class Run:
 
     def steps(self) -> Iterator[int]:
         """Yield the number of each step to take, from 0. Raises Stopped after a signal."""
-        with tqdm(initial=self.step, total=self.last_step, disable=self.rank > 0) as self.bar:
-            while self.step < self.last_step:
+        with tqdm(initial=self.step, total=self.n_steps, disable=self.rank > 0) as self.bar:
+            while self.step < self.n_steps:
                 self.raise_if_stopped()
                 self.started = time.time()
                 self.skipped_before = self.stream.skipped.total()
@@ -295,7 +295,7 @@ class Run:
 
     def is_due(self, every: int) -> bool:
         """Whether something due every so many steps, and after the last, is due now; 0: never."""
-        return bool(every) and (self.step % every == 0 or self.step == self.last_step)
+        return bool(every) and (self.step % every == 0 or self.step == self.n_steps)
 
     def evaluation_is_due(self) -> bool:
         due = self.is_due(self.config.eval_every) and self.evaluated_step != self.step

@@ -21,7 +21,7 @@ from experiments import (
     start_model,
     tasks,
 )
-from papo import algo_class, preset_row
+from papo import algo_class, preset_settings
 from support import toy
 from support.config import parse_flags
 from support.variants import variant_names
@@ -58,7 +58,7 @@ def test_train_accepts_the_flags_of_every_variant():
         words = []
         for flag, value in (protocol.TRAINING | flags).items():
             words.append(f"--{flag}" if value is True else f"--{flag}={value}")
-        defaults = preset_row(algo) | toy.task_defaults(DOTS.setting)
+        defaults = preset_settings(algo) | toy.task_defaults(DOTS.setting)
         classes = train.Config, algo_class(algo)
         config, objective = parse_flags("A run.", *classes, defaults=defaults, argv=words)
         assert flags.items() <= (vars(config) | vars(objective)).items()

@@ -34,8 +34,8 @@ class DVRP(Algo):
         super().__post_init__()
         check_range(self, 0, DIFFUSION_STEPS - 1, "noise_steps")
 
-    def at_step(self, step, last_step):
-        past_middle = step / last_step - 0.5
+    def at_step(self, step, n_steps):
+        past_middle = step / n_steps - 0.5
         return replace(self, noise_steps=falling(self.noise_steps, self.noise_slope * past_middle))
 
     def views(self):

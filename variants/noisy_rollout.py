@@ -38,8 +38,8 @@ class NoisyRollout(Algo):
         super().__post_init__()
         check_range(self, 0, DIFFUSION_STEPS - 1, "noise_steps")
 
-    def at_step(self, step, last_step):
-        past_middle = (step + 1 - self.noise_middle) / last_step  # t counts from 1
+    def at_step(self, step, n_steps):
+        past_middle = (step + 1 - self.noise_middle) / n_steps  # t counts from 1
         return replace(self, noise_steps=falling(self.noise_steps, self.noise_slope * past_middle))
 
     def sample(self, prompts, policy, generate, key):
