@@ -29,11 +29,11 @@ from tqdm import tqdm
 import masking
 from papo import Algo
 from rollout import Sampling, generate
-from support import StepError, benchmarks, curves, distributed, pages, predictions, toy
+from support import StepError, curves, distributed, pages, predictions, toy
 from support import config as flags
 from support.ask import ask, prompt_of
 from support.batch import Prompt, seeded
-from support.data import encode_ahead
+from support.data import encode_ahead, eval_sets
 from support.protocol import EvalConfig, configure, protocol_line
 from support.qwen_vl import Encoder, Policy
 from support.reward import compute_score
@@ -60,7 +60,8 @@ def predict(
     longest_share = math.ceil(len(indices) / distributed.world_size())
     size = max(1, min(sampling.rollout_batch // n, MOST_PROMPTS))
     # As many chunks on every rank; the last may be empty.
-    chunks = [own[start : start + size] for start in range(0, longest_share, size)]
+    starts = range(0, longest_share, size)
+    chunks = [[(i, i) for i in own[start : start + size]] for start in starts]
     encoded = encode_ahead(rows, policy.encoder.encode, chunks)  # Prompt.index is the row's
     for prompts in tqdm(encoded, rows.name, len(chunks), leave=False, disable=rank > 0):
         groups = generate(policy, prompts, n, sampling, key=("eval", seed), **options)
@@ -104,6 +105,8 @@ def evaluate(policy: Policy, sets: dict, config: EvalConfig) -> None:
     the table. baseline: prediction files to compare with."""
     results, baseline, notes = {}, None, [protocol_line(config)]
     is_first = dist.get_rank() == 0
+    for rows in sets.values() if is_first else ():
+        print(rows.summary())
     with make_grader(config) as grader:
         with flags.one_line_errors():
             distributed.on_first_rank(lambda: predictions.open_output(config))
@@ -120,7 +123,6 @@ def evaluate(policy: Policy, sets: dict, config: EvalConfig) -> None:
 def evaluate_set(policy: Policy, name: str, rows, grader: Grader, config: EvalConfig):
     """Evaluate one set. Returns its questions, and the number of skipped rows by kind."""
     out = config.out if dist.get_rank() == 0 else ""  # the first rank keeps all; "" writes nothing
-    skipped_at_load = rows.skipped.copy()  # `skipped` grows while rows are encoded
     questions = distributed.on_first_rank(lambda: predictions.answered(out, name))
     saved = {question[0]["row"] for question in questions}
     unanswered = [i for i in range(len(rows)) if i not in saved]
@@ -130,8 +132,7 @@ def evaluate_set(policy: Policy, name: str, rows, grader: Grader, config: EvalCo
         questions += chunk
     questions.sort(key=lambda question: question[0]["row"])
     predictions.finish(out, name, questions)
-    skipped_here = rows.skipped - skipped_at_load  # those at load are the same on all ranks
-    return questions, sum(distributed.gather_over_ranks(skipped_here), skipped_at_load)
+    return questions, sum(distributed.gather_over_ranks(rows.broken), rows.skipped)
 
 
 def make_grader(config: EvalConfig) -> Grader:
@@ -175,7 +176,7 @@ def load(config: EvalConfig) -> tuple[Policy, dict]:
     encoder = Encoder(source, config.min_pixels, config.max_pixels, config.prompt_suffix)
     limits = {"limit": config.eval_rows, "max_prompt_tokens": config.max_prompt_tokens}
     limits |= {"source": config.benchmarks, "length": encoder.prompt_length}
-    sets = {} if config.ask else benchmarks.eval_sets(config.data, **limits)
+    sets = {} if config.ask else eval_sets(config.data, **limits)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with distributed.one_rank_at_a_time():  # host memory holds one whole copy at a time
         policy = Policy.load(source, encoder, dtype, device, config.temperature or 1.0)

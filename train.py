@@ -259,6 +259,7 @@ def build_run(argv=None) -> Run:
     defaults |= toy.defaults(model, early.get("data", "")) | saved
     classes = (Config, algo_class(name))
     config, algo = flags.parse_flags(__doc__, *classes, defaults=defaults, argv=argv)
+    config.val_data = toy.data_of(model, config.val_data)
     flags.check_resumed(flags.flags_of(config, algo), saved)  # few may change: FREE_ON_RESUME
     if algo.dynamic_sampling and MAX_ROUNDS * config.mini_batch < config.prompts_per_step:
         limit = f"{MAX_ROUNDS} rounds of mini_batch={config.mini_batch} prompts"

@@ -50,7 +50,7 @@ from papo import Algo, prepare, preset, update
 from rollout import Sampling, generate
 from support import packing, toy
 from support.batch import Example, Group, Prompt, mini_batches, seeded
-from support.data import Rows, Stream
+from support.data import Rows, encode_ahead, shuffled_rounds
 from support.distributed import init_distributed, make_mesh, shard
 from support.qwen_vl import Encoder, Policy
 
@@ -410,18 +410,19 @@ def data_ahead(folder: str, repeats: int) -> None:
         return Example(prompt.example.question, "1", [image])
 
     def train(batch: list) -> None:
-        for _, encoded in batch:
+        for encoded in batch:
             group = random_group(encoded, torch.full((5,), 50))
             policy.log_probs([group]).sum().backward()
 
     alone = median(seconds(lambda: policy.encoder.encode(read_row(0))) for _ in range(5))
-    stream = Stream(Rows("jpeg", read_row, range(64)), policy.encoder.encode, prompts_per_step)
+    rows, shares = Rows("jpeg", read_row, range(64)), shuffled_rounds(64, prompts_per_step)
+    rounds = encode_ahead(rows, policy.encoder.encode, shares)
     waits, steps = [], []
     for _ in range(repeats + 1):
         batch = []
-        waits.append(seconds(lambda batch=batch: batch.extend(next(stream))))
+        waits.append(seconds(lambda batch=batch: batch.extend(next(rounds))))
         steps.append(seconds(partial(train, batch)))
-    stream.close()
+    rounds.close()
     print_row(f"decode and encode one {tokens}-token prompt, one thread", f"{1000 * alone:.0f} ms")
     print_row(f"wait for {prompts_per_step} prompts, first step", f"{1000 * waits[0]:.0f} ms")
     print_row(

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from transformers import TextStreamer
 
-from support import data
 from support.batch import Example, Prompt
+from support.images import read_image
 from support.qwen_vl import Policy
 from support.reward import boxed
 
@@ -27,7 +27,7 @@ def prompt_of(config, sets: dict, policy: Policy) -> Prompt:
 def example_of(config, sets: dict) -> Example:
     """The example of --ask and --image, or of --row."""
     if config.ask:
-        images = [data.read_image(path, Path()) for path in config.image]
+        images = [read_image(Path(path)) for path in config.image]
         markers = "" if "<image>" in config.ask else "<image>" * len(images)
         return Example(markers + config.ask, "", images)
     split, _, row = config.row.rpartition(":")

@@ -1,23 +1,23 @@
-"""Rows -> examples, and the shuffled stream of them that each rank reads.
+"""Rows -> examples, and the shuffled rounds of them that each rank reads.
 
-The start of the pipeline. `load` returns the usable rows of a training set: the toy, a hub id, a
-parquet, JSON or JSONL file, or a folder of such files. (benchmarks.py does so for evaluation.)
-`Stream` shuffles and encodes them, and splits them over the ranks.
+The start of the pipeline. `load` returns the usable rows of a training set, `eval_sets` those of
+evaluation sets; tables.py finds and reads their files. `shuffled_rounds` deals rows to the ranks,
+and `encode_ahead` reads and encodes them in threads.
 
-A row has `problem` (or `question`), `answer` and `images`, and may have `images_aug` (pre-masked
-images) and `id`; a variant may ask for further columns of images. A sharegpt row has `messages`
-instead: the question is the user's message, the answer the assistant's. Each `<image>` marker in
-the question stands for one image. An image is {bytes, path}, bytes, a path (relative to the data
-file's folder) or a PIL image. Unusable rows are skipped and counted, and the first of each kind is
-reported on stderr.
+A row has `problem` (or `question`), `answer` and perhaps an image or a list of images, in a column
+`images`, `image`, `image_path`, `img`, `file_name` or the like. An image is a path (relative to the
+data file), bytes, base64, a data URL, {bytes, path} or a PIL image. Each `<image>` marker in the
+question stands for one image; without any marker the images go in front. A sharegpt row has
+`messages` instead: the question is the user's message, the answer the assistant's. Optional are
+`id`, `images_aug` (images masked beforehand), and image columns that a variant asks for. Unusable
+rows are skipped and counted, and the first of each kind is reported on stderr.
 
 Differences from the released loader:
-1. Broken, empty and mismatched rows are skipped; there they end the run or go unnoticed. Images
-   without markers count as mismatched, because guessing where they go could change the question.
+1. Broken, empty and mismatched rows are skipped; there they end the run or go unnoticed, as do
+   images without markers, which here go in front of the question.
 2. Prompts that are too long are found from image headers. Pixels are decoded when a row is read.
-3. Both make images RGB with PIL's convert, which drops transparency. Here 16-bit grey is scaled to
-   8 bits (PIL clips it), EXIF orientation is applied, and only the image processor resizes.
-   (Further columns, such as images_aug, are first brought to the size of their image.)
+3. Images become RGB without losing transparency, depth or orientation (images.py), and only the
+   image processor resizes them. (Those of further columns first get the size of their image.)
 4. A round has the same prompts on any number of ranks: the order depends on seed and epoch alone.
 
     python -c "from support import data; rows = data.load('toy'); print(len(rows), rows[0])"
@@ -25,221 +25,167 @@ Differences from the released loader:
 
 from __future__ import annotations
 
-import glob
 import itertools
-import json
-import os
 import random
 import re
-import struct
 import sys
-import weakref
-import zipfile
 import zlib
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from io import BytesIO
+from functools import lru_cache, partial
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageOps
-
-from support import StepError, toy
+from support import StepError, tables, toy
 from support.batch import Example
+from support.distributed import on_first_rank
+from support.images import is_base64, looks_like_image, read_image
+from support.tables import BadRowError, DataError, as_dict, one_line
 
 ENCODERS = 4  # threads that decode and encode images
-SUFFIXES = (".parquet", ".json", ".jsonl")
-SPLITS = ("test", "validation", "val", "train")  # in the order in which evaluation prefers them
 TOY_TRAIN_ROWS, TOY_EVAL_ROWS = 4096, 256
 MAX_ASPECT_RATIO = 200  # Qwen's image processor refuses images beyond it
-MAX_CONSECUTIVE_BAD_ROWS = 64  # while streaming; then something else is wrong
+MAX_CONSECUTIVE_BAD_ROWS = 64  # while encoding; then something else is wrong
+
+# Columns that images are read from. imagefolder's may name other files, too.
+IMAGE_COLUMN = r"(image|img|picture|photo)s?([ _-]?(path|file|name|bytes|base64|data|url)s?)*"
+FILE_COLUMN = r"file_?names?"
 # Names of further image columns: ours, then the one in TAPO's released data.
 COLUMN_NAMES = {
     "images_pos": ("images_pos", "image_noisy"),
     "images_neg": ("images_neg", "image_aug"),
 }
 
-# What PIL raises on broken files, and on more than twice Image.MAX_IMAGE_PIXELS (179 megapixels).
-IMAGE_ERRORS = (
-    ArithmeticError,
-    EOFError,
-    LookupError,
-    OSError,
-    SyntaxError,
-    TypeError,
-    ValueError,
-    struct.error,
-    zipfile.BadZipFile,
-    zlib.error,
-    Image.DecompressionBombError,
-)
+
+def print_error(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
-# ------------------------------------------------------------------------------------------- errors
-
-
-def one_line(message: str) -> str:
-    return " ".join(message.split())[:300]
-
-
-class DataError(ValueError):
-    """A data set that cannot be used. The message is a single line."""
-
-    def __init__(self, message: str):
-        super().__init__(one_line(message))
-
-
-class BadRowError(DataError):
-    """A row that cannot be used. `kind` is the reason it is counted under."""
-
-    def __init__(self, kind: str, message: str):
-        super().__init__(f"{kind}: {message}")
-        self.kind = kind
-
-
-def count_skip(skipped: Counter, where: str, error: ValueError) -> str:
-    """Count a skipped row by kind, or "refused" by the encoder.
-
-    Returns a line for the first of each kind, "" for the others.
-    """
-    kind = getattr(error, "kind", "refused")
-    skipped[kind] += 1
-    return one_line(f"{where} is skipped, {error}") if skipped[kind] == 1 else ""
-
-
-# ------------------------------------------------------------------------------------------- images
-
-
-def read_image(source, folder: Path, read: Callable | None = None):
-    """The image in RGB, or `read` of the opened image; BadRowError if it is broken.
-
-    `source` is {bytes, path}, bytes, a path relative to `folder`, or a PIL image. PIL opens it by
-    its header and decodes the pixels only when `read` asks for them.
-    """
-    read = read or to_rgb
-    if isinstance(source, dict):
-        source = source.get("path") if source.get("bytes") is None else source["bytes"]
+def attempt(task: Callable, where: str, skipped: Counter, report: Callable = print_error):
+    """task(), or None if its row cannot be used: then it is counted by kind ("refused" by the
+    encoder), and the first of each kind is reported."""
     try:
-        if isinstance(source, Image.Image):
-            return read(source)
-        file = BytesIO(source) if isinstance(source, bytes) else folder.joinpath(source)
-        with Image.open(file) as image:
-            return read(image)
-    except IMAGE_ERRORS as error:
-        name = f"{len(source)} bytes" if isinstance(source, bytes) else source
-        raise BadRowError("broken image", f"{name}: {error}") from error
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    image.load()
-    with suppress(*IMAGE_ERRORS):  # broken metadata does not make the pixels unusable
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16-bit grey
-        pixels = np.asarray(image).clip(0, 65535) // 256
-        image = Image.fromarray(pixels.astype(np.uint8))
-    return image.convert("RGB")
-
-
-def image_size(source, folder: Path) -> tuple[int, int]:
-    """(width, height), from the header alone."""
-    return read_image(source, folder, read=lambda image: image.size)
+        return task()
+    except ValueError as error:
+        kind = getattr(error, "kind", "refused")
+        skipped[kind] += 1
+        if skipped[kind] == 1:
+            report(one_line(f"{where} is skipped, {error}"))
+        return None
 
 
 # --------------------------------------------------------------------------------------------- rows
 
 
-def parse_row(row, number: int, columns: tuple[str, ...] = ()) -> Example:
+def parse_row(row, number: int, folder: Path = Path(), columns: tuple[str, ...] = ()) -> Example:
     """A row as an example, its images as they are stored. BadRowError if the row is unusable.
 
-    columns: image columns that a row must have, if it has images at all.
+    folder: of relative image paths. columns: image columns that rows with images must have.
     """
     row = as_dict(row)
+    names = ", ".join(row)
     if row.get("messages") is not None:
-        row = from_messages(row)
-    question_column = "problem"
-    if row.get("problem") is None and "question" in row:
-        question_column = "question"
+        row |= from_messages(row.pop("messages"))
+    is_problem = row.get("problem") is not None or "question" not in row
+    question_column = "problem" if is_problem else "question"
     missing = [column for column in (question_column, "answer") if column not in row]
     if missing:
-        raise BadRowError("missing column", f"{', '.join(missing)}; the row has {', '.join(row)}")
-    question = as_text(row[question_column], "question")
-    answer = as_text(row["answer"], "answer")
-    images = as_list(row.get("images"))
-    markers = question.count("<image>")
-    if markers != len(images):
-        raise BadRowError(
-            "markers", f"{markers} <image> markers for {len(images)} images: {question}"
-        )
-    more_images = find_more_images(row, len(images), columns)
+        raise BadRowError("missing column", f"{', '.join(missing)}; the row has {names}")
+    question = as_text(row.pop(question_column), "question")
+    answer = as_text(row.pop("answer"), "answer")
+    images = pop_images(row, image_columns(row), folder)
+    more_images = {}
+    for column in ("images_aug", *columns):
+        column_names = COLUMN_NAMES.get(column, (column,))
+        more = pop_images(row, column_names, folder)
+        if images and not more and column in columns:
+            raise BadRowError("missing column", f"{' or '.join(column_names)}; the row has {names}")
+        if more and len(more) != len(images):
+            raise BadRowError(column, f"{len(more)} images in {column} for {len(images)} images")
+        if more:
+            more_images[column] = more
+    unread = [name for name in row if looks_like_image(row[name])]
+    if unread and not images:
+        choices = "choose images, image, image_path, img or the like"
+        raise BadRowError("unread image", f"column {unread[0]!r} looks like an image: {choices}")
+    question = place_markers(question, len(images))
     row_id = number if row.get("id") is None else row["id"]
-    return Example(question, answer, images, str(row_id), more_images)
+    others = {name: row[name] for name in row if name not in unread}
+    return Example(question, answer, images, str(row_id), more_images, others)
 
 
-def find_more_images(row: dict, n_images: int, required: tuple[str, ...]) -> dict[str, list]:
-    """The row's images_aug, if it has any, and its required columns. BadRowError: see parse_row."""
-    found = {}
-    for column in ("images_aug", *required):
-        names = COLUMN_NAMES.get(column, (column,))
-        images = next((as_list(row[name]) for name in names if row.get(name) is not None), [])
-        if not images and column in required and n_images:
-            wanted = " or ".join(names)
-            raise BadRowError("missing column", f"{wanted}; the row has {', '.join(row)}")
-        if images and len(images) != n_images:
-            raise BadRowError(column, f"{len(images)} images in {column} for {n_images} images")
-        if images:
-            found[column] = images
-    return found
+def image_columns(row: dict) -> list[str]:
+    """The columns that images may be in, `images` first."""
+
+    def may_hold_images(name: str) -> bool:
+        is_file = re.fullmatch(FILE_COLUMN, name, re.IGNORECASE) and looks_like_image(row[name])
+        return bool(is_file or re.fullmatch(IMAGE_COLUMN, name, re.IGNORECASE))
+
+    return sorted(filter(may_hold_images, row), key=lambda name: name != "images")
 
 
-def as_dict(row) -> dict:
-    """A row as a dict. Tables hand out dicts, lines of JSON, or Arrow tables of one row."""
-    if hasattr(row, "to_pylist"):
-        [row] = row.to_pylist()
-    if isinstance(row, str):
-        try:
-            row = json.loads(row)
-        except ValueError as error:
-            raise BadRowError("not JSON", f"{error}: {row}") from error
-    if not isinstance(row, dict):
-        raise BadRowError("not a row", repr(row))
-    return row
+def pop_images(row: dict, names: Iterable[str], folder: Path) -> list:
+    """Take columns out of a row. Returns the images of the first that has any, as stored."""
+    columns = [as_list(row.pop(name, None)) for name in names]
+    images = next(filter(None, columns), [])
+    return [stored(image, folder) for image in images]
 
 
-def from_messages(row: dict) -> dict:
-    """A sharegpt row with `problem` and `answer` from its two turns."""
-    turns = as_list(row["messages"])
+def stored(image, folder: Path):
+    """An image without {bytes, path} around it, as `read_image` takes it."""
+    if isinstance(image, dict):
+        kept = (image[key] for key in ("bytes", "path") if image.get(key) is not None)
+        image = next(kept, image)
+    if isinstance(image, str) and not is_base64(image):
+        return folder.joinpath(image)
+    return image
+
+
+def place_markers(question: str, n_images: int) -> str:
+    """The question with one marker per image: in front, where it has none."""
+    markers = question.count("<image>")
+    if markers not in (0, n_images):
+        problem = f"{markers} <image> markers for {n_images} images: {question}"
+        raise BadRowError("markers", problem)
+    return question if markers else "<image>" * n_images + question
+
+
+def from_messages(turns) -> dict:
+    """`problem` and `answer` from the two turns of a sharegpt row."""
+    turns = as_list(turns)
     roles = [isinstance(turn, dict) and turn.get("role") for turn in turns]
     if roles != ["user", "assistant"]:
         raise BadRowError("messages", f"expected the user's, then the assistant's: {turns}")
     user, assistant = turns
-    return row | {"problem": user.get("content"), "answer": assistant.get("content")}
+    return {"problem": user.get("content"), "answer": assistant.get("content")}
+
+
+def as_list(value) -> list:
+    """A column that should be a list, without its gaps. A single value is a list of one."""
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return [value for value in values if not is_missing(value)]
+
+
+def is_missing(value) -> bool:
+    """None, NaN (pandas' missing value) or blank text."""
+    return value is None or value != value or (isinstance(value, str) and not value.strip())
 
 
 def as_text(value, name: str) -> str:
     """A question or an answer as text that is not empty. 3 and 3.0 are "3", true is "True"."""
     if isinstance(value, (list, dict, bytes)):
         raise BadRowError(f"{name} is not text", repr(value))
+    if is_missing(value):
+        raise BadRowError(f"empty {name}", repr(value))
     if isinstance(value, float) and value.is_integer():  # an integer column with gaps
         value = int(value)
-    is_missing = value is None or value != value  # pandas stores a missing value as NaN
-    if is_missing or not str(value).strip():
-        raise BadRowError(f"empty {name}", repr(value))
     text = str(value)
     try:
         text.encode()
     except UnicodeEncodeError as error:  # half of a surrogate pair, as "\ud83d" in JSON
         raise BadRowError(f"{name} is not valid Unicode", repr(value)) from error
     return text
-
-
-def as_list(value) -> list:
-    """A column that should be a list, without its gaps. A single value is a list of one."""
-    values = value if isinstance(value, (list, tuple)) else [value]
-    return [value for value in values if value is not None]
 
 
 # ---------------------------------------------------------------------------------- the usable rows
@@ -255,7 +201,10 @@ class Rows:
     name: str
     get: Callable[[int], Example]  # by the row's number in the data set
     numbers: Sequence[int]  # of the usable rows, from 0
-    skipped: Counter = field(default_factory=Counter)  # kind -> rows that `load` left out
+    with_image: int = 0  # how many have an image
+    skipped: Counter = field(default_factory=Counter)  # kind -> rows left out by `load`
+    checksums: dict[str, int] = field(default_factory=dict)  # by column; what tells edited data
+    broken: Counter = field(default_factory=Counter)  # kind -> rows left out by `encode_ahead`
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -263,235 +212,135 @@ class Rows:
     def __getitem__(self, i: int) -> Example:
         return self.get(self.numbers[i])
 
+    def summary(self) -> str:
+        images = f"{self.with_image} of {len(self)} rows have an image"
+        return f"{self.name}: {images}; left out: {dict(self.skipped) or 'none'}"
 
-def load(
-    spec, split="train", *, seed=0, limit=None, length=None, max_prompt_tokens=None, columns=()
-) -> Rows:
+
+def load(spec, split="train", *, seed=0, columns=(), **limits) -> Rows:
     """The usable rows of a training set. DataError if it cannot be read or no row is usable.
 
     `spec`: "toy" or "toy:grid=4,..." (see toy.setting_of; `seed` is the toy's), a file (one split,
-    whatever `split` says), a folder of files, or a hub id.
-    `limit`: read only this many usable rows. None and 0 mean all, or the toy's default number.
-    `length(question, [(width, height), ...])` is the number of prompt tokens. Prompts longer than
-    `max_prompt_tokens` are skipped. The toy's are short and not measured. `columns`: image columns
-    that rows with images must have.
+    whatever `split` says), a folder of files, or a hub id. `columns`: image columns that rows with
+    images must have. `limits`: limit, length and max_prompt_tokens of `check_rows`. The toy has a
+    limit of its own, and its prompts are short and not measured. All ranks call it.
+    """
+    setting = toy.setting_of(spec)
+    if not setting:
+        [located] = tables.open_sets(str(spec), (split,)).values()
+        return usable_rows(str(spec), located, columns, **limits)
+    if split not in toy.SPLITS:
+        choices = ", ".join(toy.SPLITS)
+        raise DataError(f"the toy has no split {split!r}: choose one of {choices}")
+    unknown = [column for column in columns if column not in toy.RELATIVES]
+    if unknown:
+        choices = ", ".join(toy.RELATIVES)
+        raise DataError(f"the toy has no image column {unknown[0]!r}: choose from {choices}")
+    n = limits.get("limit") or (TOY_TRAIN_ROWS if split == "train" else TOY_EVAL_ROWS)
+    get = partial(toy.example, split, seed=seed, setting=setting, columns=columns)
+    return Rows(f"toy/{split}", get, range(n), with_image=n)
+
+
+def eval_sets(spec: str, *, seed=0, source: str = tables.HUB, **limits) -> dict[str, Rows]:
+    """Set name -> its rows. DataError if a set cannot be read. All ranks call it.
+
+    `spec` may be the toy; benchmarks (see `benchmark_names`), read from the folder or hub id
+    `source`; a file; or a folder or hub id, of which the first of SPLITS is read. The tables of a
+    folder are a set each if none is a split. `seed`, `limits`: see `load`.
     """
     setting = toy.setting_of(spec)
     if setting:
-        if split not in toy.SPLITS:
-            choices = ", ".join(toy.SPLITS)
-            raise DataError(f"the toy has no split {split!r}: choose one of {choices}")
-        unknown = [column for column in columns if column not in toy.RELATIVES]
-        if unknown:
-            choices = ", ".join(toy.RELATIVES)
-            raise DataError(f"the toy has no image column {unknown[0]!r}: choose from {choices}")
-        default = TOY_TRAIN_ROWS if split == "train" else TOY_EVAL_ROWS
-        numbers = range(limit or default)
-        return Rows(
-            f"toy/{split}", lambda i: toy.example(split, i, seed, setting, columns), numbers
-        )
-    name = str(spec)
-    [(table, folder)] = open_tables(name, (split,)).values()
-    return usable_rows(
-        name,
-        table,
-        folder,
-        limit=limit,
-        length=length,
-        max_prompt_tokens=max_prompt_tokens,
-        columns=columns,
-    )
+        splits = [setting.split] if setting.split else toy.EVAL_SPLITS
+        return {split: load(spec, split, seed=seed, **limits) for split in splits}
+    if names := tables.benchmark_names(spec):
+        sets = tables.open_benchmarks(spec, names, source)
+    else:
+        sets = tables.open_sets(spec, tables.SPLITS, set_per_table=True)
+    return {name: usable_rows(name, located, **limits) for name, located in sets.items()}
 
 
-def usable_rows(
-    name: str, table, folder: Path, limit=None, length=None, max_prompt_tokens=None, columns=()
-) -> Rows:
-    """The usable rows of a table, which is a sequence of what `as_dict` takes. See `load`."""
-    numbers, skipped, reports = [], Counter(), []
-    for number in range(len(table)):
-        if limit and len(numbers) >= limit:
-            break
-        try:
-            example = parse_row(table[number], number, columns)
-            check(example, folder, length, max_prompt_tokens)
-            numbers.append(number)
-        except ValueError as error:  # a BadRowError, or `length` refuses the question
-            reports.append(count_skip(skipped, f"{name}: row {number}", error))
-    reports = list(filter(None, reports))
-    if not numbers:
-        counts = ", ".join(f"{kind} {count}" for kind, count in skipped.items())
-        problem = f"data {name!r}: none of its {len(table)} rows can be used"
-        raise DataError(f"{problem} ({counts}): {reports[0]}" if reports else f"{problem}: no rows")
-    if os.environ.get("RANK", "0") == "0":
-        print("".join(f"{line}\n" for line in reports), end="", file=sys.stderr)
+def usable_rows(name: str, located: list, columns: tuple[str, ...] = (), **limits) -> Rows:
+    """The usable rows of a table of tables.py. The first rank checks them for all. See `load`."""
 
     def get(number: int) -> Example:
-        return decode(parse_row(table[number], number, columns), folder)
+        rows, index, folder = located[number]
+        example = parse_row(rows[index], number, folder, columns)
+        more_images = {
+            column: list(map(read_image, images)) for column, images in example.more_images.items()
+        }
+        images = list(map(read_image, example.images))
+        return replace(example, images=images, more_images=more_images)
 
-    return Rows(name, get, numbers, skipped)
+    total, fields = on_first_rank(lambda: check_rows(name, located, columns, **limits))
+    if len(located) != total:
+        problem = f"{len(located)} rows here, {total} on the first rank"
+        raise DataError(f"data {name!r} differs between machines: {problem}")
+    return Rows(name, get, *fields)
 
 
-def check(example: Example, folder: Path, length: Callable | None, max_prompt_tokens) -> None:
-    """Reads headers only. BadRowError if an image is broken or too thin, or the prompt too long."""
-    sizes = [image_size(source, folder) for source in example.images]
-    more_images = itertools.chain.from_iterable(example.more_images.values())
-    more_sizes = [image_size(source, folder) for source in more_images]
-    for width, height in sizes + more_sizes:
+def check_rows(
+    name: str, located: list, columns=(), *, limit=None, length=None, max_prompt_tokens=None
+) -> tuple[int, tuple]:
+    """(number of rows, fields of Rows after `get`), from headers. DataError if no row is usable.
+
+    `limit`: stop after so many usable rows; None and 0: all. `length(question, [(width, height),
+    ...])` is the number of prompt tokens; prompts longer than `max_prompt_tokens` are skipped.
+    """
+    numbers, with_image, skipped, lines, checksums = [], 0, Counter(), [], Counter()
+
+    def check(number: int) -> tuple[dict, Example]:
+        rows, index, folder = located[number]
+        row = as_dict(rows[index])
+        example = parse_row(row, number, folder, columns)
+        check_sizes(example, length, max_prompt_tokens)
+        return row, example
+
+    for number in range(len(located)):
+        if limit and len(numbers) >= limit:
+            break
+        checked = attempt(partial(check, number), f"{name}: row {number}", skipped, lines.append)
+        if checked:
+            row, example = checked
+            numbers.append(number)
+            with_image += bool(example.images)
+            for column, value in row.items():
+                content = repr(without_bytes(value)).encode(errors="replace")
+                checksums[column] = zlib.crc32(content, checksums[column])
+    if not numbers:
+        counts = ", ".join(f"{kind} {count}" for kind, count in skipped.items())
+        problem = f"data {name!r}: none of its {len(located)} rows can be used"
+        raise DataError(f"{problem} ({counts}): {lines[0]}" if lines else f"{problem}: no rows")
+    for line in lines:
+        print_error(line)
+    checksums = {"number of rows": len(numbers), **checksums}
+    return len(located), (numbers, with_image, skipped, checksums)
+
+
+def without_bytes(value):
+    """A value with a checksum in the place of bytes, whose repr would take a while."""
+    if isinstance(value, dict):
+        return {key: without_bytes(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_bytes(each) for each in value]
+    return zlib.crc32(value) if isinstance(value, bytes) else value
+
+
+def check_sizes(example: Example, length: Callable | None, max_prompt_tokens: int | None) -> None:
+    """BadRowError if an image is broken or too thin, or the prompt too long."""
+    images = itertools.chain(example.images, *example.more_images.values())
+    sizes = [read_image(source, read=lambda image: image.size) for source in images]
+    for width, height in sizes:
         if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
             limit = f"more than {MAX_ASPECT_RATIO} to 1"
             raise BadRowError("aspect ratio", f"an image of {width} x {height} pixels, {limit}")
     if max_prompt_tokens:
-        tokens = length(example.question, sizes)
+        tokens = length(example.question, sizes[: len(example.images)])
         if tokens > max_prompt_tokens:
             excess = f"{tokens} prompt tokens, more than {max_prompt_tokens}"
             raise BadRowError("overlong", f"{excess}: {example.question}")
 
 
-def decode(example: Example, folder: Path) -> Example:
-    """The example with its images decoded."""
-    images = [read_image(source, folder) for source in example.images]
-    more_images = {
-        column: [read_image(source, folder) for source in sources]
-        for column, sources in example.more_images.items()
-    }
-    return replace(example, images=images, more_images=more_images)
-
-
-# -------------------------------------------------------------------------------- files and the hub
-
-
-def open_tables(spec: str, splits: tuple, set_per_file: bool = False) -> dict[str, tuple]:
-    """Set name -> (table, folder of its relative image paths), of the first of `splits` there is.
-
-    DataError if `spec` cannot be read. `set_per_file`: see `group_files`.
-    """
-    path = Path(spec).expanduser()
-    files = list_files(spec)
-    try:
-        if not files:
-            return {path.name: (read_hub(spec, splits), Path())}
-        sets = group_files(path, files, splits, set_per_file)
-        return {name: (read_files(group), group[0].parent) for name, group in sets.items()}
-    except Exception as error:  # datasets, pyarrow and the hub client have classes of their own
-        problem = "cannot be read"
-        if not files:
-            problem = "is not a file or folder here, and cannot be loaded from the hub"
-        raise DataError(f"data {spec!r} {problem}: {type(error).__name__}: {error}") from error
-
-
-def list_files(spec: str) -> list[Path]:
-    """The file `spec`, or the files in the folder `spec` or its data/; none for a hub id."""
-    path = Path(spec).expanduser()
-    if path.is_file():
-        if path.suffix not in SUFFIXES:
-            choices = ", ".join(SUFFIXES)
-            raise DataError(
-                f"data {spec!r}: unknown extension {path.suffix!r}: choose one of {choices}"
-            )
-        return [path]
-    for suffixes in ((".parquet",), (".json", ".jsonl")):  # JSON beside parquet files is metadata
-        for folder in (path, path / "data"):
-            files = sorted(file for file in folder.glob("*") if file.suffix in suffixes)
-            if files:
-                return files
-    is_hub_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", spec) and path.suffix not in SUFFIXES
-    if path.exists() or not is_hub_id:
-        choices = f"'toy', a {', '.join(SUFFIXES)} file, a folder of such, or a hub id (owner/name)"
-        raise DataError(f"data {spec!r}: no such file or folder: choose {choices}")
-    return []
-
-
-def group_files(path: Path, files: list[Path], splits: tuple, set_per_file: bool) -> dict:
-    """Set name -> its files. `path` is the file or the folder that the files come from.
-
-    A folder is one set. With `set_per_file` each of its files is one, unless some are named after
-    splits.
-    """
-    if path.is_file():
-        return {path.stem: files}
-    named = files_of_split(files, splits)
-    if set_per_file and not named:
-        return {file.stem: [file] for file in files}
-    return {path.resolve().name: named or files}
-
-
-def files_of_split(files: list[Path], splits: tuple) -> list[Path]:
-    """The files named after the first of `splits` there is, such as train-00000-of-00002.parquet.
-
-    Empty if no file is named after a split. ValueError if files are named after other splits only.
-    """
-    named = {}
-    for split in (*splits, *SPLITS):
-        matching = [file for file in files if re.match(rf"{re.escape(split)}[-_.]", file.name)]
-        if matching:
-            named[split] = matching
-    return choose_split(named, splits) if named else []
-
-
-def choose_split(parts: dict, splits: tuple):
-    """The part under the first of `splits` there is."""
-    for split in splits:
-        if split in parts:
-            return parts[split]
-    raise ValueError(f"no split {splits[0]!r}: choose one of {', '.join(parts)}")
-
-
-def read_files(files: list[Path]):
-    """The rows of files of one kind, as `as_dict` takes them."""
-    if files[0].suffix == ".parquet":
-        return read_parquet(files)
-    # datasets' own JSON reader would refuse a file in which 3 and "three" are both answers.
-    rows = []
-    for file in files:
-        text = file.read_text(encoding="utf-8-sig")
-        if text.lstrip().startswith("["):
-            rows += json.loads(text)
-        else:
-            # splitlines() would also split at U+2028, which JSON allows within a string.
-            rows += [line for line in text.split("\n") if line.strip()]
-    return rows
-
-
-def read_parquet(files: list[Path]):
-    """The files as one memory-mapped table, its columns typed as Arrow has them.
-
-    datasets would type them by the files' metadata, and fails on types that its version lacks, such
-    as "List" before 4. It would decode images, too, whose headers are enough for `check`.
-    """
-    import datasets  # slow to import, and only needed for parquet and the hub
-    import pyarrow.parquet
-
-    schema = pyarrow.parquet.read_schema(files[0]).remove_metadata()
-    features = datasets.Features.from_arrow_schema(schema)
-    patterns = [glob.escape(str(file.absolute())) for file in files]
-    return datasets.Dataset.from_parquet(patterns, features=features).with_format("arrow")
-
-
-def read_hub(spec: str, splits: tuple):
-    """The table of the first of `splits` in a data set on the hub."""
-    import datasets
-    from huggingface_hub import HfApi, constants, hf_hub_download
-
-    if not constants.HF_HUB_OFFLINE:  # offline, datasets uses its cache
-        # Without a connection this fails at once; datasets would retry for minutes.
-        HfApi().dataset_info(spec, timeout=20)
-    try:
-        tables = datasets.load_dataset(spec)
-    except Exception as error:  # whatever the error is, like the released loader
-        listed = [Path(name) for name in HfApi().list_repo_files(spec, repo_type="dataset")]
-        names = [path for path in listed if str(path.parent) in (".", "data")]
-        names = [path for path in names if path.suffix == ".parquet"]
-        names = files_of_split(names, splits) or names
-        if not names:
-            raise
-        warning = f"data {spec!r}: its parquet files are read directly ({error})"
-        print(one_line(warning), file=sys.stderr)
-        files = [hf_hub_download(spec, str(name), repo_type="dataset") for name in names]
-        return read_parquet([Path(file) for file in files])
-    return choose_split(tables, splits).with_format("arrow")
-
-
-# --------------------------------------------------------------------------------------- the stream
+# --------------------------------------------------------------------------------------- the rounds
 
 
 @lru_cache(maxsize=4)
@@ -501,95 +350,57 @@ def shuffled(n: int, seed: int, epoch: int) -> list[int]:
     return order
 
 
-def encode_row(rows: Rows, encode: Callable, i: int):
-    """A worker's task. It holds no reference to the Stream, so that a dropped Stream is freed."""
-    return encode(rows[i])
+def shuffled_rounds(
+    n: int, size: int, *, seed=0, position=0, rank=0, world=1
+) -> Iterator[list[tuple[int, int]]]:
+    """This rank's share of endless rounds of n shuffled rows: [(index in the round, row)].
+
+    The permutations of all epochs are laid end to end. A round is the next `size` rows of that
+    sequence, from `position` on, and this rank takes every world-th of them.
+    """
+    for start in itertools.count(position, size):
+        share = []
+        for index in range(rank, size, world):
+            epoch, offset = divmod(start + index, n)
+            share.append((index, shuffled(n, seed, epoch)[offset]))
+        yield share
 
 
-class Stream:
-    """A rank's share of an endless shuffled stream: next(stream) -> [(index in round, prompt)].
+def encode_ahead(rows: Rows, encode: Callable, rounds: Iterable[list]) -> Iterator[list]:
+    """The prompts of each round, encode(rows[i], index) for its (index, i).
 
-    The permutations of all epochs are laid end to end. A round is the next `prompts_per_round` rows
-    of that sequence, and this rank takes every world-th of them. Rows whose images turn out broken,
-    or that `encode` refuses with a ValueError, are left out and counted in `skipped`. While the
-    caller works on a round, the next one is encoded: two rounds are in memory.
-
-    `position` is the number of rows that next() has passed on all ranks; a checkpoint saves it.
-    Without close(), the interpreter finishes the round it is encoding before it exits.
+    Threads encode the next round while the caller works: two rounds are in memory. Rows whose
+    images turn out broken, or that `encode` refuses with a ValueError, are left out and counted in
+    rows.broken; StepError after MAX_CONSECUTIVE_BAD_ROWS. close() drops what is queued.
 
     torch's DataLoader prefetches too, but a bad row ends it, and it cannot start within an epoch.
     """
+    pool, n_bad = ThreadPoolExecutor(ENCODERS), 0
 
-    def __init__(
-        self, rows, encode, prompts_per_round, rank=0, world=1, seed=0, position=0, workers=ENCODERS
-    ):
-        assert len(rows) > 0 and prompts_per_round > 0, (len(rows), prompts_per_round)
-        assert 0 <= rank < world, (rank, world)
-        self.rows, self.encode, self.prompts_per_round = rows, encode, prompts_per_round
-        self.rank, self.world, self.seed = rank, world, seed
-        self.position = position
-        self.skipped = Counter()  # kind -> prompts left out
-        self._consecutive_bad_rows = 0
-        self._pool = ThreadPoolExecutor(workers)
-        self.close = weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True)
-        self._share = self._start_round(position)
+    def start(share: list) -> list[tuple]:
+        return [(i, pool.submit(lambda i=i, k=k: encode(rows[i], k))) for k, i in share]
 
-    def _start_round(self, position: int) -> list[tuple[int, int, Future]]:
-        """Start encoding this rank's share: (index in the round, row, the prompt's future)."""
-        share = []
-        for index in range(self.rank, self.prompts_per_round, self.world):
-            epoch, offset = divmod(position + index, len(self.rows))
-            row = shuffled(len(self.rows), self.seed, epoch)[offset]
-            future = self._pool.submit(encode_row, self.rows, self.encode, row)
-            share.append((index, row, future))
-        return share
-
-    def __next__(self) -> list[tuple[int, object]]:
-        share, end = self._share, self.position + self.prompts_per_round
-        self._share = self._start_round(end)
+    def finish(started: list[tuple]) -> list:
+        nonlocal n_bad
         prompts = []
-        for index, row, future in share:
-            try:
-                prompts.append((index, future.result()))
-                self._consecutive_bad_rows = 0
-            except ValueError as error:
-                self._skip(row, error)
-        self.position = end
+        for i, future in started:
+            where = f"{rows.name}: row {rows.numbers[i]}"
+            prompt = attempt(future.result, where, rows.broken)
+            n_bad = n_bad + 1 if prompt is None else 0
+            if n_bad >= MAX_CONSECUTIVE_BAD_ROWS:
+                kinds = ", ".join(rows.broken)
+                raise StepError(f"{where}: {n_bad} prompts in a row cannot be used: {kinds}")
+            if prompt is not None:
+                prompts.append(prompt)
         return prompts
 
-    def _skip(self, row: int, error: ValueError) -> None:
-        name = self.rows.name
-        report = count_skip(self.skipped, f"{name}: row {self.rows.numbers[row]}", error)
-        if report:
-            print(report, file=sys.stderr)
-        self._consecutive_bad_rows += 1
-        if self._consecutive_bad_rows >= MAX_CONSECUTIVE_BAD_ROWS:
-            count = self._consecutive_bad_rows
-            raise StepError(f"{name}: {count} prompts in a row cannot be used, {error}") from error
-
-
-def encode_ahead(rows: Rows, encode: Callable, chunks: list[list[int]]) -> Iterator[list]:
-    """The prompts of each chunk of indices; the next chunk is encoded while the caller works.
-
-    A row that turns out broken is left out, counted and named.
-    """
-    pool = ThreadPoolExecutor(ENCODERS)
-
-    def start(chunk: list[int]) -> list[tuple[int, Future]]:
-        return [(i, pool.submit(lambda i=i: encode(rows[i], i))) for i in chunk]
-
+    ahead: deque = deque()
     try:
-        following = start(chunks[0]) if chunks else []
-        for number in range(len(chunks)):
-            current, following = following, start([*chunks, []][number + 1])
-            prompts = []
-            for index, future in current:
-                try:
-                    prompts.append(future.result())
-                except ValueError as error:
-                    rows.skipped[getattr(error, "kind", "not encodable")] += 1
-                    row = rows.numbers[index]
-                    print(f"{rows.name}: row {row} is left out: {error}", file=sys.stderr)
-            yield prompts
+        for share in rounds:
+            ahead.append(start(share))
+            if len(ahead) == 2:
+                yield finish(ahead.popleft())
+        while ahead:
+            yield finish(ahead.popleft())
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

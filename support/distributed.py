@@ -101,20 +101,20 @@ def local_world_size() -> int:
 def on_first_rank(task: Callable):
     """Run `task` on the first rank and return its result on all; all ranks call it.
 
-    An OSError of the task is raised on all ranks.
+    An OSError or a ValueError of the task is raised on all ranks.
     """
     result, problem = None, None
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
             result = task()
-        except OSError as error:
-            problem = str(error)
+        except (OSError, ValueError) as error:
+            problem = error
     if dist.is_initialized():
         message = [result, problem]
         dist.broadcast_object_list(message)
         result, problem = message
     if problem is not None:
-        raise OSError(problem)
+        raise problem
     return result
 
 

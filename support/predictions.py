@@ -26,11 +26,11 @@ from statistics import multimode
 import numpy as np
 
 from support.batch import Group
-from support.benchmarks import ALIASES, BENCHMARKS, GENERAL, VISION
 from support.checkpoint import write_atomically
 from support.plots import align_columns
 from support.reward import boxed
 from support.sandbox import Grader
+from support.tables import ALIASES, BENCHMARKS, GENERAL, VISION
 
 RESAMPLES = 1000  # bootstrap samples per evaluation set
 # Flags that change the results: a resumed evaluation must have the same values.

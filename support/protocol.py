@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from support import benchmarks, toy
+from support import tables, toy
 from support.config import check_at_least, check_range, early_flags, flag, parse_flags
 from support.qwen_vl import PROMPT_SUFFIX
 
@@ -69,8 +69,8 @@ def configure(doc: str, argv=None) -> EvalConfig:
     early = early_flags("model", "data", "protocol", "ask", "explain", "grade", argv=argv)
     model = toy.model_folder(early.get("model", EvalConfig.model))
     defaults = toy.defaults(model, early.get("data", "")) | {"eval_rows": 0}
-    data = early.get("data") or defaults.get("data", "all")
-    default = "paper" if benchmarks.benchmark_names(data) else "training"
+    data = toy.data_of(model, early.get("data", "")) or "all"
+    default = "paper" if tables.benchmark_names(data) else "training"
     protocol = early.get("protocol") or default
     if protocol not in PROTOCOLS:
         raise ValueError(f"--protocol {protocol}: choose one of {', '.join(PROTOCOLS)}")
@@ -80,6 +80,7 @@ def configure(doc: str, argv=None) -> EvalConfig:
     if "grade" in early:
         defaults["n"] = 0
     [config] = parse_flags(doc, EvalConfig, defaults=defaults, argv=argv)
+    config.data = data
     return config
 
 

@@ -21,11 +21,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from support import StepError, benchmarks, checkpoint, curves, data, lora, pages, predictions
+from support import StepError, checkpoint, curves, data, lora, pages, predictions
 from support.batch import Example, Group, Prompt
 from support.config import exit_with_error, flags_of
 from support.distributed import (
-    gather_over_ranks,
     local_world_size,
     make_mesh,
     max_over_ranks,
@@ -41,6 +40,7 @@ from support.run_folder import (
     free_name,
     is_evaluation,
     is_unused,
+    keep_checksums,
     keep_copy,
     lock,
     read_log,
@@ -120,8 +120,7 @@ class Run:
         rows = data.load(config.data, "train", columns=self.algo.columns, **options)
         eval_sets = {}
         if config.eval_every and config.val_data != "none":
-            eval_sets = benchmarks.eval_sets(config.val_data, limit=config.eval_rows, **options)
-        check_same_rows(rows, *eval_sets.values())
+            eval_sets = data.eval_sets(config.val_data, limit=config.eval_rows, **options)
         return rows, eval_sets
 
     def _load_policy(self, encoder: Encoder, dtype: torch.dtype) -> Policy:
@@ -153,23 +152,32 @@ class Run:
         if newest:
             state = checkpoint.load(newest, self.policy.model, self.optimizer)
             self.step, self.position = state["step"], state["position"]
+        self.rows_read = self.position  # which follows when a step is done
         self.evaluated_step = on_first_rank(lambda: self._open_folder(resuming=bool(newest)))
         if not (self.folder / "config.json").exists():
             raise OSError(f"{self.folder} is not the first rank's: all machines must share it")
         makers = [make for name, make in LOGGERS.items() if getattr(self.config, name)]
         self.loggers = [make(self.folder) for make in makers if self.rank == 0]
-        config, encode = self.config, self.policy.encoder.encode
-        per_round = config.mini_batch if self.algo.dynamic_sampling else config.prompts_per_step
-        ranks = {"rank": self.rank, "world": self.world}
-        self.stream = data.Stream(
-            self.rows, encode, per_round, **ranks, seed=config.seed, position=self.position
+        config = self.config
+        self.per_round = (
+            config.mini_batch if self.algo.dynamic_sampling else config.prompts_per_step
         )
+        where = {"position": self.position, "rank": self.rank, "world": self.world}
+        rounds = data.shuffled_rounds(len(self.rows), self.per_round, seed=config.seed, **where)
+        self.rounds = data.encode_ahead(self.rows, self.policy.encoder.encode, rounds)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
         if self.rank == 0:
-            left_out = dict(self.rows.skipped) or "none"
-            print(f"data: {len(self.rows)} rows of {self.rows.name}; left out: {left_out}")
+            for rows in (self.rows, *self.eval_sets.values()):
+                print(rows.summary())
             print(self._disk_line())
+        if self.algo.views() and not self.rows.with_image:
+            views = ", ".join(self.algo.views())
+            self._warn_once(
+                "no image",
+                f"no row of {self.rows.name} has an image, so the views of {self.config.algo} "
+                f"({views}) and the terms of its objective that need them are empty",
+            )
 
     def _claim_folder(self) -> Path:
         """Make and lock the folder, before anything in it is read or written."""
@@ -196,6 +204,8 @@ class Run:
         """Write config.json, rewind the logs to the checkpoint; returns `evaluated_step`."""
         config = flags_of(self.config, self.algo) | {"steps": self.n_steps, "resume": ""}
         checkpoint.clean(self.folder)
+        sets = (self.rows, *self.eval_sets.values())
+        keep_checksums(self.folder, {rows.name: rows.checksums for rows in sets}, resuming)
         text = json.dumps(config, indent=1) + "\n"
         checkpoint.write_atomically(self.folder / "config.json", text)
         if self.config.algo.endswith(".py"):
@@ -227,26 +237,26 @@ class Run:
             while self.step < self.n_steps:
                 self.raise_if_stopped()
                 self.started = time.time()
-                self.skipped_before = self.stream.skipped.total()
+                self.skipped_before = self.rows.broken.total()
                 yield self.step
                 self.bar.update()
 
     def next_prompts(self, round_index: int) -> list[Prompt]:
         """This rank's prompts of a round of sampling, numbered over all rounds and ranks."""
-        prompts = []
-        for index, prompt in next(self.stream):
-            prompt.index = round_index * self.stream.prompts_per_round + index
-            prompts.append(prompt)
+        prompts = next(self.rounds)
+        for prompt in prompts:
+            prompt.index += round_index * self.per_round
+        self.rows_read += self.per_round
         return prompts
 
     def skipped_rows(self) -> int:
         """Rows of this step that turned out broken, on this rank."""
-        return self.stream.skipped.total() - self.skipped_before
+        return self.rows.broken.total() - self.skipped_before
 
     def finish_step(self, metrics: dict[str, float], groups: list[Group]) -> None:
         """Count a step, log its metrics with its times, save a checkpoint if one is due."""
         self.step += 1
-        self.position = self.stream.position
+        self.position = self.rows_read
         metrics["seconds"] = time.time() - self.started
         metrics["tokens_per_second"] = metrics.pop("response_tokens") / metrics["seconds"]
         if self.device.type == "cuda":
@@ -358,7 +368,7 @@ class Run:
                 advice = "lower --tokens_per_forward, --rollout_batch, --max_pixels or --group_size"
                 sys.exit(f"rank {self.rank}: out of memory: {advice}. {figures}")
         finally:
-            self.stream.close()
+            self.rounds.close()
             self.grader.close()
             if self._lock:
                 self._lock.close()
@@ -427,17 +437,6 @@ class Run:
             example = self.eval_sets[line["set"]][row]
             same = (example.id or str(row), example.answer) == (line["id"], line["label"])
             return example if same else None
-
-
-def check_same_rows(*sets: data.Rows) -> None:
-    """ValueError if the ranks read different rows: their shuffles would differ unnoticed."""
-    mine = [(len(rows), hash(tuple(rows.numbers))) for rows in sets]
-    everyone = gather_over_ranks(mine)
-    if any(theirs != everyone[0] for theirs in everyone):
-        counts = ", ".join(str([length for length, _ in theirs]) for theirs in everyone)
-        raise ValueError(
-            f"the ranks read different rows of {sets[0].name}: usable are {counts} of the sets"
-        )
 
 
 def show_responses(step: int, groups: list[Group]) -> None:

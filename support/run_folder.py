@@ -1,6 +1,7 @@
 """A run's folder: its name, its lock and its logs.
 
 config.json     every flag, resolved
+data.json       checksums of the rows, so that a resumed run notices other data
 metrics.jsonl   one line per step, one per evaluation
 samples.jsonl   decoded responses of evaluations
 NAME.py         a copy of the file that --algo names, if it is one
@@ -81,6 +82,23 @@ def keep_copy(source: Path, folder: Path) -> None:
         shutil.copy(source, copy)
     elif copy.read_bytes() != source.read_bytes():
         print(f"{source} differs from the run's copy of it, {copy}", file=sys.stderr)
+
+
+def keep_checksums(folder: Path, checksums: dict[str, dict], resuming: bool) -> None:
+    """Keep the checksums of a run's data, set -> column -> number.
+
+    OSError that names the columns if a resumed run has other rows.
+    """
+    file = folder / "data.json"
+    before = json.loads(file.read_text()) if resuming and file.exists() else {}
+    for name in before.keys() & checksums.keys():
+        old, new = before[name], checksums[name]
+        changed = [column for column in old | new if old.get(column) != new.get(column)]
+        if changed:
+            what = ", ".join(changed)
+            advice = "restore it, or start a new run"
+            raise OSError(f"data {name} has changed since the run began ({what}): {advice}")
+    write_atomically(file, json.dumps(before | checksums, indent=1) + "\n")
 
 
 def is_evaluation(line: dict) -> bool:

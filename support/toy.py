@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +36,8 @@ from torch import Tensor
 from support.batch import Example
 
 MODEL = Path(__file__).parent / "toy_model"
-SPLITS = ("train", "general", "vision_dependent")
+EVAL_SPLITS = ("general", "vision_dependent")
+SPLITS = ("train", *EVAL_SPLITS)
 WARM_SPLIT = "warm"  # rows of the warm start, so that the images of RL are new
 
 RELATIVES = ("images_pos", "images_neg")  # further images that a row may have
@@ -96,6 +97,7 @@ class Setting:
     misread: float = 0.12  # warm-start labels: chance that a cell's colour is wrong
     copy_note: float = 0.4  # warm-start labels: chance that the box copies the note
     warm_steps: int = 250  # a larger grid needs more before the model begins to see
+    split: str = ""  # of EVAL_SPLITS, the one to evaluate; "": each
 
     def __post_init__(self):
         limits = {
@@ -115,6 +117,9 @@ class Setting:
                 raise ValueError(f"toy setting {name}={value}: must be in {low}..{high}")
         if self.cell < 1 or self.cell % (2 * PATCH):
             raise ValueError(f"toy setting cell={self.cell}: must be a multiple of {2 * PATCH}")
+        if self.split not in ("", *EVAL_SPLITS):
+            choices = ", ".join(EVAL_SPLITS)
+            raise ValueError(f"toy setting split={self.split}: choose one of {choices}")
 
 
 DEFAULT = Setting()
@@ -170,14 +175,23 @@ def model_folder(name: str) -> str:
     return str(MODEL) if name == "toy" else name
 
 
-def defaults(model: str, data: str) -> dict:
-    """Flags that fit a toy task, and the learning rate of a toy model. {} where there is none.
-
-    A toy's model brings its task along (task.json), also as an exported folder.
-    """
+def task_of(model: str) -> dict:
+    """The task that a toy's model brings along, also as an exported folder; {} for other models."""
     task_file = Path(model) / "task.json"
-    task = json.loads(task_file.read_text()) if task_file.is_file() else {}
-    data = data or task.get("data", "")
+    return json.loads(task_file.read_text()) if task_file.is_file() else {}
+
+
+def data_of(model: str, data: str) -> str:
+    """What --data means beside a model: a toy's has data of its own, and splits of it by name."""
+    task_data = task_of(model).get("data", "")
+    if task_data and data in EVAL_SPLITS:
+        return spec_of(replace(setting_of(task_data), split=data))
+    return data or task_data
+
+
+def defaults(model: str, data: str) -> dict:
+    """Flags that fit a toy task, and the learning rate of a toy model. {} where there is none."""
+    task, data = task_of(model), data_of(model, data)
     setting = setting_of(data)
     of_task = task_defaults(setting) | {"data": data, "val_data": data} if setting else {}
     return of_task | MODEL_DEFAULTS if task else of_task

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
@@ -14,8 +15,8 @@ import pytest
 import torch
 from conftest import ROOT, generate, metric_lines, on_ranks, process_restored, random_image
 from PIL import Image
-from test_benchmarks import row, split_rows, write_split
 from test_predictions import its_rule, papo_eval_file, write_jsonl
+from test_tables import row, split_rows, write_split
 
 import evaluate
 from support import pages, toy
@@ -82,11 +83,13 @@ def test_evaluation(uninterrupted, capsys):
         "user\nUnd , wie groß ist ∠ABC?\n\nBox it.\nassistant\n"
     )
     assert "We_Math: left out: {'markers': 1, 'broken image': 1}" in stdout
-    assert "We_Math: row 4 is left out: broken image" in stderr
+    assert "We_Math: row 4 is skipped, broken image" in stderr
     assert "We_Math: row 5 is skipped, markers" in stderr
     protocol = "n 3 (CHANGED), temperature 1.0, top_p 1.0, top_k 50, max_new_tokens 6 (CHANGED)"
     assert f"protocol paper: {protocol}" in stdout
-    names = [line.split()[0] for line in stdout.splitlines()[1:4]]
+    images, _, *table = stdout.splitlines()  # a line per set, then the table
+    assert images == "We_Math: 4 of 5 rows have an image; left out: {'markers': 1}"
+    names = [line.split()[0] for line in table[1:4]]
     assert names == ["We_Math", "lscpku_LogicVista", "overall"]
 
     evaluate.main(["--grade", str(out)])  # the files know n
@@ -230,13 +233,29 @@ def test_a_toy_model_needs_no_flags(folder, capsys):
     """Its folder supplies the toy's data, sizes and suffix."""
     evaluate.main(["--model", folder, "--eval_rows", "2", "--n", "2", "--max_new_tokens", "5"])
     text = capsys.readouterr().out
-    names = [line.split()[0] for line in text.splitlines()[1:4]]
+    names = [line.split()[0] for line in text.splitlines()[3:6]]
     assert names == ["general", "vision_dependent", "overall"]
     assert "protocol training: n 2, temperature 1.0, top_p 1.0, top_k 0, max_new_tokens 5" in text
     config = configured(f"--model {folder} --ask ?")
     assert config.prompt_suffix == toy.SUFFIX
     assert config.temperature == 0
     assert config.eval_rows == 0
+
+
+@pytest.mark.parametrize("split", toy.EVAL_SPLITS)
+def test_a_split_of_a_toy_models_own_data(folder, tmp_path, capsys, split):
+    """Beside other models the same names are the hub's benchmarks."""
+    mine = tmp_path / "mine"
+    shutil.copytree(folder, mine)
+    (mine / "task.json").write_text(json.dumps({"data": "toy:grid=2,most=3"}))
+    evaluate.main(["--model", str(mine), "--data", split, "--eval_rows", "2", "--n", "1"])
+    text = capsys.readouterr().out
+    assert f"toy/{split}: 2 of 2 rows have an image" in text
+    assert [line.split()[0] for line in text.splitlines()[2:3]] == [split]
+    config = configured(f"--model {mine} --data {split}")
+    assert toy.setting_of(config.data) == toy.Setting(grid=2, most=3, split=split)
+    assert config.protocol == "training"
+    assert configured(f"--model some/hub-id --data {split}").protocol == "paper"
 
 
 def configured(flags):

@@ -7,7 +7,7 @@ import re
 import mathruler.grader
 import pytest
 
-from support import benchmarks, predictions
+from support import predictions, tables
 from support.protocol import EvalConfig
 from support.sandbox import Grader
 
@@ -42,7 +42,7 @@ def questions(percent, n_questions=1250, n=8):
 
 
 def results_of(name):
-    splits, scores = benchmarks.BENCHMARKS["all"], table_row(name)[0]
+    splits, scores = tables.BENCHMARKS["all"], table_row(name)[0]
     return {split: questions(score) for split, score in zip(splits, scores, strict=True)}
 
 
@@ -63,7 +63,7 @@ def test_table_1(baseline, monkeypatch, capsys):
 
 
 def test_an_average_over_part_of_a_group_says_so():
-    rows = predictions.summarise({name: questions(50, 4) for name in benchmarks.GENERAL[:2]})
+    rows = predictions.summarise({name: questions(50, 4) for name in tables.GENERAL[:2]})
     assert [row["name"] for row in rows][2:] == ["general average (2 of 5)"]
 
 

@@ -11,7 +11,6 @@ import sys
 import time
 import weakref
 from collections import Counter
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock, Mock
@@ -334,14 +333,6 @@ def test_groups_that_cannot_be_compared_have_no_advantage(prompts, dynamic_sampl
     assert comparable.advantages.tolist() == pytest.approx([1.1547, -0.5774, -0.5774], abs=1e-3)
     expected = [comparable] if dynamic_sampling else groups
     assert [id(group) for group in kept] == [id(group) for group in expected]
-
-
-@pytest.mark.parametrize("other_rows, same", [([0, 1, 4], False), ([0, 1, 5], True)])
-def test_ranks_that_read_different_rows_are_an_error(monkeypatch, other_rows, same):
-    theirs = [(3, hash(tuple(other_rows)))]
-    monkeypatch.setattr(run_module, "gather_over_ranks", lambda mine: [mine, theirs])
-    with nullcontext() if same else pytest.raises(ValueError, match="different rows of mine"):
-        run_module.check_same_rows(data.Rows("mine", lambda i: None, [0, 1, 5]))
 
 
 # ---------------------------------------------------------------------------------- rewards, errors

@@ -1,0 +1,394 @@
+"""support/tables.py: files, folders, the hub, and the nine benchmarks with their images in zips."""
+
+import json
+import os
+import zipfile
+from io import BytesIO
+from pathlib import Path
+
+import datasets
+import huggingface_hub
+import pyarrow
+import pyarrow.parquet
+import pytest
+from huggingface_hub import constants
+from PIL import Image
+
+from support import data, tables
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def colour(i):
+    return (40 * i % 256, 255 - 20 * i, 90)
+
+
+def png(i, size=(60, 40)):
+    buffer = BytesIO()
+    Image.new("RGB", size, colour(i)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def row(question, answer, *images, **more):
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"messages": turns, "images": list(images), **more}
+
+
+def split_rows(name):
+    """The shape of PAPO_eval: several images, none, Unicode, one file name in two folders."""
+    top = f"{name}_images"
+    two_images = [f"{top}/b/1.png", f"{top}/größe/图.png"]
+    return [
+        row("<image>How many?", "1", f"{top}/a/1.png"),
+        row("<image>Und <image>, wie groß ist ∠ABC?", "90°", *two_images),
+        row("What is 2 + 2?", "4"),
+        row("<image>Which?", "B", f"{top}/2.png", id="own"),
+    ]
+
+
+EXPECTED = [[colour(0)], [colour(1), colour(2)], [], [colour(3)]]
+
+
+def colours(rows):
+    """The colour of each row's images."""
+    return [[image.getpixel((0, 0)) for image in example.images] for example in rows]
+
+
+def write_split(folder, name, rows=None, stem=None, top=None):
+    """NAME.json and NAME_images.zip, as on the hub.
+
+    stem: what both files are called instead of `name`. top: the zip's first folder, with its slash.
+    """
+    stem = stem or name
+    top = f"{name}_images/" if top is None else top
+    folder.mkdir(parents=True, exist_ok=True)
+    table = json.dumps(rows or split_rows(name), ensure_ascii=False)
+    (folder / f"{stem}.json").write_text(table, encoding="utf-8")
+    with zipfile.ZipFile(folder / f"{stem}_images.zip", "w") as archive:
+        if top:
+            archive.writestr(top, b"")  # the folder's own entry
+        for i, path in enumerate(("a/1.png", "b/1.png", "größe/图.png", "2.png")):
+            archive.writestr(f"{top}{path}", png(i))
+        archive.writestr(f"{top}cut.png", png(9, (300, 300))[:-400])
+    return folder
+
+
+def question(i, **more) -> dict:
+    return {"problem": f"n{i}", "answer": str(i), **more}
+
+
+def write_parquet(path: Path, rows: list[dict]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
+
+
+def write_jsonl(path: Path, rows) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def answers(rows) -> list[str]:
+    return [example.answer for example in rows]
+
+
+def answers_of(sets) -> dict[str, list[str]]:
+    return {name: answers(rows) for name, rows in sets.items()}
+
+
+# ------------------------------------------------------------------------------- files and folders
+
+HUB_FEATURES = {
+    "problem": datasets.Value("string"),
+    "answer": datasets.Value("string"),
+    "images": datasets.List(datasets.Image()),
+}
+
+
+def write_hub_parquet(path: Path, numbers, feature_type=None) -> None:
+    """As push_to_hub writes it. `feature_type` renames List to a type unknown to datasets."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for i in numbers:
+        image = {"bytes": png(i, (30 + i, 30)), "path": "x.png"}
+        rows.append({"problem": f"<image>n{i}", "answer": str(i), "images": [image]})
+    datasets.Dataset.from_list(rows, features=datasets.Features(HUB_FEATURES)).to_parquet(path)
+    if feature_type:
+        table = pyarrow.parquet.read_table(path)
+        metadata = table.schema.metadata[b"huggingface"]
+        renamed = metadata.replace(b'"List"', feature_type.encode())
+        assert renamed != metadata
+        table = table.replace_schema_metadata({b"huggingface": renamed})
+        pyarrow.parquet.write_table(table, path)
+
+
+@pytest.mark.parametrize("feature_type", [None, '"Unheard"'])
+def test_a_folder_in_the_hubs_layout(tmp_path, feature_type):
+    folder = tmp_path / "set[1]"  # not a pattern
+    first = folder / "data/train-00000-of-00002.parquet"
+    second = folder / "data/train-00001-of-00002.parquet"
+    write_hub_parquet(first, range(3), feature_type)
+    write_hub_parquet(second, range(3, 6), feature_type)
+    write_hub_parquet(folder / "data/test-00000-of-00001.parquet", [7], feature_type)
+    (folder / "dataset_infos.json").write_text("{}")
+    rows = data.load(str(folder))
+    assert answers(rows) == list("012345")
+    assert colours(rows) == [[colour(i)] for i in range(6)]
+    assert answers_of(data.eval_sets(str(folder))) == {"set[1]": ["7"]}
+    assert answers(data.load(folder / "data", "test")) == ["7"]
+    with pytest.raises(data.DataError, match="no split 'validation': choose one of test, train"):
+        data.load(str(folder), "validation")
+
+
+def test_parts_whose_types_differ(tmp_path):
+    """Nulls, then images; text, integers or floats as answers; lists or single images; no rows."""
+    image = {"bytes": png(1), "path": "a.png"}
+    (tmp_path / "b.png").write_bytes(png(2))
+    empty = write_parquet(tmp_path / "train-0.parquet", [question(0)])
+    pyarrow.parquet.write_table(pyarrow.parquet.read_table(empty).slice(0, 0), empty)
+    write_parquet(tmp_path / "train-1.parquet", [question(1, images=None)])
+    write_parquet(tmp_path / "train-2.parquet", [question(2, images=[image])])
+    write_parquet(tmp_path / "train-3.parquet", [{"problem": "c", "answer": 3, "images": image}])
+    rows = [{"problem": "d", "answer": 4.0, "images": "b.png"}, {"problem": "e", "answer": None}]
+    write_parquet(tmp_path / "train-4.parquet", rows)
+    rows = data.load(str(tmp_path))
+    assert answers(rows) == ["1", "2", "3", "4"]
+    assert colours(rows) == [[], [colour(1)], [colour(1)], [colour(2)]]
+    assert rows.skipped == {"empty answer": 1}
+
+
+def test_a_rewritten_parquet_file_is_read_again(tmp_path):
+    file = write_parquet(tmp_path / "rows.parquet", [question(1)])
+    assert answers(data.load(str(file))) == ["1"]
+    write_parquet(file, [question(2)])
+    os.utime(file, (1, 1))  # an older file in the place of a newer one
+    assert answers(data.load(str(file))) == ["2"]
+
+
+def test_parquet_rows_stay_on_disk(tmp_path):
+    images = [[os.urandom(1_000_000)]] * 30
+    table = pyarrow.table({"problem": ["<image>?"] * 30, "answer": ["1"] * 30, "images": images})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=5)
+    del table
+    before = pyarrow.total_allocated_bytes()
+    located = tables.read_files([tmp_path / "a.parquet"])
+    assert len(located) == 30
+    assert pyarrow.total_allocated_bytes() - before < 5e6  # mapped from datasets' cache, not read
+
+
+def test_json_and_jsonl_files(tmp_path):
+    rows = [
+        {"problem": "a\u2028b", "answer": 1},
+        {"problem": "c", "answer": "two"},
+        {"problem": "d", "answer": 2.5},
+    ]
+    lines = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    contents = {
+        "list.json": json.dumps(rows, ensure_ascii=False, indent=1),
+        "lines.json": "\ufeff" + lines + "\n\n",
+        "lines.jsonl": lines + '\n{"problem": "cut',
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_text(content, encoding="utf-8")
+        loaded = data.load(str(tmp_path / name))
+        assert [example.question for example in loaded] == ["a\u2028b", "c", "d"]
+        assert answers(loaded) == ["1", "two", "2.5"]
+        assert loaded.skipped == ({"not JSON": 1} if name == "lines.jsonl" else {})
+
+
+def test_folders_of_json_files(tmp_path):
+    write_jsonl(tmp_path / "b.jsonl", [question(1), question(2)])
+    write_jsonl(tmp_path / "a.json", [question(0)])
+    assert answers(data.load(str(tmp_path))) == ["0", "1", "2"]
+    assert answers_of(data.eval_sets(str(tmp_path), limit=1)) == {"a": ["0"], "b": ["1"]}
+    assert list(data.eval_sets(str(tmp_path / "b.jsonl"))) == ["b"]
+    write_jsonl(tmp_path / "test.json", [question(7)])
+    assert answers_of(data.eval_sets(str(tmp_path))) == {tmp_path.name: ["7"]}
+    with pytest.raises(data.DataError, match="no split 'train': choose one of test"):
+        data.load(str(tmp_path))
+
+
+def test_folders_of_images_with_their_metadata(tmp_path):
+    """imagefolder's layouts: all in one folder, or a folder per split."""
+    for split, numbers in (("train", (0, 1)), ("test", (2,))):
+        rows = [question(i, file_name=f"{i}.png", level=i) for i in numbers]
+        write_jsonl(tmp_path / split / "metadata.jsonl", rows)
+        for i in numbers:
+            (tmp_path / split / f"{i}.png").write_bytes(png(i))
+    for folder in (tmp_path, tmp_path / "train"):
+        rows = data.load(str(folder))
+        assert colours(rows) == [[colour(0)], [colour(1)]]
+        assert rows[1].columns == {"level": 1}
+    assert answers_of(data.eval_sets(str(tmp_path))) == {tmp_path.name: ["2"]}
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("nowhere.jsonl", ["no such file or folder", ".json, .jsonl, .parquet", "owner/name"]),
+        ("./a/b/c", ["no such file", "'toy'"]),
+        ("table.csv", ["unknown extension '.csv'", ".json, .jsonl, .parquet"]),
+        ("empty", ["no such file or folder", "a folder of such"]),
+        ("cut.parquet", ["cut.parquet cannot be read: ArrowInvalid: Parquet magic bytes"]),
+        ("damaged.parquet", ["damaged.parquet cannot be read: OSError: "]),
+        ("parts", ["parts/b.parquet cannot be read: ArrowInvalid: Parquet magic bytes"]),
+        ("cut.json", ["cut.json cannot be read: JSONDecodeError"]),
+        ("latin.jsonl", ["latin.jsonl cannot be read: UnicodeDecodeError"]),
+        ("lfs.parquet", ["lfs.parquet cannot be read", "a Git LFS pointer; `git lfs pull`"]),
+        ("lfs.jsonl", ["lfs.jsonl cannot be read", "a Git LFS pointer; `git lfs pull`"]),
+        ("other.jsonl", ["none of its 2 rows", "missing column 2"]),
+    ],
+)
+def test_unusable_files_give_one_line(tmp_path, monkeypatch, name, words):
+    monkeypatch.chdir(tmp_path)
+    Path("table.csv").write_text("problem,answer\n")
+    Path("empty").mkdir()
+    whole = write_parquet(Path("parts/a.parquet"), [question(0)]).read_bytes()
+    for cut in ("cut.parquet", "parts/b.parquet"):
+        Path(cut).write_bytes(whole[:-20])
+    Path("damaged.parquet").write_bytes(whole[:4] + bytes(60) + whole[64:])
+    Path("cut.json").write_text('[{"problem": ')
+    Path("latin.jsonl").write_bytes(b'{"problem": "\xe9"}')
+    for pointer in ("lfs.parquet", "lfs.jsonl"):
+        Path(pointer).write_bytes(POINTER)
+    write_jsonl(Path("other.jsonl"), [{"text": "a"}, {"text": "b"}])
+    for function in (data.load, data.eval_sets):
+        with pytest.raises(data.DataError) as caught:
+            function(name)
+        message = str(caught.value)
+        assert "\n" not in message
+        assert all(word in message for word in [Path(name).stem, *words]), message
+
+
+# ----------------------------------------------------------------------------------------- the hub
+
+
+def test_a_hub_id(tmp_path, monkeypatch, capsys):
+    """datasets reads it or, where it knows a feature type too few, the files are read directly."""
+    write_hub_parquet(tmp_path / "plain/data/train-0.parquet", range(3))
+    write_hub_parquet(tmp_path / "unheard/data/train-0.parquet", range(3), '"Unheard"')
+    load_dataset = datasets.load_dataset
+
+    def folder(spec, **options):
+        return str(tmp_path / spec.removeprefix("o/"))
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda spec: load_dataset(folder(spec)))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", folder)
+    for spec in ("o/plain", "o/unheard"):
+        assert colours(data.load(spec)) == [[colour(i)] for i in range(3)]
+        assert answers_of(data.eval_sets(spec)) == {spec[2:]: ["0", "1", "2"]}
+        with pytest.raises(data.DataError, match="no split 'test': choose one of train"):
+            data.load(spec, "test")
+    error = capsys.readouterr().err
+    assert "data 'o/unheard': its files are read directly (Feature type 'Unheard' not" in error
+    assert "'o/plain': its files" not in error
+
+
+def test_a_hub_id_offline(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        data.DataError, match="'o/plain' is not a file or folder here.* traffic has been disabled"
+    ):
+        data.load("o/plain")
+
+
+# ----------------------------------------------------------------------------------- the benchmarks
+
+
+def test_sets_by_name(tmp_path):
+    stems = {name: alias for alias, name in tables.ALIASES.items()}
+    for name in tables.BENCHMARKS["all"]:
+        write_split(tmp_path, name, stem=stems.get(name))
+    one = ("We_Math",)
+    meant = tables.BENCHMARKS | {"We_Math": one, "We-Math_We-Math": one}
+    for spec, names in meant.items():
+        sets = data.eval_sets(spec, source=str(tmp_path))
+        assert tuple(sets) == names
+        assert all(colours(rows) == EXPECTED for rows in sets.values())
+    rows = sets["We_Math"]
+    assert [example.id for example in rows] == ["0", "1", "2", "own"]
+    assert rows[1].question == "<image>Und <image>, wie groß ist ∠ABC?"
+    assert rows[1].answer == "90°"
+    in_folder = data.eval_sets(str(tmp_path))
+    assert tuple(in_folder) == tables.BENCHMARKS["all"]
+    assert (len(tables.GENERAL), len(tables.VISION)) == (5, 4)
+
+
+@pytest.mark.parametrize("top", [None, "We-Math_We-Math_images/", "", "./"])
+def test_where_images_lie_in_a_zip(tmp_path, top):
+    write_split(tmp_path, "We_Math", top=top)
+    assert colours(data.eval_sets("We_Math", source=str(tmp_path))["We_Math"]) == EXPECTED
+
+
+def test_images_unpacked_as_papo_eval_does(tmp_path):
+    """papo/NAME.json and images/NAME_images/..., or paths with images/ in front and a zip."""
+    rows = split_rows("We_Math")
+    for one in rows:
+        one["images"] = [f"images/{path}" for path in one["images"]]
+    zipped = write_split(tmp_path / "zipped", "We_Math", rows)
+    unpacked = write_split(tmp_path / "unpacked", "We_Math")
+    archive = unpacked / "We_Math_images.zip"
+    zipfile.ZipFile(archive).extractall(unpacked / "images")
+    archive.unlink()
+    (unpacked / "papo").mkdir()
+    (unpacked / "We_Math.json").rename(unpacked / "papo" / "We_Math.json")
+    for folder in (zipped, unpacked):
+        assert colours(data.eval_sets("We_Math", source=str(folder))["We_Math"]) == EXPECTED
+
+
+def test_an_image_is_never_guessed(tmp_path):
+    """A path that is nowhere is a broken image, not another image of that name or the only one."""
+    paths = ["We_Math_images/c/1.png", "1.png", "3.png"]
+    rows = [row("<image>?", "1", path) for path in paths]
+    write_split(tmp_path, "We_Math", [*rows, row("2 + 2?", "4")])
+    with zipfile.ZipFile(tmp_path / "We_Math_images.zip", "a") as archive:
+        archive.writestr("only.png", png(5))
+    found = data.eval_sets("We_Math", source=str(tmp_path))["We_Math"]
+    assert found.numbers == [3]
+    assert found.skipped == {"broken image": 3}
+
+
+def test_a_zip_is_read_in_place(tmp_path):
+    rows = [row("<image>?", "1", "../outside.png"), row("<image>?", "1", "We_Math_images/2.png")]
+    folder = write_split(tmp_path / "in", "We_Math", rows)
+    with zipfile.ZipFile(folder / "We_Math_images.zip", "a") as archive:
+        archive.writestr("../outside.png", png(5))
+        archive.writestr("/outside.png", png(5))
+    before = sorted(tmp_path.rglob("*"))
+    assert len(data.eval_sets("We_Math", source=str(folder))["We_Math"]) >= 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_from_the_hub_cache(tmp_path, monkeypatch):
+    """What the hub's client has downloaded is used offline; a missing set gives one line."""
+    repo = tmp_path / "datasets--PAPO-Galaxy--PAPO_eval"
+    write_split(repo / "snapshots" / "abc" / "sub", "We_Math", stem="We-Math_We-Math")
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("abc")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert colours(data.eval_sets("We_Math")["We_Math"]) == EXPECTED
+    missing = "no benchmark hiyouga_geometry3k in PAPO-Galaxy/PAPO_eval"
+    with pytest.raises(data.DataError, match=missing):
+        data.eval_sets("general")
+    unknown = "^data 'no/such' is not a file or folder here, and cannot be loaded from the hub"
+    with pytest.raises(data.DataError, match=unknown):
+        data.eval_sets("We_Math", source="no/such")
+
+
+@pytest.mark.parametrize("content", [b"[PK\x03\x04 nothing", POINTER])
+@pytest.mark.parametrize("broken", ["We_Math.json", "We_Math_images.zip"])
+def test_broken_files_give_one_line(tmp_path, broken, content):
+    folder = write_split(tmp_path, "We_Math")
+    (folder / broken).write_bytes(content)
+    with pytest.raises(data.DataError, match=f"^{folder / broken} cannot be read: ") as error:
+        data.eval_sets("We_Math", source=str(folder))
+    assert "\n" not in str(error.value)
