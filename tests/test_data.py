@@ -366,11 +366,12 @@ rank, _, _ = distributed.init_distributed()
 read, calls = data.read_image, []
 data.read_image = lambda *args, **options: calls.append(1) or read(*args, **options)
 rows = data.load({good!r})
-print(rank, "checked", len(calls), "usable", rows.numbers, dict(rows.skipped), flush=True)
+say = lambda text: sys.stdout.write(f"{{rank}} {{text}}\\n") and sys.stdout.flush()  # in one write
+say(f"checked {{len(calls)}} usable {{rows.numbers}} {{dict(rows.skipped)}}")
 try:
     data.load({bad!r})
 except data.DataError as error:
-    print(rank, error, flush=True)
+    say(error)
 distributed.dist.destroy_process_group()
 """
 

@@ -93,7 +93,7 @@ def test_evaluation(uninterrupted, capsys):
     assert names == ["We_Math", "lscpku_LogicVista", "overall"]
 
     evaluate.main(["--grade", str(out)])  # the files know n
-    assert stdout.splitlines()[:4] == capsys.readouterr().out.splitlines()[:4]
+    assert table[:4] == capsys.readouterr().out.splitlines()[:4]
     for name in ("We_Math", "lscpku_LogicVista"):
         records = read_jsonl(out / f"{name}.jsonl")
         accuracy = 100 * np.mean([record["accuracy"] for record in records])
@@ -135,7 +135,11 @@ def test_a_reward_sees_the_row_in_training_and_evaluation(
     run, folder, tmp_path, monkeypatch, capsys
 ):
     original = toy.example
-    monkeypatch.setattr(toy, "example", lambda *a: replace(original(*a), columns={"unit": "dots"}))
+
+    def with_unit(*args, **options):
+        return replace(original(*args, **options), columns={"unit": "dots"})
+
+    monkeypatch.setattr(toy, "example", with_unit)
     (tmp_path / "mine.py").write_text(REWARD)
     flags = ["--reward", f"{tmp_path}/mine.py:score"]
     logged = metric_lines(run("trained", f"--steps 1 {' '.join(flags)}"))
