@@ -26,7 +26,7 @@ from masking import mask_prompt
 from papo import prepare, preset, row_loss, update
 from support import checkpoint, toy
 from support.batch import Example, mini_batches, pad_and_cat, seeded
-from support.qwen_vl import Encoder, Policy
+from support.qwen_vl import PROMPT_SUFFIX, Encoder, Policy
 
 # From the hub's generation_config.json and preprocessor_config.json.
 CHAT_DEFAULTS = {"do_sample": True, "repetition_penalty": 1.05, "temperature": 0.000001}
@@ -303,6 +303,18 @@ def test_a_template_that_opens_think_keeps_the_tag_in_the_response(qwen3, tmp_pa
     decoded = policy.encoder.tokenizer.decode(group.tokens[0][group.response_mask[0]])
     assert group.responses[0].removeprefix("<think>") in decoded
     assert Encoder(qwen3, 4096, 200_704).opening == ""
+
+
+def test_a_suffix_can_avoid_an_untrained_think_token(qwen3):
+    """Qwen3-VL-Instruct has <think> as a token that it was never trained on."""
+    box_only = "Give your final answer enclosed within \\boxed{}."
+    for suffix, expected in ((PROMPT_SUFFIX, True), (box_only, False)):
+        encoder = Encoder(qwen3, 4096, 200_704, suffix)
+        encoder.tokenizer.add_tokens(["<think>", "</think>"])
+        think = encoder.tokenizer.convert_tokens_to_ids("<think>")
+        prompt = encoder.encode(Example("How many?", "1", []))
+        assert (think in prompt.input_ids.tolist()) == expected
+        assert encoder.tokenizer.decode(prompt.input_ids).count("boxed{}") == 1
 
 
 def test_a_tokenizer_without_a_pad_token_samples(qwen3):
