@@ -80,7 +80,7 @@ def test_flops_count_every_weight_once(pair):
 
 
 def test_one_step_runs_sharded(capsys):
-    """The command of docs/gpu.md in small: under FSDP, too, responses end at random."""
+    """The command of docs/on-gpus.md in small: under FSDP, too, responses end at random."""
     flags = "--model random:tiny --prompts 3 --group_size 2 --mini_batch 2 --prompt_tokens 60"
     flags += " --mean 4 --max_new_tokens 12 --rollout_batch 4 --tokens_per_forward 200"
     bench.main(flags.split())

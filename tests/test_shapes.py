@@ -1,4 +1,4 @@
-"""The published models by their shapes alone: the activations that docs/gpu.md's table states."""
+"""The published models by their shapes alone: the activations that docs/on-gpus.md's table states."""
 
 import re
 from pathlib import Path
@@ -16,7 +16,7 @@ from support.lora import add_adapters
 from support.qwen_vl import use_faster_forwards
 
 GIB = 2**30
-PAGE = Path(__file__).parent.parent / "docs" / "gpu.md"
+PAGE = Path(__file__).parent.parent / "docs" / "on-gpus.md"
 
 
 @pytest.fixture(params=["3b", pytest.param("7b", marks=pytest.mark.slow)])
