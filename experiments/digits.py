@@ -3,16 +3,16 @@ r"""A second task, with real images: questions about handwritten digits.
     python -m experiments.digits FOLDER --seed 0
 
 writes what a user would bring: FOLDER/model, a Hugging Face folder, train.jsonl and, in held_out/,
-general.jsonl and vision_dependent.jsonl, all with their images. Training takes them by the public
-flags alone (see SIZES for the others):
+general.jsonl and vision_dependent.jsonl, all with their images. Training takes them by public flags
+alone (training_flags has the others):
 
     torchrun train.py --model FOLDER/model --data FOLDER/train.jsonl --val_data FOLDER/held_out
 
 An image is a 3 x 3 grid of scans of the digits 0 to 4 (scikit-learn ships 1,797 of them, 8 x 8
 pixels each), enlarged to one image token per cell and drawn as ink on the tints of the toy's cells.
-Three kinds of questions: how often a digit occurs, what a row adds up to, which digit of a row is
-the largest. A note in the question offers a shortcut, as in the toy: it is right half the time in
-`train` and `general`, and never in `vision_dependent`.
+A question asks how often a digit occurs, what a row adds up to, or which digit of a row is the
+largest. Its note offers a shortcut, as in the toy: it is right half the time in `train` and
+`general`, and never in `vision_dependent`.
 
 Scans 0 to 1156 serve the warm start and training, the others evaluation. They come in blocks, one
 per group of writers, and a block begins at 1157, so accuracy is about hands that were not seen.
@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 from collections.abc import Callable
 from functools import cache, partial
@@ -31,7 +30,6 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from experiments import start_model
 from support import toy
@@ -39,7 +37,6 @@ from support.batch import Example
 
 WORDS = ("zero", "one", "two", "three", "four")  # a digit's name
 NAMES = toy.cell_names()
-ROW_NAMES = "abc"
 GRID, CELL = 3, 28
 FIRST_HELD_OUT = 1157  # where a block of writers begins
 NOTE_RIGHT = 0.5  # in train and general
@@ -47,58 +44,28 @@ MISREAD, COPY_NOTE = 0.12, 0.4  # flaws that the warm start teaches, as the toy'
 HELD_OUT = ("general", "vision_dependent")
 WARM_STEPS = 900
 ROWS = {"train": 4096, "general": 512, "vision_dependent": 512}
-PROOF = f"model/{start_model.WEIGHTS}"  # a complete folder holds it
-NOTE = toy.NOTE
-# Flags: the defaults are made for photographs and long responses.
-SIZES = {
-    "min_pixels": 56 * 56,
-    "max_pixels": 336 * 336,
-    "max_new_tokens": 40,  # a response has 31 tokens
-    "prompt_suffix": toy.SUFFIX,
-}
-STEP_SIZES = {"prompts_per_step": 16, "group_size": 8, "mini_batch": 16}
-
-
-class Kind(NamedTuple):
-    """A kind of question."""
-
-    text: Callable[[int], str]  # of a subject: the digit to count, or the row to look at
-    update: Callable[[int, int, int, int], int]  # running result, digit, its row, subject -> result
-
-
-def count(result: int, digit: int, row: int, subject: int) -> int:
-    return result + (digit == subject)
-
-
-def add(result: int, digit: int, row: int, subject: int) -> int:
-    return result + digit if row == subject else result
-
-
-def largest(result: int, digit: int, row: int, subject: int) -> int:
-    return max(result, digit) if row == subject else result
-
-
-KINDS = {
-    "count": Kind(lambda digit: f"How often is there a {WORDS[digit]}?", count),
-    "sum": Kind(lambda row: f"What is the sum of row {ROW_NAMES[row]}?", add),
-    "largest": Kind(lambda row: f"What is the largest digit of row {ROW_NAMES[row]}?", largest),
+QUESTIONS = {
+    "count": [f"How often is there a {word}?" for word in WORDS],
+    "sum": [f"What is the sum of row {row}?" for row in "abc"],
+    "largest": [f"What is the largest digit of row {row}?" for row in "abc"],
 }
 
 
 class Question(NamedTuple):
-    kind: str  # of KINDS
-    subject: int
-
-    @property
-    def text(self) -> str:
-        return KINDS[self.kind].text(self.subject)
+    kind: str  # of QUESTIONS
+    subject: int  # the digit to count, or the row to look at
 
     def results(self, digits: list[int | None]) -> list[int]:
         """The running result after each cell, for these readings of the cells; None: no digit."""
         running, result = [], 0
         for position, digit in enumerate(digits):
-            if digit is not None:
-                result = KINDS[self.kind].update(result, digit, position // GRID, self.subject)
+            in_row = digit is not None and position // GRID == self.subject
+            if self.kind == "count":
+                result += digit == self.subject
+            elif self.kind == "sum" and in_row:
+                result += digit
+            elif self.kind == "largest" and in_row:
+                result = max(result, digit)
             running.append(result)
         return running
 
@@ -121,6 +88,8 @@ class Scene(NamedTuple):
 @cache
 def scans(held_out: bool) -> dict[int, np.ndarray]:
     """Digit -> its scans [n, 8, 8], ink from 0 to 1, of one side of the split."""
+    from sklearn.datasets import load_digits
+
     data = load_digits()
     side = slice(FIRST_HELD_OUT, None) if held_out else slice(FIRST_HELD_OUT)
     images, digits = data.images[side] / 16, data.target[side]
@@ -130,9 +99,8 @@ def scans(held_out: bool) -> dict[int, np.ndarray]:
 def make_scene(split: str, row: int, seed: int = 0) -> Scene:
     """The scene of one row. It depends on the arguments alone."""
     rng = random.Random(f"digits {split} {seed} {row}")
-    kind = rng.choice(list(KINDS))
-    subject = rng.randrange(len(WORDS) if kind == "count" else GRID)
-    question = Question(kind, subject)
+    kind = rng.choice(list(QUESTIONS))
+    question = Question(kind, rng.randrange(len(QUESTIONS[kind])))
     digits = draw_digits(question, rng)
     note = question.answer(digits)
     if split == "vision_dependent" or rng.random() >= NOTE_RIGHT:
@@ -165,18 +133,20 @@ def render(digits: list[int], rng: random.Random, choices: dict[int, np.ndarray]
     return image
 
 
-def write_response(question: Question, digits: list[int], box: int | None = None) -> str:
-    """The response that reads these digits and boxes `box`, or its own result if None."""
-    words = []
-    for name, digit, result in zip(NAMES, digits, question.results(digits), strict=True):
-        words += [name, WORDS[digit], str(result)]
-    boxed = question.answer(digits) if box is None else box
-    return f"<think> {' '.join(words)} </think> \\boxed{{{boxed}}}"
-
-
 def example_of(scene: Scene) -> Example:
-    text = f"<image>{NOTE.format(note=scene.note)} {scene.question.text}"
-    return Example(text, str(scene.question.answer(scene.digits)), [scene.image])
+    text = QUESTIONS[scene.question.kind][scene.question.subject]
+    answer = str(scene.question.answer(scene.digits))
+    return Example(f"<image>{toy.NOTE.format(note=scene.note)} {text}", answer, [scene.image])
+
+
+def scene_of(split: str, row: int) -> tuple[list[str], Callable[[list[str]], int]]:
+    """The words of an evaluation image's cells, and the answer as a function of the cells."""
+    scene = make_scene(split, row)
+
+    def answer(cells: list[str]) -> int:
+        return scene.question.answer([WORDS.index(word) if word else None for word in cells])
+
+    return [WORDS[digit] for digit in scene.digits], answer
 
 
 def write_rows(path: Path, split: str, seed: int) -> None:
@@ -189,77 +159,76 @@ def write_rows(path: Path, split: str, seed: int) -> None:
         image = f"images/{split}{row}.png"
         scene.image.save(path.parent / image)
         line = {"id": f"{split}-{row}", "problem": example.question, "answer": example.answer}
-        line |= {"images": [image], "kind": scene.question.kind}
-        lines.append(json.dumps(line) + "\n")
+        lines.append(json.dumps(line | {"images": [image], "kind": scene.question.kind}) + "\n")
     path.write_text("".join(lines))
 
 
 # -------------------------------------------------------------------------------------------- model
 
 
-def make_lessons(rows: range, flawed: bool, seed: int, misread: float) -> list[start_model.Lesson]:
-    """flawed: some digits are misread, and the result follows; some boxes copy the note.
+def write_response(question: Question, digits: list[int], box: int | None = None) -> str:
+    """The response that reads these digits and boxes `box`, or its own result if None."""
+    words = []
+    for name, digit, result in zip(NAMES, digits, question.results(digits), strict=True):
+        words += [name, WORDS[digit], str(result)]
+    boxed = question.answer(digits) if box is None else box
+    return f"<think> {' '.join(words)} </think> \\boxed{{{boxed}}}"
 
-    misread: chance of it per digit.
-    """
+
+def make_lessons(rows: range, flawed: bool, seed: int, misread: float) -> list[start_model.Lesson]:
+    """flawed: some digits are misread, with chance `misread`, and the result follows; some boxes
+    copy the note."""
     rng = random.Random(f"digits labels {seed} {rows.start}")
-    lessons = []
+    choices, lessons = range(len(WORDS)), []
     for row in rows:
         scene = make_scene("warm", row, seed)
         digits, box = scene.digits, None
         if flawed:
-            digits = [read(digit, misread, rng) for digit in digits]
+            digits = [start_model.misread(digit, choices, misread, rng) for digit in digits]
             box = scene.note if rng.random() < COPY_NOTE else None
-        lessons.append(
-            start_model.Lesson(example_of(scene), write_response(scene.question, digits, box))
-        )
+        response = write_response(scene.question, digits, box)
+        lessons.append(start_model.Lesson(example_of(scene), response))
     return lessons
 
 
-def read(digit: int, misread: float, rng: random.Random) -> int:
-    """The digit that a label gives: a wrong one with probability `misread`."""
-    if rng.random() >= misread:
-        return digit
-    return rng.choice([other for other in range(len(WORDS)) if other != digit])
+def build(folder: Path, seed: int, steps: int = WARM_STEPS, misread: float = MISREAD) -> None:
+    """Write the model and its data. Held-out rows are those of seed 0.
 
-
-def make_tokenizer():
-    subjects = {"count": len(WORDS), "sum": GRID, "largest": GRID}
-    texts = [Question(kind, i).text for kind, n in subjects.items() for i in range(n)]
-    largest_sum = GRID * (len(WORDS) - 1)
-    return start_model.tokenizer_of([*NAMES, *WORDS], largest_sum, [NOTE, *texts])
-
-
-def build(folder: Path, seed: int, steps: int, misread: float = MISREAD) -> Path:
-    """Make the model and its data, unless they exist. Held-out rows are those of seed 0.
-
-    steps: of the warm start. misread: how often its labels misread a digit. The folder is written
-    under another name and renamed when complete.
+    steps: of the warm start. misread: how often its labels misread a digit. The model comes last.
     """
-    if (folder / PROOF).exists():
-        return folder
-    partial_dir = folder.with_name(f".{folder.name}-{os.getpid()}")
-    write_rows(partial_dir / "train.jsonl", "train", seed)
+    write_rows(folder / "train.jsonl", "train", seed)
     for split in HELD_OUT:
-        write_rows(partial_dir / "held_out" / f"{split}.jsonl", split, seed=0)
+        write_rows(folder / "held_out" / f"{split}.jsonl", split, seed=0)
+    texts = [text for of_kind in QUESTIONS.values() for text in of_kind]
+    largest_sum = GRID * (len(WORDS) - 1)
+    tokenizer = start_model.tokenizer_of([*NAMES, *WORDS], largest_sum, [toy.NOTE, *texts])
     lessons = partial(make_lessons, seed=seed, misread=misread)
-    words = list(WORDS)
-    start_model.train_model(partial_dir / "model", make_tokenizer(), seed, steps, lessons, words)
-    start_model.publish(partial_dir, folder, PROOF)
-    return folder
+    start_model.train_model(folder / "model", tokenizer, seed, steps, lessons, list(WORDS))
 
 
-def cache_folder(seed: int, steps: int, misread: float) -> Path:
-    return start_model.cache_folder("digits", f"{seed} {steps} {misread}", __file__)
+def evaluation_flags(folder: Path) -> dict:
+    """Flags of evaluate.py; its defaults are made for photographs and long responses."""
+    sizes = {"min_pixels": 56 * 56, "max_pixels": 336 * 336, "max_new_tokens": 40}
+    return {"data": folder / "held_out", "prompt_suffix": toy.SUFFIX} | sizes
 
 
-if __name__ == "__main__":
+def training_flags(folder: Path) -> dict:
+    """Flags of train.py."""
+    files = {"model": folder / "model", "data": folder / "train.jsonl"}
+    steps = {"prompts_per_step": 16, "group_size": 8, "mini_batch": 16}
+    return evaluation_flags(folder) | files | {"val_data": folder / "held_out"} | steps
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description="Write the digits task and its start model.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=WARM_STEPS, help="of the warm start")
     parser.add_argument("--misread", type=float, default=MISREAD, help="chance per label")
     args = parser.parse_args()
-    if args.folder.exists():
+    if (args.folder / "model" / start_model.WEIGHTS).exists():
         parser.error(f"{args.folder} exists: choose another folder")
-    print(build(args.folder, args.seed, args.steps, args.misread))
+    build(args.folder, args.seed, misread=args.misread)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,635 +1,548 @@
-r"""Draw report.md and figures/ from results/*.json. Runs nothing.
+r"""Draw report.md and figures/ from the lines of results/*.jsonl. Runs nothing.
 
 python -m experiments.report
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
+from itertools import product
+from operator import itemgetter
 from pathlib import Path
+from statistics import fmean, median
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
+from scipy import stats
 
-from experiments import report_confirm, report_difficulty, report_tasks
-from experiments.measures import (
-    MISREAD_CHANGE,
-    READING,
-    Results,
-    accuracy,
-    accuracy_cells,
-    accuracy_gain,
-    accuracy_over_training,
-    at_seeds,
-    collapse_warning,
-    common_seeds,
-    complete,
-    count_ahead,
-    delta_rel,
-    gain_over_training,
-    holm,
-    interval,
-    load,
-    markdown,
-    misread_change,
-    overall_curve,
-    paired,
-    reading_cells,
-    sign_flip_p,
-)
-from experiments.protocol import (
-    CONFIRMING_SEEDS,
-    DEVELOPMENT_SEEDS,
-    EIGHT_SEEDS,
-    EXPERIMENTS,
-    FACTORS,
-    GAMMA,
-    GAMMAS,
-    KL_WEIGHTS,
-    NEW_SEEDS,
-    TASKS,
-)
-from experiments.tasks import SPLITS
-from support import plots
+from experiments import run
+from experiments.run import CONFIRMING_SEEDS, EIGHT_SEEDS, NEW_SEEDS, SPLITS, TASKS, THREE_SEEDS
 
 HERE = Path(__file__).resolve().parent
-
-TABLE1_BASELINES = {"papo_g": "grpo", "papo_d": "dapo"}
-TABLE1 = ["grpo", "papo_g", "dapo", "papo_d"]
-
-# The other experiments: variant -> its name in tables and figures.
-GAMMA_SWEEP = {
-    "grpo": "gamma 0",
-    "papo_g": "gamma 0.02",
-    "gamma_0.1": "gamma 0.1",
-    "gamma_0.2": "gamma 0.2",
-    "gamma_0.5": "gamma 0.5",
-    "gamma_1.0": "gamma 1",
-}
-REGULARISATION = {
-    "large_no_kl_ref": "no KL_ref",
-    "large": "KL_ref 0.01",
-    "large_kl_ref_0.1": "KL_ref 0.1",
-    "large_single": "single entropy",
-    "large_double": "double entropy",
-    "large_double_grad": "double entropy, gradient",
-}
-NO_KL_REF = {
-    "grpo": "grpo",
-    "grpo_no_kl_ref": "grpo_no_kl_ref",
-    "papo_g": "papo_g",
-    "papo_g_no_kl_ref": "papo_g_no_kl_ref",
-}
-MASKING = {
-    "papo_g": "random 0.6",
-    "mask_0.4": "random 0.4",
-    "mask_0.8": "random 0.8",
-    "mask_1.0": "random 1.0",
-    "mask_semantic": "semantic 0.6",
-    "mask_noise": "noise 0.6",
-}
-ESTIMATOR = {
-    "papo_g": "k3 (released code)",
-    "estimator_paper": "the paper's literal form",
-    "masked_grad": "k3, masked log-probs with gradient",
-}
-# Experiment -> its names, and the variant that the others are compared with.
-FIRST = {
-    "gamma": (GAMMA_SWEEP, "grpo"),
-    "regularisation": (REGULARISATION, "large"),
-    "no_kl_ref": (NO_KL_REF, "grpo"),
-    "masking": (MASKING, "papo_g"),
-    "estimator": (ESTIMATOR, "papo_g"),
-}
-
-FURTHER = [
-    ("variants/tapo", "variants/papo_d"),
-    ("variants/dvrp", "variants/papo_g"),
-    ("variants/noisy_rollout_papo", "variants/noisy_rollout"),
-    ("variants/tapo_x20", "variants/papo_d_x5"),
-    ("variants/dvrp_x5", "variants/papo_g_x5"),
-    ("variants/noisy_rollout_papo_x5", "variants/noisy_rollout_scaled"),
-    ("variants/noisy_rollout_scaled", "variants/noisy_rollout"),
-    ("variants/papo_g_x5", "variants/papo_g"),
-    ("variants/dyco_rl_scaled", "variants/dyco_rl"),
-    ("compare/papo_g", "variants/grpo"),
-    ("masked_grad", "grpo"),
-    ("dapo", "papo_g"),
-    ("dots/papo_g_0.1", "dots/papo_g"),
-    ("digits/papo_g_0.1", "digits/papo_g"),
-    ("dots/papo_d_0.1", "dots/papo_d"),
-    ("digits/papo_d_0.1", "digits/papo_d"),
-    ("dots/semantic_0.17", "dots/grpo"),
-    ("dots/random_0.17", "dots/grpo"),
-    ("dots/semantic_0.17", "dots/papo_g_0.1"),
-    ("dots/semantic_0.17", "dots/random_0.17"),
-    *[(f"dots/papo_g_{gamma}", "dots/papo_g") for gamma in (0.05, 0.2, 0.5, 1.0)],
-    ("dots/large_double_grad", "dots/large_single"),
-    ("dots/large_double_grad", "dots/large_kl_ref_0.1"),
-    ("dots/large_single", "dots/large_kl_ref_0.1"),
-    ("dots/dapo", "dots/grpo"),
-    ("digits/dapo", "digits/grpo"),
-    *report_difficulty.PAIRS,
-]
-
-# The second protocol's further experiments on the dots, by the same plan as FIRST.
-SECOND = {
-    "more_gammas": (
-        {"dots/grpo": "gamma 0", "dots/papo_g": "gamma 0.02"}
-        | {f"dots/papo_g_{gamma}": f"gamma {gamma}" for gamma in (*GAMMAS, 0.5, 1.0)},
-        "dots/grpo",
-    ),
-    "remedies": (
-        {
-            "dots/large_no_kl_ref": "no KL_ref",
-            "dots/large": "KL_ref 0.01",
-            "dots/large_kl_ref_0.1": "KL_ref 0.1",
-            "dots/large_single": "single entropy",
-            "dots/large_double_grad": "double entropy, gradient",
-        },
-        "dots/large",
-    ),
-    "semantic": (
-        {
-            f"dots/papo_g_{GAMMA}": "random 0.6",
-            "dots/random_0.17": "random 0.17",
-            "dots/semantic_0.17": "semantic 0.17",
-        },
-        "dots/random_0.17",
-    ),
-}
-
-ACCURACY_PANELS = {
-    "general": "accuracy, general",
-    "vision_dependent": "accuracy, vision_dependent",
-}
-COLLAPSE_PANELS = ACCURACY_PANELS | {
-    "kl_prcp": "KL_prcp",
-    "clip_frac": "share of tokens clipped",
-    "entropy": "entropy",
-    "masked_entropy": "entropy, masked image",
-}
+Results = dict[str, dict[int, dict]]  # variant -> seed -> the line of results/
+Rows = dict[str, list[tuple[str, ...]]]  # see `table`
 
 
-# Tables
+def load(folder: Path) -> Results:
+    found: Results = {}
+    for file in sorted(folder.glob("*.jsonl")):
+        for line in run.load(file):
+            found.setdefault(line["variant"], {})[line["seed"]] = line
+    for variant, lines in found.items():
+        starts = found.get(f"{variant.partition('/')[0]}/start", {})
+        for seed in lines.keys() & starts.keys():
+            lines[seed]["start"] = starts[seed]["final"]
+    return found
 
 
-def table1(found: Results) -> str:
-    rows = [
-        [
-            "",
-            "seeds",
-            *SPLITS,
-            "overall",
-            "mean over training",
-            "Delta_rel %",
-            "overall, paired difference",
-            "p",
-        ]
-    ]
-    for variant in ["start", *TABLE1]:
-        if variant not in found:
-            continue
-        runs = list(found[variant].values())
-        cells = ["", "", ""]
-        base = TABLE1_BASELINES.get(variant)
-        if base in found:
-            gains = paired(found, variant, base, accuracy_gain)
-            relative = paired(found, variant, base, delta_rel)
-            cells = [interval(relative, sign=True), interval(gains, sign=True)]
-            cells.append(f"{sign_flip_p(gains):.3f}")
-        rows.append([variant, str(len(runs)), *accuracy_cells(runs), *cells])
-    return markdown(rows)
+# ----------------------------------------------------------------------------------------- measures
 
 
-def perception_table(found: Results) -> str:
-    """Share of wrong answers whose reading was wrong, and PAPO's change of their number."""
-    rows = [["", *READING, MISREAD_CHANGE]]
-    for variant in ["start", *TABLE1]:
-        if variant not in found:
-            continue
-        relative = ""
-        if variant in TABLE1_BASELINES:
-            changes = paired(found, variant, TABLE1_BASELINES[variant], misread_change)
-            relative = interval(changes, sign=True)
-        rows.append([variant, *reading_cells(found[variant].values()), relative])
-    return markdown(rows)
+class Measure(NamedTuple):
+    """A number of a run, and of a run beside another one; None: not shown."""
+
+    of: Callable | None  # line -> number, None where there is none
+    gain: Callable | None = None  # line, line of the other run -> number
+    show: Callable | None = None  # list of numbers -> text, instead of an interval
 
 
-def comparison_table(found: Results, names: dict[str, str], base: str) -> str:
-    """Every variant at the seeds that all of them have, and its paired difference to `base`."""
-    variants = [variant for variant in names if variant in found]
-    if base not in variants:
-        return "(not run yet)"
-    seeds = common_seeds(found, variants)
-    found = at_seeds(found, seeds)
-    header = ["", "seeds", *SPLITS, "overall", "mean over training"]
-    rows = [[*header, f"overall, minus {names[base]}"]]
-    for variant in variants:
-        gains = paired(found, variant, base, accuracy_gain)
-        cells = accuracy_cells(list(found[variant].values()))
-        rows.append([names[variant], str(len(seeds)), *cells, interval(gains, sign=True)])
-    return markdown(rows)
+def minus(of: Callable) -> Callable:
+    def difference(line: dict, base: dict) -> float | None:
+        own, other = of(line), of(base)
+        return None if own is None or other is None else own - other
+
+    return difference
 
 
-def tested_table(found: Results, names: dict[str, str], base: str) -> str:
-    """As comparison_table, with tests of the difference to `base` and the runs that collapsed."""
-    others = [variant for variant in names if variant != base]
-    gains = {variant: paired(found, variant, base, accuracy_gain) for variant in others}
-    ps = [sign_flip_p(values) for values in gains.values()]
-    differs = {base: ["", "", "", ""]}
-    for variant, p, corrected in zip(others, ps, holm(ps), strict=True):
-        mean, ahead = interval(gains[variant], sign=True), count_ahead(gains[variant])
-        differs[variant] = [mean, ahead, f"{p:.3f}", f"{corrected:.3f}"]
-
-    difference = f"overall, minus {names[base]}"
-    header = ["", *SPLITS, "overall", "mean over training", difference, "ahead", "p", "corrected p"]
-    rows = [[*header, "collapsed", "p (collapsed)", "warned"]]
-    for variant, name in names.items():
-        runs = found[variant].values()
-        collapses = collapse_cells(found, variant, base)
-        warned = sum(warning_step(run) is not None for run in runs)
-        rows.append([name, *accuracy_cells(list(runs)), *differs[variant], *collapses, str(warned)])
-    return markdown(rows)
+def accuracy(*splits: str) -> Callable:
+    """Accuracy at the end in %, the mean of the splits."""
+    return lambda line: 100 * fmean(line["final"][split]["accuracy"] for split in splits)
 
 
-def collapse_cells(found: Results, variant: str, base: str) -> list[str]:
-    """How many runs end below their start model, and p of the difference to those of `base`."""
-    collapsed = paired(found, variant, start_of(variant), ends_lower)
-    of_base = paired(found, base, start_of(base), ends_lower)
-    p = sign_flip_p(np.subtract(collapsed, of_base).tolist())
-    return [f"{sum(collapsed)} of {len(collapsed)}", "" if variant == base else f"{p:.3f}"]
+def overall_curve(line: dict) -> dict[int, float]:
+    """Step -> mean accuracy of both splits in % of the evaluations during training."""
+    curve = line.get("curve", {})
+    return {int(step): 100 * fmean(scores.values()) for step, scores in curve.items()}
 
 
-def start_of(variant: str) -> str:
-    return f"{variant.rpartition('/')[0]}/start"
+def at(step: int) -> Callable:
+    return lambda line: overall_curve(line)[step]
 
 
-def ends_lower(result: dict, start: dict) -> int:
-    return int(accuracy(result) < accuracy(start))
+def over_training(line: dict) -> float | None:
+    """Mean accuracy in % of the evaluations during training, without the one before it."""
+    scores = list(overall_curve(line).values())[1:]
+    return fmean(scores) if scores else None
 
 
-def training_lines(run: dict) -> list[dict]:
-    """The stored metrics as the lines of a run's log."""
-    columns = run["metrics"]
-    lines = []
-    for step, values in enumerate(zip(*columns.values(), strict=True), start=1):
-        line = dict(zip(columns, values, strict=True))
-        line["step"] = step
-        lines.append(line)
-    return lines
+def last_gain(evaluations: int) -> Callable:
+    """What accuracy gains over the last evaluations of a run."""
+
+    def gained(line: dict) -> float | None:
+        scores = list(overall_curve(line).values())
+        return scores[-1] - scores[-1 - evaluations] if scores else None
+
+    return gained
 
 
-def warning_step(run: dict) -> int | None:
-    """The step after which the trainer's rule first warns of a collapse."""
-    lines = training_lines(run)
-    for end in range(1, len(lines) + 1):
-        if collapse_warning(lines[:end]):
-            return end
-    return None
+def delta_rel(line: dict, base: dict) -> float:
+    """The paper's: the mean over splits of the relative gain, in %."""
+    ratios = [accuracy(split)(line) / accuracy(split)(base) for split in SPLITS]
+    return 100 * (fmean(ratios) - 1)
 
 
-def warnings_table(found: Results) -> str:
-    """Every run of all experiments that the rule warns of. It needs KL_prcp."""
-    rows = [["warned", "seed", "after step", "overall at the end"]]
-    silent = 0
-    for variant, runs in found.items():
-        for seed, run in runs.items():
-            if "kl_prcp" not in run.get("metrics", {}):
-                continue
-            step = warning_step(run)
-            if step is None:
-                silent += 1
-            else:
-                rows.append([variant, str(seed), str(step), f"{accuracy(run):.1f}"])
-    note = f"No warning in the other {silent} runs that log KL_prcp, those computed again included."
-    return f"{markdown(rows)}\n\n{note}"
+def collapsed(line: dict) -> bool:
+    """Whether a run ends below its start model."""
+    return OVERALL(line) < OVERALL({"final": line["start"]})
 
 
-# Methods of variants/ that drop groups and sample more: they are compared with DAPO as well.
-DYNAMIC = ("papo_d", "vppo", "pgpo", "tapo")
+def time_ratio(line: dict, base: dict) -> float:
+    """Of their steps' 10% quantiles: other work made most steps of the relatives' runs slower."""
+    return np.quantile(line["seconds"], 0.1) / np.quantile(base["seconds"], 0.1)
 
 
-def method_names(experiment: str) -> list[str]:
-    return [name.removeprefix("variants/") for name in EXPERIMENTS[experiment][0]]
+def vision_gap(line: dict, base: dict) -> float:
+    """How much more is gained on vision_dependent than on general, in points."""
+    on_general, on_vision = (minus(accuracy(split))(line, base) for split in SPLITS)
+    return on_vision - on_general
 
 
-def compared(found: Results, variant: str, base: str) -> list[str]:
-    """Paired difference in overall accuracy and its p; blank where there is none."""
-    gains = paired(found, f"variants/{variant}", f"variants/{base}", accuracy_gain)
-    if variant == base or len(gains) < 2:
-        return ["", ""]
-    return [interval(gains, sign=True), f"{sign_flip_p(gains):.3f}"]
+def measured(of: Callable) -> Measure:
+    return Measure(of, minus(of))
 
 
-def variants_table(found: Results) -> str:
-    """Every method as published, then the further settings, at the reported seeds.
+def reading(*splits: str) -> dict[str, Measure]:
+    """How many answers are wrong, and how many of those rest on a misread image."""
 
-    A method whose runs are not complete is left out: it would be compared on other seeds.
-    """
-    header = [
-        "",
-        "seeds",
-        *SPLITS,
-        "overall",
-        "minus grpo",
-        "p",
-        "minus dapo",
-        "p",
-        "seconds / grpo's",
-    ]
-    rows = [header]
-    costs = relative_costs()
-    for name in [*method_names("variants"), *method_names("variants_scaled")]:
-        by_seed = found.get(f"variants/{name}", {})
-        runs = [by_seed[seed] for seed in EIGHT_SEEDS if seed in by_seed]
-        if len(runs) < max(1, len(found.get("variants/grpo", ()))):
-            continue
-        cells = [interval([accuracy(run, split) for run in runs]) for split in (*SPLITS, "overall")]
-        is_dynamic = any(name.startswith(dynamic) for dynamic in DYNAMIC)
-        with_dapo = compared(found, name, "dapo") if is_dynamic else ["", ""]
-        cells += [*compared(found, name, "grpo"), *with_dapo, costs.get(name, "")]
-        rows.append([name, str(len(runs)), *cells])
-    return markdown(rows)
+    def total(line: dict, what: str) -> float:
+        return sum(line["final"][split][what] for split in splits)
 
+    def share(what: str, whole: str) -> Measure:
+        return Measure(lambda line: 100 * total(line, what) / max(total(line, whole), 1))
 
-def further_table(found: Results) -> str:
-    """Differences that a README quotes beside its main tables."""
-    rows = [["", "minus", "seeds", "overall", "p", "mean over training", "p"]]
-    for variant, base in FURTHER:
-        gains = paired(found, variant, base, accuracy_gain)
-        if len(gains) < 2:
-            continue
-        cells = [str(len(gains)), interval(gains, sign=True), f"{sign_flip_p(gains):.3f}"]
-        runs = [*found[variant].values(), *found[base].values()]
-        if all(len(run["curve"]) > 1 for run in runs):  # evaluated during training
-            gains = paired(found, variant, base, gain_over_training)
-            cells += [interval(gains, sign=True), f"{sign_flip_p(gains):.3f}"]
-        else:
-            cells += ["", ""]
-        rows.append([variant, base, *cells])
-    return markdown(rows)
+    def change(what: str) -> Measure:
+        return Measure(None, lambda line, base: 100 * (total(line, what) / total(base, what) - 1))
 
-
-def seeds_table(everything: Results, seeds: range, value: Callable, gain: Callable) -> str:
-    """A column per seed: what the baselines reach, then gain(result, base) of the other variants.
-
-    Variants that lack one of the seeds are left out.
-    """
-    found = complete(everything, seeds)
-    shown = [pair for pair in seed_pairs() if all(variant in found for variant in pair)]
-    rows = [["", *(str(seed) for seed in seeds)]]
-    for base in dict.fromkeys(base for _, base in shown):
-        rows.append([base, *(f"{value(found[base][seed]):.1f}" for seed in seeds)])
-    for variant, base in shown:
-        gains = paired(found, variant, base, gain)
-        rows.append([f"{variant} minus {base}", *(f"{points:+.1f}" for points in gains)])
-    return markdown(rows)
-
-
-def seed_pairs() -> list[tuple[str, str]]:
-    """Every variant and base that a table of the second protocol compares, or a README quotes."""
-    pairs = [
-        (f"{task}/{method}", f"{task}/{base}")
-        for task in TASKS
-        for method, base in report_tasks.BASELINES.items()
-    ]
-    for names, base in SECOND.values():
-        pairs += [(variant, base) for variant in names if variant != base]
-    return list(dict.fromkeys([*pairs, *FURTHER]))
-
-
-def load_costs(group: str = "methods") -> dict[str, dict]:
-    """What cost.py measured: variant -> {"seconds": of each step}."""
-    file = HERE / "cost.json"
-    return json.loads(file.read_text()).get(group, {}) if file.exists() else {}
-
-
-def relative_costs() -> dict[str, str]:
-    """Method of variants/ -> its median seconds per step, divided by grpo's."""
-    medians = {name: np.median(cost["seconds"]) for name, cost in load_costs().items()}
-    prefix = "variants/"
     return {
-        name.removeprefix(prefix): f"{median / medians[prefix + 'grpo']:.2f}"
-        for name, median in medians.items()
-        if name.startswith(prefix)
+        "wrong %": share("wrong", "responses"),
+        "of these misread %": share("misread", "wrong"),
+        "cells read right %": Measure(lambda line: 100 * total(line, "cells_right") / len(splits)),
+        "wrong answers, relative to baseline %": change("wrong"),
+        "misread answers, relative to baseline %": change("misread"),
     }
 
 
-def choice_table(found: Results) -> str:
-    """Overall accuracy on the development seeds, by the factor of the KLs' weights."""
-    rows = [["", *(f"x{factor}" for factor in FACTORS), "chosen"]]
-    for name in KL_WEIGHTS:
-        means = {}
-        for factor in FACTORS:
-            runs = found.get(f"variants/{name}_x{factor}", {})
-            values = [accuracy(runs[seed]) for seed in DEVELOPMENT_SEEDS if seed in runs]
-            if len(values) == len(DEVELOPMENT_SEEDS):
-                means[factor] = float(np.mean(values))
-        if len(means) == len(FACTORS):
-            best = max(means, key=means.get)
-            rows.append([name, *(f"{mean:.1f}" for mean in means.values()), f"x{best}"])
-    return markdown(rows)
+OVERALL = accuracy(*SPLITS)
+FAR, FAST = measured(OVERALL), measured(over_training)
+ENDS = {"overall": FAR} | {split: measured(accuracy(split)) for split in SPLITS}
+WITH_TRAINING = ENDS | {"mean over training": FAST}
+DELTA_REL = {"Delta_rel %": Measure(None, delta_rel)}
+VISION = {"gain on vision_dependent minus gain on general": Measure(None, vision_gap)}
+LAST = {f"gain in the last {10 * n} steps": Measure(last_gain(n)) for n in (2, 1)}
+QUESTIONS = {"how far": FAR._replace(of=None), "how fast": FAST._replace(of=None)}
 
 
-def variants_figure(found: Results) -> str:
-    """Difference to grpo at the end: each seed, the mean and its 95% interval."""
-    names = [*method_names("variants"), *method_names("variants_scaled")]
-    gains = {}
-    for name in names:
-        values = paired(found, f"variants/{name}", "variants/grpo", accuracy_gain)
-        if name != "grpo" and 1 < len(values) == len(found["variants/grpo"]):
-            gains[name] = values
-    if not gains:
-        return ""
-    figure = Figure(figsize=(8, 0.6 + 0.34 * len(gains)), layout="constrained")
-    ax = figure.subplots()
-    for row, values in enumerate(gains.values()):
-        mean, half = plots.mean_interval(values)
-        ax.plot(values, [row] * len(values), ".", color="tab:gray", markersize=5)
-        ax.errorbar(mean, row, xerr=half, fmt="o", color="tab:blue", capsize=3)
-    ax.axvline(0, color="black", linewidth=0.8)
-    ax.set_yticks(range(len(gains)), gains.keys())
-    ax.invert_yaxis()
-    ax.set_xlabel("overall accuracy at the end, minus grpo's, points; mean, 95% interval and seeds")
-    ax.grid(axis="x", alpha=0.3)
-    return save_figure(figure, "variants")
+# --------------------------------------------------------------------------------------- statistics
 
 
-def rounding_table(found: Results) -> str:
-    """How far the same run spreads when nothing but rounding differs."""
-    rows = [["", "runs", "overall: mean", "standard deviation", "lowest", "highest"]]
-    for method in ("grpo", "papo_g"):
-        every_name, _ = EXPERIMENTS["rounding"]
-        names = [name for name in every_name if name.startswith(f"rounding/{method}")]
-        values = [accuracy(run) for name in names for run in found.get(name, {}).values()]
-        if len(values) > 1:
-            spread = [np.mean(values), np.std(values, ddof=1), min(values), max(values)]
-            rows.append([method, str(len(values)), *(f"{value:.1f}" for value in spread)])
-    return markdown(rows)
+def mean_interval(values: list[float]) -> tuple[float, float]:
+    """Mean, and half the width of its 95% t interval; NaN for a single value."""
+    if len(values) < 2:
+        return values[0], math.nan
+    return fmean(values), float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
 
 
-def rerun_table(found: Results) -> str:
-    """Results beside those of the same runs on another machine."""
-    rows = [["", "seed", "overall", "again", "start model, overall", "again"]]
-    for variant, runs in found.items():
-        folder, _, name = variant.partition("/")
-        if folder != "rerun":
+def sign_flip_p(differences: list[float]) -> float:
+    """Two-sided exact p: the share of sign patterns whose mean is at least as far from 0."""
+    values = np.array(differences)
+    patterns = np.array(list(product((1, -1), repeat=len(values))))
+    return float(np.mean(np.abs(patterns @ values) >= abs(values.sum()) - 1e-9))
+
+
+def holm(ps: list[float]) -> list[float]:
+    """The p corrected by Holm's method: the smallest times their number, the next times one less,
+    and none below the one before it."""
+    corrected, least = [0.0] * len(ps), 0.0
+    for rank, index in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
+        least = max(least, min(1.0, (len(ps) - rank) * ps[index]))
+        corrected[index] = least
+    return corrected
+
+
+def interval(values: list[float | None], sign: str = "") -> str:
+    """Mean +- half the width of the 95% t interval."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "-"
+    mean, half = mean_interval(known)
+    return f"{mean:{sign}.1f}" + ("" if math.isnan(half) else f" +- {half:.1f}")
+
+
+def tested(values: list[float]) -> str:
+    """The mean difference, how many of the differences are above 0, and p."""
+    above = sum(value > 0 for value in values)
+    shown = [interval(values, "+"), f"{above} of {len(values)}"]
+    return ", ".join([*shown, f"p {sign_flip_p(values):.{3 if len(values) < 9 else 5}f}"])
+
+
+def each(values: list[float]) -> str:
+    return " ".join(f"{value:.1f}" for value in values)
+
+
+# ---------------------------------------------------------------------------------------- the table
+
+
+def table(
+    found: Results,
+    rows: Rows,
+    measures: dict[str, Measure],
+    seeds: Iterable[int],
+    corrected: Iterable[str] = (),
+) -> str:
+    """Variants down, measures across: the number, then its difference to a baseline.
+
+    rows: label -> comparisons, whose seeds are pooled: (variant,), (variant, baseline), or
+    (variant, baseline, other, its baseline) for the difference of two differences. A row that lacks
+    a run is left out. corrected: measures whose p are corrected together by Holm's method.
+    """
+    cells, ps = {}, {}
+    shown = [label for label in rows if is_complete(found, rows[label], seeds)]
+    for name, measure in measures.items():
+        column = f"{name}, difference" if measure.of else name
+        for label in shown:
+            if measure.of:
+                lines = [found[names[0]][seed] for names in rows[label] for seed in seeds]
+                cells[label, name] = (measure.show or interval)([measure.of(x) for x in lines])
+            differences = gains(found, rows[label], measure.gain, seeds)
+            if differences:
+                show = tested if measure.of else measure.show or tested
+                cells[label, column] = show(differences)
+                if name in corrected:
+                    ps[label, column] = sign_flip_p(differences)
+    for key, p in zip(ps, holm(list(ps.values())), strict=True):
+        cells[key] += f", corrected p {p:.5f}"
+    columns = list(dict.fromkeys(column for _, column in cells))
+    body = [[label, *(cells.get((label, column), "") for column in columns)] for label in shown]
+    return markdown([["", *columns], *body])
+
+
+def is_complete(found: Results, comparisons: list[tuple[str, ...]], seeds: Iterable[int]) -> bool:
+    variants = {name for names in comparisons for name in names}
+    return all(seed in found.get(name, {}) for name in variants for seed in seeds)
+
+
+def gains(
+    found: Results, comparisons: list[tuple[str, ...]], gain: Callable | None, seeds: Iterable[int]
+) -> list:
+    """gain(line, baseline's line) of each comparison and seed; [] where there is no baseline.
+
+    ValueError if the runs of a pair began from different start models.
+    """
+    if gain is None:
+        return []
+    result = []
+    for names, seed in product(comparisons, seeds):
+        lines = [found[name][seed] for name in names]
+        pairs = list(zip(lines[::2], lines[1::2], strict=False))
+        if any(line.get("start_model") != base.get("start_model") for line, base in pairs):
+            raise ValueError(f"{' and '.join(names)}: two start models at seed {seed}")
+        values = [gain(line, base) for line, base in pairs]
+        if values and values[0] is not None:
+            result.append(values[0] if len(values) == 1 else values[0] - values[1])
+    return result
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """A table of a header and rows; a note if there are none."""
+    if len(rows) < 2:
+        return "(not complete)"
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+def named(folder: str, names: str, bases: dict[str, str] | str) -> Rows:
+    """Rows of a folder's variants. bases: what each is compared with, or one for all."""
+    rows = {}
+    for name in names.split():
+        base = bases if isinstance(bases, str) else bases.get(name, name)
+        pair = (name,) if base == name else (name, base)
+        rows[name] = [tuple(f"{folder}/{each}" for each in pair)]
+    return rows
+
+
+# ----------------------------------------------------------------------------------- at equal cost
+
+SHARES = (0.25, 0.5, 0.75, 1.0)  # of the budget, what the cheapest of the compared runs spends
+
+
+def at_equal_cost(found: Results, pairs: dict[str, tuple[str, str]], seeds: range) -> str:
+    """Accuracy minus the baseline's when both have spent as much.
+
+    Seconds are those of cost.jsonl: one run per method, alone on the machine. Tokens are each run's
+    own, without prompts.
+    """
+    rows, paid = {}, {}
+    for (name, pair), unit in product(pairs.items(), ("seconds", "sampled tokens")):
+        clocks = [found.get(f"cost/{each}", {}).get(seeds[0]) for each in pair]
+        if unit == "seconds" and None in clocks:
             continue
-        for seed, again in runs.items():
-            both = (found[name][seed], again)
-            ends = [f"{accuracy(run):.1f}" for run in both]
-            starts = [f"{overall_curve(run)[0]:.1f}" for run in both]
-            rows.append([name, str(seed), *ends, *starts])
-    return markdown(rows)
+        spent = {
+            (each, seed): spending(found[each][seed], clock if unit == "seconds" else None)
+            for each, clock in zip(pair, clocks, strict=True)
+            for seed in seeds
+        }
+        budget = min(spendings[-1] for spendings in spent.values())
+        label = f"{name}, {unit} (of {budget:.0f})"
+        for (each, seed), spendings in spent.items():
+            line = found[each][seed]
+            scores = list(overall_curve(line).values())
+            at_shares = {x: np.interp(x * budget, spendings, scores) for x in SHARES}
+            at_shares["start_model"] = line["start_model"]
+            paid.setdefault(f"{label} {each}", {})[seed] = at_shares
+        rows[label] = [tuple(f"{label} {each}" for each in pair)]
+    measures = {f"{x:.0%} spent": Measure(None, minus(itemgetter(x))) for x in SHARES}
+    return table(paid, rows, measures, seeds)
 
 
-# Figures
+def spending(line: dict, clock: dict | None) -> np.ndarray:
+    """What a run had spent at each of its evaluations: seconds of `clock`, else its tokens."""
+    tokens = np.multiply(line["seconds"], line["tokens_per_second"])
+    of_steps = clock["seconds"] if clock else tokens
+    return np.cumsum([0.0, *of_steps])[list(overall_curve(line))]
 
 
-def series(run: dict, key: str) -> dict[int, float]:
-    """{step: value} of one run: a split's evaluations, or a metric."""
-    if key in SPLITS:
-        return {int(step): scores[key] for step, scores in run["curve"].items()}
-    values = dict(enumerate(run["metrics"].get(key, []), start=1))
-    return {step: value for step, value in values.items() if value is not None}
+# ----------------------------------------------------------------------------------------- figures
 
 
-def save_figure(figure: Figure, name: str) -> str:
-    figure.savefig(HERE / "figures" / f"{name}.png", dpi=110)
-    return f"![{name}](figures/{name}.png)"
+def draw_curves(found: Results, file: Path) -> None:
+    """Mean accuracy over the steps, and the difference to the baseline; a row per task."""
+    figure = Figure(figsize=(11, 6.8), layout="constrained")
+    steps = range(0, 61, 10)
+    for task, (left, right) in zip(TASKS, figure.subplots(2, 2), strict=True):
+        left.set_title(f"{task}: overall accuracy in %, mean", fontsize=9.5)
+        right.set_title("minus its baseline, points; mean and 95% interval", fontsize=9.5)
+        right.axhline(0, color="black", linewidth=0.8)
+        rows = named(task, " ".join(run.METHODS), BASELINES)
+        for index, (name, row) in enumerate(rows.items()):
+            style = {"color": f"C{index}", "label": name}
+            curves = [overall_curve(found[row[0][0]][seed]) for seed in NEW_SEEDS]
+            left.plot(steps, [fmean(curve[step] for curve in curves) for step in steps], **style)
+            if name in BASELINES:
+                gained = [gains(found, row, minus(at(step)), NEW_SEEDS) for step in steps]
+                means, halves = np.transpose([mean_interval(values) for values in gained])
+                right.plot(steps, means, **style)
+                right.fill_between(steps, means - halves, means + halves, alpha=0.15, **style)
+        left.legend(fontsize=8)
+    figure.savefig(file, dpi=110)
 
 
-def table1_figure(found: Results) -> str:
-    panels = {}
-    for key, title in (ACCURACY_PANELS | {"kl_prcp": "KL_prcp"}).items():
-        lines = {}
-        for variant in TABLE1:
-            curves = [series(run, key) for run in found.get(variant, {}).values()]
-            lines[variant] = [curve for curve in curves if curve]
-        panels[title] = lines
-    heading = "mean over eight seeds; band: 95% interval"
-    plots.draw(panels, heading, HERE / "figures" / "table1.png", shared_legend=True)
-    return "![Table 1 at toy scale](figures/table1.png)"
+# ---------------------------------------------------------------------------------------- sections
+
+BASELINES = {"papo_g": "grpo", "papo_g_0.1": "grpo", "papo_d": "dapo", "papo_d_0.1": "dapo"}
+BASES = BASELINES | {  # what a relative is built on
+    "dyco_rl": "grpo",
+    "noisy_rollout": "grpo",
+    "tor": "grpo",
+    "vppo": "dapo",
+    "pgpo": "dapo",
+    "dvrp": "papo_g",
+    "noisy_rollout_papo": "noisy_rollout",
+    "tapo": "papo_d",
+}
+GAMMAS = "grpo papo_g papo_g_0.05 papo_g_0.1 papo_g_0.2 papo_g_0.5 papo_g_1.0"
+FIRST = {  # of the first protocol: names, what they are compared with
+    "gamma": ("grpo papo_g gamma_0.1 gamma_0.2 gamma_0.5 gamma_1.0", "grpo"),
+    "regularisation": (" ".join([*run.COLLAPSING, "large_double"]), "large"),
+    "no_kl_ref": ("grpo grpo_no_kl_ref papo_g papo_g_no_kl_ref", "grpo"),
+    "masking": ("papo_g mask_0.4 mask_0.8 mask_1.0 mask_semantic mask_noise", "papo_g"),
+    "estimator": ("papo_g estimator_paper masked_grad grpo", "papo_g"),
+}
+FURTHER = {  # what the README quotes beside the sections' tables: variant, what it is compared with
+    NEW_SEEDS: [
+        "dots/dapo dots/grpo",
+        "digits/dapo digits/grpo",
+        "dots/papo_g_0.1 dots/papo_g",
+        "digits/papo_g_0.1 digits/papo_g",
+        "dots/papo_d_0.1 dots/papo_d",
+        "digits/papo_d_0.1 digits/papo_d",
+        "dots/papo_g_1.0 dots/papo_g",
+        "dots/semantic_0.17 dots/grpo",
+        "dots/random_0.17 dots/grpo",
+        "dots/semantic_0.17 dots/papo_g_0.1",
+        "dots/large_double_grad dots/large_single",
+        "dots/large_double_grad dots/large_kl_ref_0.1",
+        "dots/large_single dots/large_kl_ref_0.1",
+    ],
+    EIGHT_SEEDS: [
+        "variants/dapo variants/grpo",
+        "compare/papo_g variants/grpo",
+        "first/dapo first/papo_g",
+    ],
+    THREE_SEEDS: ["first/masked_grad first/grpo"],
+}
 
 
-def seed_lines_figure(found: Results, names: dict[str, str], title: str) -> str:
-    """Each seed's accuracy at the end, variants side by side; the bar is the mean."""
-    variants = [variant for variant in names if variant in found]
-    if len(variants) < 2:
-        return ""
-    seeds = common_seeds(found, variants)
-    labels = [names[variant] for variant in variants]
-    positions = np.arange(len(variants))
-    figure = Figure(figsize=(13.8, 3.6), layout="constrained")
-    axes = figure.subplots(1, 3)
-    for ax, split in zip(axes, (*SPLITS, "overall"), strict=True):
-        ax.set_title(f"{split}: accuracy at the end, %", fontsize=9.5)
-        values = []
-        for seed in seeds:
-            values.append([accuracy(found[variant][seed], split) for variant in variants])
-            ax.plot(positions, values[-1], "o-", linewidth=0.7, alpha=0.7, label=f"seed {seed}")
-        means = np.mean(values, axis=0)
-        ax.hlines(means, positions - 0.3, positions + 0.3, "black", linewidth=2)
-        ax.set_xticks(positions, labels, rotation=25, ha="right", fontsize=8)
-        ax.grid(alpha=0.3)
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside right center", fontsize=8)
-    return save_figure(figure, title)
+def two_tasks(found: Results) -> list[str]:
+    pooled = [(f"{task}/papo_g_0.1", f"{task}/grpo") for task in TASKS]
+    parts = ["## Both tasks"]
+    parts += [table(found, {"papo_g_0.1 minus grpo": pooled}, QUESTIONS, NEW_SEEDS, QUESTIONS)]
+    parts += ["![accuracy over the steps of both tasks](figures/both_tasks.png)"]
+    for task in TASKS:
+        rows = named(task, " ".join(["start", *run.METHODS]), BASELINES)
+        parts += [
+            f"## {task}",
+            table(found, rows, WITH_TRAINING | DELTA_REL | VISION | LAST, NEW_SEEDS),
+        ]
+        for split in SPLITS:
+            parts += [f"Reading, {split}:", table(found, rows, reading(split), NEW_SEEDS)]
+        pairs = {name: pair for name, [pair] in rows.items() if len(pair) == 2}
+        parts += ["At equal cost:", at_equal_cost(found, pairs, NEW_SEEDS)]
+    return parts
 
 
-def collapse_figure(found: Results) -> str:
-    """Accuracy and the signs of collapse over the steps: a line per seed, a colour per variant."""
-    if not any(variant in found for variant in REGULARISATION):
-        return ""
-    figure = Figure(figsize=(13.8, 6.7), layout="constrained")
-    axes = figure.subplots(2, 3).flat
-    for ax, (key, title) in zip(axes, COLLAPSE_PANELS.items(), strict=True):
-        ax.set_title(title, fontsize=9.5)
-        ax.set_xlabel("step", fontsize=8)
-        ax.grid(alpha=0.3)
-        for index, (variant, label) in enumerate(REGULARISATION.items()):
-            for number, run in enumerate(found.get(variant, {}).values()):
-                curve = series(run, key)
-                shown = label if number == 0 else ""
-                ax.plot(curve.keys(), curve.values(), f"C{index}", linewidth=1, label=shown)
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
-    return save_figure(figure, "collapse")
+def on_the_dots(found: Results) -> list[str]:
+    measures = WITH_TRAINING | {
+        "collapsed": Measure(
+            collapsed, minus(collapsed), lambda values: f"{sum(values)} of {len(values)}"
+        )
+    }
+    tried = {
+        "Which gamma": named("dots", GAMMAS, "grpo"),
+        "What prevents collapse": named("dots", " ".join(run.COLLAPSING), "large"),
+        "Which patches": named("dots", "papo_g_0.1 random_0.17 semantic_0.17", "random_0.17"),
+    }
+    parts = []
+    for title, rows in tried.items():
+        parts += [f"## {title}", table(found, rows, measures, NEW_SEEDS, ["overall"])]
+    pair = "dots/semantic_0.17", "dots/grpo"
+    rows = {"semantic_0.17": [pair], "grpo": [pair[1:]]}
+    at_20 = {"overall after step 20": measured(at(20))}
+    secondary = WITH_TRAINING | at_20 | DELTA_REL | reading(*SPLITS)
+    return [
+        *parts,
+        "## Which patches, at new seeds",
+        table(found, {"semantic_0.17 minus grpo": [pair]}, QUESTIONS, CONFIRMING_SEEDS, QUESTIONS),
+        table(found, rows, secondary, CONFIRMING_SEEDS),
+        at_equal_cost(found, {"semantic_0.17": pair}, CONFIRMING_SEEDS),
+    ]
 
 
-def provenance_table(found: Results) -> str:
-    """Where the results in each folder of results/ come from."""
-    rows = [["folder", "results", "commits", "torch", "transformers", "processors"]]
-    folders: dict[str, list[dict]] = {}
-    for variant, runs in found.items():
-        folders.setdefault(variant.rpartition("/")[0], []).extend(runs.values())
-    for folder, results in sorted(folders.items()):
-        machines = [result.get("machine", {}) for result in results]
-        facts = [{result["commit"] for result in results}]
-        for key in ("torch", "transformers", "processor"):
-            facts.append({machine.get(key, "not recorded") for machine in machines})
-        cells = [", ".join(sorted(of_folder)) for of_folder in facts]
-        rows.append([folder or "(top)", str(len(results)), *cells])
-    return markdown(rows)
+def difficulty(found: Results) -> list[str]:
+    levels = {
+        f"{task}, {level}": task if level == "middle" else f"{task}_{level}"
+        for task in TASKS
+        for level in run.MISREAD
+    }
+    pairs = {label: [(f"{name}/papo_g_0.1", f"{name}/grpo")] for label, name in levels.items()}
+    trends = {task: [pairs[f"{task}, hard"][0] + pairs[f"{task}, easy"][0]] for task in TASKS}
+    both = {"gain from hard minus gain from easy": [trends[task][0] for task in TASKS]}
+    leads = {f"after step {n}": Measure(None, minus(at(n))) for n in range(10, 61, 10)}
+    leads["change in the last 20 steps"] = Measure(None, minus(last_gain(2)))
+    starts = {label: [(f"{name}/start",)] for label, name in levels.items()}
+    of_grpo = {label: [(f"{name}/grpo",)] for label, name in levels.items()}
+    return [
+        "## When does it help",
+        table(found, both, QUESTIONS, NEW_SEEDS, QUESTIONS),
+        table(found, trends, QUESTIONS, NEW_SEEDS),
+        "papo_g_0.1 minus grpo:",
+        table(found, pairs, QUESTIONS | DELTA_REL, NEW_SEEDS),
+        "The start models:",
+        table(found, starts, {"overall": Measure(OVERALL)} | reading(*SPLITS), NEW_SEEDS),
+        "grpo:",
+        table(found, of_grpo, {"overall": Measure(OVERALL)} | LAST, NEW_SEEDS),
+        "papo_g_0.1 minus grpo, evaluations during training:",
+        table(found, pairs, leads, NEW_SEEDS),
+    ]
 
 
-def first_sections(found: Results) -> list[str]:
-    """The first protocol."""
-    parts = ["## table1", table1(found), table1_figure(found)]
-    parts += ["## perception (from table1)", perception_table(found)]
+def seed_by_seed(found: Results) -> list[str]:
+    """The second protocol's runs and their differences to the baselines, a number per seed."""
+    names = [*run.METHODS, *run.GAMMAS, *run.MASKS, *run.COLLAPSING]
+    bases = dict.fromkeys(names, "grpo") | {"dapo": "dapo"} | BASELINES
+    bases |= dict.fromkeys(run.COLLAPSING, "large")
+    rows, measures = {}, {}
+    for folder in (*TASKS, *run.LEVELS):
+        compared = named(folder, " ".join(names), bases)
+        rows |= {f"{folder}/{name}": row for name, row in compared.items()}
+    for name, of in {"at the end": OVERALL, "mean over training": over_training}.items():
+        measures[name] = Measure(of, None, each)
+        measures[f"{name}, difference"] = Measure(None, minus(of), each)
+    both = (NEW_SEEDS, CONFIRMING_SEEDS)
+    return ["## Seed by seed", *(table(found, rows, measures, seeds) for seeds in both)]
+
+
+def relatives(found: Results) -> list[str]:
+    rows = named("variants", " ".join(run.PUBLISHED), BASES)
+    measures = ENDS | {
+        "seconds per step, relative": Measure(
+            None, time_ratio, lambda values: f"{median(values):.2f}"
+        )
+    }
+    return [
+        "## Relatives",
+        "Each method beside the one it is built on. The p are not corrected for their number. "
+        "A step's time is the 10% quantile of a run's, because other work shared the machine; the "
+        "median of the eight ratios is shown.",
+        table(found, rows, measures, EIGHT_SEEDS),
+    ]
+
+
+def first_protocol(found: Results) -> list[str]:
+    rows = named("first", "start grpo papo_g dapo papo_d", BASELINES)
+    parts = ["## Table 1", table(found, rows, WITH_TRAINING | DELTA_REL, EIGHT_SEEDS)]
+    parts += [table(found, rows, VISION | reading(*SPLITS), EIGHT_SEEDS)]
     for title, (names, base) in FIRST.items():
-        parts += [f"## {title}", comparison_table(found, names, base)]
-        parts.append(seed_lines_figure(found, names, title))
-    return [*parts, "## signs of collapse (from regularisation)", collapse_figure(found)]
+        rows = named("first", names, base)
+        parts += [f"## {title}", table(found, rows, WITH_TRAINING, THREE_SEEDS)]
+    return parts
 
 
-def variants_sections(found: Results, everything: Results) -> list[str]:
-    note = "The p-values of the ten comparisons with grpo are not corrected for their number."
-    parts = ["## variants", variants_table(found), note, variants_figure(found)]
-    return [*parts, "## variants: choice of the factor", choice_table(everything)]
+def ideas_table(variants: dict[str, str], results: Path) -> str:
+    """Algos beside the last one, at the seeds that all have. variants: algo -> its variant.
 
-
-def second_sections(everything: Results) -> list[str]:
-    """The second protocol."""
-    parts = report_tasks.sections(everything, load_costs(), HERE / "figures")
-    found = complete(everything, NEW_SEEDS)
-    for title, (names, base) in SECOND.items():
-        parts.append(f"## {title}")
-        if names.keys() <= found.keys():
-            parts += [tested_table(found, names, base), seed_lines_figure(found, names, title)]
-        else:
-            parts.append("(not complete)")
-    parts += report_confirm.sections(everything, load_costs("confirm"), HERE / "figures")
-    parts += report_difficulty.sections(everything, HERE / "figures")
-    parts += ["## seed by seed", "Variants are named as in [protocol.py](protocol.py)."]
-    for seeds in (NEW_SEEDS, CONFIRMING_SEEDS):
-        parts += ["At the end:", seeds_table(everything, seeds, accuracy, accuracy_gain)]
-        of_training = seeds_table(everything, seeds, accuracy_over_training, gain_over_training)
-        parts += ["Mean over training:", of_training]
-    parts += ["## rounding", rounding_table(everything)]
-    return [*parts, "## results computed again", rerun_table(everything)]
+    An algo without any result, because all of its runs failed, is left out.
+    """
+    found = load(results)
+    *_, (last, base) = variants.items()
+    with_results = {algo: variant for algo, variant in variants.items() if variant in found}
+    if last not in with_results:
+        return f"{last}, which the others are compared with, has no result"
+    seeds = sorted(set.intersection(*(set(found[name]) for name in with_results.values())))
+    rows = {algo: [(variant, base)] for algo, variant in with_results.items()}
+    rows[last] = [(base,)]
+    title = f"Overall accuracy at the end in %, seeds {seeds}; difference to {last}:"
+    return f"{title}\n\n{table(found, rows, {'overall': FAR}, seeds)}"
 
 
 def main() -> None:
-    everything = load(HERE / "results")
-    found = at_seeds(everything, EIGHT_SEEDS)  # without the development seeds
+    found = load(HERE / "results")
     (HERE / "figures").mkdir(exist_ok=True)
+    draw_curves(found, HERE / "figures" / "both_tasks.png")
+    further = {
+        seeds: {
+            f"{names.split()[0]} minus {names.split()[1]}": [tuple(names.split())]
+            for names in pairs
+        }
+        for seeds, pairs in FURTHER.items()
+    }
     parts = [
         "# Results",
-        "Drawn by `python -m experiments.report` from the JSON files in results/. Mean +- 95% "
-        "interval over seeds; accuracies in %. [README.md](README.md) says how to read them, "
-        "[protocols.md](protocols.md) how they were planned.",
-        *second_sections(everything),
-        *variants_sections(found, everything),
-        *first_sections(found),
-        "## warnings of a collapse",
-        warnings_table(everything),
-        "## further differences",
-        further_table(at_seeds(everything, [*EIGHT_SEEDS, *NEW_SEEDS])),
-        "## where the results come from",
-        provenance_table(everything),
+        "Drawn by `python -m experiments.report` from results/. Mean +- 95% interval over seeds; "
+        "accuracies in %. A difference is to the baseline at the same seed: mean, seeds above 0, "
+        "sign-flip p. [README.md](README.md) says how to read them.",
+        *two_tasks(found),
+        *on_the_dots(found),
+        *difficulty(found),
+        *seed_by_seed(found),
+        *relatives(found),
+        *first_protocol(found),
+        "## Further differences",
+        "Seeds 20 to 27, then 10 to 17, then 10 to 12:",
+        *(table(found, rows, QUESTIONS, seeds) for seeds, rows in further.items()),
     ]
-    (HERE / "report.md").write_text("\n\n".join(filter(None, parts)) + "\n")
+    (HERE / "report.md").write_text("\n\n".join(parts) + "\n")
     print(HERE / "report.md")
 
 

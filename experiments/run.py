@@ -1,19 +1,19 @@
-r"""The paper's experiments at toy scale: train and evaluate, one JSON file per run, on a CPU.
+r"""Experiments at toy scale: train and evaluate on a CPU, one line of results per run.
 
-    python -m experiments.run table1           one experiment; --help lists them
-    python -m experiments.run all --jobs 2     every run without a result, two at a time
-    python -m experiments.run table1 --list    what would be run
+    python -m experiments.run my_idea.py papo_g --seeds 3    an idea beside a preset or a variant
+    python -m experiments.run dots digits                    runs of protocols.md
+    python -m experiments.run all --list                     what has no result yet
 
-A run is one variant (flags of train.py) at one seed: `train.py`, then `evaluate.py` on the exported
-model, each a command of its own. Its result goes to results/VARIANT-sSEED.json and is not computed
-again. An interrupted run continues from its checkpoint in --work. report.py draws tables and
-figures from the JSON files alone. protocols.md says what is compared, by which test, with which
-seeds.
+A run is one variant, flags of train.py, at one seed: train.py, then evaluate.py on its model, each
+a command of its own. All runs of a task and seed share a start model. A finished run is not
+repeated; an interrupted one continues. Results of the protocols are lines of results/NAME.jsonl,
+from which report.py draws; those of ideas stay in --work.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import json
 import os
@@ -22,6 +22,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from statistics import fmean
@@ -29,322 +30,436 @@ from statistics import fmean
 import torch
 import transformers
 
-from experiments import start_model, tasks
-from experiments.protocol import (
-    ENVIRONMENTS,
-    EVALUATION,
-    EXPERIMENTS,
-    MISREAD,
-    TRAINING,
-    VARIANTS,
-)
-from experiments.tasks import SPLITS, is_misread, share_of_cells_right
-from support.run_folder import read_log
+from experiments import digits
+from papo import algo_class
+from support import toy
+from support.config import one_line_errors
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
-RESULTS = HERE / "results"
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "experiments" / "results"
+WEIGHTS = "model.safetensors"
 
-# The metrics of each step that a result keeps.
-METRICS = (
-    "reward",
-    "accuracy",
-    "kl_prcp",
-    "kl_ref",
-    "entropy",
-    "masked_entropy",
-    "clip_frac",
-    "grad_norm",
-    "response_length",
-    "rounds",
-    "truncated",
-    "tokens_per_second",
-    "seconds",
-)
+METRICS = ("accuracy", "kl_prcp", "entropy", "masked_entropy", "clip_frac")  # kept of each step
+METRICS += ("tokens_per_second", "seconds")
 
-# The same instructions on every x86 CPU with AVX2, in MKL, in oneDNN (which does the convolution)
-# and in torch's own kernels. It takes twice as long, so it makes the start models alone.
+# The same instructions on every x86 CPU with AVX2, in MKL, in oneDNN and in torch's own kernels.
+# They take twice as long, so they make the start models alone.
 SAME_ON_EVERY_CPU = {
     "MKL_CBWR": "COMPATIBLE",
     "ONEDNN_MAX_CPU_ISA": "AVX2",
     "ATEN_CPU_CAPABILITY": "avx2",
 }
 
+# ------------------------------------------------------------------------------------ the protocols
 
-def list_jobs(names: list[str], seeds: list[int] | None) -> list[tuple[str, int]]:
-    """(variant, seed) pairs of the experiments, each once, seed by seed.
-
-    Start models come first because a seed's other runs begin with them.
-    """
-    jobs = []
-    for name in names:
-        variants, all_seeds = EXPERIMENTS[name]
-        chosen = [seed for seed in all_seeds if seeds is None or seed in seeds]
-        jobs += [(variant, seed) for seed in chosen for variant in variants]
-    unique = list(dict.fromkeys(jobs))
-    return sorted(unique, key=lambda job: not is_start(job[0]))
+VARIANTS: dict[str, dict] = {}  # FOLDER/NAME -> flags
+JOBS: dict[tuple[str, int], None] = {}  # (variant, seed), in order
 
 
-def is_start(variant: str) -> bool:
-    return not VARIANTS[variant]
+def plan(folder: str, seeds: Iterable[int], variants: dict[str, dict]) -> None:
+    """Add runs. FOLDER.jsonl holds their results; a variant without flags is its start model."""
+    VARIANTS.update({f"{folder}/{name}": flags for name, flags in variants.items()})
+    JOBS.update({(f"{folder}/{name}", seed): None for seed in seeds for name in variants})
 
 
-def result_file(variant: str, seed: int) -> Path:
-    return RESULTS / f"{variant}-s{seed}.json"
+def papo(gamma: float, **flags) -> dict:
+    return {"algo": "papo_g", "kl_prcp_coef": gamma} | flags
 
 
-def has_result(variant: str, seed: int) -> bool:
-    file = result_file(variant, seed)
-    if not file.exists():
-        return False
-    if not is_start(variant):
-        check_flags(json.loads(file.read_text())["config"], variant, file)
-    return True
+# Flags of every run, unless its variant changes them, and of its evaluation.
+TRAINING = {"steps": 30, "lr": 1e-4, "eval_every": 10, "eval_rows": 128}
+TRAINING |= {"save_every": 10, "keep": 1}
+EVALUATION = {"n": 2, "eval_rows": 512, "protocol": "training", "rollout_batch": 256}
+NO_CURVE = {"eval_every": 0}
+
+# The development seeds made the protocols' choices. The others are reported.
+DEVELOPMENT_SEEDS, THREE_SEEDS, EIGHT_SEEDS = range(3), range(10, 13), range(10, 18)
+NEW_SEEDS, CONFIRMING_SEEDS = range(20, 28), range(28, 36)
+
+# The first protocol: the dots, 30 steps. Without "algo" a variant is papo_g with these flags.
+TABLE1 = {name: {"algo": name} for name in ("grpo", "papo_g", "dapo", "papo_d")}
+LARGE = {"kl_prcp_coef": 0.5, "mini_batch": 8, "lr": 2e-4, "steps": 40}  # invites a collapse
+SINGLE = LARGE | {"entropy_coef": 1.25}  # 2.5 gamma, the paper's ratio at 7B
+DOUBLE = SINGLE | {"masked_entropy_coef": 1.25}
+COLLAPSING = {
+    "large_no_kl_ref": LARGE | {"kl_ref_coef": 0.0},
+    "large": LARGE,
+    "large_kl_ref_0.1": LARGE | {"kl_ref_coef": 0.1},
+    "large_single": SINGLE,
+    "large_double_grad": DOUBLE | {"masked_grad": True},
+}
+plan("first", EIGHT_SEEDS, {"start": {}} | TABLE1)
+plan("first", THREE_SEEDS, COLLAPSING | {"large_double": DOUBLE})
+plan("first", THREE_SEEDS, {f"gamma_{x}": {"kl_prcp_coef": x} for x in (0.1, 0.2, 0.5, 1.0)})
+plan("first", THREE_SEEDS, {f"mask_{x}": {"mask_ratio": x} for x in (0.4, 0.8, 1.0)})
+plan("first", THREE_SEEDS, {f"mask_{x}": {"mask_strategy": x} for x in ("semantic", "noise")})
+plan("first", THREE_SEEDS, {x: {"algo": x} for x in ("grpo_no_kl_ref", "papo_g_no_kl_ref")})
+plan("first", THREE_SEEDS, {"estimator_paper": {"kl_prcp_estimator": "paper"}})
+plan("first", THREE_SEEDS, {"masked_grad": {"masked_grad": True}})
+
+# The relatives as published. Who samples under two images takes half of the responses under each.
+HALVES = NO_CURVE | {"group_size": 4}
+PUBLISHED = TABLE1 | {name: {"algo": name} for name in ("vppo", "pgpo", "dvrp", "dyco_rl", "tor")}
+PUBLISHED = {name: NO_CURVE | flags for name, flags in PUBLISHED.items()} | {
+    "noisy_rollout": HALVES | {"algo": "noisy_rollout"},
+    "noisy_rollout_papo": HALVES | {"algo": "noisy_rollout", "kl_prcp_coef": 0.02},
+    "tapo": HALVES | {"algo": "tapo"},
+}
+plan("variants", EIGHT_SEEDS, PUBLISHED)
+plan("compare", EIGHT_SEEDS, {"papo_g": NO_CURVE | {"kl_prcp_coef": 0.2}})
+
+# The second protocol: two tasks, 60 steps, start models that misread a cell more or less often, and
+# the choices of gamma and steps.
+TASKS, GAMMA, STEPS = ("dots", "digits"), 0.1, {"steps": 60}
+LEVELS = [f"{task}_{level}" for task in TASKS for level in ("easy", "hard")]
+MISREAD = {"easy": 0.04, "middle": 0.12, "hard": 0.2}
+METHODS = {
+    "grpo": STEPS | {"algo": "grpo"},
+    "papo_g": STEPS | {"algo": "papo_g"},
+    "papo_g_0.1": STEPS | {"algo": "papo_g", "kl_prcp_coef": GAMMA},
+    "dapo": STEPS | {"algo": "dapo"},
+    "papo_d": STEPS | {"algo": "papo_d"},
+    "papo_d_0.1": STEPS | {"algo": "papo_d", "kl_prcp_coef": GAMMA},
+}
+PAIR = {name: METHODS[name] for name in ("grpo", "papo_g_0.1")}
+GAMMAS = {f"papo_g_{gamma}": papo(gamma) | STEPS for gamma in (0.05, 0.1, 0.2, 0.5, 1.0)}
+MASKS = {  # as many patches as dots cover
+    "random_0.17": papo(GAMMA, mask_ratio=0.17) | STEPS,
+    "semantic_0.17": papo(GAMMA, mask_ratio=0.17, mask_strategy="semantic") | STEPS,
+}
+for _task in TASKS:
+    plan(_task, NEW_SEEDS, {"start": {}} | METHODS)
+    plan(_task, DEVELOPMENT_SEEDS, {"start": {}, "grpo_long": {"algo": "grpo", "steps": 100}})
+    plan(_task, DEVELOPMENT_SEEDS, {name: GAMMAS[name] for name in [*GAMMAS][:3]})
+for _level in LEVELS:
+    plan(_level, NEW_SEEDS, {"start": {}} | PAIR)
+plan("dots", NEW_SEEDS, GAMMAS | MASKS | COLLAPSING)
+CONFIRMED = {"grpo": METHODS["grpo"], "semantic_0.17": MASKS["semantic_0.17"]}
+plan("dots", CONFIRMING_SEEDS, CONFIRMED)
+
+# The same two methods with all weights and with adapters.
+ADAPTERS = {"lora_rank": 8, "lr": 1e-3}
+WITH_ADAPTERS = {f"{name}_r8": flags | ADAPTERS for name, flags in CONFIRMED.items()}
+plan("lora", EIGHT_SEEDS, CONFIRMED | WITH_ADAPTERS)
+
+# What a step costs: the same runs, one at a time on an otherwise idle machine (--jobs 1).
+TIMED = {f"{task}/{name}": METHODS[name] for task in TASKS for name in ("papo_g", *PAIR)}
+plan("cost", NEW_SEEDS[:1], TIMED)
+plan("cost", CONFIRMING_SEEDS[:1], {f"dots/{name}": flags for name, flags in CONFIRMED.items()})
 
 
-# One run
+# -------------------------------------------------------------------------------------------- tasks
+
+SPLITS = ("general", "vision_dependent")
+SPEC = "toy:grid=4,colours=4,most=6,warm_steps=400,plain_share=0"  # the dots
+SETTING = toy.setting_of(SPEC)
 
 
-def run(variant: str, seed: int, work: Path) -> Path:
-    """Train, evaluate, write the result; continues an interrupted run. Returns the result's file.
-
-    RuntimeError with the last line of the log where a command fails.
-    """
-    log = work / f"{variant}-s{seed}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    result_file(variant, seed).parent.mkdir(exist_ok=True)
-    start = build_start_model(variant, seed, log)
-    origin_file = log.with_suffix(".origin")
-    if not (work / f"{variant}-s{seed}" / "config.json").exists():
-        origin_file.unlink(missing_ok=True)  # of a run that was removed
-    result = origin(variant, seed, start, origin_file)
-    if is_start(variant):
-        model = start
-    else:
-        run_dir = train(variant, seed, work, log)
-        result |= training_record(run_dir)
-        model = run_dir / "model"
-    task = task_of(variant)
-    out = work / f"{variant}-s{seed}-eval"
-    flags = {"model": model, "seed": seed, "out": out} | task.evaluation(seed) | EVALUATION
-    run_python(["evaluate.py"], flags, log)
-    result["final"] = {split: measure(out / f"{split}.jsonl", task) for split in SPLITS}
-    write_json(result_file(variant, seed), result)
-    return result_file(variant, seed)
+def task_of(variant: str) -> str:
+    """dots or digits, with the level of its start model: "digits_hard"."""
+    task = variant.removeprefix("cost/").partition("/")[0]
+    return task if task.startswith(TASKS) else "dots"
 
 
-def origin(variant: str, seed: int, start: Path, file: Path) -> dict:
-    """What a run's numbers depend on beside its flags, as it was when the run began.
-
-    Kept in `file` for a run that continues. RuntimeError if its start model is another one now.
-    """
-    model = sha256(start / start_model.WEIGHTS)
-    if not file.exists():
-        environment = ENVIRONMENTS.get(variant, {})
-        facts = {"variant": variant, "seed": seed, "commit": current_commit()}
-        facts |= {"machine": machine(environment), "environment": environment}
-        write_json(file, facts | {"evaluation": EVALUATION, "start_model": model})
-    facts = json.loads(file.read_text())
-    if facts["start_model"] != model:
-        raise RuntimeError(f"{file}: the start model has changed since this run began: remove it")
-    return facts
+def start_command(task: str, folder: Path) -> list[str]:
+    name, _, level = task.partition("_")
+    misread = MISREAD[level or "middle"]
+    if name == "digits":
+        return ["-m", "experiments.digits", str(folder), f"--misread={misread}"]
+    return ["-m", "experiments.start_model", f"{SPEC},misread={misread}", f"--out={folder}"]
 
 
-def check_flags(config: dict, variant: str, source: Path) -> None:
-    """ValueError if a run had other flags than the protocol has now."""
-    for name, value in (TRAINING | VARIANTS[variant]).items():
-        if config.get(name) != value:
-            found = f"{name}={config.get(name)}, the protocol has {value}"
-            raise ValueError(f"{source} was made with {found}: remove it")
+def inputs(task: str, folder: Path) -> tuple[dict, dict]:
+    """Flags of train.py and evaluate.py that name model and data. folder: a start model's."""
+    if task.startswith("digits"):
+        return digits.training_flags(folder), digits.evaluation_flags(folder)
+    return {"model": folder}, {"data": SPEC}
 
 
-def write_json(file: Path, content: dict) -> None:
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(content) + "\n")
-    os.replace(partial, file)
+def scene_of(task: str, split: str, row: int) -> tuple[list[str], Callable[[list[str]], int]]:
+    """What the cells of an evaluation image hold, and the answer as a function of the cells."""
+    if task.startswith("digits"):
+        return digits.scene_of(split, row)
+    scene = toy.make_scene(split, row, setting=SETTING)
+    return scene.cells, lambda cells: cells.count(scene.asked)
 
 
-def task_of(variant: str):
-    """The task of a variant: digits for digits/NAME and digits_LEVEL/NAME, else dots."""
-    task, _, level = variant.partition("/")[0].partition("_")
-    made = tasks.Digits if task == "digits" else tasks.Dots
-    return made(MISREAD.get(level))
+def read_cells(task: str, response: str) -> list[str]:
+    """The word that a response names for each cell, "" where it names none."""
+    words, names = (*toy.COLOURS, toy.NO_DOT), toy.cell_names(SETTING)
+    if task.startswith("digits"):
+        words, names = digits.WORDS, digits.NAMES
+    named = dict(re.findall(rf"\b([a-i][1-9])\s+({'|'.join(words)})\b", response))
+    return [named.get(name, "") for name in names]
 
 
-def use_own_cache() -> None:
-    """Keep start models apart from those that train.py made, whose rounding may differ."""
-    cache = Path(os.environ.get("PAPO_CACHE") or "~/.cache/papo").expanduser()
-    os.environ["PAPO_CACHE"] = str(cache / "experiments")
-
-
-def build_start_model(variant: str, seed: int, log: Path) -> Path:
-    """The start model of a seed, from the cache or built in a process of its own."""
-    code = f"from experiments import run; run.task_of({variant!r}).build({seed})"
-    run_python(["-c", code], {}, log, SAME_ON_EVERY_CPU)
-    return task_of(variant).build(seed)
-
-
-def train(variant: str, seed: int, work: Path, log: Path) -> Path:
-    """The folder of a finished training run; continues it if it was interrupted."""
-    run_dir = work / f"{variant}-s{seed}"
-    weights = run_dir / "model" / "model.safetensors"
-    config = run_dir / "config.json"
-    if config.exists():
-        check_flags(json.loads(config.read_text()), variant, run_dir)
-    if weights.exists():
-        return run_dir
-    if config.exists():
-        flags = {"resume": run_dir}
-    else:
-        inputs = task_of(variant).training(seed)
-        flags = inputs | {"seed": seed, "out": run_dir} | TRAINING | VARIANTS[variant]
-    run_python(["train.py"], flags, log, ENVIRONMENTS.get(variant))
-    if not weights.exists():
-        raise RuntimeError(f"training stopped early: run the same command to continue ({log})")
-    return run_dir
-
-
-def run_python(
-    words: list[str], flags: dict, log: Path, environment: dict[str, str] | None = None
-) -> None:
-    """Run Python on one thread, its output appended to `log`."""
-    command = [sys.executable, *words]
-    for name, value in flags.items():
-        command += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {})
-    with open(log, "a") as out:
-        done = subprocess.run(command, stdout=out, stderr=out, env=environment, cwd=ROOT)
-    if done.returncode:
-        last_line = log.read_text(errors="replace").strip().rpartition("\n")[2]
-        raise RuntimeError(f"{words[0]} exited with {done.returncode}: {last_line} ({log})")
-
-
-def sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-def current_commit() -> str:
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
-
-
-def machine(environment: dict[str, str]) -> dict:
-    """Library versions, CPU and threads of a run with these environment variables."""
-    return {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "processor": processor(),
-        "threads": int(environment.get("OMP_NUM_THREADS", 1)),
-    }
-
-
-def processor() -> str:
-    """The CPU's name, family and model, where Linux tells; rounding may differ between them."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    facts = dict(re.split(r"\s*:\s*", line, maxsplit=1) for line in lines if ":" in line)
-    name, family, model = (facts.get(key) for key in ("model name", "cpu family", "model"))
-    return f"{name}, family {family}, model {model}"
-
-
-def training_record(run_dir: Path) -> dict:
-    """The run's config, kept metrics of every step, accuracies of its evaluations, and some of the
-    last one's responses."""
-    lines = [json.loads(text) for text in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if "reward" in line]
-    curve = {}
-    for line in lines:
-        if "reward" not in line:
-            scores = {key.removeprefix("eval/"): value for key, value in line.items()}
-            curve[scores.pop("step")] = scores
-    metrics = {}
-    for name in METRICS:
-        if any(name in step for step in steps):
-            # A step without any group to train on has no metrics of the update.
-            metrics[name] = [round(step[name], 5) if name in step else None for step in steps]
-    config = json.loads((run_dir / "config.json").read_text())
-    samples = read_log(run_dir / "samples.jsonl")
-    last = [sample for sample in samples if sample["step"] == len(steps)]
-    kept = [{key: sample[key] for key in ("set", "row", "predict", "accuracy")} for sample in last]
-    return {"config": config, "metrics": metrics, "curve": curve, "samples": kept}
-
-
-# What went wrong in a response
-
-
-def measure(predictions: Path, task) -> dict:
-    """Accuracy of a split's predictions, and how many wrong answers rest on a misread image."""
-    records = [json.loads(text) for text in predictions.read_text().splitlines()]
-    split = predictions.stem
-    wrong = [record for record in records if not record["accuracy"]]
+def measure(task: str, predictions: Path) -> dict:
+    """Accuracy on a split, and how many wrong answers rest on a misread image: their cells, as the
+    response names them, have another answer than the image's."""
+    records = load(predictions)
+    wrong, misread, shares = 0, 0, []
+    for record in records:
+        cells, answer = scene_of(task, predictions.stem, record["row"])
+        read = read_cells(task, record["predict"])
+        shares.append(fmean(a == b for a, b in zip(cells, read, strict=True)))
+        if not record["accuracy"]:
+            wrong += 1
+            misread += answer(read) != answer(cells)
     return {
         "accuracy": fmean(record["accuracy"] for record in records),
         "responses": len(records),
-        "wrong": len(wrong),
-        "misread": sum(is_misread(task, r["predict"], split, r["row"]) for r in wrong),
-        "cells_right": fmean(
-            share_of_cells_right(task, r["predict"], split, r["row"]) for r in records
-        ),
+        "wrong": wrong,
+        "misread": misread,
+        "cells_right": fmean(shares),
         "unboxed": fmean(record["unboxed"] for record in records),
     }
 
 
-# Command line
+# ------------------------------------------------------------------------------------------ results
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Run the paper's experiments at toy scale.")
-    choices = [*EXPERIMENTS, "all"]
-    default_work = ROOT / "runs" / "experiments"
-    parser.add_argument(
-        "names", nargs="+", choices=choices, metavar="name", help=", ".join(choices)
-    )
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
-    parser.add_argument("--seeds", type=int, nargs="+", help="only these of an experiment's seeds")
-    parser.add_argument("--work", type=Path, default=default_work, help="folder of unfinished runs")
-    parser.add_argument("--list", action="store_true", help="list the missing runs and stop")
-    return parser.parse_args()
+def load(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def main() -> None:
-    args = parse_args()
-    names = list(EXPERIMENTS) if "all" in args.names else args.names
-    jobs = list_jobs(names, args.seeds)
+def append(file: Path, record: dict) -> None:
+    """Add a line. Others may do so at the same time, and a kill leaves the file as it was."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    folder = os.open(file.parent, os.O_RDONLY)
     try:
-        missing = [job for job in jobs if not has_result(*job)]
-    except ValueError as error:
-        sys.exit(str(error))
-    print(f"{len(jobs)} runs, {len(missing)} missing")
-    if args.list:
-        for variant, seed in missing:
-            print(f"{variant} seed {seed}")
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        lines = file.read_text() if file.exists() else ""
+        partial = file.with_suffix(".partial")
+        partial.write_text(lines + json.dumps(record, separators=(",", ":")) + "\n")
+        os.replace(partial, file)
+    finally:
+        os.close(folder)
+
+
+def result_file(variant: str, results: Path) -> Path:
+    return results / f"{variant.partition('/')[0]}.jsonl"
+
+
+def has_result(variant: str, seed: int, results: Path) -> bool:
+    """ValueError if there is one that other flags made."""
+    file = result_file(variant, results)
+    for record in load(file):
+        if (record["variant"], record["seed"]) == (variant, seed):
+            check_flags(record["flags"], variant, f"{file}: {variant}, seed {seed}")
+            return True
+    return False
+
+
+def flags_of(variant: str) -> dict:
+    """What defines a variant's runs."""
+    evaluation = {f"evaluation_{name}": value for name, value in EVALUATION.items()}
+    return (VARIANTS[variant] and TRAINING | VARIANTS[variant]) | evaluation
+
+
+def check_flags(found: dict, variant: str, where: str) -> None:
+    """ValueError if a run had other flags than the protocol has now."""
+    wanted = flags_of(variant)
+    for name in found | wanted:
+        if found.get(name) != wanted.get(name):
+            made = f"was made with {name}={found.get(name)}"
+            raise ValueError(f"{where} {made}, the protocol has {wanted.get(name)}: remove it")
+
+
+# ------------------------------------------------------------------------------------------ one run
+
+
+def build_start(task: str, seed: int, work: Path) -> None:
+    """Make the start model that all runs of a task and seed share, unless it exists."""
+    folder = work / "start" / f"{task}-s{seed}"
+    if (inputs(task, folder)[0]["model"] / WEIGHTS).exists():
         return
-    use_own_cache()
-    work = args.work.resolve()
-    work.mkdir(parents=True, exist_ok=True)
-    failures = run_all(missing, args.jobs, work)
-    sys.exit(1 if failures else 0)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    command = [*start_command(task, folder), f"--seed={seed}"]
+    run_python(command, folder.with_suffix(".log"), SAME_ON_EVERY_CPU)
 
 
-def run_all(jobs: list[tuple[str, int]], at_a_time: int, work: Path) -> int:
-    """Run the jobs and print one line for each. Returns how many failed."""
+def run(variant: str, seed: int, work: Path, results: Path) -> None:
+    """Train, evaluate, add the result. RuntimeError with the log's last line if a command fails."""
+    out, task = work / f"{variant}-s{seed}", task_of(variant)
+    out.mkdir(parents=True, exist_ok=True)
+    for_training, for_evaluation = inputs(task, work / "start" / f"{task}-s{seed}")
+    model = for_training["model"]
+    record = origin(variant, seed, model, out / "origin.json")
+    if VARIANTS[variant]:
+        model = train(variant, for_training | {"seed": seed}, out)
+        record |= training_record(out / "train")
+    flags = {"model": model, "seed": seed, "out": out / "eval"} | for_evaluation | EVALUATION
+    run_python(["evaluate.py", *words_of(flags)], out / "log.txt")
+    record["final"] = {split: measure(task, out / "eval" / f"{split}.jsonl") for split in SPLITS}
+    append(result_file(variant, results), record)
+
+
+def origin(variant: str, seed: int, model: Path, file: Path) -> dict:
+    """What a run depends on, as it was when the run began; kept in `file`.
+
+    ValueError if its flags or its start model have changed since.
+    """
+    start_model = hashlib.sha256((model / WEIGHTS).read_bytes()).hexdigest()
+    if not file.exists():
+        facts = {"variant": variant, "seed": seed, "flags": flags_of(variant)} | machine()
+        file.write_text(json.dumps(facts | {"start_model": start_model}))
+    facts = json.loads(file.read_text())
+    check_flags(facts["flags"], variant, str(file.parent))
+    if facts["start_model"] != start_model:
+        raise ValueError(f"{file.parent} began from another start model: remove it")
+    return facts
+
+
+def machine() -> dict:
+    """Commit, library versions, CPU and threads. Rounding differs between kinds of CPU."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    facts = dict(re.findall(r"^(model name|cpu family|model)\s*: (.*)$", text, re.M))
+    return {
+        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "processor": ", ".join(facts.values()) or platform.machine(),
+        "threads": 1,
+    }
+
+
+def train(variant: str, given: dict, out: Path) -> Path:
+    """The trained model; continues an interrupted run."""
+    folder, flags = out / "train", TRAINING | VARIANTS[variant]
+    model = folder / "model"
+    if (model / WEIGHTS).exists():
+        return model
+    is_begun = (folder / "config.json").exists()
+    flags = {"resume": folder} if is_begun else given | {"out": folder} | flags
+    run_python(["train.py", *words_of(flags)], out / "log.txt")
+    if not (model / WEIGHTS).exists():
+        raise RuntimeError(f"training stopped early: run the same command to continue ({out})")
+    return model
+
+
+def words_of(flags: dict) -> list[str]:
+    return [f"--{name}" if value is True else f"--{name}={value}" for name, value in flags.items()]
+
+
+def run_python(words: list[str], log: Path, environment: dict | None = None) -> None:
+    """Run Python on one thread, its output appended to `log`."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {})
+    with open(log, "a") as out:
+        command = [sys.executable, *words]
+        done = subprocess.run(command, stdout=out, stderr=out, env=environment, cwd=ROOT)
+    if done.returncode:
+        last_line = log.read_text(errors="replace").strip().rpartition("\n")[2]
+        raise RuntimeError(f"{last_line} ({log})")
+
+
+def training_record(out: Path) -> dict:
+    """METRICS of every step, None where a step had nothing to train on, and the evaluations."""
+    lines = load(out / "metrics.jsonl")
+    steps = [line for line in lines if "reward" in line]
+    record = {"curve": {}}
+    for line in lines:
+        if "reward" not in line:
+            scores = {split: line[f"eval/{split}"] for split in SPLITS}
+            record["curve"][str(line["step"])] = scores
+    for name in METRICS:
+        if any(name in step for step in steps):
+            record[name] = [round(step[name], 5) if name in step else None for step in steps]
+    return record
+
+
+# ----------------------------------------------------------------------------------- command line
+
+
+def plan_ideas(algos: list[str], seeds: int) -> dict[str, str]:
+    """Plan runs of presets, variants or files; returns {algo: variant}.
+
+    ValueError for an algo that does not load. A variant's name has a hash of its code, so that
+    changed code runs again.
+    """
+    shared = [ROOT / f"{name}.py" for name in ("train", "papo", "losses", "masking", "rollout")]
+    shared += sorted((ROOT / "support").glob("*.py"))
+    variants = {}
+    for algo in algos:
+        algo_class(algo)
+        own = [path for path in (Path(algo), ROOT / f"variants/{algo}.py") if path.is_file()]
+        code = b"".join(path.read_bytes() for path in shared + own)
+        name = f"{Path(algo).stem}-{hashlib.sha256(code).hexdigest()[:8]}"
+        flag = str(own[0].resolve()) if algo.endswith(".py") else algo
+        plan("ideas", range(seeds), {name: NO_CURVE | {"algo": flag}})
+        variants[algo] = f"ideas/{name}"
+    return variants
+
+
+def announce(jobs: list[tuple], missing: list[tuple], at_a_time: int) -> None:
+    """Say how many runs there are, and roughly how long they take."""
+    starts = {(task_of(variant), seed) for variant, seed in missing}
+    steps = [flags_of(variant).get("steps", 0) for variant, _ in missing]
+    minutes = (3 * len(starts) + sum(0.5 + 0.05 * n for n in steps)) / at_a_time
+    what = f"{len(missing)} of {len(jobs)} runs are missing, from {len(starts)} start models"
+    print(f"{what}: roughly {minutes:.0f} minutes on idle cores", flush=True)
+
+
+def run_all(what: str, function: Callable, jobs: list[tuple], at_a_time: int) -> int:
+    """Call function(*job) for every job, and print a line for each. Returns how many failed."""
     failures, start = 0, time.time()
     with ThreadPoolExecutor(at_a_time) as pool:
-        pending = {pool.submit(run, *job, work): job for job in jobs}
+        pending = {pool.submit(function, *job): job for job in jobs}
         try:
             for number, done in enumerate(as_completed(pending), 1):
+                name, seed, *_ = pending[done]
                 error = done.exception()
                 failures += error is not None
-                outcome = f"{pending[done]}: {error}" if error else done.result().name
-                minutes = (time.time() - start) / 60
-                print(f"{number}/{len(jobs)} after {minutes:.0f} min: {outcome}", flush=True)
+                outcome = f"failed: {error}" if error else "done"
+                progress = f"{what} {number} of {len(jobs)}, {(time.time() - start) / 60:.0f} min"
+                print(f"{progress}: {name} seed {seed} {outcome}", flush=True)
         except KeyboardInterrupt:  # the running commands got it too: they save and exit
             pool.shutdown(cancel_futures=True)
             sys.exit("interrupted: run the same command to continue")
     return failures
+
+
+def parse_args(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Run experiments at toy scale.")
+    folders = dict.fromkeys(variant.partition("/")[0] for variant in VARIANTS)
+    add = parser.add_argument
+    add("names", nargs="+", help=f"all, {', '.join(folders)}; or presets, variants and FILE.py")
+    add("--seeds", type=int, default=3, help="how many, of ideas; a protocol has its own")
+    add("--jobs", type=int, default=2, help="runs at a time, one core each")
+    add("--work", type=Path, default=ROOT / "runs/experiments", help="folder of unfinished runs")
+    add("--list", action="store_true", help="list the missing runs and stop")
+    args = parser.parse_args(argv)
+    args.work = args.work.resolve()
+    args.ideas = [name for name in args.names if name not in (*folders, "all")]
+    args.folders = [name for name in folders if name in args.names or "all" in args.names]
+    if args.folders and args.ideas:
+        parser.error(f"{args.folders[0]} is a protocol's, {args.ideas[0]} is not: give one kind")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    results, ideas = (args.work, {}) if args.ideas else (RESULTS, {})
+    with one_line_errors():
+        if args.ideas:
+            from experiments import report  # now, because it needs scipy
+
+            ideas = plan_ideas(args.ideas, args.seeds)
+            args.folders = ["ideas"]
+        jobs = [job for job in JOBS if job[0].partition("/")[0] in args.folders]
+        missing = [job for job in jobs if not has_result(*job, results)]
+    announce(jobs, missing, args.jobs)
+    if args.list:
+        print("\n".join(f"{variant} seed {seed}" for variant, seed in missing))
+        return
+    starts = dict.fromkeys((task_of(variant), seed, args.work) for variant, seed in missing)
+    run_all("start model", build_start, list(starts), args.jobs)
+    failures = run_all("run", run, [(*job, args.work, results) for job in missing], args.jobs)
+    if ideas:
+        print(report.ideas_table(ideas, results))
+    sys.exit(bool(failures))
 
 
 if __name__ == "__main__":

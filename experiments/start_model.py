@@ -4,22 +4,21 @@
     torchrun train.py --model runs/start                                      # its task comes along
 
 `--model toy` is support/toy_model: what `python -m experiments.start_model toy` builds, bit for
-bit on a CPU with AVX-512; other kinds round differently. The folder has the layout of the hub's, so
-everything treats it like any other model. Random weights first learn to read the cells, then to
-imitate flawed responses, with cells misread and notes copied.
+bit on a CPU with AVX-512; other kinds round differently. Random weights first learn to read the
+cells, then to imitate flawed responses, with cells misread and notes copied. All files but the
+weights and the tokenizer are copies of the shipped model's, in the layout of the hub's.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import hashlib
 import json
 import math
 import os
 import random
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -40,167 +39,60 @@ from support import toy
 from support.batch import Example
 from support.config import one_line_errors
 from support.qwen_vl import Encoder
-from support.toy import (
-    COLOURS,
-    DEFAULT,
-    NO_DOT,
-    NOTE,
-    PATCH,
-    QUESTION,
-    SUFFIX,
-    TASK_DEFAULTS,
-    WARM_SPLIT,
-    Scene,
-    Setting,
-    cell_names,
-    colours_of,
-    example,
-    make_scene,
-    setting_of,
-    spec_of,
-    write_response,
-)
-
-# ------------------------------------------------------------------------- the files of a hub model
-
-# Qwen's special tokens in Qwen's order.
-SPECIAL = (
-    "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> "
-    "<|box_start|> <|box_end|> <|quad_start|> <|quad_end|> "
-    "<|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>"
-).split()
-
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
-    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
-    "<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-PREPROCESSOR = {
-    "image_processor_type": "Qwen2VLImageProcessor",
-    "processor_class": "Qwen2_5_VLProcessor",
-    "min_pixels": 3136,
-    "max_pixels": 12845056,
-    "patch_size": PATCH,
-    "temporal_patch_size": 2,
-    "merge_size": 2,
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-}
+from support.toy import COLOURS, DEFAULT, NO_DOT, SUFFIX, Setting
 
 WEIGHTS = "model.safetensors"
 
-# The tiny model, about a million parameters: hub_config's text, vision, full_attention and mrope.
-TINY = ((128, 384, 4, 4, 2), (2, 64, 128, 2), [1], [4, 6, 6])
+# ------------------------------------------------------------------------- the files of a hub model
 
 
-def hub_config(
-    text: tuple,
-    vision: tuple,
-    full_attention: list[int],
-    mrope: list[int],
-    vocab_size: int,
-    tied: bool,
-    dtype: str,
-    special: int,
-) -> dict:
-    """The content of config.json in the hub's flat shape.
+def shipped(name: str) -> dict:
+    return json.loads((toy.MODEL / name).read_text())
 
-    text: hidden size, MLP size, layers, heads, key-value heads; vision: depth, hidden size, MLP
-    size, heads; full_attention: the vision blocks that attend beyond their window; mrope: sections
-    for time, height and width; tied: input and output embeddings; special: the id of SPECIAL[0].
-    """
-    hidden_size, mlp_size, layers, heads, key_value_heads = text
-    depth, vision_hidden_size, vision_mlp_size, vision_heads = vision
-    vision_config = {
-        "model_type": "qwen2_5_vl",
-        "depth": depth,
-        "hidden_size": vision_hidden_size,
-        "intermediate_size": vision_mlp_size,
-        "num_heads": vision_heads,
-        "out_hidden_size": hidden_size,
-        "in_chans": 3,
-        "patch_size": PATCH,
-        "spatial_patch_size": PATCH,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        "window_size": 112,
-        "fullatt_block_indexes": full_attention,
-        "tokens_per_second": 2,
-        "hidden_act": "silu",
-    }
-    return {
-        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-        "model_type": "qwen2_5_vl",
-        "torch_dtype": dtype,
-        "vocab_size": vocab_size,
-        "tie_word_embeddings": tied,
-        "hidden_size": hidden_size,
-        "intermediate_size": mlp_size,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": key_value_heads,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
-        "initializer_range": 0.02,
-        "attention_dropout": 0.0,
-        "rope_theta": 1e6,
-        "rope_scaling": {"type": "mrope", "mrope_section": mrope},
-        "max_position_embeddings": 128000,
-        "max_window_layers": 70,
-        "use_sliding_window": False,
-        "sliding_window": 32768,
-        "use_cache": True,
-        "bos_token_id": special + SPECIAL.index("<|endoftext|>"),
-        "eos_token_id": special + SPECIAL.index("<|im_end|>"),
-        "vision_start_token_id": special + SPECIAL.index("<|vision_start|>"),
-        "vision_end_token_id": special + SPECIAL.index("<|vision_end|>"),
-        "vision_token_id": special + SPECIAL.index("<|vision_pad|>"),
-        "image_token_id": special + SPECIAL.index("<|image_pad|>"),
-        "video_token_id": special + SPECIAL.index("<|video_pad|>"),
-        "vision_config": vision_config,
-    }
+
+CHAT_TEMPLATE = (toy.MODEL / "chat_template.jinja").read_text()
+PREPROCESSOR = shipped("preprocessor_config.json")
+
+SPECIAL = [token["content"] for token in shipped("tokenizer.json")["added_tokens"]]  # as Qwen's
+
+
+def hub_config(vocab_size: int, special: int, vision: dict | None = None, **text) -> dict:
+    """The tiny model's config.json, with changes. special: the id of SPECIAL[0]."""
+    config = shipped("config.json")
+    shift = special - config["bos_token_id"]
+    ids = {name: i + shift for name, i in config.items() if name.endswith("_token_id")}
+    config |= {"vocab_size": vocab_size} | text | ids
+    changed = {"out_hidden_size": config["hidden_size"]} | (vision or {})
+    return config | {"vision_config": config["vision_config"] | changed}
 
 
 def random_config(name: str) -> Qwen2_5_VLConfig:
     """The config of a published size, for random weights. ValueError for an unknown name."""
     sizes = {
-        "qwen2.5-vl-3b": ((2048, 11008, 36, 16, 2), 151936, True),
-        "qwen2.5-vl-7b": ((3584, 18944, 28, 28, 4), 152064, False),
+        "qwen2.5-vl-3b": (2048, 11008, 36, 16, 2, 151936, True),
+        "qwen2.5-vl-7b": (3584, 18944, 28, 28, 4, 152064, False),
     }
     if name not in sizes:
         raise ValueError(f"unknown model size {name!r}: choose from {', '.join(sizes)}")
-    text, vocab_size, tied = sizes[name]
-    config = hub_config(
-        text,
-        vision=(32, 1280, 3420, 16),
-        full_attention=[7, 15, 23, 31],
-        mrope=[16, 24, 24],
-        vocab_size=vocab_size,
-        tied=tied,
-        dtype="bfloat16",
-        special=151643,
-    )
-    return Qwen2_5_VLConfig(**config)
+    fields = "hidden_size intermediate_size num_hidden_layers num_attention_heads"
+    fields += " num_key_value_heads vocab_size tie_word_embeddings"
+    text = dict(zip(fields.split(), sizes[name], strict=True)) | {"torch_dtype": "bfloat16"}
+    text["rope_scaling"] = {"type": "mrope", "mrope_section": [16, 24, 24]}
+    vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16}
+    vision["fullatt_block_indexes"] = [7, 15, 23, 31]
+    return Qwen2_5_VLConfig(**hub_config(special=151643, vision=vision, **text))
 
 
 def make_tokenizer(setting: Setting = DEFAULT) -> PreTrainedTokenizerFast:
     """The tokenizer of the toy."""
-    words = [*cell_names(setting), *COLOURS, NO_DOT]
-    return tokenizer_of(words, setting.grid**2, [f"{NOTE} {QUESTION}"])
+    words = [*toy.cell_names(setting), *COLOURS, NO_DOT]
+    return tokenizer_of(words, setting.grid**2, [f"{toy.NOTE} {toy.QUESTION}"])
 
 
 def tokenizer_of(words: list[str], largest: int, questions: list[str]) -> PreTrainedTokenizerFast:
     """Byte-level BPE. The words, the numbers up to the largest and the words of the questions are
     one token each; any other text falls back to bytes."""
-    numbers = []
-    for n in range(largest + 1):
-        numbers += [f"{n}", f"\\boxed{{{n}}}"]
+    numbers = [text for n in range(largest + 1) for text in (f"{n}", f"\\boxed{{{n}}}")]
     texts = [
         f"<think> {' '.join([*words, *numbers])} </think>",
         f"You are a helpful assistant.\n\n{' '.join(questions)} {SUFFIX}",
@@ -223,26 +115,17 @@ def tokenizer_of(words: list[str], largest: int, questions: list[str]) -> PreTra
     )
 
 
-def write_configs(folder: Path, tokenizer: PreTrainedTokenizerFast) -> dict:
+def write_configs(folder: Path, tokenizer: PreTrainedTokenizerFast, task: dict) -> dict:
     """Write every file of the tiny model but its weights. Returns the content of config.json."""
     pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
-    config = hub_config(*TINY, vocab_size=len(tokenizer), tied=True, dtype="float32", special=pad)
-    chat_defaults = {  # Qwen's own, so that tests meet them; our samplers must not inherit them
-        "bos_token_id": pad,
-        "pad_token_id": pad,
-        "eos_token_id": [end, pad],
-        "do_sample": True,
-        "repetition_penalty": 1.05,
-        "temperature": 1e-6,
-    }
-    files = {
-        "config.json": config,
-        "generation_config.json": chat_defaults,
-        "preprocessor_config.json": PREPROCESSOR,
-    }
+    ids = {"bos_token_id": pad, "pad_token_id": pad, "eos_token_id": [end, pad]}
+    config = hub_config(len(tokenizer), special=pad)
+    generation = shipped("generation_config.json") | ids
+    names = ["config.json", "generation_config.json", "preprocessor_config.json", "task.json"]
     tokenizer.save_pretrained(folder)
-    for name, content in files.items():
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+    for name, content in zip(names, (config, generation, PREPROCESSOR, task), strict=True):
+        if content:
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n")
     return config
 
 
@@ -258,35 +141,15 @@ def make_model(config: dict, seed: int) -> Qwen2_5_VLForConditionalGeneration:
     with torch.random.fork_rng(devices=[]):  # leaves the caller's random state as it was
         model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**config))
     generator = torch.Generator().manual_seed(seed)
+    stds = {"patch_embed": 0.02, "visual": 0.1, "embed_": 0.2, "": 0.08}  # the first that fits
     for name, weight in sorted(model.named_parameters()):
         if weight.ndim > 1:
-            torch.nn.init.normal_(weight, std=initial_std(name), generator=generator)
+            std = next(std for part, std in stds.items() if part in name)
+            torch.nn.init.normal_(weight, std=std, generator=generator)
         if "patch_embed" in name:  # [hidden, 3, 2, 14, 14]
             # Filters that begin as colour averages show a dot wherever in its patch it lies.
-            colour = torch.randn(len(weight), 3, 1, 1, 1, generator=generator)
-            weight.data += 0.3 * colour
+            weight.data += 0.3 * torch.randn(len(weight), 3, 1, 1, 1, generator=generator)
     return model
-
-
-def initial_std(name: str) -> float:
-    if "patch_embed" in name:
-        return 0.02
-    if "visual" in name:
-        return 0.1
-    if "embed_" in name:
-        return 0.2
-    return 0.08
-
-
-def flaw(scene: Scene, rng: random.Random, setting: Setting) -> tuple[list[str], int | None]:
-    """What a careless response reads in the cells, and the note if it copies that into the box."""
-    words = [*colours_of(setting), NO_DOT]
-    cells = []
-    for cell in scene.cells:
-        misread = rng.random() < setting.misread
-        cells.append(rng.choice([word for word in words if word != cell]) if misread else cell)
-    copies = rng.random() < setting.copy_note
-    return cells, scene.note if copies else None
 
 
 class Lesson(NamedTuple):
@@ -299,28 +162,37 @@ class Lesson(NamedTuple):
 def make_lessons(rows: range, flawed: bool, seed: int, setting: Setting) -> list[Lesson]:
     """flawed: some cells are misread, and the count follows; some boxes copy the note."""
     rng = random.Random(f"toy labels {seed} {rows.start}")
+    words = [*toy.colours_of(setting), NO_DOT]
     lessons = []
     for row in rows:
-        scene = make_scene(WARM_SPLIT, row, seed, setting)
-        cells, box = flaw(scene, rng, setting) if flawed else (scene.cells, None)
-        response = write_response(cells, scene.asked, box, setting)
-        lessons.append(Lesson(example(WARM_SPLIT, row, seed, setting), response))
+        scene = toy.make_scene(toy.WARM_SPLIT, row, seed, setting)
+        cells, box = scene.cells, None
+        if flawed:
+            cells = [misread(cell, words, setting.misread, rng) for cell in cells]
+            box = scene.note if rng.random() < setting.copy_note else None
+        response = toy.write_response(cells, scene.asked, box, setting)
+        lessons.append(Lesson(toy.example(toy.WARM_SPLIT, row, seed, setting), response))
     return lessons
+
+
+def misread(true, choices: Iterable, chance: float, rng: random.Random):
+    """What a label gives for a cell: one of the other choices with probability `chance`."""
+    if rng.random() >= chance:
+        return true
+    return rng.choice([choice for choice in choices if choice != true])
 
 
 def warm_batch(encoder: Encoder, lessons: list[Lesson]) -> tuple[dict, Tensor]:
     """The model's inputs for B lessons, and which tokens are responses, [B, T] bool."""
-    prompts, sequences, is_response = [], [], []
-    for lesson in lessons:
+    prompts = [encoder.encode(lesson.example) for lesson in lessons]
+    sequences, is_response = [], []
+    for prompt, lesson in zip(prompts, lessons, strict=True):
         response = torch.tensor(encoder.tokenizer(lesson.response + "<|im_end|>")["input_ids"])
-        prompt = encoder.encode(lesson.example)
-        prompts.append(prompt)
         sequences.append(torch.cat([prompt.input_ids, response]))
         is_response.append(torch.arange(len(sequences[-1])) >= len(prompt))
     # Causal attention never looks at padding on the right, so no attention mask is needed.
-    input_ids = pad_sequence(
-        sequences, batch_first=True, padding_value=encoder.tokenizer.pad_token_id
-    )
+    pad = encoder.tokenizer.pad_token_id
+    input_ids = pad_sequence(sequences, batch_first=True, padding_value=pad)
     inputs = {
         "input_ids": input_ids,
         # Without token types Qwen2.5-VL silently falls back to one-dimensional positions.
@@ -331,41 +203,27 @@ def warm_batch(encoder: Encoder, lessons: list[Lesson]) -> tuple[dict, Tensor]:
     return inputs, pad_sequence(is_response, batch_first=True)
 
 
-def warm_start(
-    model,
-    encoder: Encoder,
-    steps: int,
-    make_lessons: Callable[[range, bool], list[Lesson]],
-    seen_words: list[str],
-    batch=16,
-    lr=2e-3,
-) -> None:
+def warm_start(model, encoder: Encoder, steps: int, lessons_of: Callable, words: list[str]) -> None:
     """Supervised training, in place: the first half teaches seeing, the second half carelessness.
 
-    make_lessons: rows, whether they are flawed -> lessons. seen_words: those that name what is seen
-    count twice in the first half. The weights depend, in their last digits, on the number of torch
-    threads.
+    lessons_of: rows, whether they are flawed -> lessons. words: those that name what is seen count
+    twice in the first half. The weights' last digits depend on the number of torch threads.
     """
-    seen_ids = torch.tensor([encoder.tokenizer(f" {word}")["input_ids"][0] for word in seen_words])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    batch, peak = 16, 2e-3
+    seen_ids = torch.tensor([encoder.tokenizer(f" {word}")["input_ids"][0] for word in words])
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
     for step in tqdm(range(steps), desc="making the toy model, once", unit="step"):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, lr)
+        # A linear rise over 10 steps, times half a cosine from 1 down to a tenth.
+        rise, decay = min(1, (step + 1) / 10), 0.55 + 0.45 * math.cos(math.pi * step / steps)
+        optimizer.param_groups[0]["lr"] = peak * rise * decay
         flawed = step >= 0.52 * steps
         rows = range(step * batch, (step + 1) * batch)
-        inputs, is_response = warm_batch(encoder, make_lessons(rows, flawed))
+        inputs, is_response = warm_batch(encoder, lessons_of(rows, flawed))
         loss = warm_loss(model, inputs, is_response, None if flawed else seen_ids)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-
-
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """A linear rise over 10 steps, times half a cosine from 1 down to a tenth."""
-    rise = min(1, (step + 1) / 10)
-    decay = 0.55 + 0.45 * math.cos(math.pi * step / steps)
-    return peak * rise * decay
 
 
 def warm_loss(model, inputs: dict, is_response: Tensor, doubled: Tensor | None) -> Tensor:
@@ -380,18 +238,18 @@ def warm_loss(model, inputs: dict, is_response: Tensor, doubled: Tensor | None) 
     return (loss * weight).sum() / weight.sum()
 
 
+# ---------------------------------------------------------------------------------------- a folder
+
+
 def build(seed: int, folder: Path, setting: Setting = DEFAULT, steps: int = 0) -> Path:
     """Make a start model as a Hugging Face folder, unless it exists. Returns the folder.
 
-    It is written beside `folder` and renamed when complete, so a killed build leaves no half model.
-    task.json names the task, so that a command given the model alone can find its data. The weights
-    do not depend on the number of cores.
+    task.json names the task, so that a command given the model alone can find its data.
     """
-    lessons = partial(make_lessons, seed=seed, setting=setting)
-    words = [*COLOURS, NO_DOT]
-    steps = steps or setting.warm_steps
-    task = {"data": spec_of(setting)}
-    return train_model(folder, make_tokenizer(setting), seed, steps, lessons, words, task)
+    lessons_of = partial(make_lessons, seed=seed, setting=setting)
+    words, steps = [*COLOURS, NO_DOT], steps or setting.warm_steps
+    task = {"data": toy.spec_of(setting)}
+    return train_model(folder, make_tokenizer(setting), seed, steps, lessons_of, words, task)
 
 
 def train_model(
@@ -399,63 +257,35 @@ def train_model(
     tokenizer: PreTrainedTokenizerFast,
     seed: int,
     steps: int,
-    make_lessons: Callable[[range, bool], list[Lesson]],
-    seen_words: list[str],
+    lessons_of: Callable[[range, bool], list[Lesson]],
+    words: list[str],
     task: dict | None = None,
 ) -> Path:
-    """Make a tiny model and train it on lessons (see warm_start), unless `folder` has it."""
+    """Make a tiny model and train it on lessons (see warm_start), unless `folder` has its weights.
+
+    The folder is written at the end, its weights last: a killed build leaves nothing, or a folder
+    without weights.
+    """
     folder = Path(folder)
     if (folder / WEIGHTS).exists():
         return folder
-    partial_dir = folder.with_name(f".{folder.name}-{os.getpid()}")
-    saved = partial_dir / "saved"
-    config = write_configs(partial_dir, tokenizer)
-    model = make_model(config, seed)
-    sizes = TASK_DEFAULTS["min_pixels"], TASK_DEFAULTS["max_pixels"]
-    encoder = Encoder(str(partial_dir), *sizes, SUFFIX)
-    with one_thread():
-        warm_start(model, encoder, steps, make_lessons, seen_words)
-    model.save_pretrained(saved)  # elsewhere, because its config.json is not in the hub's shape
-    os.replace(saved / WEIGHTS, partial_dir / WEIGHTS)
-    shutil.rmtree(saved)
-    if task:
-        (partial_dir / "task.json").write_text(json.dumps(task, indent=2) + "\n")
-    publish(partial_dir, folder, WEIGHTS)
-    return folder
-
-
-def publish(complete: Path, folder: Path, proof: str) -> None:
-    """Give a complete folder its name. Where another process was faster, its folder stays.
-
-    proof: a file that a complete folder holds. OSError if `folder` holds something else.
-    """
-    try:
-        os.replace(complete, folder)
-    except OSError:
-        if not (folder / proof).exists():
-            raise
-        shutil.rmtree(complete)
-
-
-def cache_folder(name: str, arguments: str, *sources: str) -> Path:
-    """A folder of $PAPO_CACHE or ~/.cache/papo, named after a hash of the arguments and of the
-    source files that decide what it holds."""
-    digest = hashlib.sha256(arguments.encode())
-    for source in (__file__, toy.__file__, *sources):
-        digest.update(Path(source).read_bytes())
-    cache = Path(os.environ.get("PAPO_CACHE") or "~/.cache/papo").expanduser()
-    return cache / f"{name}-{digest.hexdigest()[:12]}"
-
-
-@contextlib.contextmanager
-def one_thread():
-    """Limit torch to one thread: the order in which threads add up decides the last digits."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+    with tempfile.TemporaryDirectory() as scratch:
+        config = write_configs(Path(scratch), tokenizer, task or {})
+        model = make_model(config, seed)
+        sizes = toy.TASK_DEFAULTS["min_pixels"], toy.TASK_DEFAULTS["max_pixels"]
+        encoder = Encoder(scratch, *sizes, SUFFIX)
+        torch.set_num_threads(1)  # the order in which threads add up decides the last digits
+        try:
+            warm_start(model, encoder, steps, lessons_of, words)
+        finally:
+            torch.set_num_threads(threads)
+        shutil.copytree(scratch, folder, dirs_exist_ok=True)
+        # In a folder of its own, because its config.json is not in the hub's shape.
+        model.save_pretrained(folder / "saved")
+    os.replace(folder / "saved" / WEIGHTS, folder / WEIGHTS)
+    shutil.rmtree(folder / "saved")
+    return folder
 
 
 def main(argv=None) -> None:
@@ -465,7 +295,7 @@ def main(argv=None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     with one_line_errors():
-        setting = setting_of(args.spec)
+        setting = toy.setting_of(args.spec)
         if setting is None:
             raise ValueError(f"{args.spec}: give toy or toy:grid=4,...")
         if args.out.exists():

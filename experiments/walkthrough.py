@@ -31,6 +31,9 @@ TOLERANCES = {"text": 0.05, "text roughly": 0.25}
 NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
 
 
+FENCE = re.compile(r"^```(python|text|text roughly)\n(.*?)^```\n", re.M | re.S)
+
+
 class Part(NamedTuple):
     """A piece of the page: prose, code, or the output of the code before it."""
 
@@ -41,57 +44,35 @@ class Part(NamedTuple):
 
 def parse(page: str) -> list[Part]:
     """The page in parts. ValueError for a fence that is not closed."""
-    parts, kind, start, lines = [], "prose", 1, []
-    for number, line in enumerate(page.splitlines(), start=1):
-        opens = re.fullmatch(r"```(python|text|text roughly)", line)
-        closes = line == "```" and kind != "prose"
-        if not opens and not closes:
-            lines.append(line)
-            continue
-        if lines or closes:
-            parts.append(Part(kind, "\n".join(lines), start))
-        kind, start, lines = (opens[1] if opens else "prose"), number + 1, []
-    if kind != "prose":
-        raise ValueError(f"line {start}: a {kind} block is not closed")
-    if lines:
-        parts.append(Part(kind, "\n".join(lines), start))
+    parts, end = [], 0
+    for block in FENCE.finditer(page):
+        parts.append(Part("prose", page[end : block.start()], page.count("\n", 0, end) + 1))
+        line = page.count("\n", 0, block.start()) + 2
+        parts.append(Part(block[1], block[2], line))
+        end = block.end()
+    parts.append(Part("prose", page[end:], page.count("\n", 0, end) + 1))
+    for part in parts:
+        if part.kind == "prose" and re.search(r"^```(python|text)", part.text, re.M):
+            raise ValueError(f"line {part.line}: a block is not closed")
     return parts
 
 
 def run(parts: list[Part], name: str) -> list[str]:
-    """Run the Python parts in one namespace; returns what each part printed, "" for the others.
+    """Run the Python parts in one namespace; returns per part what the last of them printed.
 
     A block that fails raises its own error, with the line of the page in the traceback.
     """
     namespace = {"__name__": "walkthrough"}
-    printed = []
+    out, printed = io.StringIO(), []
     for part in parts:
-        out = io.StringIO()
         if part.kind == "python":
+            print(f"line {part.line}: {part.text.splitlines()[0]}", file=sys.stderr)
             above = "\n" * (part.line - 1)  # so that a traceback names the page's lines
             code = compile(above + part.text, name, "exec")
-            with contextlib.redirect_stdout(out):
+            with contextlib.redirect_stdout(io.StringIO()) as out:
                 exec(code, namespace)
-            show_progress(part, out.getvalue())
-        printed.append(out.getvalue().rstrip("\n"))
+        printed.append(out.getvalue())
     return printed
-
-
-def show_progress(part: Part, printed: str) -> None:
-    print(f"line {part.line}: {part.text.splitlines()[0]}", file=sys.stderr)
-    for line in printed.splitlines():
-        print(f"    {line}", file=sys.stderr)
-
-
-def pairs(parts: list[Part], printed: list[str]) -> list[tuple[Part, str]]:
-    """Each text part with what the Python part before it printed."""
-    found, last = [], ""
-    for part, output in zip(parts, printed, strict=True):
-        if part.kind == "python":
-            last = output
-        elif part.kind in TOLERANCES:
-            found.append((part, last))
-    return found
 
 
 def difference(expected: str, found: str, tolerance: float) -> str:
@@ -114,23 +95,20 @@ def difference(expected: str, found: str, tolerance: float) -> str:
 def differences(parts: list[Part], printed: list[str]) -> list[str]:
     """A line for every output that is not the page's."""
     problems = []
-    for part, found in pairs(parts, printed):
-        problem = difference(part.text, found, TOLERANCES[part.kind])
-        if problem:
-            problems.append(f"line {part.line}: {problem}")
+    for part, found in zip(parts, printed, strict=True):
+        if part.kind in TOLERANCES:
+            problem = difference(part.text, found, TOLERANCES[part.kind])
+            problems += [f"line {part.line}: {problem}"] if problem else []
     return problems
 
 
 def write(parts: list[Part], printed: list[str]) -> str:
     """The page with the outputs that came out."""
-    outputs = {part.line: found for part, found in pairs(parts, printed)}
-    lines = []
-    for part in parts:
-        text = outputs.get(part.line, part.text) if part.kind in TOLERANCES else part.text
-        if part.kind != "prose":
-            text = f"```{part.kind}\n{text}\n```"
-        lines.append(text)
-    return "\n".join(lines) + "\n"
+    page = ""
+    for part, found in zip(parts, printed, strict=True):
+        text = found if part.kind in TOLERANCES else part.text
+        page += text if part.kind == "prose" else f"```{part.kind}\n{text}```\n"
+    return page
 
 
 def notebook(parts: list[Part]) -> dict:

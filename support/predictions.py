@@ -27,7 +27,6 @@ import numpy as np
 
 from support.batch import Group
 from support.checkpoint import write_atomically
-from support.plots import align_columns
 from support.reward import boxed
 from support.sandbox import Grader
 from support.tables import ALIASES, BENCHMARKS, GENERAL, VISION
@@ -320,7 +319,14 @@ def table(rows: list[dict], n: int) -> str:
         interval = f"{row['low']:.2f} to {row['high']:.2f}" if math.isfinite(row["low"]) else "-"
         line = [row["name"], str(row["questions"]), _cell(row["accuracy"]), interval]
         lines.append(line + [_cell(row[key]) for key in columns])
-    return align_columns(lines, left=1)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(_aligned(line, widths) for line in lines)
+
+
+def _aligned(line: list[str], widths: list[int]) -> str:
+    """Cells as text: the first is flush left, the others flush right."""
+    numbers = [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
+    return "  ".join([line[0].ljust(widths[0]), *numbers])
 
 
 def _cell(value: float) -> str:

@@ -125,10 +125,9 @@ def write_folder(folder: Path, kind: str, tied: bool, template: str) -> str:
     if kind == "qwen3_vl":
         config = qwen3_config(len(tokenizer), special)
     else:
-        sizes = (128, 160, 4, 4, 2), (4, 64, 96, 2), [1, 3]
-        config = start_model.hub_config(
-            *sizes, [4, 6, 6], len(tokenizer), tied, "bfloat16", special
-        )
+        vision = {"depth": 4, "intermediate_size": 96, "fullatt_block_indexes": [1, 3]}
+        text = {"intermediate_size": 160, "tie_word_embeddings": tied, "torch_dtype": "bfloat16"}
+        config = start_model.hub_config(len(tokenizer), special, vision, **text)
     ids = {"bos_token_id": special, "pad_token_id": special, "eos_token_id": [special + 2, special]}
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", CHAT_DEFAULTS | ids)

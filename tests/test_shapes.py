@@ -1,4 +1,4 @@
-"""The published models by their shapes alone: the activations that docs/on-gpus.md's table states."""
+"""The published models by their shapes alone: the activations that docs/on-gpus.md states."""
 
 import re
 from pathlib import Path
@@ -10,8 +10,8 @@ from shape_only import ShapeOnly, VarlenAttention, image_prompt
 from transformers import AutoModelForImageTextToText
 
 from experiments import start_model
-from experiments.bench import random_group
 from support import decoding, packing
+from support.batch import Group
 from support.lora import add_adapters
 from support.qwen_vl import use_faster_forwards
 
@@ -35,6 +35,12 @@ def by_shape(request, monkeypatch):
     use_faster_forwards(model)
     model.row_hidden_states = MethodType(packing.row_hidden_states, model)
     return request.param, model
+
+
+def group_of(prompt, size, length):
+    tokens = torch.full((size, length), 20)
+    ended, log_probs = torch.zeros(size, dtype=torch.bool), torch.zeros(size, length)
+    return Group(prompt, tokens, tokens > 0, ended, log_probs, [""] * size)
 
 
 def stated(size, what):
@@ -93,8 +99,7 @@ def test_an_update(by_shape, what, n_prompts, lora_rank):
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:  # FSDP takes each gradient away at once
         parameter.register_post_accumulate_grad_hook(lambda each: setattr(each, "grad", None))
-    prompts = [image_prompt(1300, 64, 80) for _ in range(n_prompts)]
-    groups = [random_group(prompt, torch.full((5,), 450)) for prompt in prompts]
+    groups = [group_of(image_prompt(1300, 64, 80), 5, 450) for _ in range(n_prompts)]
     row = packing.build_row(groups, "", torch.zeros(1176), 2, "cpu")
     row = row._replace(pixel_values=row.pixel_values.to("meta"))
     with ShapeOnly(ignored=[*model.parameters(), *model.buffers()]) as shapes:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 import train
-from experiments import start_model, tasks
+from experiments import run, start_model
 from support import toy
 from support.batch import Example
 from support.qwen_vl import Encoder
@@ -180,7 +180,7 @@ def test_the_rows_of_the_experiments_are_what_they_were():
     digest = hashlib.sha256()
     for split in (*SPLITS, "warm"):
         for i in range(50):
-            item = toy.example(split, i, 10, tasks.Dots().setting)
+            item = toy.example(split, i, 10, run.SETTING)
             digest.update(f"{item.question} {item.answer} {item.id}\n".encode())
     assert digest.hexdigest()[:16] == "d059cf165034fb7b"
 
@@ -397,21 +397,6 @@ def test_a_build_that_dies_leaves_no_half_model(tmp_path, monkeypatch):
     assert start_model.build(0, folder, steps=1) == folder  # nothing is made twice
     assert (folder / start_model.WEIGHTS).stat().st_mtime_ns == modified
     assert list(tmp_path.iterdir()) == [folder]
-
-
-def test_of_two_builds_at_once_the_slower_takes_the_others(tmp_path):
-    """Two runs of an experiment share a start model. Other content is not replaced."""
-    complete, folder = tmp_path / "complete", tmp_path / "model"
-    for path in (complete, folder):
-        path.mkdir()
-        (path / "proof").write_text(path.name)
-    start_model.publish(complete, folder, "proof")
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-    assert (folder / "proof").read_text() == "model"
-    complete.mkdir()
-    with pytest.raises(OSError, match="not empty"):
-        start_model.publish(complete, folder, "other proof")
-    assert (folder / "proof").exists()
 
 
 def test_the_command_builds_a_model_that_trains_without_further_flags(tmp_path, capsys):
