@@ -37,7 +37,7 @@ from support.distributed import (
     world_size,
 )
 from support.lora import average_gradients
-from support.packing import pack_rows
+from support.packing import make_packs
 from support.qwen_vl import Policy
 from support.variants import check_view, check_weights, load_variant
 
@@ -116,7 +116,7 @@ class Algo:
 
 _DAPO = {"kl_ref_coef": 0.0, "clip_high": 0.28, "dynamic_sampling": True}
 _PRCP_AND_ENTROPY = {"kl_prcp_coef": 0.01, "entropy_coef": 0.03, "masked_entropy_coef": 0.03}
-# The released scripts' settings. What a row does not list keeps Algo's default.
+# The released scripts' settings. What a line does not list keeps Algo's default.
 PRESETS: dict[str, dict] = {
     "grpo": {"kl_prcp_coef": 0.0},
     "dapo": {"kl_prcp_coef": 0.0, **_DAPO},
@@ -138,8 +138,8 @@ def preset_settings(name: str, size: str = "3b") -> dict:
     """The settings that a preset changes for a model of this size; {} for a variant."""
     if size not in ("3b", "7b"):
         raise ValueError(f"size={size!r}: choose '3b' or '7b'")
-    rows = PRESETS | PRESETS_7B if size == "7b" else PRESETS
-    return rows.get(name, {})
+    presets = PRESETS | PRESETS_7B if size == "7b" else PRESETS
+    return presets.get(name, {})
 
 
 def preset(name: str, size: str = "3b") -> Algo:
@@ -159,7 +159,7 @@ def prepare(
     changed in each, over all ranks, such as {"mask_ratio": 0.6}.
     """
     groups = list(itertools.chain.from_iterable(batches))
-    # The first mini-batch needs no old log-probs: row_loss takes pi's own. `weigh` may need them.
+    # The first mini-batch needs no old log-probs: pack_loss takes pi's own. `weigh` may need them.
     has_weights = type(algo).weigh is not Algo.weigh
     need_old = groups if has_weights else list(itertools.chain.from_iterable(batches[1:]))
     record(policy, need_old, "old_log_probs", policy.log_probs)
@@ -187,7 +187,7 @@ def prepare(
 def record(policy: Policy, groups: list[Group], field: str, values_of: Callable) -> None:
     """Set a field [G, T] of the groups to values_of(packed groups).
 
-    policy.per_group packs the groups into rows, as many on every rank, calls values_of under
+    policy.per_group puts the groups into packs, as many on every rank, calls values_of under
     no_grad, and returns each group's share on the CPU.
     """
     for group, values in zip(groups, policy.per_group(groups, values_of), strict=True):
@@ -239,54 +239,55 @@ def update(
 
 
 def accumulate_gradients(policy: Policy, batch: list[Group], algo: Algo) -> dict[str, float]:
-    """Backward over this rank's rows of a mini-batch. Returns the metrics over all ranks.
+    """Backward over this rank's packs of a mini-batch. Returns the metrics over all ranks.
 
-    What means divide by is counted over all ranks first. So the losses of rows can be added, and
+    What means divide by is counted over all ranks first. So the losses of packs can be added, and
     neither packing nor the number of ranks changes the update, up to rounding.
     """
     own = Counts(0, 0, 0)
     if batch:
         own = count(pad_and_cat(batch, "response_mask"), has_image(batch))
     counts = Counts(*sum_over_ranks(own))
-    # Every backward is a collective, so all ranks take equally many: pack_rows adds rows that hold
-    # a dummy group, two text tokens without a response.
-    rows = pack_rows(batch, policy.tokens_per_forward)
-    values, largest_gaps = [], []  # on the device: no wait per row
-    for number, row in enumerate(rows, start=1):
-        loss, metrics = row_loss(policy, row, algo, counts)
+    # A pack is one forward: whole groups of at most tokens_per_forward tokens, or one larger group.
+    # Every backward is a collective, so all ranks take equally many: make_packs adds dummies, two
+    # text tokens without a response.
+    packs = make_packs(batch, policy.tokens_per_forward)
+    values, largest_gaps = [], []  # on the device: no wait per pack
+    for number, pack in enumerate(packs, start=1):
+        loss, metrics = pack_loss(policy, pack, algo, counts)
         # Under HSDP the replicas of the weights exchange gradients in the last backward only.
-        reduce_over_replicas(policy.model, enabled=number == len(rows))
+        reduce_over_replicas(policy.model, enabled=number == len(packs))
         # FSDP averages over all ranks; we want the sum, since the counts are those of all ranks.
         (loss * world_size()).backward()
         largest_gaps.append(metrics.pop("sampler_gap_max"))
         values.append(torch.stack([*metrics.values()]).double())
     average_gradients(policy.model)  # of LoRA adapters, which FSDP leaves alone
-    # A row divides by the counts of the whole mini-batch, so sums over rows and ranks are means.
+    # A pack divides by the counts of the whole mini-batch, so sums over packs and ranks are means.
     sums = sum_over_ranks(sum(values).tolist())
     largest_gap = max_over_ranks(torch.stack(largest_gaps).max())
     return dict(zip(metrics, sums, strict=True)) | {"sampler_gap_max": largest_gap}
 
 
-def row_loss(policy: Policy, row: list[Group], algo: Algo, counts: Counts | None = None):
-    """losses.papo_loss of one packed row after `prepare`: a scalar with gradient, and metrics.
+def pack_loss(policy: Policy, pack: list[Group], algo: Algo, counts: Counts | None = None):
+    """losses.papo_loss of one pack of groups after `prepare`: a scalar with gradient, and metrics.
 
     All log-probs are taken at the sampling temperature and are 0 at padding.
     """
-    recorded = partial(pad_and_cat, row, device=policy.device)  # field -> [B, T]
+    recorded = partial(pad_and_cat, pack, device=policy.device)  # field -> [B, T]
     response_mask = recorded("response_mask").bool()
-    log_probs = policy.log_probs(row)  # [B, T]
-    # No old log-probs: this is the step's first update, so pi_old = pi. (All of a row have them, or
+    log_probs = policy.log_probs(pack)  # [B, T]
+    # No old log-probs: this is the step's first update, so pi_old = pi. (All groups have them, or
     # none.)
-    has_old = all(group.old_log_probs is not None for group in row)
+    has_old = all(group.old_log_probs is not None for group in pack)
     old_log_probs = recorded("old_log_probs") if has_old else log_probs.detach()
-    advantages = torch.cat([group.advantages for group in row]).to(policy.device)  # [B]
-    if all(group.weights is not None for group in row):
+    advantages = torch.cat([group.advantages for group in pack]).to(policy.device)  # [B]
+    if all(group.weights is not None for group in pack):
         advantages = advantages[:, None] * recorded("weights")  # [B, T]
 
     def under(view: str) -> Tensor:
         if view == "mask" and algo.masked_grad:  # papo_loss leaves out prompts without an image
-            return policy.log_probs(row, view)
-        return view_log_probs(row, view, policy.device)
+            return policy.log_probs(pack, view)
+        return view_log_probs(pack, view, policy.device)
 
     views = {name: under(name) for name in algo.views()}
     masked_log_probs = views.pop("mask", None)
@@ -299,11 +300,11 @@ def row_loss(policy: Policy, row: list[Group], algo: Algo, counts: Counts | None
         ref_log_probs=recorded("ref_log_probs") if algo.kl_ref_coef else None,
         masked_log_probs=masked_log_probs,
         denominator=counts,
-        has_image=has_image(row).to(policy.device),
+        has_image=has_image(pack).to(policy.device),
         views={name: (getattr(algo, f"{name}_coef"), views[name]) for name in views},
     )
     # How far sampling and training disagree about the same tokens; 0 but for rounding.
     gap = (recorded("sample_log_probs") - old_log_probs).abs()
     metrics["sampler_gap"] = response_mean(gap, response_mask, counts)
-    metrics["sampler_gap_max"] = F.pad(gap.flatten(), (0, 1)).max()  # 0 for a row without tokens
+    metrics["sampler_gap_max"] = F.pad(gap.flatten(), (0, 1)).max()  # 0 for a pack without tokens
     return loss, metrics

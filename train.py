@@ -229,7 +229,7 @@ class Config:
     keep: int = flag(2, "how many checkpoints to keep")
     wandb: bool = flag(False, "log to Weights & Biases too")
     tensorboard: bool = flag(False, "log to TensorBoard too")
-    tokens_per_forward: int = flag(16_384, "most tokens per forward; a larger group gets its own")
+    tokens_per_forward: int = flag(16_384, "most tokens per pack of groups, which is a forward")
     rollout_batch: int = flag(1024, "most responses sampled at a time, per rank")
     shard_size: int = flag(0, "ranks per FSDP replica; 0: those of a machine")
 

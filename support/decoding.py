@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from support.batch import Prompt
-from support.packing import build_row, empty_group, split_rows
+from support.packing import build_pack, empty_group, split_into_packs
 
 PREFILL_TOKENS = 32_768  # prompt tokens encoded at a time; a layer's activations grow with it
 # Steps per block. A response that has ended costs time until the block ends, and each block costs a
@@ -147,17 +147,17 @@ def prefill(model, chunk: Chunk, cache: GroupCache) -> None:
     """Encode the chunk's prompts, PREFILL_TOKENS at a time, with the forward of training."""
     encoder, first = chunk.encoder, 0
     groups = [empty_group(prompt) for prompt in chunk.prompts]
-    for of_row in split_rows(groups, PREFILL_TOKENS):
+    for of_pack in split_into_packs(groups, PREFILL_TOKENS):
         merge_size = encoder.images.merge_size
-        row = build_row(of_row, "", encoder.black_patch, merge_size, cache.lengths.device)
+        pack = build_pack(of_pack, "", encoder.black_patch, merge_size, cache.lengths.device)
 
-        def attend(layer, query, key, value, scale, row=row, first=first):
-            keys, values = (x.split(row.attend.lengths, 2) for x in (key, value))
+        def attend(layer, query, key, value, scale, pack=pack, first=first):
+            keys, values = (x.split(pack.attend.lengths, 2) for x in (key, value))
             cache.add_prompts(layer, keys, values, first)
-            return row.attend(layer, query, key, value, scale)
+            return pack.attend(layer, query, key, value, scale)
 
-        model.row_hidden_states(row, attend)
-        first += len(of_row)
+        model.pack_hidden_states(pack, attend)
+        first += len(of_pack)
 
 
 # --------------------------------------------------------------------------------------------- loop

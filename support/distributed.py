@@ -5,7 +5,7 @@ can shard wider or narrower). Each vision block and each decoder layer is a unit
 gathered just before its forward and its backward, in the compute dtype (bf16 on CUDA), and dropped
 after them, while fp32 master weights, gradients and optimizer state stay sharded. What is left
 (embeddings, head, norms) belongs to the root unit. Three consequences reach into other files. Every
-forward is a collective, so all ranks must run equally many (`packing.pack_rows`). Generation would
+forward is a collective, so all ranks must run equally many (`packing.make_packs`). Generation would
 gather once per token, so `full_weights` gathers once per rollout instead. And FSDP averages
 gradients over all ranks, replicas included, where a sum is wanted (`papo.update`).
 """
@@ -53,7 +53,7 @@ def init_distributed(scoring_seconds: float = 0.0) -> tuple[int, int, torch.devi
     CUDA cannot be used although torch and the machine have it, or where a GPU is missing.
     """
     # On Hopper torch prefers cuDNN's attention, which builds a plan for each new shape (tenths of a
-    # second, and every row has another) and is reported to give NaN gradients.
+    # second, and every pack has another) and is reported to give NaN gradients.
     torch.backends.cuda.enable_cudnn_sdp(False)
     check_cuda()
     if torch.cuda.is_available():
@@ -212,7 +212,7 @@ def shard(model, mesh, dtype: torch.dtype, ignored: set = frozenset()) -> None:
     for block in fsdp_blocks(model):
         fully_shard(block, mesh=mesh, mp_policy=precision, ignored_params=ignored)
     fully_shard(model, mesh=mesh, mp_policy=precision, ignored_params=ignored)
-    for method in ("row_log_probs", "row_hidden_states"):
+    for method in ("pack_log_probs", "pack_hidden_states"):
         register_fsdp_forward_method(model, method)
 
 

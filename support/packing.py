@@ -10,7 +10,7 @@ Here a group is one sequence:
 Position ids restart after the prompt for every response, so each token sees exactly what it would
 see alone: log-probs and gradients equal those of padded rows (tests/test_papo.py). The last token
 of a response predicts nothing and is not fed. The image is encoded once per group. Several groups,
-one after the other, make a row; none sees another.
+one after the other, make a pack; none sees another.
 
 On CUDA in half precision the rule becomes calls of a varlen attention kernel (flash-attn where it
 imports, else torch's own). Elsewhere it is a mask for SDPA.
@@ -37,37 +37,37 @@ from support.distributed import max_over_ranks
 CHUNK = 256
 
 
-# --------------------------------------------------------------------------------- groups into rows
+# -------------------------------------------------------------------------------- groups into packs
 
 
-def pack_rows(groups: list[Group], max_tokens: int) -> list[list[Group]]:
+def make_packs(groups: list[Group], max_tokens: int) -> list[list[Group]]:
     """Rows of at most `max_tokens` tokens, as many on every rank as on the rank with the most.
 
-    Each forward is a collective, so a rank with fewer rows feeds empty ones.
+    Each forward is a collective, so a rank with fewer packs feeds empty ones.
     """
-    rows = split_rows(groups, max_tokens)
-    missing = int(max_over_ranks(len(rows))) - len(rows)
-    return rows + [[empty_group()] for _ in range(missing)]
+    packs = split_into_packs(groups, max_tokens)
+    missing = int(max_over_ranks(len(packs))) - len(packs)
+    return packs + [[empty_group()] for _ in range(missing)]
 
 
-def split_rows(groups: list[Group], max_tokens: int) -> list[list[Group]]:
-    """Split groups, in order, into rows of at most `max_tokens`; a larger group gets its own."""
-    rows: list[list[Group]] = []
+def split_into_packs(groups: list[Group], max_tokens: int) -> list[list[Group]]:
+    """Split groups, in order, into packs of at most `max_tokens`; a larger group gets its own."""
+    packs: list[list[Group]] = []
     room = 0
     for group in groups:
-        if not rows or group.n_tokens > room:
-            rows.append([])
+        if not packs or group.n_tokens > room:
+            packs.append([])
             room = max_tokens
-        rows[-1].append(group)
+        packs[-1].append(group)
         room -= group.n_tokens
-    return rows
+    return packs
 
 
 def empty_group(prompt: Prompt | None = None) -> Group:
-    """A group with an empty response: a prompt alone in its row, for prefill.
+    """A group with an empty response: a prompt alone in its pack, for prefill.
 
-    Without a prompt, two tokens stand in: see pack_rows. Its records are empty and not None, so
-    that groups in the same row have theirs used.
+    Without a prompt, two tokens stand in: see make_packs. Its records are empty and not None, so
+    that groups in the same pack have theirs used.
     """
     nothing = torch.zeros(1, 0)
     if prompt is None:
@@ -91,7 +91,7 @@ def empty_group(prompt: Prompt | None = None) -> Group:
     )
 
 
-class Row(NamedTuple):
+class Pack(NamedTuple):
     """Several groups, one after the other: S tokens."""
 
     input_ids: Tensor  # [1, S]
@@ -99,8 +99,8 @@ class Row(NamedTuple):
     is_image_token: Tensor  # [1, S] bool
     pixel_values: Tensor  # [N_patch, D_patch]
     image_grid_thw: Tensor  # [n_images, 3]
-    attend: RowAttention  # who sees whom
-    predicts: Tensor  # [n], row positions whose outputs predict the n response tokens
+    attend: PackAttention  # who sees whom
+    predicts: Tensor  # [n], pack positions whose outputs predict the n response tokens
     targets: Tensor  # [n], those tokens, in the order of the [B, T] response mask
 
 
@@ -111,8 +111,8 @@ def owners(group: Group) -> Tensor:
     return torch.arange(len(counts)).repeat_interleave(counts)
 
 
-def build_row(groups: list[Group], view: str, black: Tensor, merge: int, device) -> Row:
-    """Groups -> Row. view: under which view of the images. black[D_patch], merge: the encoder's."""
+def build_pack(groups: list[Group], view: str, black: Tensor, merge: int, device) -> Pack:
+    """Groups -> Pack. view: of the images, if not they themselves. black, merge: the encoder's."""
     ids, positions, image_tokens, predicts, targets = [], [], [], [], []
     start = 0
     for group in groups:
@@ -130,13 +130,13 @@ def build_row(groups: list[Group], view: str, black: Tensor, merge: int, device)
         targets.append(group.tokens[mask])
         start += len(prompt) + n_fed
     pixel_values, grid = _images(groups, view, black, merge, device)
-    return Row(
+    return Pack(
         input_ids=torch.cat(ids)[None].to(device),
         position_ids=torch.cat(positions, 1)[:, None].to(device),
         is_image_token=torch.cat(image_tokens)[None].to(device),
         pixel_values=pixel_values,
         image_grid_thw=grid,
-        attend=RowAttention([owners(group) for group in groups], device),
+        attend=PackAttention([owners(group) for group in groups], device),
         predicts=torch.cat(predicts).to(device),
         targets=torch.cat(targets).to(device),
     )
@@ -154,15 +154,15 @@ def _images(groups, view: str, black: Tensor, merge: int, device) -> tuple[Tenso
     else:
         pixel_values = [group.prompt.pixel_values for group in with_image]
     grids = [group.prompt.image_grid_thw for group in with_image]
-    # Joined on the device: on the host, joining the patches of a row takes longer than its forward.
+    # Joined on the device: on the host, joining the patches takes longer than the forward.
     return torch.cat([pixels.to(device) for pixels in pixel_values]), torch.cat(grids).to(device)
 
 
 # ---------------------------------------------------------------------------------------- attention
 
 
-class RowAttention:
-    """Attention over a row of groups by the rule above. owners: those of each group's tokens."""
+class PackAttention:
+    """Attention over a pack of groups by the rule above. owners: those of each group's tokens."""
 
     def __init__(self, owners: list[Tensor], device):
         self.owners = owners
@@ -180,7 +180,7 @@ class RowAttention:
             k, v = k.index_select(0, keys), v.index_select(0, keys)
             return kernel(q, k, v, *boundaries, scale=scale, causal=True)[None]
         self.masks = self.masks or [self._mask(owner, query.dtype) for owner in self.owners]
-        # split, because the backward of a slice fills a tensor of the whole row.
+        # split, because the backward of a slice fills a tensor of the whole pack.
         groups = zip(*(x.split(self.lengths, 2) for x in (query, key, value)), strict=True)
         attended = [
             masked_attention(*group, mask, scale)
@@ -198,10 +198,10 @@ class RowAttention:
         )
 
     def _find_sequences(self) -> tuple[Tensor, Tensor, Tensor, int, int]:
-        """The row as a varlen kernel takes it: each prompt and each response is a sequence.
+        """The pack as a varlen kernel takes it: each prompt and each response is a sequence.
 
-        Its queries lie in the row as they are. A response's keys are its prompt and itself; causal
-        means aligned at the end, where the last query sees the last key. Returns row positions of
+        Its queries lie in the pack as they are. A response's keys are its prompt and itself; causal
+        means aligned at the end, where the last query sees the last key. Returns pack positions of
         the keys, and boundaries of queries and keys and the longest of each.
         """
         query_lengths, keys = [], []
@@ -336,46 +336,46 @@ ATTENTION = {"text_config": "group", "vision_config": "flash_or_sdpa_windows"}
 # ---------------------------------------------------------------------------------------- log-probs
 
 
-def row_log_probs(self, row: Row, temperature: float, entropies: bool = False) -> Tensor:
-    """Log-probs [n] of a row's response tokens, or the entropies of their distributions.
+def pack_log_probs(self, pack: Pack, temperature: float, entropies: bool = False) -> Tensor:
+    """Log-probs [n] of a pack's response tokens, or the entropies of their distributions.
 
     `self` is the transformers model. Logits exist for CHUNK tokens at a time, in the forward and
     again in the backward.
     """
-    hidden = row_hidden_states(self, row)
+    hidden = pack_hidden_states(self, pack)
     of_chunk = _chunk_entropies if entropies else _chunk_log_probs
     values = []
-    chunks = zip(hidden[row.predicts].split(CHUNK), row.targets.split(CHUNK), strict=True)
+    chunks = zip(hidden[pack.predicts].split(CHUNK), pack.targets.split(CHUNK), strict=True)
     for states, targets in chunks:
         inputs = (states, self.lm_head.weight, targets, temperature)
         values.append(checkpoint(of_chunk, *inputs, use_reentrant=False))
     return torch.cat(values)
 
 
-def row_hidden_states(self, row: Row, attend: Callable | None = None) -> Tensor:
+def pack_hidden_states(self, pack: Pack, attend: Callable | None = None) -> Tensor:
     """The last layer's outputs [S, hidden]. `self` is the transformers model.
 
-    attend: in place of row.attend, for callers that look at queries, keys or values.
+    attend: in place of pack.attend, for callers that look at queries, keys or values.
     """
-    embeds = self.get_input_embeddings()(row.input_ids)  # [1, S, hidden]
-    image = self.model.get_image_features(row.pixel_values, row.image_grid_thw, return_dict=True)
+    embeds = self.get_input_embeddings()(pack.input_ids)  # [1, S, hidden]
+    image = self.model.get_image_features(pack.pixel_values, pack.image_grid_thw, return_dict=True)
     features = torch.cat(image.pooler_output).to(embeds.dtype)  # [image tokens, hidden]
-    where = row.is_image_token[..., None].expand_as(embeds)
+    where = pack.is_image_token[..., None].expand_as(embeds)
     return self.model.language_model(
         inputs_embeds=embeds.masked_scatter(where, features),
-        position_ids=row.position_ids,
+        position_ids=pack.position_ids,
         use_cache=False,
-        attend=attend or row.attend,
-        **_deepstack_inputs(image, row),
+        attend=attend or pack.attend,
+        **_deepstack_inputs(image, pack),
     ).last_hidden_state[0]
 
 
-def _deepstack_inputs(image, row: Row) -> dict:
+def _deepstack_inputs(image, pack: Pack) -> dict:
     """Qwen3-VL adds further image features to its first layers; Qwen2.5-VL has none."""
     if not hasattr(image, "deepstack_features"):
         return {}
     levels = [torch.cat(level) for level in image.deepstack_features]
-    return {"visual_pos_masks": row.is_image_token, "deepstack_visual_embeds": levels}
+    return {"visual_pos_masks": pack.is_image_token, "deepstack_visual_embeds": levels}
 
 
 def _chunk_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> Tensor:

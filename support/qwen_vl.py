@@ -36,11 +36,11 @@ from support.batch import Example, Group, Prompt, pad_and_cat
 from support.distributed import reshard_root
 from support.packing import (
     ATTENTION,
-    Row,
-    build_row,
-    pack_rows,
-    row_hidden_states,
-    row_log_probs,
+    Pack,
+    build_pack,
+    make_packs,
+    pack_hidden_states,
+    pack_log_probs,
 )
 
 MODEL_TYPES = ("qwen2_5_vl", "qwen3_vl")
@@ -264,7 +264,7 @@ class Policy:
 
     `model`: the transformers class, plain or sharded (distributed.shard). `temperature`: that of
     sampling, by which all logits are divided. Two settings may be changed after building it:
-    `tokens_per_forward`, how many tokens a packed row may hold, and `saliency`, a function image
+    `tokens_per_forward`, how many tokens a pack may hold, and `saliency`, a function image
     -> [h, w] for semantic masks. `most_responses`: how many responses have been found to fit into
     memory at a time (rollout.generate).
     """
@@ -279,7 +279,7 @@ class Policy:
         self.temperature = temperature
         model.set_attn_implementation(ATTENTION)
         use_faster_forwards(model)
-        for method in (row_log_probs, row_hidden_states):  # FSDP wraps methods only
+        for method in (pack_log_probs, pack_hidden_states):  # FSDP wraps methods only
             setattr(model, method.__name__, MethodType(method, model))
         self.eos_ids = self._end_tokens()
         pad_id = encoder.tokenizer.pad_token_id
@@ -316,50 +316,50 @@ class Policy:
         return self.model.lm_head.weight.device
 
     def log_probs(self, groups: list[Group], view: str = "") -> Tensor:
-        """log pi(token | prompt, earlier tokens) of groups packed into one row.
+        """log pi(token | prompt, earlier tokens) of groups packed into one pack.
 
         Returns [B, T], 0 at padding. view: under this of the groups' views, not under the images.
         """
-        flat = self.model.row_log_probs(self._row(groups, view), self.temperature)
+        flat = self.model.pack_log_probs(self._pack(groups, view), self.temperature)
         return self._unflatten(flat, groups)
 
     def entropies(self, groups: list[Group]) -> Tensor:
         """Entropy in nats of the distribution behind each token, [B, T]; 0 at padding."""
-        row = self._row(groups)
-        return self._unflatten(self.model.row_log_probs(row, self.temperature, True), groups)
+        pack = self._pack(groups)
+        return self._unflatten(self.model.pack_log_probs(pack, self.temperature, True), groups)
 
     @torch.no_grad()
     def per_group(
         self, groups: list[Group], values_of: Callable[[list[Group]], Tensor]
     ) -> list[Tensor]:
-        """Each group's share [G, T] of values_of(row)[B, T], on the CPU; all ranks call it.
+        """Each group's share [G, T] of values_of(pack)[B, T], on the CPU; all ranks call it.
 
-        values_of: such as self.log_probs. A row holds at most tokens_per_forward tokens.
+        values_of: such as self.log_probs. A pack holds at most tokens_per_forward tokens.
         """
-        rows = pack_rows(groups, self.tokens_per_forward)
-        on_device = [values_of(row) for row in rows]  # moved afterwards: no wait per row
+        packs = make_packs(groups, self.tokens_per_forward)
+        on_device = [values_of(pack) for pack in packs]  # moved afterwards: no wait per pack
         shares = []
-        for row, values in zip(rows, on_device, strict=True):
-            of_groups = values.cpu().split([len(group.tokens) for group in row])
-            for group, share in zip(row, of_groups, strict=True):
+        for pack, values in zip(packs, on_device, strict=True):
+            of_groups = values.cpu().split([len(group.tokens) for group in pack])
+            for group, share in zip(pack, of_groups, strict=True):
                 shares.append(share[:, : group.tokens.shape[1]])
-        if rows:
+        if packs:
             reshard_root(self.model)
-        return shares[: len(groups)]  # without the empty groups of pack_rows
+        return shares[: len(groups)]  # without the empty groups of make_packs
 
     def probe_attention(self, groups: list[Group], probe: Callable) -> None:
         """A forward whose layers first call probe(layer, query[1, H, S, D], key, scale)."""
-        row = self._row(groups)
+        pack = self._pack(groups)
 
         def attend(layer, query, key, value, scale):
             probe(layer, query, key, scale)
-            return row.attend(layer, query, key, value, scale)
+            return pack.attend(layer, query, key, value, scale)
 
-        self.model.row_hidden_states(row, attend)
+        self.model.pack_hidden_states(pack, attend)
 
-    def _row(self, groups: list[Group], view: str = "") -> Row:
+    def _pack(self, groups: list[Group], view: str = "") -> Pack:
         merge_size = self.encoder.images.merge_size
-        return build_row(groups, view, self.encoder.black_patch, merge_size, self.device)
+        return build_pack(groups, view, self.encoder.black_patch, merge_size, self.device)
 
     def _unflatten(self, flat: Tensor, groups: list[Group]) -> Tensor:
         """Values of the tokens of all responses, one after the other, as [B, T]; 0 at padding."""

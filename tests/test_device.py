@@ -181,9 +181,9 @@ OMISSIONS = [  # a function, and a piece of its source: what follows | is left o
     (rollout._sample_chunk, "uniforms=uniforms|.to(device)"),
     (GroupCache.__init__, "for prompt in prompts]|, device=device"),
     (DecodingLoop.__init__, "torch.tensor(ends|, device=device"),
-    (packing.RowAttention._mask, "owner = owner|.to(self.device)"),
+    (packing.PackAttention._mask, "owner = owner|.to(self.device)"),
     (Policy.per_group, "of_groups = values|.cpu()"),
-    (papo.row_loss, "has_image=has_image(row)|.to(policy.device)"),
+    (papo.pack_loss, "has_image=has_image(pack)|.to(policy.device)"),
 ]
 
 
@@ -210,5 +210,5 @@ def test_an_omission_raises(step_without, omission):
 
 def test_a_slow_omission_is_counted(step_without, device):
     """CUDA takes an index from the host, and copies it every time."""
-    step_without(packing.build_row, "torch.cat(predicts)|.to(device)")
+    step_without(packing.build_pack, "torch.cat(predicts)|.to(device)")
     assert copied_indices(device)

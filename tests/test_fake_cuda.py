@@ -57,9 +57,9 @@ def ampere(monkeypatch):
 
 
 def fake_row(groups, mode):
-    """build_row's result for a GPU; which values it has is decided on the host."""
+    """build_pack's result for a GPU; which values it has is decided on the host."""
     with unset_fake_temporarily():
-        row = packing.build_row(groups, "", torch.zeros(1176), 2, "cpu")
+        row = packing.build_pack(groups, "", torch.zeros(1176), 2, "cpu")
         sequences = row.attend._find_sequences()
 
     def fake(value):
@@ -67,7 +67,7 @@ def fake_row(groups, mode):
 
     with mode:
         row.attend.sequences = tuple(fake(each) for each in sequences)
-        return packing.Row(*(fake(each) for each in row))
+        return packing.Pack(*(fake(each) for each in row))
 
 
 @pytest.fixture()
@@ -86,9 +86,11 @@ def test_prefill_and_a_decoding_step(mode, model, no_vision_tower, monkeypatch):
     """The step copies nothing to the host, so a CUDA graph can hold it."""
     prompts = [image_prompt(1300, 64, 72), image_prompt(700, 40, 44)]
     row = fake_row([decoding.empty_group(prompt) for prompt in prompts], mode)
-    monkeypatch.setattr(decoding, "split_rows", lambda groups, max_tokens: [groups])
-    monkeypatch.setattr(decoding, "build_row", lambda *args: row)
-    monkeypatch.setattr(model, "row_hidden_states", packing.row_hidden_states.__get__(model), False)
+    monkeypatch.setattr(decoding, "split_into_packs", lambda groups, max_tokens: [groups])
+    monkeypatch.setattr(decoding, "build_pack", lambda *args: row)
+    monkeypatch.setattr(
+        model, "pack_hidden_states", packing.pack_hidden_states.__get__(model), False
+    )
     for prompt in prompts:  # read on the host, where a FakeTensor has no values
         prompt.position_ids = np.asarray(prompt.position_ids)
     g, device = 5, torch.device("cuda")
@@ -123,7 +125,7 @@ def test_a_training_forward(mode, model, no_vision_tower, monkeypatch):
     # The random state that a checkpoint keeps is a real GPU's.
     monkeypatch.setattr(packing, "checkpoint", lambda f, *args, use_reentrant: f(*args))
     with mode, NoCopyToHost():
-        log_probs = packing.row_log_probs(model, row, 1.0)
+        log_probs = packing.pack_log_probs(model, row, 1.0)
     assert log_probs.shape == (160,) and log_probs.dtype == torch.float32
     assert log_probs.is_cuda and log_probs.requires_grad
 

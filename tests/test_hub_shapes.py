@@ -23,7 +23,7 @@ import train
 from experiments import start_model
 from losses import kl_k3
 from masking import mask_prompt
-from papo import prepare, preset, row_loss, update
+from papo import pack_loss, prepare, preset, update
 from support import checkpoint, toy
 from support.batch import Example, mini_batches, pad_and_cat, seeded
 from support.qwen_vl import PROMPT_SUFFIX, Encoder, Policy
@@ -332,7 +332,7 @@ def test_qwen3_trains_papo(policy, prompts):
     for name, gamma in (("grpo", 0.0), ("papo_g", 0.5)):
         algo = replace(preset(name), kl_ref_coef=0.0, kl_prcp_coef=gamma)
         prepare(policy, None, [groups], algo, key=(0, 0))
-        loss, _ = row_loss(policy, groups, algo)
+        loss, _ = pack_loss(policy, groups, algo)
         gradients[name] = gradient_of(policy, loss)
     mask = groups[0].response_mask
     kl = kl_k3(policy.log_probs(groups), groups[0].masked_log_probs)[mask].mean()

@@ -61,11 +61,11 @@ def test_sequences_for_a_kernel_equal_masks(policy, groups, monkeypatch):
     assert (found_gradients - expected_gradients).norm() < 1e-5 * expected_gradients.norm()
 
 
-def test_fsdp_passes_a_row_on(groups):
+def test_fsdp_passes_a_pack_on(groups):
     """FSDP2 moves the inputs of a forward to its device; what is no tensor must survive."""
-    row = packing.build_row(groups, "", torch.zeros(1176), 2, "cpu")
+    row = packing.build_pack(groups, "", torch.zeros(1176), 2, "cpu")
     [(moved,)], _ = _to_kwargs((row,), {}, torch.device("meta"), False)
-    assert type(moved) is packing.Row and moved.attend is row.attend
+    assert type(moved) is packing.Pack and moved.attend is row.attend
     for before, after in zip(row, moved, strict=True):
         if isinstance(before, torch.Tensor):
             assert after.is_meta and after.shape == before.shape

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from losses import Counts, count
 from masking import mask_prompt
-from papo import PRESETS, prepare, preset, record, row_loss, update
+from papo import PRESETS, pack_loss, prepare, preset, record, update
 from support.batch import Example, mini_batches, pad_and_cat, seeded
-from support.packing import pack_rows
+from support.packing import make_packs
 from support.qwen_vl import Policy
 
 # ------------------------------------------------------------------------------------- packed rows
@@ -134,10 +134,10 @@ def test_packing_does_not_change_the_update(policy, groups):
     n_rows, losses, all_gradients = [], [], []
     for max_tokens in (1, 100, 10_000):
         policy.model.zero_grad()
-        rows = pack_rows(groups, max_tokens)
+        rows = make_packs(groups, max_tokens)
         total = 0.0
         for row in rows:
-            loss, _ = row_loss(policy, row, algo, denominator)
+            loss, _ = pack_loss(policy, row, algo, denominator)
             loss.backward()
             total += loss.item()
         n_rows.append(len(rows))
@@ -183,7 +183,7 @@ def test_values_are_copied_to_the_host_after_all_rows(policy, groups):
 
 
 def test_rows_stay_within_the_token_limit(groups):
-    rows = pack_rows(groups, 70)
+    rows = make_packs(groups, 70)
     assert [group.prompt.index for row in rows for group in row] == [0, 1, 2, 3]
     for row in rows:
         assert len(row) == 1 or sum(group.n_tokens for group in row) <= 70
@@ -289,7 +289,7 @@ def test_masked_grad_gives_the_masked_entropy_a_gradient(policy, groups):
         )
         prepare(policy, None, mini_batches(groups, 2), algo, key=(0, 0))
         policy.model.zero_grad()
-        loss, metrics = row_loss(policy, groups, algo)
+        loss, metrics = pack_loss(policy, groups, algo)
         loss.backward()
         assert metrics["masked_entropy"] > 0
         assert (gradients(policy.model).norm() > 0) == masked_grad

@@ -33,7 +33,7 @@ def by_shape(request, monkeypatch):
     model = model.to(torch.bfloat16).eval()
     model.set_attn_implementation(packing.ATTENTION)
     use_faster_forwards(model)
-    model.row_hidden_states = MethodType(packing.row_hidden_states, model)
+    model.pack_hidden_states = MethodType(packing.pack_hidden_states, model)
     return request.param, model
 
 
@@ -84,9 +84,9 @@ def test_sampling(by_shape, monkeypatch):
 @pytest.mark.parametrize(
     "what, n_prompts, lora_rank",
     [
-        ("one row of an update, 4 prompts x 5 responses", 4, 0),
-        ("one row with adapters, 4 prompts x 5 responses", 4, 16),
-        ("one row with adapters, 1 prompt x 5 responses", 1, 16),
+        ("one pack of an update, 4 prompts x 5 responses", 4, 0),
+        ("one pack with adapters, 4 prompts x 5 responses", 4, 16),
+        ("one pack with adapters, 1 prompt x 5 responses", 1, 16),
     ],
 )
 def test_an_update(by_shape, what, n_prompts, lora_rank):
@@ -100,8 +100,8 @@ def test_an_update(by_shape, what, n_prompts, lora_rank):
     for parameter in trained:  # FSDP takes each gradient away at once
         parameter.register_post_accumulate_grad_hook(lambda each: setattr(each, "grad", None))
     groups = [group_of(image_prompt(1300, 64, 80), 5, 450) for _ in range(n_prompts)]
-    row = packing.build_row(groups, "", torch.zeros(1176), 2, "cpu")
+    row = packing.build_pack(groups, "", torch.zeros(1176), 2, "cpu")
     row = row._replace(pixel_values=row.pixel_values.to("meta"))
     with ShapeOnly(ignored=[*model.parameters(), *model.buffers()]) as shapes:
-        packing.row_log_probs(model, row, 1.0).sum().backward()
+        packing.pack_log_probs(model, row, 1.0).sum().backward()
     assert shapes.peak / GIB == pytest.approx(stated(size, what), rel=0.02)

@@ -24,7 +24,7 @@ from transformers import AutoModelForImageTextToText
 import papo
 import train
 from losses import group_advantages, kl_k3, policy_loss, response_mean
-from papo import prepare, preset, row_loss
+from papo import pack_loss, prepare, preset
 from support import StepError, toy
 from support.batch import mini_batches, pad_and_cat, seeded
 from support.config import parse_flags
@@ -278,7 +278,7 @@ def test_weights_do_not_depend_on_padding(varied_policy, groups, name):
 def test_the_loss_is_that_of_weighted_advantages(varied_policy, groups, name):
     """In value and gradient: the weights have none."""
     algo, _ = prepared(name, varied_policy, groups, **WEIGHING[name])
-    loss, _ = row_loss(varied_policy, groups, algo)
+    loss, _ = pack_loss(varied_policy, groups, algo)
     log_probs = varied_policy.log_probs(groups)
     mask = pad_and_cat(groups, "response_mask").bool()
     advantages = torch.cat([group.advantages for group in groups])[:, None]
@@ -367,8 +367,8 @@ def test_dvrp_adds_the_noised_views_kl_to_papos(varied_policy, groups):
     for group, rows in zip(groups, noised.split(3), strict=True):
         if group.has_image:
             rows[:, : group.tokens.shape[1]] = group.view_log_probs["noised"]
-    loss, metrics = row_loss(varied_policy, groups, algo)
-    loss_without, _ = row_loss(varied_policy, groups, replace(algo, noised_coef=0.0))
+    loss, metrics = pack_loss(varied_policy, groups, algo)
+    loss_without, _ = pack_loss(varied_policy, groups, replace(algo, noised_coef=0.0))
     log_probs = varied_policy.log_probs(groups)
     has_image = torch.tensor([group.has_image for group in groups for _ in range(3)])[:, None]
     kl = response_mean(kl_k3(log_probs, noised) * has_image, mask)

@@ -33,7 +33,7 @@ from papo import Algo
 from support.batch import Group
 from support.config import check_range, flag
 from support.distributed import concat_over_ranks, reshard_root
-from support.packing import owners, pack_rows
+from support.packing import make_packs, owners
 
 
 @dataclass(frozen=True)
@@ -76,19 +76,19 @@ def attention_alignments(policy, groups: list[Group], margin: float) -> list[Ten
     """sigmoid(mean s) of every response, [G] float64 per group; all ranks call it."""
     last_layer = policy.model.config.get_text_config().num_hidden_layers - 1
     found = []
-    rows = pack_rows(groups, policy.tokens_per_forward)
-    for row in rows:
-        lengths = [group.n_tokens for group in row]
+    packs = make_packs(groups, policy.tokens_per_forward)
+    for pack in packs:
+        lengths = [group.n_tokens for group in pack]
 
-        def probe(layer, query, key, scaling, row=row, lengths=lengths):
+        def probe(layer, query, key, scaling, pack=pack, lengths=lengths):
             if layer == last_layer:
                 for group, *q_and_k in zip(
-                    row, query[0].split(lengths, 1), key[0].split(lengths, 1), strict=True
+                    pack, query[0].split(lengths, 1), key[0].split(lengths, 1), strict=True
                 ):
                     found.append(group_alignments(group, *q_and_k, scaling, margin))
 
-        policy.probe_attention(row, probe)
-    if rows:
+        policy.probe_attention(pack, probe)
+    if packs:
         reshard_root(policy.model)
     return [each.double().cpu() for each in found[: len(groups)]]
 
