@@ -1,11 +1,13 @@
 r"""Evaluate by the paper's protocol, ask one question, or draw a response's image attribution.
 
     python evaluate.py --model runs/papo_g-toy-s0/model
-    torchrun --nproc_per_node 2 -- evaluate.py --model DIR_OR_HUB --data all --out results
+    torchrun --nproc_per_node 2 -- evaluate.py --model DIR_OR_HUB --data all --n 8 --out results
     python evaluate.py --grade predictions/*.jsonl
     python evaluate.py --model MODEL --ask "How many red dots are there?" --image dots.png
-    python evaluate.py --model MODEL --explain --row vision_dependent:3
+    python evaluate.py --model MODEL --explain --row SET:NUMBER
     python evaluate.py --compare runs/grpo-toy-s0 runs/papo_g-toy-s0
+
+(Without the -- before evaluate.py, torchrun takes --n for an option of its own.)
 
 The paper's protocol: 8 samples per question at temperature 1, and their average accuracy (avg@8),
 graded on the boxed answer alone. support/protocol.py has its other settings, predictions.py the
@@ -49,10 +51,10 @@ def predict(
     """Sample and grade n responses to each row, on all ranks; yields questions chunk by chunk.
 
     rows: data.Rows. indices: of rows (default: all), dealt to the ranks in turn. options: of
-    rollout.generate. A question is a list of n records, which have PAPO-Eval's keys (idx, id,
-    prompt, predict, label), ours (row, and loop, the sample's number) and the scores. A row that
-    cannot be encoded is skipped and named. Every rank gets all questions and must exhaust the
-    iterator: a chunk is a collective.
+    rollout.generate. A Question is the list of the n records of a row. A record is a dict with
+    PAPO-Eval's keys (idx, id, prompt, predict, label), ours (row; loop, the sample's number) and
+    the scores. A row that cannot be encoded is skipped and named. Every rank gets all questions and
+    must exhaust the iterator: a chunk is a collective.
     """
     indices = list(range(len(rows)) if indices is None else indices)
     rank = dist.get_rank() if dist.is_initialized() else 0
@@ -61,14 +63,15 @@ def predict(
     size = max(1, min(sampling.rollout_batch // n, MOST_PROMPTS))
     # As many chunks on every rank; the last may be empty.
     starts = range(0, longest_share, size)
+    # (Prompt.index, row) of each prompt: here the same number.
     chunks = [[(i, i) for i in own[start : start + size]] for start in starts]
-    encoded = encode_ahead(rows, policy.encoder.encode, chunks)  # Prompt.index is the row's
+    encoded = encode_ahead(rows, policy.encoder.encode, chunks)
     for prompts in tqdm(encoded, rows.name, len(chunks), leave=False, disable=rank > 0):
         groups = generate(policy, prompts, n, sampling, key=("eval", seed), **options)
         responses = [text for group in groups for text in group.responses]
         examples = [group.prompt.example for group in groups for _ in group.responses]
         answers = [example.answer for example in examples]
-        scores = grader(responses, answers, examples, budget=math.inf)  # each has a deadline
+        scores = grader(responses, answers, examples, budget=math.inf)  # a deadline each
         of_groups = [scores[start : start + n] for start in range(0, len(scores), n)]
         tokenizer = policy.encoder.tokenizer
         questions = [
@@ -101,8 +104,8 @@ def validate(run) -> None:
 
 
 def evaluate(policy: Policy, sets: dict, config: EvalConfig) -> None:
-    """Evaluate every set, without the questions already answered in --out; the first rank prints
-    the table. baseline: prediction files to compare with."""
+    """Evaluate every set; the first rank prints the table. What --out holds already is not sampled
+    again. --baseline: prediction files to compare with."""
     results, baseline, notes = {}, None, [protocol_line(config)]
     is_first = dist.get_rank() == 0
     for rows in sets.values() if is_first else ():
@@ -132,6 +135,7 @@ def evaluate_set(policy: Policy, name: str, rows, grader: Grader, config: EvalCo
         questions += chunk
     questions.sort(key=lambda question: question[0]["row"])
     predictions.finish(out, name, questions)
+    # skipped at loading, the same on all ranks; broken: found by this rank while encoding
     return questions, sum(distributed.gather_over_ranks(rows.broken), rows.skipped)
 
 

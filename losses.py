@@ -4,8 +4,8 @@ r"""Every equation of PAPO (arXiv 2507.06448) as a pure function of tensors.
 
     beta = kl_ref_coef, gamma = kl_prcp_coef, eta1 = entropy_coef, eta2 = masked_entropy_coef
 
-KL_ref and KL_prcp are the mean k3 against pi_other = pi_ref, the reference, and pi_mask, the policy
-under the masked image.
+KL_ref is the mean of k3, below, with pi_other = pi_ref, the reference. KL_prcp is that with
+pi_other = pi_mask, the policy under the masked image.
 
 Shapes: B responses, T response positions, padded on the right. Tensors are [B, T] unless said
 otherwise. `response_mask` is True on a response's tokens, up to and including its first end token.
@@ -20,10 +20,12 @@ What the terms do to the policy, where d = log pi_other - log pi at a sampled to
 2. Its gradient is in expectation that of KL(pi_other || pi), not that of KL(pi || pi_other), since
    E_pi[grad log pi] = 0 and E_pi[exp(d) grad log pi] = E_pi_other[grad log pi].
 3. By that gradient, maximising KL_prcp makes a token likelier where the masked view finds it less
-   likely (d < 0). It has no maximum; run too far, it destroys the text, and both entropies grow.
-   That is the paper's collapse, and why it penalises them.
-4. Descent on H makes every sampled token likelier. For samples from pi itself that is 0 on average,
-   as in 2; it sharpens pi where samples are cut by top-p or come from pi_old.
+   likely (d < 0, by a factor of at most 1), and less likely where the masked view finds it likelier
+   (d > 0, by exp(d) - 1). Run too far, the latter drives pi off all text that is plausible without
+   the image: probability spreads, and both entropies grow. That is the paper's collapse, against
+   which it penalises both. (As released, only H has a gradient: see 3 below.)
+4. Descent on H makes every sampled token likelier. That is 0 on average for samples from pi itself,
+   as in 2, and else a pull towards what was sampled: from pi_old, and cut by top-p.
 5. H_mask estimates the cross-entropy of pi and pi_mask, which is H + KL(pi || pi_mask).
 
 Where the paper, the released code and this file differ:
@@ -34,8 +36,8 @@ Where the paper, the released code and this file differ:
 2. As released, H and H_mask are minus the mean log-prob of the sampled tokens, always averaged over
    tokens; the paper writes entropies.
 3. The masked log-probs normally carry no gradient (as released). So H_mask changes the value of the
-   loss but not its gradient. With `--masked_grad` H_mask has a gradient, and that of KL_prcp flows
-   through both views.
+   loss but not its gradient. With `--masked_grad` it has one, and that of k3 gains (exp(d) - 1)
+   grad log pi_mask; by 5, H_mask then works against KL_prcp.
 4. The release averages within each micro-batch, then over micro-batches. Here every mean divides by
    a count over the whole mini-batch on all ranks. So the losses of any split add up to the loss of
    the whole.
@@ -122,7 +124,7 @@ def group_advantages(rewards: Tensor, index: Tensor, eps: float = 1e-6) -> Tenso
 
 
 def kl_k3(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
-    """Schulman's k3 at each sampled token: exp(d) - d - 1 with d = log pi_ref - log pi.
+    """Schulman's k3 at each sampled token: exp(d) - d - 1 with d = log pi_other - log pi.
 
     Never negative. Clamped as released: where the value reaches 10, the gradient is 0.
     """
@@ -210,7 +212,7 @@ def papo_loss(  # noqa: PLR0913  (one argument per symbol of the equation)
         Without a coefficient they only become metrics.
     denominator: Counts of the whole mini-batch over all ranks; None: of this batch.
     has_image[B]: whether a response's prompt has an image; None: all have. Without one there is no
-        masked view: KL_prcp is 0 in value and gradient, and H_mask leaves the response out.
+        masked view: its tokens count in KL_prcp's mean as 0, without gradient, and not in H_mask's.
     views: a variant's further views, name -> (coefficient, log-probs). Each adds
         coefficient * KL(pi || pi_view): a negative coefficient maximises it.
     """
@@ -244,12 +246,12 @@ def papo_loss(  # noqa: PLR0913  (one argument per symbol of the equation)
     if has_image is not None:
         has_view = has_view & has_image.bool()[:, None]
 
-    def own_without_image(under_view: Tensor) -> Tensor:
-        """Without an image, and at padding, log pi itself: d = 0, so k3 and its gradient are 0."""
+    def fill_without_image(under_view: Tensor) -> Tensor:
+        """With log pi itself where there is no view: d = 0, so k3 and its gradient are 0."""
         return torch.where(has_view, under_view, log_probs.detach())
 
     if masked_log_probs is not None:
-        masked_log_probs = own_without_image(masked_log_probs)
+        masked_log_probs = fill_without_image(masked_log_probs)
         kl_per_token = _kl_prcp(log_probs, masked_log_probs, algo.kl_prcp_estimator)
         kl_prcp = mean(kl_per_token, average=algo.average)
         # Over the tokens of prompts with an image: others have no H_mask to average.
@@ -258,7 +260,7 @@ def papo_loss(  # noqa: PLR0913  (one argument per symbol of the equation)
         metrics["kl_prcp"] = kl_prcp.detach()
         metrics["masked_entropy"] = masked_entropy.detach()
     for name, (coefficient, view_log_probs) in (views or {}).items():
-        kl_view = mean(kl_k3(log_probs, own_without_image(view_log_probs)), average=algo.average)
+        kl_view = mean(kl_k3(log_probs, fill_without_image(view_log_probs)), average=algo.average)
         kl_views = kl_views + _weighted(coefficient, kl_view)
         metrics[f"kl_{name}"] = kl_view.detach()
 

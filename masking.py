@@ -5,9 +5,9 @@ vision tower: pixel_values[N_patch, D_patch], one row per patch, whose D_patch v
 (channel, temporal copy, y, x). The processor repeats a still image temporal_patch_size times; these
 are the temporal copies. `patch_mask[N_patch]` is True for the patches that were changed.
 
-The release blacks out 14-px tiles of the raw image, before resizing and RGB conversion, from an
-unseeded global generator, so tiles rarely line up with the model's patches. Here a tile is a patch,
-and the caller's generator draws one mask per prompt, shared by its group. Semantic masks need a
+The release blacks out 14-px tiles of the raw image, before it is resized, so tiles rarely line up
+with the model's patches; its generator is global and unseeded. Here a tile is a patch, and the
+caller's generator draws one mask per prompt, shared by its group. Semantic masks need a
 saliency map: DINOv2's attention (support/saliency.py), or the toy's dots.
 
 To add a corruption, write a function patches -> (masked, patch_mask), add its name to STRATEGIES
@@ -109,7 +109,7 @@ def mask_prompt(
     """The masked view of a prompt: masked[N_patch, D_patch], patch_mask[N_patch].
 
     algo.mask_strategy names the strategy; "semantic" needs `saliency`, a function image -> [h, w].
-    If the prompt has pre-masked images (column images_aug), they are used instead.
+    If the data has pre-masked images (column images_aug), they are used, whatever the strategy.
     """
     if "images_aug" in prompt.more_pixel_values:
         masked = prompt.more_pixel_values["images_aug"]

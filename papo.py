@@ -69,7 +69,7 @@ class Algo:
     kl_prcp_estimator: Literal["k3", "paper"] = flag("k3", "k3: as released; paper: as printed")
     masked_grad: bool = flag(False, "recompute masked log-probs with gradient in every update")
 
-    columns: ClassVar[tuple[str, ...]] = ()  # further image columns of the data
+    columns: ClassVar[tuple[str, ...]] = ()  # further image columns, loaded as more_pixel_values
     needs_entropies: ClassVar[bool] = False  # whether `weigh` reads group.entropies
 
     def __post_init__(self):
@@ -88,7 +88,7 @@ class Algo:
         A variant may pass each prompt twice, say once under another image: all responses of the
         same Prompt.index are compared. A group is trained under the images of group.prompt; set it
         back to the original prompt to train under the original image. Call generate once: a second
-        call repeats its random numbers. For others, use batch.seeded(NAME, *key, prompt.index).
+        call repeats its random numbers. A variant's own come from batch.seeded(NAME, *key, index).
         """
         return generate(prompts)
 
@@ -169,8 +169,9 @@ def prepare(
         record(reference, groups, "ref_log_probs", reference.log_probs)
     metrics = {}
     with_image = [group for group in groups if group.has_image]
-    for name in algo.views():  # per_group: see `record`
+    for name in algo.views():
         metrics[f"{name}_ratio"] = draw_view(policy, with_image, algo, name, key)
+        # Without gradient (see `record`); with masked_grad `weigh` alone may read them.
         under_view = policy.per_group(with_image, partial(policy.log_probs, view=name))
         for group, log_probs in zip(with_image, under_view, strict=True):
             group.view_log_probs[name] = log_probs
@@ -221,7 +222,7 @@ def update(
     skipped_updates and in no mean.
     """
     history: list[dict[str, float]] = []
-    policy.model.train()
+    policy.model.train()  # for gradient checkpointing; these models have no dropout
     for batch in batches:
         metrics = accumulate_gradients(policy, batch, algo)
         norm = clip_gradients(optimizer, max_grad_norm)
@@ -241,7 +242,7 @@ def update(
 def accumulate_gradients(policy: Policy, batch: list[Group], algo: Algo) -> dict[str, float]:
     """Backward over this rank's packs of a mini-batch. Returns the metrics over all ranks.
 
-    What means divide by is counted over all ranks first. So the losses of packs can be added, and
+    The denominators of the means are counted over all ranks first. So losses of packs add up, and
     neither packing nor the number of ranks changes the update, up to rounding.
     """
     own = Counts(0, 0, 0)
@@ -250,7 +251,7 @@ def accumulate_gradients(policy: Policy, batch: list[Group], algo: Algo) -> dict
     counts = Counts(*sum_over_ranks(own))
     # A pack is one forward: whole groups of at most tokens_per_forward tokens, or one larger group.
     # Every backward is a collective, so all ranks take equally many: make_packs adds dummies, two
-    # text tokens without a response.
+    # text tokens with an empty response, whose log-probs are [1, 0].
     packs = make_packs(batch, policy.tokens_per_forward)
     values, largest_gaps = [], []  # on the device: no wait per pack
     for number, pack in enumerate(packs, start=1):
@@ -285,7 +286,7 @@ def pack_loss(policy: Policy, pack: list[Group], algo: Algo, counts: Counts | No
         advantages = advantages[:, None] * recorded("weights")  # [B, T]
 
     def under(view: str) -> Tensor:
-        if view == "mask" and algo.masked_grad:  # papo_loss leaves out prompts without an image
+        if view == "mask" and algo.masked_grad:  # (papo_loss ignores those of text-only prompts)
             return policy.log_probs(pack, view)
         return view_log_probs(pack, view, policy.device)
 

@@ -1,16 +1,16 @@
 """Sample G responses per prompt with Hugging Face `generate`.
 
 1. Sort the prompts by length and cut them into chunks of at most `rollout_batch` responses.
-2. generate() builds the logits processors (suppressed tokens, temperature, top-k) and calls our
+2. generate() builds the logits processors (no vision tokens, temperature, top-k) and calls our
    decoding loop (`custom_generate`, support/decoding.py), which samples a chunk token by token.
 3. Collect each prompt's responses in a Group (support/batch.py).
 
 Differences from the released code, which samples with vLLM:
-1. A response depends only on (seed, step, prompt, sample). The chunk it is sampled in and the
-   number of ranks change log-probs by rounding, which may flip a token.
+1. Up to rounding, a response depends only on the weights and (seed, step, prompt, sample), not on
+   its chunk or on the number of ranks.
 2. Sampling ignores the model's generation_config except for its end-of-sequence tokens (Policy
-   replaces it). Qwen ships a repetition penalty of 1.05 and a near-zero temperature there; with
-   either, samples would not come from the policy whose log-probs training takes.
+   replaces it). generate() would apply Qwen's repetition penalty of 1.05, and samples would not
+   come from the policy whose log-probs training takes.
 3. The sampler's log-probs are those of the full softmax at the sampling temperature, before top-p,
    top-k and suppression: what the training forward computes. They are used only for the metric
    sampler_gap; training recomputes the old log-probs.
@@ -96,7 +96,7 @@ def _draw_uniforms(prompts: list[Prompt], group_size: int, length: int, key: tup
     """A random number in [0, 1) for every token, [prompts, G, length]: the decoding loop draws a
     token by inverting the CDF at its number.
 
-    If a prompt is in the list twice, its second G responses are seeded as samples G to 2 G - 1.
+    A variant may sample a prompt twice: its second G responses are samples G to 2 G - 1.
     """
     uniforms = torch.empty(len(prompts), group_size, length)
     n_seen: Counter = Counter()
@@ -121,14 +121,14 @@ def _sample_chunk(
         eos_ids=torch.tensor(policy.eos_ids, device=device),
         stop=stop,
     )
-    options = {"do_sample": False}  # temperature 0: the likeliest token, whatever the uniforms
+    options = {"do_sample": False}  # temperature 0: `decode` takes the likeliest token
     if sampling.temperature:
         options = {"do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k}
+    # `decode` encodes the prompts itself; for generate() their last tokens stand in. Top-p, too, is
+    # left to `decode`, because generate()'s processor for it sorts the whole vocabulary.
     last_tokens = torch.stack([prompt.input_ids[-1:] for prompt in prompts]).to(device)
     last_tokens = last_tokens.repeat_interleave(uniforms.shape[1], 0)
-    # generate() builds the logits processors and calls `decode`, which encodes the prompts itself:
-    # input_ids only says how many responses there are. Top-p is left to `decode` too, because the
-    # processor for it sorts the whole vocabulary. Returns [prompts, G, steps] each, on the CPU.
+    # What `decode` returns: [prompts, G, steps] each, on the CPU.
     tokens, log_probs = policy.model.generate(
         input_ids=last_tokens,
         attention_mask=torch.ones_like(last_tokens),

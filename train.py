@@ -21,11 +21,11 @@ own prompts; no batch travels between ranks. What travels through a step is a li
 
 losses.py sees several groups stacked: B responses, [B, T].
 
-The released trainer differs in three ways. It samples with vLLM under Ray; here every rank gathers
-the training weights and samples with them. It has bf16 weights with Kahan compensation; here master
-weights are fp32. If no group of a round survives dynamic sampling, it keeps the whole round, and
-after 20 rounds it gives up; here such a round adds nothing, and the step trains on what it has,
-perhaps nothing.
+The released loop differs in three ways (each file lists its own). It samples with vLLM under Ray;
+here every rank gathers the training weights and samples with them. It has bf16 weights with Kahan
+compensation; here master weights are fp32. Dynamic sampling (see `collect`) keeps a round whole if
+no group of it qualifies, and raises after 20 rounds; here such a round adds nothing, and the step
+trains on what there is.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def train(run: Run) -> None:
         start = time.time()
         metrics |= prepare(policy, run.reference, batches, algo, key)
 
-        # 3. One optimizer step per mini-batch of prompts on losses.papo_loss:
-        #    L = L_pg + beta KL_ref - gamma KL_prcp + eta1 H + eta2 H_mask   (H are penalties)
+        # 3. One optimizer step per mini-batch of prompts on losses.papo_loss, which penalises both
+        #    entropies: L = L_pg + beta KL_ref - gamma KL_prcp + eta1 H + eta2 H_mask
         metrics |= update(policy, run.optimizer, batches, algo, config.max_grad_norm)
         metrics["seconds_update"] = time.time() - start
 
@@ -103,7 +103,8 @@ def collect(run: Run, algo: Algo, key: tuple) -> tuple[list[Group], dict[str, fl
         stop=lambda: run.stop_requested,
     )
     for round_index in range(MAX_ROUNDS):
-        # This rank's share of the round's prompts. Prompt.index goes on from round to round.
+        # This rank's share of prompts_per_step prompts, or of mini_batch under dynamic sampling.
+        # Prompt.index goes on from round to round.
         prompts = run.next_prompts(round_index)
         groups = algo.sample(prompts, run.policy, sample_groups, key)  # default: sample_groups
         run.raise_if_stopped()  # on all ranks, if any has had a signal
@@ -111,10 +112,10 @@ def collect(run: Run, algo: Algo, key: tuple) -> tuple[list[Group], dict[str, fl
         indices = sorted(set(distributed.concat_over_ranks([group.prompt.index for group in kept])))
         if len(indices) >= config.prompts_per_step or not algo.dynamic_sampling:
             break
-    # Later rounds have larger indices, so this drops what the last one has too many.
+    # Indices grow from round to round, so this cuts the surplus of the last, which is lost.
     chosen = indices[: config.prompts_per_step]
     kept = [group for group in kept if group.prompt.index in chosen]
-    sums["skipped_rows"] = run.skipped_rows()  # this rank's, summed with the others'
+    sums["skipped_rows"] = run.skipped_rows()  # found broken while encoding, on this rank
     metrics = rollout_metrics(sums) | {
         "unusable_rows": run.rows.skipped.total(),  # left out at loading, the same on all ranks
         "groups_kept": len(chosen),
@@ -143,7 +144,8 @@ def grade(run: Run, algo: Algo, groups: list[Group], sums: Counter) -> list[Grou
         return torch.tensor([score.get(name, 0.0) for score in scores], dtype=torch.float64)
 
     rewards, accuracy = column("overall"), column("accuracy")
-    # An unscored response has reward 0, which distorts the mean: its prompt gets no advantages.
+    # An unscored response has reward 0, which distorts the mean: its prompt gets no advantages (but
+    # the other terms of the loss).
     is_graded = ~torch.isin(index, index[column("unscored") > 0])
     advantages = group_advantages(rewards, index).where(is_graded, 0.0).float()
     sizes = [len(group.responses) for group in groups]
@@ -152,7 +154,7 @@ def grade(run: Run, algo: Algo, groups: list[Group], sums: Counter) -> list[Grou
         group.rewards, group.advantages = own_rewards, own_advantages
 
     has_advantage = index[advantages.abs() > 1e-6].unique()  # equal rewards leave 1e-16 / eps
-    sums.update(
+    sums.update(  # a Counter adds
         responses=len(scores),
         reward=float(rewards.sum()),
         accuracy=float(accuracy.sum()),
@@ -229,7 +231,7 @@ class Config:
     keep: int = flag(2, "how many checkpoints to keep")
     wandb: bool = flag(False, "log to Weights & Biases too")
     tensorboard: bool = flag(False, "log to TensorBoard too")
-    tokens_per_forward: int = flag(16_384, "most tokens per pack of groups, which is a forward")
+    tokens_per_forward: int = flag(16_384, "most tokens per forward, which takes a pack of groups")
     rollout_batch: int = flag(1024, "most responses sampled at a time, per rank")
     shard_size: int = flag(0, "ranks per FSDP replica; 0: those of a machine")
 
@@ -248,7 +250,8 @@ class Config:
 def build_run(argv=None) -> Run:
     """Load what the command line names; `start` then opens the folder.
 
-    Precedence: given flags, the resumed run's, the toy's defaults, the preset's, the dataclasses'.
+    Precedence: given flags, the resumed run's, the toy's defaults, the learning rate of adapters,
+    the preset's, the dataclasses'.
     """
     # Algo and model decide which flags there are and their defaults, so they are read beforehand.
     given = flags.early_flags("algo", "model", "data", "resume", "lora_rank", argv=argv)
@@ -266,8 +269,8 @@ def build_run(argv=None) -> Run:
         raise ValueError(f"{limit} cannot fill prompts_per_step={config.prompts_per_step}")
     if config.group_size < 2 and type(algo).sample is Algo.sample:
         raise ValueError("group_size=1: give at least 2, one response has nothing to compare with")
-    # Collectives wait for a rank that still scores: in training for its budget at most, in an
-    # evaluation for up to rollout_batch responses.
+    # The timeout of collectives must exceed what a rank may still spend on scoring: the budget in
+    # training, the time for rollout_batch responses in an evaluation.
     seconds = max(config.reward_budget, scoring_limit(config.reward_deadline, config.rollout_batch))
     ranks = distributed.init_distributed(scoring_seconds=seconds)
     encoder = Encoder(model, config.min_pixels, config.max_pixels, config.prompt_suffix)

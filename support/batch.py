@@ -2,7 +2,8 @@
 
 A group, one prompt and its G responses, is the unit everywhere: of masking, advantages, dynamic
 sampling and packing. Groups never travel between ranks. To compute log-probs, whole groups are
-put into a pack: a group is the prompt once, then its responses, which do not see one another.
+put into a pack, one long sequence. A group in it is the prompt once, then its responses: a mask
+keeps them from seeing one another, and the positions of each continue from the prompt's.
 
 Shapes: P = prompt tokens, G = responses per prompt, B = responses of several groups, T = response
 positions (right-padded), N_patch = patches of all images of a prompt, D_patch = values per patch.
