@@ -6,9 +6,8 @@ losses.py has the equations and masking.py the masked view. rollout.py fills the
     prepare   mask the images; record old, reference and masked log-probs, without gradient
     update    one optimizer step per mini-batch on losses.papo_loss
 
-The data they pass is a Group: one prompt, its G responses, and what is recorded about them
-(support/batch.py). A variant, such as variants/vppo.py, is a subclass of Algo: other defaults,
-flags of its own, and some of Algo's steps replaced.
+A variant, such as variants/vppo.py, is a subclass of Algo: other defaults, flags of its own, and
+some of Algo's steps replaced.
 """
 
 from __future__ import annotations
@@ -277,8 +276,7 @@ def pack_loss(policy: Policy, pack: list[Group], algo: Algo, counts: Counts | No
     recorded = partial(pad_and_cat, pack, device=policy.device)  # field -> [B, T]
     response_mask = recorded("response_mask").bool()
     log_probs = policy.log_probs(pack)  # [B, T]
-    # No old log-probs: this is the step's first update, so pi_old = pi. (All groups have them, or
-    # none.)
+    # All groups have old log-probs or none has: in a step's first update pi_old = pi.
     has_old = all(group.old_log_probs is not None for group in pack)
     old_log_probs = recorded("old_log_probs") if has_old else log_probs.detach()
     advantages = torch.cat([group.advantages for group in pack]).to(policy.device)  # [B]
