@@ -182,7 +182,7 @@ def score_batch(trainer, function, tasks, workers, deadline, memory, end) -> lis
     waiting = [range(i, len(tasks), workers) for i in range(workers)]
     while time.monotonic() < end:
         for indices in filter(None, waiting):
-            pipe, process = start_worker(function, [tasks[i] for i in indices], memory)
+            pipe, process = start_worker(trainer, function, [tasks[i] for i in indices], memory)
             running[pipe] = process, indices, time.monotonic() + deadline
         waiting = []
         if not running:
@@ -210,12 +210,13 @@ def score_batch(trainer, function, tasks, workers, deadline, memory, end) -> lis
     return outcomes
 
 
-def start_worker(function, tasks: list[tuple], memory: float) -> tuple[Connection, int]:
+def start_worker(trainer, function, tasks: list, memory: float) -> tuple[Connection, int]:
     """A process that scores the tasks one after another, and the pipe that it sends outcomes to."""
     ours, theirs = Pipe(duplex=False)
     process = os.fork()
     if process == 0:
         try:
+            trainer.close()  # else the trainer would not notice the server's death
             limit_memory(memory)
             for task in tasks:
                 theirs.send(score(function, *task))

@@ -271,6 +271,18 @@ def test_a_closed_grader_has_no_process():
         grader(["a"], ["a"])
 
 
+def test_a_dead_server_is_noticed_while_a_worker_hangs(write):
+    """A worker inherits the server's pipe to the trainer, which must not stay open there."""
+    kills = (
+        "def f(response, answer):\n    os.kill(os.getppid(), signal.SIGKILL)\n    time.sleep(60)\n"
+    )
+    start = time.monotonic()
+    with Grader(write(kills), workers=1, deadline=50.0) as grader:
+        with pytest.raises(RewardError, match="the scoring server died"):
+            grader(["a"], ["a"])
+    assert time.monotonic() - start < 40
+
+
 def test_a_signal_to_the_whole_job_leaves_scoring_to_the_trainer(tmp_path, monkeypatch):
     """The server outlives SIGTERM, and a module of the current folder hides none of Python's."""
     (tmp_path / "queue.py").write_text("raise SystemExit('not the standard library')")
