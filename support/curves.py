@@ -216,4 +216,4 @@ def _widen(ax, title: str) -> None:
     least = spans.get(title, spans[EVALUATION])
     low, high = ax.get_ylim()
     missing = max(0.0, least - (high - low)) / 2
-    ax.set_ylim(low - missing, high + missing)
+    ax.set_ylim(max(low - missing, min(low, 0.0)), high + missing)  # but not across 0
