@@ -45,9 +45,10 @@ def add_adapters(model, rank: int, alpha: float, source: str) -> None:
     config.base_model_name_or_path = source
     inject_adapter_in_model(config, model)  # which freezes all other parameters
     for name, parameter in adapter_parameters(model).items():
-        parameter.data = parameter.data.float()
+        value = torch.zeros(parameter.shape)
         if "lora_A" in name:
-            nn.init.kaiming_uniform_(parameter, a=math.sqrt(5), generator=seeded(name))
+            nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=seeded(name))
+        parameter.data = value.to(parameter.device)
 
 
 def adapter_parameters(model) -> dict[str, nn.Parameter]:
