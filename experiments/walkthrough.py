@@ -1,12 +1,14 @@
-r"""Run docs/walkthrough.md: its Python blocks top to bottom, its figures, its printed numbers.
+r"""Run the walkthrough's two pages: Python blocks top to bottom, figures, printed numbers.
 
-    python -m experiments.walkthrough              run the page, draw its figures
-    python -m experiments.walkthrough --write      put what the blocks print into the page
-    python -m experiments.walkthrough --notebook walkthrough.ipynb     the page as a notebook
+    python -m experiments.walkthrough              run both pages, draw their figures
+    python -m experiments.walkthrough --first      the first alone, docs/walkthrough.md
+    python -m experiments.walkthrough --write      put what the blocks print into the pages
+    python -m experiments.walkthrough --notebook walkthrough.ipynb     the pages as a notebook
 
-A page is Markdown. Its ```python blocks run in order and share one namespace. A ```text block after
-one of them holds what it prints; numbers there must agree with those that come out, up to rounding,
-or in a ```text roughly block up to what rounding does to fifty steps of training.
+A page is Markdown. The ```python blocks, folded ones too, run in order and share one namespace; the
+second page goes on in that of the first. A ```text block after one of them holds what it prints.
+The numbers there must agree with those that come out, up to rounding, or in a ```text roughly block
+up to what rounding does to thirty steps of training.
 """
 
 from __future__ import annotations
@@ -23,19 +25,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "walkthrough.md"
+PAGES = (ROOT / "docs" / "walkthrough.md", ROOT / "docs" / "walkthrough-training.md")
 # What may come out differently, as a share of a number's size, or of 1 for smaller ones. Rounding
 # depends on the CPU's instructions: the page is from a CPU without AVX-512; with it, three numbers
 # were 2 to 4% off.
 TOLERANCES = {"text": 0.05, "text roughly": 0.25}
 NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
-
-
 FENCE = re.compile(r"^```(python|text|text roughly)\n(.*?)^```\n", re.M | re.S)
 
 
 class Part(NamedTuple):
-    """A piece of the page: prose, code, or the output of the code before it."""
+    """A piece of a page: prose, code, or the output of the code before it."""
 
     kind: str  # "prose", "python", "text" or "text roughly"
     text: str  # without the fences
@@ -57,18 +57,17 @@ def parse(page: str) -> list[Part]:
     return parts
 
 
-def run(parts: list[Part], name: str) -> list[str]:
-    """Run the Python parts in one namespace; returns per part what the last of them printed.
+def run(parts: list[Part], page: Path, namespace: dict) -> list[str]:
+    """Run a page's Python parts in `namespace`; returns per part what the last of them printed.
 
     A block that fails raises its own error, with the line of the page in the traceback.
     """
-    namespace = {"__name__": "walkthrough"}
     out, printed = io.StringIO(), []
     for part in parts:
         if part.kind == "python":
-            print(f"line {part.line}: {part.text.splitlines()[0]}", file=sys.stderr)
+            print(f"{page.name}:{part.line}: {part.text.splitlines()[0]}", file=sys.stderr)
             above = "\n" * (part.line - 1)  # so that a traceback names the page's lines
-            code = compile(above + part.text, name, "exec")
+            code = compile(above + part.text, str(page), "exec")
             with contextlib.redirect_stdout(io.StringIO()) as out:
                 exec(code, namespace)
         printed.append(out.getvalue())
@@ -92,13 +91,13 @@ def difference(expected: str, found: str, tolerance: float) -> str:
     return ""
 
 
-def differences(parts: list[Part], printed: list[str]) -> list[str]:
+def differences(parts: list[Part], printed: list[str], page: Path) -> list[str]:
     """A line for every output that is not the page's."""
     problems = []
     for part, found in zip(parts, printed, strict=True):
         if part.kind in TOLERANCES:
             problem = difference(part.text, found, TOLERANCES[part.kind])
-            problems += [f"line {part.line}: {problem}"] if problem else []
+            problems += [f"{page.name}:{part.line}: {problem}"] if problem else []
     return problems
 
 
@@ -112,10 +111,13 @@ def write(parts: list[Part], printed: list[str]) -> str:
 
 
 def notebook(parts: list[Part]) -> dict:
-    """The page as a Jupyter notebook without outputs, to be run in the repository's root."""
+    """The parts as a Jupyter notebook without outputs, to be run in the repository's root."""
     cells = []
     for part in parts:
-        text = part.text.strip("\n")
+        text = part.text
+        if part.kind == "prose":  # a fold cannot span cells
+            text = re.sub(r"^</?details>.*\n", "", text, flags=re.M)
+        text = text.strip("\n")
         if part.kind in TOLERANCES or not text:
             continue
         cell = {"metadata": {}, "source": text.splitlines(keepends=True)}
@@ -133,22 +135,26 @@ def notebook(parts: list[Part]) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Run docs/walkthrough.md.")
-    parser.add_argument("--write", action="store_true", help="put what comes out into the page")
-    parser.add_argument("--notebook", type=Path, help="write the page as a notebook, run nothing")
+    parser = argparse.ArgumentParser(description="Run the walkthrough's pages.")
+    parser.add_argument("--first", action="store_true", help="the first page alone")
+    parser.add_argument("--write", action="store_true", help="put what comes out into the pages")
+    parser.add_argument("--notebook", type=Path, help="write the pages as a notebook, run nothing")
     args = parser.parse_args()
-    parts = parse(PAGE.read_text())
+    pages = {page: parse(page.read_text()) for page in PAGES[: 1 if args.first else None]}
     if args.notebook:
-        args.notebook.write_text(json.dumps(notebook(parts), indent=1) + "\n")
+        args.notebook.write_text(json.dumps(notebook(sum(pages.values(), [])), indent=1) + "\n")
         print(args.notebook)
         return
     os.chdir(ROOT)
-    printed = run(parts, str(PAGE))
-    if args.write:
-        PAGE.write_text(write(parts, printed))
-        return
-    problems = differences(parts, printed)
-    print("\n".join(problems) or "every printed number is the page's")
+    namespace, problems = {"__name__": "walkthrough"}, []
+    for page, parts in pages.items():
+        printed = run(parts, page, namespace)
+        if args.write:
+            page.write_text(write(parts, printed))
+        else:
+            problems += differences(parts, printed, page)
+    if not args.write:
+        print("\n".join(problems) or "every printed number is the page's")
     sys.exit(1 if problems else 0)
 
 

@@ -1,14 +1,16 @@
-"""The walkthrough: how its page is parsed, run and compared; and, slowly, the page itself."""
+"""The walkthrough: how a page is parsed, run and compared; and, slowly, the pages themselves."""
 
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
 from experiments import walkthrough
 
+NAME = Path("page.md")
 PAGE = """# Title
 
 ```python
@@ -33,39 +35,41 @@ done
 
 def test_a_page_runs_and_its_numbers_are_compared_within_their_tolerance():
     parts = walkthrough.parse(PAGE)
-    printed = walkthrough.run(parts, "page.md")
-    assert walkthrough.differences(parts, printed) == []
+    printed = walkthrough.run(parts, NAME, {})
+    assert walkthrough.differences(parts, printed, NAME) == []
     assert walkthrough.write(parts, printed) == PAGE.replace("accuracy 0.9", "accuracy 0.8")
     wrong = walkthrough.parse(PAGE.replace("x is 2.0\n", "x is 2.2\n"))
-    [problem] = walkthrough.differences(wrong, printed)
-    assert problem == "line 8: the page says 'x is 2.2', the code 'x is 2.0'"
+    [problem] = walkthrough.differences(wrong, printed, NAME)
+    assert problem == "page.md:8: the page says 'x is 2.2', the code 'x is 2.0'"
     for old, new in (("0.9", "0.5"), ("done\n```", "gone\n```"), ("done\n```", "```")):
         other = walkthrough.parse(PAGE.replace(old, new))
-        assert len(walkthrough.differences(other, printed)) == 1, (old, new)
+        assert len(walkthrough.differences(other, printed, NAME)) == 1, (old, new)
 
 
 def test_an_error_names_the_line_of_the_page():
     parts = walkthrough.parse("Text.\n\n```python\nx = 1\nassert x == 2\n```\n")
     with pytest.raises(AssertionError) as caught:
-        walkthrough.run(parts, "page.md")
+        walkthrough.run(parts, NAME, {})
     assert caught.traceback[-1].lineno + 1 == 5
     with pytest.raises(ValueError, match="line 1: a block is not closed"):
         walkthrough.parse("```python\nx = 1\n")
 
 
 def test_the_notebook_has_every_block():
-    parts = walkthrough.parse(walkthrough.PAGE.read_text())
-    code = [cell for cell in walkthrough.notebook(parts)["cells"] if cell["cell_type"] == "code"]
+    parts = sum([walkthrough.parse(page.read_text()) for page in walkthrough.PAGES], [])
+    cells = walkthrough.notebook(parts)["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
     assert len(code) == sum(part.kind == "python" for part in parts) >= 12
+    assert "details>" not in str(cells)
     for cell in code:
         compile("".join(cell["source"]), "cell", "exec")
 
 
 @pytest.mark.slow
-def test_every_number_of_the_page_comes_out(tmp_path):
+def test_every_number_of_the_pages_comes_out(tmp_path):
     shutil.copytree(ROOT, tmp_path / "repo", ignore=shutil.ignore_patterns(".git", "runs"))
     command = [sys.executable, "-m", "experiments.walkthrough"]
     done = subprocess.run(command, cwd=tmp_path / "repo", capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    figure = tmp_path / "repo" / "docs" / "walkthrough" / "fifty_steps.png"
+    figure = tmp_path / "repo" / "docs" / "walkthrough" / "compare.png"
     assert figure.stat().st_size > 5000
