@@ -1,13 +1,11 @@
 r"""Evaluate by the paper's protocol, ask one question, or draw a response's image attribution.
 
     python evaluate.py --model runs/papo_g-toy-s0/model
-    torchrun --nproc_per_node 2 -- evaluate.py --model DIR_OR_HUB --data all --n 8 --out results
+    torchrun --nproc_per_node 2 -- evaluate.py --model MODEL --data all --n 8    (-- keeps --n ours)
     python evaluate.py --grade predictions/*.jsonl
     python evaluate.py --model MODEL --ask "How many red dots are there?" --image dots.png
     python evaluate.py --model MODEL --explain --row SET:NUMBER
     python evaluate.py --compare runs/grpo-toy-s0 runs/papo_g-toy-s0
-
-(Without the -- before evaluate.py, torchrun takes --n for an option of its own.)
 
 The paper's protocol: 8 samples per question at temperature 1, and their average accuracy (avg@8),
 graded on the boxed answer alone. support/protocol.py has its other settings, predictions.py the
@@ -21,15 +19,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import masking
-from papo import Algo
+from papo import Algo, algo_class
 from rollout import Sampling, generate
 from support import StepError, curves, distributed, pages, predictions, toy
 from support import config as flags
@@ -151,20 +148,31 @@ def make_grader(config: EvalConfig) -> Grader:
 def explain(policy: Policy, prompt: Prompt, config: EvalConfig) -> None:
     """Sample a response, and write a page: how much likelier each token is under the image than
     under masked images, or with one part of the image black."""
-    algo = Algo(**pages.mask_settings(config.model))  # those of its run, if known
-    saliency = saliency_for(algo.mask_strategy, config.data)
+    algo = algo_of(config.model)
+    policy.saliency = saliency_for(algo.mask_strategy, config.data)
     # images_aug is a fixed view: one pass is enough.
     n_masks = 1 if "images_aug" in prompt.more_pixel_values else config.masks
     views = []
     for number in range(n_masks):
         generator = seeded("explain", config.seed, number)
-        views.append(masking.mask_prompt(prompt, algo, policy.encoder, generator, saliency))
+        views.append(algo.view("mask", prompt, policy, generator))
     key = ("explain", config.seed)
     [group] = generate(policy, [prompt], 1, Sampling.of(config), key=key)
     page = Path(config.out or "explained", "explanation.html")
     pages.explain(policy, group, views, config.heat_patches, page)
     print(f"question: {prompt.example.question.replace('<image>', '')}")
     print(f"response: {group.responses[0]}\n{page}")
+
+
+def algo_of(model: str) -> Algo:
+    """The algorithm of the run that a model/ folder lies in, or papo_g if there is none, or if its
+    view needs further image columns, which evaluations do not read."""
+    run = Path(model).parent
+    saved = flags.saved_config(run) if (run / "config.json").is_file() else {}
+    name = saved.get("algo", "papo_g")
+    variant = algo_class(str(run / Path(name).name) if name.endswith(".py") else name)
+    kind = Algo if variant.columns else variant
+    return kind(**{field.name: saved[field.name] for field in fields(kind) if field.name in saved})
 
 
 # -------------------------------------------------------------------------------------- the command

@@ -11,8 +11,8 @@ caller's generator draws one mask per prompt, shared by its group. Semantic mask
 saliency map: DINOv2's attention (support/saliency.py), or the toy's dots.
 
 To add a corruption, write a function patches -> (masked, patch_mask), add its name to STRATEGIES
-and a branch to `mask_prompt`. Its parameters are fields of papo.Algo. (For a further KL term, not
-another corruption, see papo.Algo.views.)
+and a branch to `mask_prompt`; its parameters are fields of papo.Algo. Or replace papo.Algo.view in
+a method of your own. (For a further KL term see papo.Algo.views.)
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ class Algo:
     def view(self, name: str, prompt: Prompt, policy: Policy, generator) -> tuple[Tensor, Tensor]:
         """The pixels of a view, [N_patch, D_patch], and which patches changed, [N_patch] bool.
 
-        A variant with further views tells them apart by name, and leaves "mask" to super()."""
+        A variant with further views tells them apart by name; super() has "mask"."""
         # policy.saliency is set at the start of a run where masks are semantic.
         return masking.mask_prompt(prompt, self, policy.encoder, generator, policy.saliency)
 
@@ -177,10 +177,9 @@ def prepare(
     for batch in batches:
         with torch.no_grad():
             weights = algo.weigh(batch, policy)
-        if weights:
-            check_weights(weights, algo, batch)
-            for group, weight in zip(batch, weights, strict=True):
-                group.weights = weight.expand(group.tokens.shape)
+        check_weights(weights, algo, batch)
+        for group, weight in zip(batch, weights, strict=False):  # none: no weighting
+            group.weights = weight.expand(group.tokens.shape)
     return metrics
 
 

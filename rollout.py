@@ -35,8 +35,6 @@ from support.qwen_vl import Policy
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling settings."""
-
     max_new_tokens: int
     temperature: float = 1.0  # 0: greedy
     top_p: float = 1.0

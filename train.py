@@ -2,7 +2,6 @@ r"""Train a vision-language model with PAPO, GRPO or DAPO, on one or more device
 
     torchrun train.py --algo papo_g                 a toy on a laptop: a tiny model counts dots
     torchrun --nproc_per_node 2 train.py --algo papo_g --model Qwen/Qwen2.5-VL-3B-Instruct
-    torchrun train.py --resume runs/papo_g-toy-s0 --steps 100
 
 `train` is the paper's loop. PAPO adds one term to GRPO or DAPO:
 

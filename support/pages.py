@@ -28,7 +28,6 @@ from support.qwen_vl import Encoder, Policy
 
 TEMPLATES = Path(__file__).with_name("pages")
 LONGEST_SIDE = 448  # pixels of an image on a page
-MASK_SETTINGS = ("mask_ratio", "mask_strategy", "mask_sigma")
 
 
 def write(out: Path, template: str, **values: str) -> Path:
@@ -49,16 +48,6 @@ def image_url(image: Image.Image) -> str:
 
 
 # ---------------------------------------------------------------------------------- one explanation
-
-
-def mask_settings(model: str) -> dict:
-    """The mask_* settings that a model was trained with; {} if unknown.
-
-    They are in the config.json of the run that an exported model/ folder lies in.
-    """
-    path = Path(model).parent / "config.json"
-    config = json.loads(path.read_text()) if path.is_file() else {}
-    return {name: config[name] for name in MASK_SETTINGS if name in config}
 
 
 @torch.no_grad()

@@ -209,7 +209,7 @@ class Run:
         text = json.dumps(config, indent=1) + "\n"
         checkpoint.write_atomically(self.folder / "config.json", text)
         if self.config.algo.endswith(".py"):
-            keep_copy(Path(self.config.algo), self.folder)
+            keep_copy(Path(self.config.algo), self.folder, resuming=bool(self.config.resume))
         last_kept = self.step if resuming else -1
         rewind(self.folder / "samples.jsonl", last_kept)
         lines = rewind(self.folder / "metrics.jsonl", last_kept)

@@ -51,7 +51,11 @@ def is_unused(folder: Path) -> bool:
     """Whether a folder is missing, or holds at most what a start leaves that failed."""
     if not folder.exists():
         return True
-    return folder.is_dir() and {path.name for path in folder.iterdir()} <= {".lock", ".config.json"}
+    if not folder.is_dir():
+        return False
+    names = {path.name for path in folder.iterdir()}
+    others = names - {".lock", ".config.json", "config.json", "data.json", "wandb_id"}
+    return not others or ("config.json" in names and all(name.endswith(".py") for name in others))
 
 
 def lock(folder: Path):
@@ -75,10 +79,10 @@ def lock(folder: Path):
     return file
 
 
-def keep_copy(source: Path, folder: Path) -> None:
+def keep_copy(source: Path, folder: Path, resuming: bool) -> None:
     """Copy a file of the user's into a new run; warn where a resumed run meets another version."""
     copy = folder / source.name
-    if not copy.exists():
+    if not resuming or not copy.exists():
         shutil.copy(source, copy)
     elif copy.read_bytes() != source.read_bytes():
         print(f"{source} differs from the run's copy of it, {copy}", file=sys.stderr)

@@ -84,7 +84,7 @@ def check_view(view, algo, name: str, prompt: Prompt) -> None:
     """StepError if a step `view` returned anything but pixels and a mask of patches."""
     n, width = prompt.pixel_values.shape
     expected = [f"float32[{n}, {width}]", f"bool[{n}]"]
-    found = [_describe(each) for each in view]
+    found = [_describe(each) for each in view] if isinstance(view, tuple) else [_describe(view)]
     if found != expected:
         raise StepError(
             f"{type(algo).__name__}.view({name!r}) must return pixels and the changed patches, "
@@ -94,13 +94,17 @@ def check_view(view, algo, name: str, prompt: Prompt) -> None:
 
 def check_weights(weights, algo, groups: list[Group]) -> None:
     """StepError if a step `weigh` returned anything but a factor of each group's advantages."""
-    for weight, group in zip(weights, groups, strict=True):
+    if not isinstance(weights, list) or len(weights) not in (0, len(groups)):
+        found = f"{len(weights)}" if isinstance(weights, list) else _describe(weights)
+        name = f"{type(algo).__name__}.weigh"
+        raise StepError(f"{name} must return a list of {len(groups)} tensors, not {found}")
+    for weight, group in zip(weights, groups, strict=False):
         n, length = group.tokens.shape
         choices = (f"float32[{n}, 1]", f"float32[{n}, {length}]")
         if _describe(weight) not in choices or not weight.isfinite().all():
             raise StepError(
                 f"{type(algo).__name__}.weigh must return {' or '.join(choices)} per group, "
-                f"finite, not {_describe(weight)}: {str(weight)[:80]!r}"
+                f"finite, not {_describe(weight)}"
             )
 
 
