@@ -5,6 +5,7 @@ import copy
 import inspect
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -147,25 +148,21 @@ def record_calls(monkeypatch):
     return wrap
 
 
-def edited_code(function, old, new):
-    """The code of a function after an edit of its source; to be put in place of its __code__."""
-    function = inspect.unwrap(function)
-    code = function.__code__
-    source = textwrap.dedent(inspect.getsource(function))
-    assert source.count(old) == 1, f"{function.__qualname__} has not one {old!r}: edit another line"
-    names = dict(function.__globals__)
-    above = "\n" * (code.co_firstlineno - 1)  # so that errors name the right lines
-    exec(compile(above + source.replace(old, new), code.co_filename, "exec"), names)
-    return inspect.unwrap(names[function.__name__]).__code__
-
-
 @pytest.fixture()
 def plant(monkeypatch):
     """plant(function, old, new) edits a piece of a function's source, for all who hold it."""
 
     def edit(function, old, new):
-        code = edited_code(function, old, new)
-        monkeypatch.setattr(inspect.unwrap(function), "__code__", code)
+        function = inspect.unwrap(function)
+        source = textwrap.dedent(inspect.getsource(function))
+        assert source.count(old) == 1, f"{function.__qualname__} has not one {old!r}: edit another"
+        names = dict(function.__globals__)
+        above = "\n" * (function.__code__.co_firstlineno - 1)  # so that errors name the right lines
+        exec(
+            compile(above + source.replace(old, new), function.__code__.co_filename, "exec"), names
+        )
+        code = inspect.unwrap(names[function.__name__]).__code__
+        monkeypatch.setattr(function, "__code__", code)
 
     return edit
 
@@ -181,6 +178,7 @@ SMALL_RUN = (
     "--max_new_tokens 6 --eval_rows 4 --eval_every 2 --tokens_per_forward 150 --rollout_batch 6 "
     "--lr 1e-3 --save_every 2"
 )
+FINISHED = "--algo papo_g --kl_ref_coef 0.01 --steps 3 --save_every 3 --keep 1"
 
 
 @contextmanager
@@ -207,6 +205,21 @@ def run(folder, tmp_path):
 
     with process_restored():
         yield train_once
+
+
+@pytest.fixture(scope="session")
+def finished(folder, tmp_path_factory):
+    """A run that nothing has interrupted: three steps, evaluated and saved after the last."""
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    with process_restored():
+        train.main(run_flags(folder, out, FINISHED))
+    return out
+
+
+@pytest.fixture()
+def finished_copy(finished, tmp_path):
+    """A copy to write to."""
+    return shutil.copytree(finished, tmp_path / "finished")
 
 
 def run_flags(folder, out, flags):

@@ -4,16 +4,14 @@ r"""Kill a run again and again, resume it each time, and compare it with a run t
     python tests/faults.py --kills 20 --ranks 2    torchrun with two workers
 
 Every other kill waits for a checkpoint that is being written; the others come at any moment from
-the start on. Under torchrun half of them hit the whole job, half one worker. Prints one line per
-kill, then whether metrics.jsonl holds every step once and whether metrics and weights equal those
-of the untouched run bit for bit. Exit status 1 if they do not. Takes minutes.
+the start on. Prints what each kill hit, then whether metrics.jsonl holds every step once and
+whether metrics and weights equal those of the untouched run bit for bit. Takes minutes.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import random
 import signal
@@ -21,189 +19,95 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from pathlib import Path
 
-from safetensors.torch import load_file
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from conftest import (  # noqa: E402  (needs the line above)
+    ENVIRONMENT,
+    ROOT,
+    TORCHRUN,
+    check_same_metrics,
+    check_same_weights,
+    run_flags,
+)
 
-from experiments import start_model  # noqa: E402  (needs the line above)
-from support import checkpoint  # noqa: E402
-
-FLAGS = (
-    "--data toy --val_data toy --prompts_per_step 5 --mini_batch 3 --group_size 3 "
-    "--max_new_tokens 6 --eval_rows 4 --eval_every 3 --tokens_per_forward 150 --rollout_batch 6 "
-    "--lr 1e-3 --save_every 1"
-).split()
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-TIMED_METRICS = ("seconds", "tokens_per")  # prefixes of metrics that a clock decides
+from experiments import start_model  # noqa: E402
+from support.run_folder import read_log  # noqa: E402
 
 
 def launch(ranks: int, *flags: str) -> subprocess.Popen:
     """Start a run as a user would: plain Python for one rank, torchrun for more."""
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks)] if ranks > 1 else []
-    return subprocess.Popen(
-        [sys.executable, *torchrun, str(ROOT / "train.py"), *flags],
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    python = [sys.executable] if ranks == 1 else [*TORCHRUN, "--nproc_per_node", str(ranks)]
+    command = [*python, str(ROOT / "train.py"), *flags]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=ENVIRONMENT, **quiet)
 
 
 def process_tree(pid: int) -> list[int]:
     """A process and all its descendants."""
-    children = Path(f"/proc/{pid}/task/{pid}/children")
-    pids = [pid]
-    if children.exists():
-        for child in children.read_text().split():
-            pids += process_tree(int(child))
-    return pids
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [pid, *(each for child in children for each in process_tree(int(child)))]
 
 
-def kill(process: subprocess.Popen, all_of_it: bool) -> None:
-    """SIGKILL the process and its descendants, or one torchrun worker, which then ends the rest."""
-    pids = process_tree(process.pid)
-    if not all_of_it:
-        workers = [pid for pid in pids[1:] if b"train.py" in command_line(pid)]
-        pids = workers[-1:] or pids
-    for pid in pids:
+def is_saving(run_dir: Path) -> bool:
+    """Whether the checkpoint of the last logged step is incomplete."""
+    lines = read_log(run_dir / "metrics.jsonl")
+    newest = run_dir / "checkpoints" / f"step_{lines[-1]['step'] if lines else 0:06d}"
+    return newest.exists() and not (newest / ".metadata").exists()
+
+
+def kill(process: subprocess.Popen, run_dir: Path, during_save: bool, rng: random.Random) -> str:
+    """SIGKILL the process and its descendants at some moment. Returns what it was doing."""
+    lines = len(read_log(run_dir / "metrics.jsonl"))
+    enough, latest = lines + rng.randrange(3), time.time() + rng.choice([1e9, 15 * rng.random()])
+    while process.poll() is None:
+        if len(read_log(run_dir / "metrics.jsonl")) > enough:
+            if not during_save:
+                time.sleep(rng.random())
+                break
+            if is_saving(run_dir):
+                break
+        elif not during_save and time.time() > latest:
+            break
+        time.sleep(0.002)
+    assert process.poll() is None, f"the run ended by itself: {process.stderr.read()[-2000:]}"
+    moment = "saving" if is_saving(run_dir) else "at work"
+    for pid in process_tree(process.pid):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     process.communicate()
+    return moment
 
 
-def command_line(pid: int) -> bytes:
-    return Path(f"/proc/{pid}/cmdline").read_bytes()
-
-
-def metric_lines(run_dir: Path) -> list[dict]:
-    """The complete lines of a run's metrics, without the timed ones."""
-    path = run_dir / "metrics.jsonl"
-    if not path.exists():
-        return []
-    complete_lines = path.read_text().split("\n")[:-1]
-    parsed = [json.loads(text) for text in complete_lines]
-    return [
-        {key: value for key, value in line.items() if not key.startswith(TIMED_METRICS)}
-        for line in parsed
-    ]
-
-
-def partial_checkpoints(run_dir: Path) -> set[tuple[str, int]]:
-    """Folders of saves or deletions that are under way or were killed: those without .metadata.
-
-    The inode tells a new one from an old one of the same name.
-    """
-    found = set()
-    for path in run_dir.glob("checkpoints/step_*"):
-        with contextlib.suppress(FileNotFoundError):
-            if not (path / ".metadata").exists():
-                found.add((path.name, path.stat().st_ino))
-    return found
-
-
-def wait_for_kill(
-    process: subprocess.Popen, run_dir: Path, during_save: bool, rng: random.Random
-) -> str:
-    """Wait until the moment of the kill. Returns what the run was doing."""
-    start = time.time()
-    lines_before, partial_before = len(metric_lines(run_dir)), partial_checkpoints(run_dir)
-    enough_lines = lines_before + rng.randrange(3)
-    # One time in three an unaimed kill may come before the first step.
-    latest = rng.choice([1e9, 1e9, 15 * rng.random()])
-    while process.poll() is None:
-        lines = len(metric_lines(run_dir))
-        if during_save:
-            if lines >= enough_lines and partial_checkpoints(run_dir) - partial_before:
-                time.sleep(rng.random() * 0.02)
-                if partial_checkpoints(run_dir) - partial_before:  # still
-                    break
-        elif lines > enough_lines:
-            time.sleep(rng.random())
-            break
-        elif time.time() - start > latest:
-            break
-        time.sleep(0.002)
-    if process.poll() is not None:
-        raise AssertionError(f"the run ended by itself: {process.stderr.read()[-2000:]}")
-    if partial_checkpoints(run_dir) - partial_before:
-        return "saving"
-    return "at work" if len(metric_lines(run_dir)) > lines_before else "starting"
-
-
-def weights(run_dir: Path) -> dict:
-    return load_file(run_dir / "model" / "model.safetensors")
-
-
-def compare_with_killed(
-    model: str, scratch: Path, kills: int, ranks: int, steps: int, seed: int = 0
-) -> dict:
-    """Run once untouched and once with kills. Returns what the kills hit, and what is equal."""
-    flags = [*FLAGS, "--model", model, "--steps", str(steps)]
-    untouched, killed = scratch / "untouched", scratch / "killed"
-    reference = launch(ranks, *flags, "--out", str(untouched))
-    moments = kill_repeatedly(killed, flags, kills, ranks, random.Random(seed))
-    last = launch(ranks, "--resume", str(killed))
-    _, errors = last.communicate()
-    assert last.returncode == 0, errors[-3000:]
-    reference.communicate()
-    steps_logged = [line["step"] for line in metric_lines(killed) if "reward" in line]
-    expected, resumed = weights(untouched), weights(killed)
-    return {
-        "during": moments,
-        "every step once": steps_logged == list(range(1, steps + 1)),
-        "metrics equal": metric_lines(untouched) == metric_lines(killed),
-        "weights equal": all(expected[name].equal(resumed[name]) for name in expected),
-        "nothing partial is left": not partial_checkpoints(killed),
-    }
-
-
-def kill_repeatedly(
-    run_dir: Path, flags: list[str], kills: int, ranks: int, rng: random.Random
-) -> list[str]:
-    """Start or resume the run and kill it, `kills` times. Returns what each kill interrupted."""
-    print(f"{'kill':>4} {'after s':>8}  {'while':<9} {'checkpoints':<26} {'lines':>5}  partial")
-    moments = []
+def compare_with_killed(model: str, scratch: Path, kills: int, ranks: int) -> list[str]:
+    """Run once untouched and once with kills, and compare. Returns what the kills hit."""
+    untouched, killed, moments = scratch / "untouched", scratch / "killed", []
+    rng, steps = random.Random(0), 2 * kills + 4
+    flags = f"--steps {steps} --eval_every 3 --save_every 1"
+    reference = launch(ranks, *run_flags(model, untouched, flags))
     for number in range(kills):
-        start = time.time()
-        if (run_dir / "config.json").exists():
-            process = launch(ranks, "--resume", str(run_dir))
-        else:
-            process = launch(ranks, *flags, "--out", str(run_dir))
-        moment = wait_for_kill(process, run_dir, during_save=number % 2 == 0, rng=rng)
-        kill(process, all_of_it=ranks == 1 or number % 4 < 2)
-        moments.append(moment)
-        complete = " ".join(path.name for path in checkpoint.complete(run_dir))
-        partial = " ".join(sorted(name for name, _ in partial_checkpoints(run_dir)))
-        print(
-            f"{number + 1:>4} {time.time() - start:>8.1f}  {moment:<9} {complete:<26} "
-            f"{len(metric_lines(run_dir)):>5}  {partial}",
-            flush=True,
-        )
+        begun = (killed / "config.json").exists()
+        words = ["--resume", str(killed)] if begun else run_flags(model, killed, flags)
+        moments.append(kill(launch(ranks, *words), killed, number % 2 == 0, rng))
+        print(f"kill {number + 1}: {moments[-1]}", flush=True)
+    for process in (launch(ranks, "--resume", str(killed)), reference):
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors[-3000:]
+    steps_logged = [x["step"] for x in read_log(killed / "metrics.jsonl") if "reward" in x]
+    assert steps_logged == list(range(1, steps + 1))
+    assert all((path / ".metadata").exists() for path in killed.glob("checkpoints/step_*"))
+    check_same_metrics(untouched, killed)
+    check_same_weights(untouched, killed)
     return moments
 
 
-def main() -> None:
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--ranks", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
     args = parser.parse_args()
-    steps = 2 * args.kills + 4
     with tempfile.TemporaryDirectory() as scratch:
         model = start_model.build(0, Path(scratch) / "model", steps=2)
-        result = compare_with_killed(
-            str(model), Path(scratch), args.kills, args.ranks, steps, args.seed
-        )
-    moments = Counter(result.pop("during"))
-    print(", ".join(f"{times} while {moment}" for moment, times in moments.items()))
-    for what, holds in result.items():
-        print(f"{what}: {'yes' if holds else 'NO'}")
-    sys.exit(not all(result.values()))
-
-
-if __name__ == "__main__":
-    main()
+        compare_with_killed(str(model), Path(scratch), args.kills, args.ranks)
+    print("every step once, metrics and weights equal: yes")

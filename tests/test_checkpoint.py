@@ -6,9 +6,8 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
-import socket
-import subprocess
 import weakref
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -17,9 +16,7 @@ import faults
 import pytest
 import torch
 from conftest import (
-    ENVIRONMENT,
-    ROOT,
-    TORCHRUN,
+    FINISHED,
     check_same_metrics,
     check_same_weights,
     lines_with,
@@ -65,14 +62,18 @@ def one_rank():
         yield
 
 
+def step(model, optimizer):
+    model(torch.ones(1, 64)).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 @pytest.fixture()
 def model_and_optimizer(one_rank):
-    """A small model after one optimizer step."""
+    """A small model before its first optimizer step."""
+    torch.manual_seed(0)
     model = torch.nn.Linear(64, 64)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    model(torch.ones(1, 64)).sum().backward()
-    optimizer.step()
-    return model, optimizer
+    return model, torch.optim.AdamW(model.parameters(), lr=0.1)
 
 
 def test_the_newest_checkpoints_are_kept_and_leftovers_deleted(model_and_optimizer, tmp_path):
@@ -81,25 +82,34 @@ def test_the_newest_checkpoints_are_kept_and_leftovers_deleted(model_and_optimiz
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
     assert checkpoint.complete(tmp_path) == []
     left = []
-    for step in (1, 2, 3):
-        state = {"step": step, "position": 7 * step}
+    for number in (1, 2, 3):
+        step(*model_and_optimizer)
+        state = {"step": number, "position": 7 * number}
         checkpoint.save(tmp_path, *model_and_optimizer, state, keep=2)
         left.append([int(name[-6:]) for name in checkpoint_names(tmp_path)])
     assert left == [[1], [1, 2], [2, 3]]
     newest = checkpoint.complete(tmp_path)[-1]
     assert checkpoint.load(newest, *model_and_optimizer) == {"step": 3, "position": 21}
+    for damaged, kept_bytes in itertools.product(("*.distcp", ".metadata"), (0, -50)):
+        copy = shutil.copytree(newest, tmp_path / "copy", dirs_exist_ok=True)
+        [file] = copy.glob(damaged)
+        file.write_bytes(file.read_bytes()[:kept_bytes])
+        with pytest.raises(OSError, match="copy cannot be read: delete it") as error:
+            checkpoint.load(copy, *model_and_optimizer)
+        assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("damaged", ["*.distcp", ".metadata"])
-@pytest.mark.parametrize("kept_bytes", [0, -50])
-def test_a_damaged_checkpoint_is_named(model_and_optimizer, tmp_path, damaged, kept_bytes):
-    checkpoint.save(tmp_path, *model_and_optimizer, {"step": 1, "position": 7}, keep=1)
-    [saved] = checkpoint.complete(tmp_path)
-    [file] = saved.glob(damaged)
-    file.write_bytes(file.read_bytes()[:kept_bytes])
-    with pytest.raises(OSError, match="step_000001 cannot be read: delete it") as error:
-        checkpoint.load(saved, *model_and_optimizer)
-    assert "\n" not in str(error.value)
+def test_a_checkpoint_before_the_first_update_resumes_exactly(model_and_optimizer, tmp_path):
+    """As dynamic sampling may leave it: AdamW has no state, and its counter must start at 0."""
+    model, optimizer = model_and_optimizer
+    checkpoint.save(tmp_path, model, optimizer, {"step": 1, "position": 7}, keep=1)
+    step(model, optimizer)
+    expected = model.weight.detach().clone()
+    other = torch.nn.Linear(64, 64)
+    other_optimizer = torch.optim.AdamW(other.parameters(), lr=0.1)
+    checkpoint.load(checkpoint.complete(tmp_path)[-1], other, other_optimizer)
+    step(other, other_optimizer)
+    assert torch.equal(other.weight, expected)
 
 
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
@@ -149,8 +159,6 @@ def test_log_lines_survive_a_full_disk_and_a_kill(tmp_path, capsys):
     assert run_module.read_log(path) == lines[:1]  # no half line is left behind
     assert "error: a line of" in capsys.readouterr().err
     run_module.append(path, lines[1:])
-    assert run_module.read_log(path) == lines
-
     path.write_text(path.read_text() + '{"step": 4, "te')  # killed in the middle of a line
     assert run_module.rewind(path, 2) == lines[:3]
     assert run_module.read_log(path) == lines[:3]
@@ -163,51 +171,28 @@ def test_training_continues_when_a_save_fails(run, monkeypatch, capsys):
     original_save, left = train.Run.save, []
 
     def save(self):
-        with full_disk(50_000) if self.step == 3 else nullcontext():
+        with full_disk(50_000) if self.step == 2 else nullcontext():
             original_save(self)
         left.append(checkpoint_names(self.folder))
 
     monkeypatch.setattr(train.Run, "save", save)
-    out = run("full", "--steps 4 --save_every 1 --eval_every 0 --keep 1")
+    out = run("full", "--steps 3 --save_every 1 --eval_every 0 --keep 1")
     [error] = lines_with(capsys.readouterr().err, "error:")
-    assert error.startswith("error: the checkpoint of step 3 is not written: ")
-    assert left == [["step_000001"], ["step_000002"], ["step_000002"], ["step_000004"]]
-    assert [line["step"] for line in metric_lines(out)] == [1, 2, 3, 4]
-
-
-def train_without_a_first_update(patch):
-    """No group is left of step 1, as in dynamic sampling: AdamW has no state when it ends."""
-    original = train.collect
-
-    def collect(run, algo, step):
-        groups, metrics = original(run, algo, step)
-        return groups if step else [], metrics
-
-    patch.setattr(train, "collect", collect)
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(folder, tmp_path_factory):
-    """The run that interrupted ones are compared with."""
-    out = tmp_path_factory.mktemp("runs") / "uninterrupted"
-    with process_restored(), pytest.MonkeyPatch.context() as patch:
-        train_without_a_first_update(patch)
-        train.main(run_flags(folder, out, "--steps 3 --save_every 3"))
-    return out
+    assert error.startswith("error: the checkpoint of step 2 is not written: ")
+    assert left == [["step_000001"], ["step_000001"], ["step_000003"]]
+    assert [line["step"] for line in metric_lines(out)] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(
     "at, number, saved",
     [
         ((train, "generate", 1), signal.SIGTERM, 0),  # after an evaluation is in the log
-        ((train, "generate", 2), signal.SIGTERM, 1),
-        ((train, "grade", 3), signal.SIGINT, 2),
+        ((train, "grade", 2), signal.SIGINT, 1),
         ((evaluate, "generate", 3), signal.SIGTERM, 2),
     ],
 )
-def test_a_signal_loses_nothing(run, uninterrupted, monkeypatch, capsys, at, number, saved):
+def test_a_signal_loses_nothing(run, finished, monkeypatch, capsys, at, number, saved):
     """Saved at once, but for step 0, and resumed to the same metrics and weights."""
-    train_without_a_first_update(monkeypatch)
     module, function, call = at
     original, calls = getattr(module, function), itertools.count(1)
 
@@ -217,14 +202,14 @@ def test_a_signal_loses_nothing(run, uninterrupted, monkeypatch, capsys, at, num
         return original(*args, **kwargs)
 
     monkeypatch.setattr(module, function, signalled)
-    out = run("stopped", "--steps 3 --save_every 3")
+    out = run("stopped", FINISHED)
     monkeypatch.setattr(module, function, original)
     assert checkpoint_names(out) == [f"step_{saved:06d}"] * (saved > 0)
     assert f"stopped after step {saved}" in capsys.readouterr().out
     assert not (out / "model").exists()
     train.main(["--resume", str(out)])
-    check_same_metrics(uninterrupted, out)
-    check_same_weights(uninterrupted, out)
+    check_same_metrics(finished, out)
+    check_same_weights(finished, out)
 
 
 def test_out_of_memory_is_one_line(run, monkeypatch):
@@ -237,36 +222,28 @@ def test_out_of_memory_is_one_line(run, monkeypatch):
         run("oom", "--steps 1 --eval_every 0")
 
 
-def test_a_finished_run_without_a_checkpoint_is_kept(run, capsys):
-    out = run("unsaved", "--steps 1 --eval_every 0 --save_every 0")
-    before = (out / "metrics.jsonl").read_bytes()
-    with pytest.raises(SystemExit):
-        train.main(["--resume", str(out), "--steps", "2"])
-    assert "unsaved has a model but no checkpoint: nothing to resume" in capsys.readouterr().err
-    assert (out / "metrics.jsonl").read_bytes() == before
+def test_a_folder_in_use_or_without_a_checkpoint_is_kept(finished_copy, monkeypatch, capsys):
+    """A killed torchrun's workers may still hold it when the job is started again."""
+    before = (finished_copy / "metrics.jsonl").read_bytes()
 
+    def check_refused(message):
+        with process_restored(), pytest.raises(SystemExit, match="2"):
+            train.main(["--resume", str(finished_copy), "--steps", "4"])
+        assert message in capsys.readouterr().err
+        assert (finished_copy / "metrics.jsonl").read_bytes() == before
 
-def test_a_folder_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, capsys):
+    holder = run_module.lock(finished_copy)
+    check_refused(f"{finished_copy} is in use by process {os.getpid()} on ")
+    holder.close()  # as when the process ends
+    shutil.rmtree(finished_copy / "checkpoints")
+    check_refused(f"{finished_copy} has a model but no checkpoint: nothing to resume")
+
     def no_locks(file, operation):
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    run_module.lock(tmp_path).close()
-    assert f"{tmp_path} cannot be locked" in capsys.readouterr().err
-    assert "process" in (tmp_path / ".lock").read_text()
-
-
-def test_two_processes_cannot_share_a_run_folder(run, capsys):
-    """A killed torchrun's workers may still hold it when the job is started again."""
-    out = run("shared", "--steps 1 --eval_every 0")
-    before = (out / "metrics.jsonl").read_bytes()
-    holder = run_module.lock(out)
-    with pytest.raises(SystemExit):
-        train.main(["--resume", str(out), "--steps", "2"])
-    assert f"{out} is in use by process {os.getpid()} on " in capsys.readouterr().err
-    assert (out / "metrics.jsonl").read_bytes() == before
-    holder.close()  # as when the process ends
-    run_module.lock(out).close()
+    run_module.lock(finished_copy).close()
+    assert f"{finished_copy} cannot be locked" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------ several ranks
@@ -299,30 +276,6 @@ def test_a_crashed_rank_ends_the_job_with_its_own_error(folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_machines_give_the_metrics_of_one(folder, tmp_path):
-    """Two torchrun agents with one rank each, a replica on each, and one agent with two ranks."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    rendezvous = f"--rdzv_backend c10d --rdzv_id papo --rdzv_endpoint localhost:{port}".split()
-    two, one, flags = tmp_path / "two", tmp_path / "one", "--steps 2 --eval_every 0"
-    command = [*TORCHRUN, "--nnodes", "2", "--nproc_per_node", "1", *rendezvous]
-    command += [str(ROOT / "train.py"), *run_flags(folder, two, flags)]
-    agents = [
-        subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    errors = [agent.communicate(timeout=300)[1] for agent in agents]
-    assert [agent.returncode for agent in agents] == [0, 0], errors
-    done = on_ranks(2, *run_flags(folder, one, flags))
-    assert done.returncode == 0, done.stderr[-3000:]
-    check_same_metrics(two, one, rel=1e-3, abs=1e-5)
-
-
-@pytest.mark.slow
 def test_kills_at_random_moments(folder, tmp_path):
     """Three SIGKILLs and resumes, one of them during a save; tests/faults.py does twenty."""
-    result = faults.compare_with_killed(folder, tmp_path, kills=3, ranks=1, steps=8)
-    moments = result.pop("during")
-    assert moments[0] == "saving"
-    assert all(result.values()), (moments, result)
+    assert faults.compare_with_killed(folder, tmp_path, kills=3, ranks=1)[0] == "saving"

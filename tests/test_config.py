@@ -3,7 +3,6 @@
 import json
 import shutil
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -108,7 +107,43 @@ class Flags:
     quick: bool = flag(False, "be quick")
 
 
-def test_lists_and_switches():
+def test_a_wrong_flag_is_one_line(capsys):
+    for line, message in [
+        ("--sise 3", "unknown flag --sise: the flags are files help name quick size"),
+        ("name", "unknown flag name: the flags are"),
+        ("--size three", "argument --size: invalid int value: 'three'"),
+        ("--name", "argument --name: expected one argument"),
+    ]:
+        with pytest.raises(SystemExit, match="2"):
+            parse_flags("A test.", Flags, defaults={}, argv=line.split())
+        [error] = capsys.readouterr().err.splitlines()
+        assert message in error
+
+
+def test_another_toy_is_built_by_a_command(capsys):
+    for main in (train.main, evaluate.main):
+        with pytest.raises(SystemExit, match="2"):
+            main(["--model", "toy:grid=4"])
+        [error] = capsys.readouterr().err.splitlines()
+        assert "build it with `python -m experiments.start_model toy:grid=4 --out FOLDER`" in error
+
+
+def test_values_out_of_range_are_named():
+    for make, setting, value, message in [
+        (train.Config, "rollout_batch", 0, "must be at least 1"),
+        (train.Config, "save_every", -1, "must be at least 0"),
+        (train.Config, "max_grad_norm", 0.0, "must be above 0"),
+        (train.Config, "top_p", 1.5, "must be between 0 and 1"),
+        (train.Algo, "clip_dual", 0.0, "must be above 1"),
+        (train.Algo, "mask_ratio", float("nan"), "choose a share"),
+        (evaluate.EvalConfig, "heat_patches", 0, "must be at least 1"),
+        (evaluate.EvalConfig, "temperature", -1.0, "must be at least 0"),
+    ]:
+        with pytest.raises(ValueError, match=f"{setting}={value}: {message}"):
+            make(**{setting: value})
+
+
+def test_lists_switches_and_early_flags():
     def parse(line, **defaults):
         [flags] = parse_flags("A test.\n\nMore.", Flags, defaults=defaults, argv=line.split())
         return flags
@@ -116,53 +151,5 @@ def test_lists_and_switches():
     assert parse("", size=3, unheard=1) == Flags(size=3)
     assert parse("--files a b --quick", size=3) == Flags(size=3, files=["a", "b"], quick=True)
     assert parse("--quick false --size 2", size=3, quick=True) == Flags(size=2)
-
-
-def test_early_flags_are_read_without_knowing_the_others():
     line = "--algo grpo --lr 3 --algo=dapo --model"
     assert early_flags("algo", "model", "data", argv=line.split()) == {"algo": "dapo", "model": ""}
-
-
-@pytest.mark.parametrize(
-    "line, message",
-    [
-        ("--sise 3", "unknown flag --sise: the flags are files help name quick size"),
-        ("name", "unknown flag name: the flags are"),
-        ("--size three", "argument --size: invalid int value: 'three'"),
-        ("--name", "argument --name: expected one argument"),
-    ],
-)
-def test_a_wrong_flag_is_one_line(capsys, line, message):
-    with pytest.raises(SystemExit, match="2"):
-        parse_flags("A test.", Flags, defaults={}, argv=line.split())
-    [error] = capsys.readouterr().err.splitlines()
-    assert message in error
-
-
-@pytest.mark.parametrize("main", [train.main, evaluate.main])
-def test_another_toy_is_built_by_a_command(capsys, main):
-    with pytest.raises(SystemExit, match="2"):
-        main(["--model", "toy:grid=4"])
-    [error] = capsys.readouterr().err.splitlines()
-    assert "build it with `python -m experiments.start_model toy:grid=4 --out FOLDER`" in error
-    assert toy.model_folder("toy") == str(toy.MODEL)
-    assert toy.model_folder("Qwen/Qwen2.5-VL-3B-Instruct") == "Qwen/Qwen2.5-VL-3B-Instruct"
-    assert Path(toy.MODEL, "config.json").exists()
-
-
-@pytest.mark.parametrize(
-    "make, message",
-    [
-        (lambda: train.Config(rollout_batch=0), "rollout_batch=0: must be at least 1"),
-        (lambda: train.Config(save_every=-1), "save_every=-1: must be at least 0"),
-        (lambda: train.Config(max_grad_norm=0.0), "max_grad_norm=0.0: must be above 0"),
-        (lambda: train.Config(top_p=1.5), "top_p=1.5: must be between 0 and 1"),
-        (lambda: train.Algo(clip_dual=0.0), "clip_dual=0.0: must be above 1"),
-        (lambda: train.Algo(mask_ratio=float("nan")), "mask_ratio=nan: choose a share"),
-        (lambda: evaluate.EvalConfig(heat_patches=0), "heat_patches=0: must be at least 1"),
-        (lambda: evaluate.EvalConfig(temperature=-1.0), "temperature=-1.0: must be at least 0"),
-    ],
-)
-def test_values_out_of_range_are_named(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()

@@ -69,12 +69,9 @@ def test_operations_of_a_step(endless_policy, encoder, monkeypatch):
     assert steps[:5] == [steps[0]] * 5 and steps[5:] == [steps[5]] * 5
 
 
-@pytest.mark.parametrize("block, n_blocks", [(2, 6), (6, 2)])
-def test_the_host_waits_once_per_block(
-    endless_policy, prompts, device, monkeypatch, block, n_blocks
-):
+def test_the_host_waits_once_per_block(endless_policy, prompts, device, monkeypatch):
     """For the number of groups left; beside that, tokens and log-probs are fetched at the end."""
-    monkeypatch.setitem(decoding.BLOCK, "cuda", block)
+    monkeypatch.setitem(decoding.BLOCK, "cuda", 2)
     with device:
         endless_policy.model.to(CUDA)
         sample_tokens(endless_policy, prompts, max_new_tokens=12)
@@ -83,15 +80,7 @@ def test_the_host_waits_once_per_block(
         kind, file, _ = line.split(": ", 2)
         if file == "decoding.py" and kind in waits:
             waits[kind] += count
-    assert waits == {"value": 0, "shape": n_blocks, "download": 2}
-
-
-def test_a_graph_that_is_dropped_early_is_noticed(policy, prompts, device, plant):
-    """So test_device.py shows that each one lives until its results have been read."""
-    plant(DecodingLoop.run, "graph = repeat(", "repeat(")
-    with device, pytest.raises(RuntimeError, match="freed while its replays were queued"):
-        policy.model.to(CUDA)
-        sample_tokens(policy, prompts)
+    assert waits == {"value": 0, "shape": 6, "download": 2}
 
 
 def test_cudas_attention_is_allowed_for(varied_policy, prompts, groups, monkeypatch):

@@ -26,26 +26,6 @@ def test_the_running_result():
     assert response.endswith(" c3 two 3 </think> \\boxed{3}")
 
 
-def test_notes_are_wrong_where_vision_decides_and_images_read_correctly_give_the_answer():
-    right = dict.fromkeys(run.SPLITS, 0)
-    for split in right:
-        for row in range(100):
-            made = digits.make_scene(split, row)
-            cells, answer = run.scene_of("digits", split, row)
-            assert str(answer(cells)) == digits.example_of(made).answer
-            assert run.read_cells("digits", digits.write_response(*made[:2])) == cells
-            right[split] += made.note == answer(cells)
-    assert right["vision_dependent"] == 0 and 35 < right["general"] < 65
-
-
-def test_no_scan_of_the_evaluation_is_seen_in_training():
-    trained_on, held_out = digits.scans(held_out=False), digits.scans(held_out=True)
-    for digit in range(len(digits.WORDS)):
-        seen = {scan.tobytes() for scan in trained_on[digit]}
-        new = {scan.tobytes() for scan in held_out[digit]}
-        assert len(seen) > 100 and len(new) > 50 and not seen & new
-
-
 def test_the_labels_of_the_warm_start_misread_as_often_as_asked():
     rows = range(400)
     right = sum((digits.make_scene("warm", row).digits for row in rows), [])
@@ -70,3 +50,20 @@ def test_the_task_trains_with_public_flags(tmp_path, monkeypatch):
     lines = metric_lines(tmp_path / "run")
     assert [line["step"] for line in lines] == [0, 1, 1]
     assert {"eval/general", "eval/vision_dependent"} <= lines[0].keys()
+
+
+def test_notes_scans_and_images_that_are_read_correctly():
+    """Notes are wrong where vision decides; no scan of the evaluation is seen in training."""
+    right = dict.fromkeys(run.SPLITS, 0)
+    for split in right:
+        for row in range(100):
+            made = digits.make_scene(split, row)
+            cells, answer = run.scene_of("digits", split, row)
+            assert str(answer(cells)) == digits.example_of(made).answer
+            assert run.read_cells("digits", digits.write_response(*made[:2])) == cells
+            right[split] += made.note == answer(cells)
+    assert right["vision_dependent"] == 0 and 35 < right["general"] < 65
+    trained, held_out = digits.scans(held_out=False), digits.scans(held_out=True)
+    for digit in trained:
+        seen, new = ({scan.tobytes() for scan in side[digit]} for side in (trained, held_out))
+        assert len(seen) > 100 and len(new) > 50 and not seen & new

@@ -76,7 +76,6 @@ def test_evaluation(uninterrupted, capsys):
     assert set(read_files(out)) == results | {"evaluation.json"}
     records = read_jsonl(out / "We_Math.jsonl")
     assert list(records[0])[:5] == ["idx", "id", "prompt", "predict", "label"]
-    assert [record["idx"] for record in records] == list(range(12))
     assert [record["id"] for record in records] == ["0", "1", "2", "own"] * 3  # loop after loop
     assert records[1]["prompt"] == (
         "system\nYou are a helpful assistant.\n"
@@ -84,14 +83,11 @@ def test_evaluation(uninterrupted, capsys):
     )
     assert "We_Math: left out: {'markers': 1, 'broken image': 1}" in stdout
     assert "We_Math: row 4 is skipped, broken image" in stderr
-    assert "We_Math: row 5 is skipped, markers" in stderr
     protocol = "n 3 (CHANGED), temperature 1.0, top_p 1.0, top_k 50, max_new_tokens 6 (CHANGED)"
     assert f"protocol paper: {protocol}" in stdout
-    images, _, *table = stdout.splitlines()  # a line per set, then the table
-    assert images == "We_Math: 4 of 5 rows have an image; left out: {'markers': 1}"
+    table = stdout.splitlines()[2:]  # after a line per set
     names = [line.split()[0] for line in table[1:4]]
     assert names == ["We_Math", "lscpku_LogicVista", "overall"]
-
     evaluate.main(["--grade", str(out)])  # the files know n
     assert table[:4] == capsys.readouterr().out.splitlines()[:4]
     for name in ("We_Math", "lscpku_LogicVista"):
@@ -102,24 +98,20 @@ def test_evaluation(uninterrupted, capsys):
 
 def test_grading_against_a_baseline(tmp_path, capsys):
     ours, theirs, out = tmp_path / "ours", tmp_path / "theirs", tmp_path / "out"
-    ours.mkdir()
-    theirs.mkdir()
-    papo_eval_file(ours / "PAPO_MMK12.jsonl")
-    file = theirs / "PAPO_MMK12.jsonl"
-    worse = papo_eval_file(file)
-    for record in worse[1::2]:
+    for folder in (ours, theirs):
+        folder.mkdir()
+        records = papo_eval_file(folder / "PAPO_MMK12.jsonl")
+    for record in records[1::2]:
         record["predict"] = "?"
-    write_jsonl(file, worse)
+    write_jsonl(theirs / "PAPO_MMK12.jsonl", records)
     command = ["--grade", str(ours), "--baseline", str(theirs), "--out", str(out)]
     evaluate.main(command)
     [line] = json.loads((out / "table.json").read_text())
-    assert line["delta"] == pytest.approx(100 * (line["accuracy"] / its_rule(worse, 8) - 1))
-    assert line["delta"] > 10
-    assert line["truncated"] is None
-    text = capsys.readouterr().out
-    assert "Delta_rel %" in text and (out / "table.txt").read_text() == text
-
-    write_jsonl(file, [record for record in worse if record["label"] != "4"])
+    assert line["delta"] == pytest.approx(100 * (line["accuracy"] / its_rule(records, 8) - 1))
+    assert line["delta"] > 10 and line["truncated"] is None
+    assert "Delta_rel %" in (out / "table.txt").read_text()
+    fewer = [record for record in records if record["label"] != "4"]
+    write_jsonl(theirs / "PAPO_MMK12.jsonl", fewer)
     evaluate.main(command)
     assert "PAPO_MMK12: no Delta_rel, the baseline has " in capsys.readouterr().err
 
@@ -153,40 +145,13 @@ def test_a_reward_sees_the_row_in_training_and_evaluation(
     assert "mine.py:score takes a row, which files of responses (--grade," in error_line(capsys)
 
 
-def test_a_character_that_stdout_lacks_ends_nothing(run, folder, tmp_path, images, monkeypatch):
-    """Both commands print questions."""
-    data = tmp_path / "roots.jsonl"
-    write_jsonl(data, [{"problem": "What is √4?", "answer": "2"}])
+def test_a_character_that_stdout_lacks_ends_nothing(folder, tmp_path, images, monkeypatch):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr(sys, "stdout", stdout)
     explain = ["--explain", "--ask", "√?", "--image", images[0], "--out", str(tmp_path / "out")]
-    for command in (
-        lambda: run("run", f"--data {data} --val_data {data} --steps 1 --save_every 0"),
-        lambda: evaluate.main(["--model", folder, *explain, "--max_new_tokens", "2"]),
-    ):
-        stdout = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
-        monkeypatch.setattr(sys, "stdout", stdout)
-        command()
-        stdout.flush()
-        assert b"question: " in stdout.buffer.getvalue()
-        assert b"\\u221a" in stdout.buffer.getvalue()
-
-
-@pytest.mark.parametrize(
-    "error, words",
-    [
-        (OSError("No space left on device"), "No space left on device"),
-        (torch.OutOfMemoryError("20 GiB"), "out of memory: lower --rollout_batch"),
-    ],
-)
-def test_failures_while_evaluating_are_one_line(
-    folder, data_flags, monkeypatch, capsys, error, words
-):
-    def fail(*args, **kwargs):
-        raise error
-
-    monkeypatch.setattr(evaluate, "generate", fail)
-    with pytest.raises(SystemExit, match="2"):
-        evaluate.main(["--model", folder, *data_flags])
-    assert words in error_line(capsys)
+    evaluate.main(["--model", folder, *explain, "--max_new_tokens", "2"])
+    stdout.flush()
+    assert b"question: \\u221a" in stdout.buffer.getvalue()
 
 
 def test_resumption(folder, data_flags, uninterrupted, tmp_path, monkeypatch, capsys):
@@ -206,22 +171,14 @@ def test_resumption(folder, data_flags, uninterrupted, tmp_path, monkeypatch, ca
         evaluate.main(command)
     assert f"interrupted; --out {out} resumes it" in capsys.readouterr().err
     assert batches == [[0, 1], [2, 3]]
-    assert not (out / "table.txt").exists()
-
     partial_file = out / "We_Math.partial"
-    text = partial_file.read_text()
-    partial_file.write_text(text[:-30])  # the line of question 3 is torn, as after SIGKILL
+    partial_file.write_text(partial_file.read_text()[:-30])  # torn as after SIGKILL: question 3's
     limit = None
-    batches.clear()
-    evaluate.main(command)
-    assert batches[0] == [3]
-    assert sum(batches[1:], []) == [0, 1, 2, 3]
-    assert read_files(out) == read_files(uninterrupted.out)
-
-    batches.clear()
-    evaluate.main(command)
-    assert sum(batches, []) == []
-    assert read_files(out) == read_files(uninterrupted.out)
+    for expected in ([[3], [0, 1], [2, 3]], []):
+        batches.clear()
+        evaluate.main(command)
+        assert [batch for batch in batches if batch] == expected
+        assert read_files(out) == read_files(uninterrupted.out)
 
 
 def test_two_ranks_write_the_files_of_one(folder, data_flags, uninterrupted, tmp_path):
@@ -233,33 +190,22 @@ def test_two_ranks_write_the_files_of_one(folder, data_flags, uninterrupted, tmp
     assert read_files(out) == read_files(uninterrupted.out)
 
 
-def test_a_toy_model_needs_no_flags(folder, capsys):
-    """Its folder supplies the toy's data, sizes and suffix."""
-    evaluate.main(["--model", folder, "--eval_rows", "2", "--n", "2", "--max_new_tokens", "5"])
+def test_a_toy_model_needs_no_flags(folder, tmp_path, capsys):
+    """Its folder supplies the toy's data, sizes and suffix; a split is that of its own data."""
+    mine = shutil.copytree(folder, tmp_path / "mine")
+    (mine / "task.json").write_text(json.dumps({"data": "toy:grid=2,most=3"}))
+    evaluate.main(["--model", str(mine), "--eval_rows", "2", "--n", "2", "--max_new_tokens", "5"])
     text = capsys.readouterr().out
     names = [line.split()[0] for line in text.splitlines()[3:6]]
     assert names == ["general", "vision_dependent", "overall"]
     assert "protocol training: n 2, temperature 1.0, top_p 1.0, top_k 0, max_new_tokens 5" in text
-    config = configured(f"--model {folder} --ask ?")
-    assert config.prompt_suffix == toy.SUFFIX
-    assert config.temperature == 0
-    assert config.eval_rows == 0
-
-
-@pytest.mark.parametrize("split", toy.EVAL_SPLITS)
-def test_a_split_of_a_toy_models_own_data(folder, tmp_path, capsys, split):
-    """Beside other models the same names are the hub's benchmarks."""
-    mine = tmp_path / "mine"
-    shutil.copytree(folder, mine)
-    (mine / "task.json").write_text(json.dumps({"data": "toy:grid=2,most=3"}))
-    evaluate.main(["--model", str(mine), "--data", split, "--eval_rows", "2", "--n", "1"])
-    text = capsys.readouterr().out
-    assert f"toy/{split}: 2 of 2 rows have an image" in text
-    assert [line.split()[0] for line in text.splitlines()[2:3]] == [split]
-    config = configured(f"--model {mine} --data {split}")
-    assert toy.setting_of(config.data) == toy.Setting(grid=2, most=3, split=split)
-    assert config.protocol == "training"
-    assert configured(f"--model some/hub-id --data {split}").protocol == "paper"
+    ask = configured(f"--model {mine} --ask ?")
+    assert (ask.prompt_suffix, ask.temperature, ask.eval_rows) == (toy.SUFFIX, 0, 0)
+    for split in toy.EVAL_SPLITS:
+        config = configured(f"--model {mine} --data {split}")
+        assert toy.setting_of(config.data) == toy.Setting(grid=2, most=3, split=split)
+        assert config.protocol == "training"
+        assert configured(f"--model some/hub-id --data {split}").protocol == "paper"
 
 
 def configured(flags):
@@ -276,8 +222,7 @@ def test_protocols():
     assert (changed.protocol, changed.top_k, changed.temperature) == ("paper", 7, 0.5)
     assert configured("--model a/b --data We_Math --protocol training").top_k == 0
     toys = configured("--model toy"), configured("--model toy --protocol paper")
-    assert [config.protocol for config in toys] == ["training", "paper"]
-    assert [config.max_new_tokens for config in toys] == [40, 2048]
+    assert [(x.protocol, x.max_new_tokens) for x in toys] == [("training", 40), ("paper", 2048)]
 
 
 # -------------------------------------------------------------------- one example: --ask, --explain
@@ -293,11 +238,6 @@ def images(tmp_path):
     return paths
 
 
-def toy_policy(folder):
-    sizes = (toy.TASK_DEFAULTS["min_pixels"], toy.TASK_DEFAULTS["max_pixels"])
-    return Policy.load(folder, Encoder(folder, *sizes, toy.SUFFIX))
-
-
 @pytest.mark.parametrize(
     "question, n_images", [("How many red dots?", 1), ("And <image> or <image>?", 2), ("Why?", 0)]
 )
@@ -308,7 +248,8 @@ def test_ask(folder, images, capsys, question, n_images):
     evaluate.main(["--model", folder, "--ask", question, *flags, "--max_new_tokens", "12"])
     text = capsys.readouterr().out
     marked = question if "<image>" in question else "<image>" * n_images + question
-    policy = toy_policy(folder)
+    sizes = (toy.TASK_DEFAULTS["min_pixels"], toy.TASK_DEFAULTS["max_pixels"])
+    policy = Policy.load(folder, Encoder(folder, *sizes, toy.SUFFIX))
     example = Example(marked, "", [Image.open(path).convert("RGB") for path in images])
     prompt = policy.encoder.encode(example)
     [group] = generate(policy, [prompt], 1, temperature=0.0, max_new_tokens=12)
@@ -316,6 +257,17 @@ def test_ask(folder, images, capsys, question, n_images):
     assert text.startswith(response)
     answer = boxed(response) or "nothing, the response has no \\boxed{...}"
     assert text.splitlines()[-1] == f"boxed: {answer}"
+
+
+NOTHING_MASKED = """
+from dataclasses import dataclass
+from papo import Algo
+
+@dataclass(frozen=True)
+class Mine(Algo):
+    def view(self, name, prompt, *_):
+        return 0 * prompt.pixel_values, prompt.pixel_values[:, 0] > 1e9
+"""
 
 
 def test_explain_masks_as_in_training_and_bounds_its_forwards(
@@ -339,10 +291,12 @@ def test_explain_masks_as_in_training_and_bounds_its_forwards(
     text = capsys.readouterr().out
     assert "question: How many?" in text and "response: " in text
     assert text.splitlines()[-1] == str(out / "explanation.html")
-    assert '"side": 3' in (out / "explanation.html").read_text()
-    evaluate.main(
-        ["--model", folder, *"--explain --row vision_dependent:1 --masks 1".split(), *model[2:]]
-    )
+    # The run's own method: the file as the run keeps it.
+    (run_folder / "config.json").write_text('{"algo": "elsewhere/mine.py"}')
+    (run_folder / "mine.py").write_text(NOTHING_MASKED)
+    evaluate.main([*model, *"--explain --row vision_dependent:1 --masks 1".split()])
+    [_, ((_, _, [(pixels, patch_mask)], *_), _)] = pages_written
+    assert not patch_mask.any() and (pixels == 0).all()
     example = toy.example("vision_dependent", 1)
     assert example.question.removeprefix("<image>") in capsys.readouterr().out
 
@@ -350,49 +304,40 @@ def test_explain_masks_as_in_training_and_bounds_its_forwards(
 # -------------------------------------------------------------------------------- --compare, errors
 
 
-def test_compare(tmp_path, capsys):
-    for name, base in (("a", 0.2), ("b", 0.4)):
-        run_folder = tmp_path / name
-        run_folder.mkdir()
-        lines = [{"step": s, "eval/general": base + s / 10, "kl_prcp": 0.1} for s in (0, 1, 2)]
-        write_jsonl(run_folder / "metrics.jsonl", lines)
-        (run_folder / "config.json").write_text(json.dumps({"algo": "papo_g", "seed": base}))
-    runs, out = [str(tmp_path / "a"), str(tmp_path / "b")], tmp_path / "out"
-    evaluate.main(["--compare", *runs, "--out", str(out)])
+def test_compare(finished, tmp_path, capsys):
+    evaluate.main(["--compare", str(finished), "--out", str(tmp_path)])
     text = capsys.readouterr().out
-    assert re.search(r"papo_g +eval/general +2 +0\.300 \+- 1\.271 +0\.500 \+- 1\.271", text)
-    assert text.splitlines()[-1] == str(out / "compare.png")
-    assert (out / "compare.png").exists()
+    assert re.search(r"papo_g +eval/general +1 ", text)
+    assert text.splitlines()[-1] == str(tmp_path / "compare.png")
+    assert (tmp_path / "compare.png").exists()
 
 
-@pytest.mark.parametrize(
-    "flags, message",
-    [
+def test_errors_are_one_line(folder, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for flags, message in [
         ("--protocol papers", "--protocol papers: choose one of paper, training"),
         ("--grad x", "unknown flag --grad: the flags are ask baseline"),
-        (
-            "--data We_Math --benchmarks .",
-            "no benchmark We_Math in .: its We_Math.json is expected there",
-        ),
+        ("--data We_Math --benchmarks .", "no benchmark We_Math in .: its We_Math.json"),
         ("--data nowhere.json", "data 'nowhere.json': no such file or folder: choose 'toy'"),
         ("--ask ? --image nowhere.png", "broken image: nowhere.png: "),
         ("--ask <image>?", "1 <image> markers for 0 images"),
         ("--explain --ask Why?", "--explain: the example has no image"),
-        (
-            "--explain --row general:999",
-            "choose one of general:0 to general:255, vision_dependent:0 to",
-        ),
+        ("--explain --row general:999", "choose one of general:0 to general:255, vision_dep"),
         ("--grade nowhere.jsonl", "No such file or directory: 'nowhere.jsonl'"),
-        (
-            "--baseline tests",
-            "tests: one NAME.jsonl for general, vision_dependent expected, found none",
-        ),
+        ("--baseline tests", "tests: one NAME.jsonl for general, vision_dependent expected"),
         ("--compare nowhere", "no nowhere/metrics.jsonl"),
         ("--model tests", ""),
-    ],
-)
-def test_errors_are_one_line(folder, capsys, monkeypatch, flags, message):
-    monkeypatch.chdir(ROOT)
-    with process_restored(), pytest.raises(SystemExit, match="2"):
-        evaluate.main(["--model", folder, *flags.split()])
-    assert message in error_line(capsys)
+    ]:
+        with process_restored(), pytest.raises(SystemExit, match="2"):
+            evaluate.main(["--model", folder, *flags.split()])
+        assert message in error_line(capsys)
+
+
+def test_out_of_memory_while_evaluating_is_one_line(folder, data_flags, monkeypatch, capsys):
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("20 GiB")
+
+    monkeypatch.setattr(evaluate, "generate", fail)
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.main(["--model", folder, *data_flags])
+    assert "out of memory: lower --rollout_batch" in error_line(capsys)

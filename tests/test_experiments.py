@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -44,7 +42,16 @@ def test_the_stored_results_are_the_plans(monkeypatch):
     assert {variant.partition("/")[0] for variant in missing} <= {"variants", "lora"}  # being run
 
 
-def test_a_result_with_other_flags_is_refused(tmp_path):
+def test_lines_added_at_once_are_all_there(tmp_path):
+    """By threads here, as by two jobs: each opens and locks the file."""
+    file = tmp_path / "results" / "dots.jsonl"
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda i: run.append(file, {"n": i, "long": "x" * 5000}), range(40)))
+    assert sorted(line["n"] for line in run.load(file)) == list(range(40))
+    assert [path.name for path in file.parent.iterdir()] == ["dots.jsonl"]
+
+
+def test_a_result_is_kept_with_its_flags_origin_and_start_model(tmp_path, monkeypatch):
     flags = run.flags_of("first/grpo")
     line = {"variant": "first/grpo", "seed": 10, "flags": flags}
     run.append(tmp_path / "first.jsonl", line)
@@ -54,8 +61,6 @@ def test_a_result_with_other_flags_is_refused(tmp_path):
     with pytest.raises(ValueError, match="grpo, seed 11 was made with steps=31, .* has 30"):
         run.has_result("first/grpo", 11, tmp_path)
 
-
-def test_a_continued_run_keeps_its_origin_and_needs_its_start_model(tmp_path, monkeypatch):
     (tmp_path / run.WEIGHTS).write_text("weights")
     origin = run.origin("dots/grpo", 20, tmp_path, tmp_path / "origin.json")
     monkeypatch.setattr(run, "machine", lambda: {"commit": "later"})
@@ -64,20 +69,6 @@ def test_a_continued_run_keeps_its_origin_and_needs_its_start_model(tmp_path, mo
     (tmp_path / run.WEIGHTS).write_text("others")
     with pytest.raises(ValueError, match="another start model"):
         run.origin("dots/grpo", 20, tmp_path, tmp_path / "origin.json")
-
-
-def test_lines_added_at_once_are_all_there(tmp_path):
-    """By threads of one process and by another process, as two jobs do."""
-    file = tmp_path / "results" / "dots.jsonl"
-    code = f"""from experiments.run import Path, append
-for i in range(20):
-    append(Path({str(file)!r}), {{"n": i}})"""
-    other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda i: run.append(file, {"n": i, "long": "x" * 5000}), range(20, 60)))
-    assert other.wait() == 0
-    assert sorted(line["n"] for line in run.load(file)) == list(range(60))
-    assert [path.name for path in file.parent.iterdir()] == ["dots.jsonl"]
 
 
 def test_an_answer_is_misread_where_the_cells_read_have_another_answer(tmp_path):

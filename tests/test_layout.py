@@ -3,8 +3,6 @@
 import ast
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parent.parent
 SIX = ("train", "papo", "losses", "masking", "rollout", "evaluate")
 MAY_IMPORT = {  # what each file at the top may import from this repository
@@ -31,30 +29,22 @@ def imports(path):
 
 def test_six_files_stay_within_their_budget():
     assert {path.stem for path in ROOT.glob("*.py")} == set(SIX)
-    lines = {name: (ROOT / f"{name}.py").read_text().splitlines() for name in SIX}
-    too_long = {name: len(text) for name, text in lines.items() if len(text) > 310}
-    assert not too_long
-    assert sum(map(len, lines.values())) <= 1455
-
-
-def test_train_takes_few_names_from_support():
+    lines = {name: len((ROOT / f"{name}.py").read_text().splitlines()) for name in SIX}
+    assert max(lines.values()) <= 310 and sum(lines.values()) <= 1455, lines
+    for path in (ROOT / "variants").glob("*.py"):
+        limit = 142 if path.stem == "dyco_rl" else 80
+        assert len(path.read_text().splitlines()) <= limit, path.name
     tree = ast.parse((ROOT / "train.py").read_text())
-    imports_ = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    ours = [node.names for node in imports_ if node.module.split(".")[0] == "support"]
-    assert sum(map(len, ours)) <= 12
+    imported = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    of_support = [node.names for node in imported if node.module.split(".")[0] == "support"]
+    assert sum(map(len, of_support)) <= 12
 
 
-@pytest.mark.parametrize("name", SIX)
-def test_top_files_import_in_one_direction(name):
-    assert imports(ROOT / f"{name}.py") <= MAY_IMPORT[name]
-
-
-def test_support_imports_only_support():
+def test_imports_go_in_one_direction():
+    for name in SIX:
+        assert imports(ROOT / f"{name}.py") <= MAY_IMPORT[name], name
     for path in (ROOT / "support").glob("*.py"):
         assert imports(path) <= {"support"}, path.name
-
-
-def test_nothing_imports_train():
-    for folder in (".", "support", "variants"):
-        for path in (ROOT / folder).glob("*.py"):
-            assert "train" not in imports(path), path.name
+        assert "matplotlib.pyplot" not in path.read_text(), path.name  # it would choose a backend
+    for path in (ROOT / "variants").glob("*.py"):
+        assert "train" not in imports(path), path.name

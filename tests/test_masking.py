@@ -49,43 +49,15 @@ def test_random_masks_have_the_ratio_and_the_seed(encoder, prompt):
     assert torch.equal(prompt.pixel_values, before)
 
 
-@pytest.mark.parametrize("ratio", [-0.1, 1.1, float("nan")])
-def test_a_ratio_outside_0_1_is_an_error(encoder, prompt, ratio):
-    pixel_values, black = prompt.pixel_values, encoder.black_patch
-    with pytest.raises(ValueError, match="between 0 and 1"):
-        mask_patches(pixel_values, ratio, black)
-    with pytest.raises(ValueError, match="between 0 and 1"):
-        noise_patches(pixel_values, ratio, 1.0)
-    with pytest.raises(ValueError, match="between 0 and 1"):
-        mask_salient(pixel_values, ratio, black, torch.zeros(len(pixel_values)))
-
-
-def test_wrong_shapes_and_strategies_are_errors(encoder, prompt):
-    with pytest.raises(ValueError, match="flattened"):
-        mask_patches(torch.zeros(1, 3, 28, 28), 0.5, encoder.black_patch)
-    algo = preset("papo_g")
-    object.__setattr__(algo, "mask_strategy", "blur")  # past the check in Algo
-    with pytest.raises(ValueError, match="'blur'.*random, semantic, noise"):
-        mask_prompt(prompt, algo, encoder, seeded(0))
-    with pytest.raises(ValueError, match="saliency"):
-        mask_prompt(prompt, replace(preset("papo_g"), mask_strategy="semantic"), encoder, seeded(0))
-
-
 def test_noise_has_its_sigma_and_spares_the_other_patches(prompt):
     noisy, patch_mask = noise_patches(prompt.pixel_values, 0.5, 0.7, seeded(0))
+    again, _ = noise_patches(prompt.pixel_values, 0.5, 0.7, seeded(0))
+    assert torch.equal(noisy, again)
     assert torch.equal(noisy[~patch_mask], prompt.pixel_values[~patch_mask])
     assert 0.3 < patch_mask.float().mean() < 0.7
     noise = (noisy - prompt.pixel_values)[patch_mask].view(int(patch_mask.sum()), 3, 2, -1)
-    torch.testing.assert_close(noise[:, :, 0], noise[:, :, 1], atol=1e-5, rtol=0)
+    torch.testing.assert_close(noise[:, :, 0], noise[:, :, 1], atol=1e-5, rtol=0)  # over time
     assert noise.std().item() == pytest.approx(0.7, rel=0.05)
-
-
-def test_noise_is_the_same_in_all_temporal_copies():
-    patches = torch.zeros(50, 3 * 3 * 14 * 14)  # three copies
-    noisy, _ = noise_patches(patches, 1.0, 1.0, seeded(0), copies=3)
-    copies = noisy.view(50, 3, 3, -1)
-    assert torch.equal(copies[:, :, 0], copies[:, :, 1])
-    assert torch.equal(copies[:, :, 0], copies[:, :, 2])
 
 
 def brightness(image):
@@ -149,3 +121,18 @@ def test_dino_saliency_of_a_tiny_dino(tmp_path):
     assert (scores > 0).all()
     assert scores.sum() < 1  # the class token attends to itself, too
     assert to_patch_order(scores, 8, 22).shape == (176,)
+
+
+def test_wrong_ratios_shapes_and_strategies_are_errors(encoder, prompt):
+    pixel_values, black = prompt.pixel_values, encoder.black_patch
+    for ratio in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="between 0 and 1"):
+            mask_patches(pixel_values, ratio, black)
+        with pytest.raises(ValueError, match="between 0 and 1"):
+            noise_patches(pixel_values, ratio, 1.0)
+        with pytest.raises(ValueError, match="between 0 and 1"):
+            mask_salient(pixel_values, ratio, black, torch.zeros(len(pixel_values)))
+    with pytest.raises(ValueError, match="flattened"):
+        mask_patches(torch.zeros(1, 3, 28, 28), 0.5, black)
+    with pytest.raises(ValueError, match="saliency"):
+        mask_prompt(prompt, replace(preset("papo_g"), mask_strategy="semantic"), encoder, seeded(0))

@@ -88,7 +88,8 @@ def test_image_features_equal_transformers(folder, encoder, policy, record_calls
 
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
 def test_faster_forwards_equal_transformers(policy, kind):
-    """Qwen3-VL's patch embedding has a bias, and some of its norms have a head's size."""
+    """In value and gradient. Qwen3-VL's patch embedding has a bias, and some of its norms have a
+    head's size."""
     model = policy.model
     if kind == "qwen3_vl":
         config = AutoConfig.for_model(**qwen3_config(400, 380))
@@ -100,9 +101,14 @@ def test_faster_forwards_equal_transformers(policy, kind):
         for parameter in module.parameters():
             torch.nn.init.normal_(parameter)
         width = module.proj.weight[0].numel() if hasattr(module, "proj") else len(module.weight)
-        x = torch.randn(5, width)
-        expected = type(module).forward(module, x)
-        torch.testing.assert_close(module(x), expected, atol=1e-4, rtol=1e-4)
+        x = torch.randn(5, width).requires_grad_()
+        results = []
+        for forward in (module.forward, partial(type(module).forward, module)):
+            out = forward(x)
+            scale = torch.randn(out.shape, generator=seeded("scale"))
+            gradients = torch.autograd.grad((out * scale).sum(), [x, *module.parameters()])
+            results.append([out, *gradients])
+        torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
 
 
 # ----------------------------------------------------------------------------------- CUDA's kernels

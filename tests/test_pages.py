@@ -86,24 +86,22 @@ def test_the_masked_image_is_the_one_the_model_gets(varied_policy):
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 HEADLESS = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking"
-REPORT = """<pre id="report"></pre><script>
-const log = [];
-const look = () => log.push(frames.map(frame => frame.cells.map(cell => cell.style.background)));
-%s
-find("#report").textContent = JSON.stringify({
-  log, about: find("#about").textContent, tokens: spans.length,
-  shown: spans.findIndex(span => span.classList.contains("shown")),
-  sources: frames.map(frame => frame.img.src.slice(-40)),
-  wide: document.documentElement.scrollWidth - document.documentElement.clientWidth,
-  frame: find(".cells").getBoundingClientRect(), image: find(".frame img").getBoundingClientRect(),
-});
-</script>"""
 
 
 def in_browser(page, actions):
     """What a page looks like after some lines of JavaScript."""
+    report = f"""<pre id="report"></pre><script>
+    const log = [];
+    const colours = frame => frame.cells.map(cell => cell.style.background);
+    const look = () => log.push(frames.map(colours));
+    {actions}
+    find("#report").textContent = JSON.stringify({{
+      log, about: find("#about").textContent,
+      shown: spans.findIndex(span => span.classList.contains("shown")),
+      sources: frames.map(frame => frame.img.src.slice(-40)),
+    }});</script>"""
     acted = page.with_name("acted.html")
-    acted.write_text(page.read_text("utf-8") + REPORT % actions, encoding="utf-8")
+    acted.write_text(page.read_text("utf-8") + report, encoding="utf-8")
     command = [CHROMIUM, *HEADLESS.split(), "--dump-dom", f"file://{acted}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     return json.loads(html.unescape(re.search(r'<pre id="report">(.*?)</pre>', done.stdout)[1]))
@@ -111,39 +109,27 @@ def in_browser(page, actions):
 
 @pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
 def test_a_token_lights_the_parts_it_depends_on(varied_policy, tmp_path):
-    """300 tokens and two images: token k depends on cell k mod 6 of image k mod 2 alone."""
+    """Two images: token k depends on cell k mod 6 of image k mod 2 alone."""
     example = Example("<image><image>?", "1", [random_image(84, 56), random_image(84, 56, 1)])
     page, data, _, _ = explained(varied_policy, example, tmp_path)
-    tokens = range(300)
+    tokens = range(12)
     data["tokens"] = [{"text": f" word{k}", "clean": -1.0, "masked": -2.0} for k in tokens]
     for number, image in enumerate(data["images"]):
         depends = [[k % 6 == cell and k % 2 == number for k in tokens] for cell in range(6)]
         image["drops"] = [[2.5 * value for value in cell] for cell in depends]
-    data["images"][0]["drops"][0][7] = -2.5  # without this cell token 7 is likelier
     text = page.read_text("utf-8")
     old = re.search(r"^const data = .*;$", text, re.M)[0]
     page.write_text(text.replace(old, f"const data = {json.dumps(data)};"), encoding="utf-8")
-    assert data_of(page)["tokens"] == data["tokens"]
-
-    seen = in_browser(
-        page,
-        "spans[5].onmouseenter(); look(); spans[7].onmouseenter(); look(); spans[7].onmouseleave();"
-        "look(); spans[5].onclick(); spans[7].onmouseenter(); spans[7].onmouseleave(); look();",
-    )
-    hovered_5, hovered_7, left, held = seen["log"]
-    assert hovered_5[0] == ["rgba(255, 255, 255, 0.8)"] * 6
-    assert hovered_5[1] == ["rgba(255, 255, 255, 0.8)"] * 5 + ["rgba(255, 255, 255, 0)"]
-    assert hovered_7[0][0].startswith("rgba(214, 68, 60")
-    assert left != hovered_5 and held == hovered_5 and seen["shown"] == 5
-    assert "word5" in seen["about"] and "gain +1.000" in seen["about"]
-    assert seen["tokens"] == 300 and seen["wide"] <= 0
-    for side in ("left", "top", "right", "bottom"):  # the grid covers the image, no more
-        assert seen["frame"][side] == pytest.approx(seen["image"][side], abs=1)
-    toggled = in_browser(page, 'find("#toggle").onclick();')
-    assert toggled["sources"] == [image["masked"][-40:] for image in data["images"]]
+    actions = "spans[5].onmouseenter(); look(); spans[5].onmouseleave(); look();"
     keys = "for (const key of ['ArrowRight', 'ArrowRight', 'ArrowLeft', 'ArrowRight'])"
-    moved = in_browser(page, keys + " document.onkeydown({key, preventDefault() {}});")
-    assert moved["shown"] == 1
+    actions += keys + " document.onkeydown({key, preventDefault() {}});"
+    seen = in_browser(page, actions + 'find("#toggle").onclick();')
+    hovered, left = seen["log"]
+    assert hovered[0] == ["rgba(255, 255, 255, 0.8)"] * 6
+    assert hovered[1] == ["rgba(255, 255, 255, 0.8)"] * 5 + ["rgba(255, 255, 255, 0)"]
+    assert left != hovered and seen["shown"] == 1
+    assert "word1" in seen["about"] and "gain +1.000" in seen["about"]
+    assert seen["sources"] == [image["masked"][-40:] for image in data["images"]]
 
 
 # --------------------------------------------------------------------------------- a run's samples
@@ -160,19 +146,17 @@ def test_samples_show_the_first_middle_and_last_evaluation(tmp_path):
     ]
     lines += [sample(10, 0, 1.0, "left out"), sample(30, 0, 1.0, "left out")]
     lines += [sample(40, 0, 1.0, "<script>x</script>", name="other"), sample(40, 5, 1.0, "lost")]
+    image = random_image(28, 28)
     examples = {
-        ("general", 0): Example("<image>How many <b>?", "<3>", [random_image(28, 28)]),
-        ("general", 1): Example(
-            "<image>Before <image>after?", "4 \ud800", [random_image(9, 9)] * 2
-        ),
+        ("general", 0): Example("<image>How many <b>?", "<3>", [image]),
+        ("general", 1): Example("<image>Before <image>after?", "4 \ud800", [image] * 2),
         ("other", 0): Example("No image?", "5", []),
     }
 
     def find_example(line):
         return examples.get((line["set"], line["row"]))
 
-    out = tmp_path / "samples.html"
-    text = pages.samples(lines, find_example, "a & b", out).read_text("utf-8")
+    text = pages.samples(lines, find_example, "a & b", tmp_path / "a.html").read_text("utf-8")
     assert re.findall(r"<b>step (\d+) (.*?)</b><pre>(.*?)</pre>", text) == [
         ("0", "✗", "0/0"),
         ("20", "accuracy 0.50", "20/0"),
@@ -182,11 +166,8 @@ def test_samples_show_the_first_middle_and_last_evaluation(tmp_path):
         ("40", "✓", "40/1"),
         ("40", "✓", "&lt;script&gt;x&lt;/script&gt;"),
     ]
-    assert text.count('class="right"') == 3
     assert text.count("<img ") == 3
     assert "How many &lt;b&gt;?<br>Answer: &lt;3&gt;" in text and "a &amp; b" in text
-    assert "lost" not in text  # its question is not there
-    assert "http" not in text and "<script" not in text
+    assert "lost" not in text and "http" not in text and "<script" not in text
     assert pages.samples(lines, lambda line: None, "none", tmp_path / "none.html") is None
-    assert pages.samples([], find_example, "none", tmp_path / "none.html") is None
     assert not (tmp_path / "none.html").exists()

@@ -62,11 +62,6 @@ def test_table_1(baseline, monkeypatch, capsys):
     assert [row["accuracy"] for row in rows] == pytest.approx(table_row(baseline)[1], abs=0.02)
 
 
-def test_an_average_over_part_of_a_group_says_so():
-    rows = predictions.summarise({name: questions(50, 4) for name in tables.GENERAL[:2]})
-    assert [row["name"] for row in rows][2:] == ["general average (2 of 5)"]
-
-
 def test_measures_by_hand():
     """Two questions with n = 4: one correct response in all, in the first."""
     of_set = questions(12.5, 2, 4)
@@ -78,6 +73,8 @@ def test_measures_by_hand():
     expected = {"accuracy": 12.5, "pass": 50.0, "unboxed": 50.0, "truncated": 25.0}
     assert row == expected | {"name": "x", "questions": 2, "low": 0.0, "high": 25.0}
     assert predictions.mean_accuracy(of_set) == 0.125
+    rows = predictions.summarise({name: questions(50, 4) for name in tables.GENERAL[:2]})
+    assert [row["name"] for row in rows][2:] == ["general average (2 of 5)"]
 
 
 def test_intervals_match_the_known_distribution():
@@ -86,9 +83,6 @@ def test_intervals_match_the_known_distribution():
     assert (row["low"], row["high"]) == pytest.approx((20 - half, 20 + half), abs=0.5)
     [again] = predictions.summarise({"y": questions(20, 1000, 1)})
     assert again["low"] == row["low"]  # the seed is fixed
-    interval = [f"{row['low']:.2f}", "to", f"{row['high']:.2f}"]
-    cells = predictions.table([row], 1).splitlines()[1].split()
-    assert cells == ["y", "1000", "20.00", *interval, "20.00", "-", "-"]
 
 
 # ----------------------------------------------------------------------------------- grading again
@@ -152,13 +146,33 @@ def test_grading_follows_papo_evals_rule(tmp_path, grader, n):
     assert 20 < row["accuracy"] < 80
     assert 0 < row["unboxed"] < 50
     assert math.isnan(row["truncated"])
+    other = 24 - n
+    with pytest.raises(ValueError, match=f"holds {n} responses per question, not {other}"):
+        predictions.grade_files([tmp_path], grader, n=other)
 
 
-def test_another_n_than_the_files_hold_is_an_error(tmp_path, grader):
-    papo_eval_file(tmp_path / "a.jsonl", n=16)
-    with pytest.raises(ValueError, match=r"a.jsonl holds 16 responses per question, not 8 \(see"):
-        predictions.grade_files([tmp_path], grader, n=8)
-    assert predictions.grade_files([tmp_path], grader, n=16)
+def test_files_that_are_not_as_they_should_be(tmp_path, grader):
+    file = tmp_path / "a.jsonl"
+    write_jsonl(file, papo_eval_file(file, repeated=False)[:-2])
+    question = r"question 'test_3' \('Frage ß 3\? assistant', answer '90'\)"
+    with pytest.raises(ValueError, match=f"a: 7 responses to {question}, but 8 to others"):
+        predictions.grade_files([file], grader)
+    for line in ("rubbish", "[1]", '{"predict": "1"}'):
+        file.write_text('{"predict": 1, "label": "\u2028"}\n\n' + line + "\n", encoding="utf-8")
+        with pytest.raises(ValueError, match="a.jsonl: line 3 is not a prediction"):
+            predictions.read_predictions(file)
+    (tmp_path / "other").mkdir()
+    for name in ("b", "other/a"):
+        (tmp_path / f"{name}.jsonl").write_text("")
+    find = predictions.find_predictions
+    assert list(find([tmp_path], [])) == ["a", "b"]
+    assert find([tmp_path], ["b"]) == {"b": tmp_path / "b.jsonl"}
+    for paths, names, message in [
+        ([tmp_path], ["c", "a"], "one NAME.jsonl for c, a expected, found a.jsonl, b.json"),
+        ([tmp_path, tmp_path / "other"], [], "found a.jsonl, b.jsonl, a.jsonl"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            find(paths, names)
 
 
 def test_repeated_questions_are_separated():
@@ -169,38 +183,6 @@ def test_repeated_questions_are_separated():
     of_set = predictions.into_questions("x", [*records, *others])
     accuracies = [[record["accuracy"] for record in question] for question in of_set]
     assert accuracies == [[1.0] * 4, [0.0] * 4, [0.5] * 4, [0.5] * 4]
-
-
-def test_missing_responses_are_an_error_that_names_the_question(tmp_path, grader):
-    file = tmp_path / "a.jsonl"
-    write_jsonl(file, papo_eval_file(file, repeated=False)[:-2])
-    question = r"question 'test_3' \('Frage ß 3\? assistant', answer '90'\)"
-    with pytest.raises(ValueError, match=f"a: 7 responses to {question}, but 8 to others"):
-        predictions.grade_files([file], grader)
-
-
-def test_which_files_are_meant(tmp_path):
-    (tmp_path / "other").mkdir()
-    for name in ("a", "b", "other/a"):
-        (tmp_path / f"{name}.jsonl").write_text("")
-    find = predictions.find_predictions
-    assert list(find([tmp_path], [])) == ["a", "b"]
-    assert find([tmp_path], ["b"]) == {"b": tmp_path / "b.jsonl"}
-    for paths, names, message in [
-        ([tmp_path], ["c", "a"], "one NAME.jsonl for c, a expected, found a.jsonl, b.json"),
-        ([tmp_path, tmp_path / "other"], [], "found a.jsonl, b.jsonl, a.jsonl"),
-        ([], [], "for a set expected, found none"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            find(paths, names)
-
-
-@pytest.mark.parametrize("line", ["rubbish", "[1]", '{"predict": "1"}'])
-def test_a_line_that_is_not_a_prediction_is_named(tmp_path, line):
-    file = tmp_path / "a.jsonl"
-    file.write_text('{"predict": 1, "label": "\u2028"}\n\n' + line + "\n", encoding="utf-8")
-    with pytest.raises(ValueError, match="a.jsonl: line 3 is not a prediction"):
-        predictions.read_predictions(file)
 
 
 # ----------------------------------------------------------------------------------- --out's folder
@@ -238,12 +220,11 @@ def test_a_torn_line_costs_its_question(tmp_path):
     assert predictions.answered(out, "a") == of_set[:1]
     predictions.append(out, "a", of_set[1:])
     assert predictions.answered(out, "a") == of_set
-
     predictions.finish(out, "a", of_set)
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
     records = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert [(each["idx"], each["row"]) for each in records] == list(enumerate([0, 1, 2] * 2))
     found = predictions.answered(out, "a")
-    assert [[(record["row"], record["loop"]) for record in question] for question in found] == [
+    assert [[(x["row"], x["loop"]) for x in question] for question in found] == [
         [(i, 0), (i, 1)] for i in range(3)
     ]

@@ -23,13 +23,8 @@ if __name__ == "__main__":
 
 from papo import prepare, preset, update  # noqa: E402  (needs the path)
 from rollout import Sampling, generate  # noqa: E402
-from support import checkpoint, distributed, toy  # noqa: E402
-from support.batch import (  # noqa: E402
-    Example,
-    Group,
-    mini_batches,  # noqa: E402
-    seeded,
-)
+from support import checkpoint, distributed, lora, toy  # noqa: E402
+from support.batch import Example, Group, mini_batches, seeded  # noqa: E402
 from support.qwen_vl import Encoder, Policy  # noqa: E402
 
 # Every term: the entropies; a reference, and weights from attention; a second view; weights scaled
@@ -44,6 +39,10 @@ SAVED = "masked_grad"  # the last objective: its moments are in the checkpoints
 # -------------------------------------------------------------------------------- under torchrun
 
 
+def full(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 class RecordingAdamW(torch.optim.AdamW):
     """Records the clipped gradients. Its steps fill the moments and leave the weights alone.
 
@@ -56,8 +55,7 @@ class RecordingAdamW(torch.optim.AdamW):
 
     def step(self):
         parameters = self.param_groups[0]["params"]
-        gradients = [parameter.grad.full_tensor().flatten() for parameter in parameters]
-        self.recorded.append(torch.cat(gradients))
+        self.recorded.append(torch.cat([full(each.grad).flatten() for each in parameters]))
         super().step()
 
 
@@ -99,22 +97,25 @@ def full_content(policy, optimizer):
     content = dict(states["model"])
     for name, state in states["optimizer"]["state"].items():
         content |= {f"{name}: {key}": tensor for key, tensor in state.items()}
-    whole = {}
-    for name, tensor in content.items():
-        whole[name] = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
-    return whole
+    return {name: full(tensor).clone() for name, tensor in content.items()}
 
 
 class Shape:
     """A policy on the ranks in replicas of `shard_size`, and what was measured on it."""
 
-    def __init__(self, folder, encoder, shard_size, out):
+    def __init__(self, folder, encoder, shard_size, out, lora_rank=0):
         self.mesh = distributed.make_mesh("cpu", shard_size)
         self.source, self.folder = folder, Path(out).with_suffix("") / f"shard_size_{shard_size}"
         self.policy, self.reference = load_policies(folder, encoder)
+        self.adapters = set()
+        if lora_rank:
+            lora.add_adapters(self.policy.model, lora_rank, 8.0, folder)
+            self.adapters = {*lora.adapter_parameters(self.policy.model).values()}
+            for adapter in self.adapters:  # B is 0 at first, and then A has no gradient
+                adapter.data.add_(0.01)
         for each in (self.policy, self.reference):
-            distributed.shard(each.model, self.mesh, torch.float32)
-            each.tokens_per_forward = 200
+            distributed.shard(each.model, self.mesh, torch.float32, ignored=self.adapters)
+            each.tokens_per_forward = 100  # a group per pack
         self.results = {"shape": self.mesh.shape}
 
     def sample(self):
@@ -126,17 +127,20 @@ class Shape:
     def update(self, name):
         """Metrics of an update with the objective, and both mini-batches' clipped gradients."""
         rank, world = dist.get_rank(), dist.get_world_size()
-        # Of 4 ranks, the last has no group at all, and the second only prompts without an image.
-        indices = [i for i in (0, 1, 2, 4, 5, 6) if i % world == rank]
-        batches = mini_batches([make_group(self.policy.encoder, i) for i in indices], 4)
-        self.optimizer = RecordingAdamW(self.policy.model.parameters())
+        # Of 4 ranks, the last has no group at all, and the second only prompts without an image. In
+        # the first mini-batch the others have two packs each.
+        indices = [i for i in (0, 1, 2, 4, 5, 6, 8, 10) if i % world == rank]
+        batches = mini_batches([make_group(self.policy.encoder, i) for i in indices], 6)
+        trained = [p for p in self.policy.model.parameters() if p.requires_grad]
+        self.optimizer = RecordingAdamW(trained)
         algo = OBJECTIVES[name]
         metrics = prepare(self.policy, self.reference, batches, algo, key=(0, 0))
         metrics |= update(self.policy, self.optimizer, batches, algo, max_grad_norm=1.0)
         self.results[name] = metrics, self.optimizer.recorded
         for each in (self.policy, self.reference):
             # A forward without a backward must not leave the root gathered.
-            assert all(isinstance(p, DTensor) for p in each.model.parameters()), name
+            whole = {p for p in each.model.parameters() if not isinstance(p, DTensor)}
+            assert whole <= self.adapters, name
 
     def save(self):
         self.results["content"] = full_content(self.policy, self.optimizer)
@@ -155,12 +159,26 @@ class Shape:
         self.results["exported"] = model_dir
 
 
+def error_of_rank_0(rank):
+    """What on_first_rank raises on each rank, where only the first runs its task."""
+
+    def task():
+        raise ValueError(f"a bad file on rank {rank}")
+
+    try:
+        distributed.on_first_rank(task)
+    except ValueError as error:
+        return distributed.gather_over_ranks(str(error))
+
+
 def measure(folder, out):
     """Write {shard size: results}."""
     rank, world, _ = distributed.init_distributed()
     encoder = Encoder(folder, 3136, 200_704, toy.SUFFIX)
     sizes = [size for size in (1, 2, 4) if size <= world]
     shapes = [Shape(folder, encoder, size, out) for size in sizes]
+    with_adapters = Shape(folder, encoder, world, out, lora_rank=4)
+    with_adapters.update("papo_d")
     for shape in shapes:
         shape.sample()
         for name in OBJECTIVES if shape.mesh.ndim == 1 else [SAVED]:
@@ -168,6 +186,8 @@ def measure(folder, out):
         shape.save()
     for shape, other in zip(shapes, [*shapes[1:], shapes[0]], strict=True):
         shape.load_and_export(other.results["checkpoint"])
+    results = shapes[-1].results
+    results["lora"], results["raised"] = with_adapters.results["papo_d"], error_of_rank_0(rank)
     if rank == 0:
         torch.save({size: shape.results for size, shape in zip(sizes, shapes, strict=True)}, out)
     dist.barrier()
@@ -201,7 +221,9 @@ def test_four_ranks_give_the_metrics_and_gradients_of_one(one_and_four):
     shapes = {size: results["shape"] for size, results in four.items()}
     assert shapes == {1: (4, 1), 2: (2, 2), 4: (4,)}
     assert four[4].keys() >= OBJECTIVES.keys()
-    compared = [(size, name) for size in four for name in OBJECTIVES if name in four[size]]
+    names = [*OBJECTIVES, "lora"]
+    compared = [(size, name) for size in four for name in names if name in four[size]]
+    assert "lora" in four[4] and one["raised"] * 4 == four[4]["raised"]
     for size, name in compared:
         metrics, gradients = one[name]
         other_metrics, other_gradients = four[size][name]

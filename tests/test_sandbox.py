@@ -67,9 +67,11 @@ def gone(pid):
 
 
 @pytest.mark.filterwarnings("ignore:.*took longer")
-def test_hostile_and_ordinary_responses_in_one_batch(grader):
+def test_hostile_and_ordinary_responses_in_one_batch(tmp_path, grader):
+    """Each costs its deadline at most, and no code of a response runs in a worker."""
     ordinary = [(boxed(given), answer) for given, answer, _ in ORDINARY]
-    hostile = [(boxed(text), "0.5") for text in HANGS + ODD]
+    texts = HANGS + ODD + attacks(tmp_path / "executed")
+    hostile = [(boxed(text), "0.5") for text in texts]
     hostile.append(("<think>" * 10_000 + "\\boxed{" * 10_000, "0.5"))
     mixed = ordinary + hostile
     random.Random(1).shuffle(mixed)
@@ -84,19 +86,11 @@ def test_hostile_and_ordinary_responses_in_one_batch(grader):
             assert score == {"overall": 0.1 * form, "format": form, "accuracy": 0.0}
         else:
             assert score == released(*row)
+    assert not (tmp_path / "executed").exists()
+    # Hostile responses alone are no error of the rule.
+    assert [each["overall"] for each in grader([boxed("9**9**9")], ["1"])] == [0.1]
     assert grader([], []) == []
     assert grader.timeouts == 0
-
-
-@pytest.mark.filterwarnings("ignore:.*took longer")
-def test_hostile_responses_alone_are_no_error_of_the_rule(grader):
-    assert [each["overall"] for each in grader([boxed("9**9**9")] * 2, ["1"] * 2)] == [0.1, 0.1]
-
-
-def test_no_code_runs_in_a_worker(tmp_path, grader):
-    responses = [boxed(attack) for attack in attacks(tmp_path / "executed")]
-    assert accuracies(grader(responses, ["0.5"] * len(responses))) == [0.0] * len(responses)
-    assert not (tmp_path / "executed").exists()
 
 
 SLEEP = """
@@ -128,36 +122,26 @@ def f(response, answer):
         bytearray(300 << 20)
     if response == "exit":
         sys.exit("enough")
+    if response == "alarm":  # of its own
+        signal.signal(signal.SIGALRM, lambda *_: None)
+        signal.alarm(1)
+        9**9**9
     return zero(accuracy=1.0, format=float("torch" in sys.modules), overall=len(response))
 """
 
 
 @linux_only
 def test_crashes_memory_and_prints_stay_in_the_worker(write, capfd):
-    words = ["fine", "crash", "bomb", "fine", "exit", "fine"]
-    with Grader(write(CRASHES), workers=1, deadline=10.0, memory=0.2) as grader:
-        with pytest.warns(UserWarning, match="of 6 responses 1 killed their process .*; 1 Mem"):
+    words = ["fine", "crash", "bomb", "fine", "exit", "alarm", "fine"]
+    with Grader(write(CRASHES), workers=1, deadline=1.0, memory=0.2) as grader:
+        with pytest.warns(UserWarning, match="of 7 responses 1 killed their process .*; 1 Mem"):
             scores = grader(words, words)
-        assert (grader.errors, grader.timeouts) == (3, 0)
+        assert (grader.errors, grader.timeouts) == (3, 1)
     assert accuracies(scores) == [float(word == "fine") for word in words]
     assert scores[0]["overall"] == 4.0
     assert scores[0]["format"] == 0.0  # a worker holds no torch
     printed = capfd.readouterr()
     assert "noise" in printed.err and "noise" not in printed.out
-
-
-ALARM = """
-def f(response, answer):
-    signal.signal(signal.SIGALRM, lambda *_: None)
-    signal.alarm(1)
-    9**9**9
-"""
-
-
-def test_a_function_with_alarms_of_its_own_keeps_the_deadline(write):
-    with Grader(write(ALARM), workers=1, deadline=0.5) as grader:
-        with pytest.raises(RewardError, match="of 1 responses 1 took longer than --reward_dead"):
-            grader(["a"], ["a"])
 
 
 # ------------------------------------------------------------------------------- a user's function
@@ -182,14 +166,12 @@ def test_errors_of_a_users_function(write):
             assert accuracies(grader(["2", "0", "4"], ["0.5"] * 3)) == [1.0, 0.0, 0.0]
         assert grader.errors == 1
         for word, message in [
-            ("0", "of 2 responses 2 ZeroDivisionError"),
             ("number", "2 returned 1.0, no dict with finite overall, format, accuracy"),
             ("partly", "2 returned {'overall': 1.0}, no dict"),
             ("nan", "2 returned {'overall': nan"),
         ]:
             with pytest.raises(RewardError, match=message):
                 grader([word] * 2, ["1"] * 2)
-        assert accuracies(grader(["2"], ["0.5"])) == [1.0]
 
 
 def test_a_slow_function_is_reported(write):
@@ -207,16 +189,12 @@ def test_a_function_that_does_not_load_is_named(write, tmp_path):
     (tmp_path / "broken.py").write_text("import no_such_module\n")
     for spec, message in [
         ("mine.py", "reward 'mine.py': there is no file ''; expected path/file.py:function"),
-        (f"{tmp_path}/absent.py:f", "no file '/.*/absent.py'; expected path/file.py:function"),
         (f"{good}:scor", "no function 'scor' there, it has: zero, score"),
         (f"{tmp_path}/broken.py:f", "the file does not load: ModuleNotFoundError: No module named"),
     ]:
         with pytest.raises(ValueError, match=message) as error:
             Grader(spec, workers=1)
         assert "\n" not in str(error.value)
-    (tmp_path / "silent.py").write_text("import os\nos._exit(1)\n")
-    with pytest.raises(RewardError, match="the scoring server died"):
-        Grader(f"{tmp_path}/silent.py:f", workers=1)
 
 
 # ----------------------------------------------------------------------------------- the whole row

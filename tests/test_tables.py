@@ -68,8 +68,6 @@ def write_split(folder, name, rows=None, stem=None, top=None):
     table = json.dumps(rows or split_rows(name), ensure_ascii=False)
     (folder / f"{stem}.json").write_text(table, encoding="utf-8")
     with zipfile.ZipFile(folder / f"{stem}_images.zip", "w") as archive:
-        if top:
-            archive.writestr(top, b"")  # the folder's own entry
         for i, path in enumerate(("a/1.png", "b/1.png", "größe/图.png", "2.png")):
             archive.writestr(f"{top}{path}", png(i))
         archive.writestr(f"{top}cut.png", png(9, (300, 300))[:-400])
@@ -102,44 +100,33 @@ def answers_of(sets) -> dict[str, list[str]]:
 
 # ------------------------------------------------------------------------------- files and folders
 
-HUB_FEATURES = {
-    "problem": datasets.Value("string"),
-    "answer": datasets.Value("string"),
-    "images": datasets.List(datasets.Image()),
-}
-
 
 def write_hub_parquet(path: Path, numbers, feature_type=None) -> None:
     """As push_to_hub writes it. `feature_type` renames List to a type unknown to datasets."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for i in numbers:
-        image = {"bytes": png(i, (30 + i, 30)), "path": "x.png"}
-        rows.append({"problem": f"<image>n{i}", "answer": str(i), "images": [image]})
-    datasets.Dataset.from_list(rows, features=datasets.Features(HUB_FEATURES)).to_parquet(path)
+    features = {name: datasets.Value("string") for name in ("problem", "answer")}
+    features["images"] = datasets.List(datasets.Image())
+    images = [[{"bytes": png(i, (30 + i, 30)), "path": "x.png"}] for i in numbers]
+    rows = [question(i, images=image) for i, image in zip(numbers, images, strict=True)]
+    datasets.Dataset.from_list(rows, features=datasets.Features(features)).to_parquet(path)
     if feature_type:
         table = pyarrow.parquet.read_table(path)
-        metadata = table.schema.metadata[b"huggingface"]
-        renamed = metadata.replace(b'"List"', feature_type.encode())
-        assert renamed != metadata
-        table = table.replace_schema_metadata({b"huggingface": renamed})
+        metadata = table.schema.metadata[b"huggingface"].replace(b'"List"', feature_type.encode())
+        table = table.replace_schema_metadata({b"huggingface": metadata})
         pyarrow.parquet.write_table(table, path)
 
 
 @pytest.mark.parametrize("feature_type", [None, '"Unheard"'])
 def test_a_folder_in_the_hubs_layout(tmp_path, feature_type):
     folder = tmp_path / "set[1]"  # not a pattern
-    first = folder / "data/train-00000-of-00002.parquet"
-    second = folder / "data/train-00001-of-00002.parquet"
-    write_hub_parquet(first, range(3), feature_type)
-    write_hub_parquet(second, range(3, 6), feature_type)
+    write_hub_parquet(folder / "data/train-00000-of-00002.parquet", range(3), feature_type)
+    write_hub_parquet(folder / "data/train-00001-of-00002.parquet", range(3, 6), feature_type)
     write_hub_parquet(folder / "data/test-00000-of-00001.parquet", [7], feature_type)
     (folder / "dataset_infos.json").write_text("{}")
     rows = data.load(str(folder))
     assert answers(rows) == list("012345")
     assert colours(rows) == [[colour(i)] for i in range(6)]
     assert answers_of(data.eval_sets(str(folder))) == {"set[1]": ["7"]}
-    assert answers(data.load(folder / "data", "test")) == ["7"]
     with pytest.raises(data.DataError, match="no split 'validation': choose one of test, train"):
         data.load(str(folder), "validation")
 
@@ -161,31 +148,24 @@ def test_parts_whose_types_differ(tmp_path):
     assert rows.skipped == {"empty answer": 1}
 
 
-def test_a_rewritten_parquet_file_is_read_again(tmp_path):
+def test_a_parquet_file_stays_on_disk_and_is_read_again_when_rewritten(tmp_path):
     file = write_parquet(tmp_path / "rows.parquet", [question(1)])
     assert answers(data.load(str(file))) == ["1"]
-    write_parquet(file, [question(2)])
-    os.utime(file, (1, 1))  # an older file in the place of a newer one
-    assert answers(data.load(str(file))) == ["2"]
-
-
-def test_parquet_rows_stay_on_disk(tmp_path):
-    images = [[os.urandom(1_000_000)]] * 30
-    table = pyarrow.table({"problem": ["<image>?"] * 30, "answer": ["1"] * 30, "images": images})
-    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=5)
+    image = [os.urandom(1_000_000)]
+    table = pyarrow.table(
+        {"problem": ["<image>?"] * 30, "answer": ["2"] * 30, "images": [image] * 30}
+    )
+    pyarrow.parquet.write_table(table, file, row_group_size=5)
     del table
+    os.utime(file, (1, 1))  # an older file in the place of a newer one
     before = pyarrow.total_allocated_bytes()
-    located = tables.read_files([tmp_path / "a.parquet"])
+    located = tables.read_files([file])
     assert len(located) == 30
     assert pyarrow.total_allocated_bytes() - before < 5e6  # mapped from datasets' cache, not read
 
 
 def test_json_and_jsonl_files(tmp_path):
-    rows = [
-        {"problem": "a\u2028b", "answer": 1},
-        {"problem": "c", "answer": "two"},
-        {"problem": "d", "answer": 2.5},
-    ]
+    rows = [{"problem": "a\u2028b", "answer": 1}, {"problem": "c", "answer": "two"}]
     lines = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     contents = {
         "list.json": json.dumps(rows, ensure_ascii=False, indent=1),
@@ -195,8 +175,8 @@ def test_json_and_jsonl_files(tmp_path):
     for name, content in contents.items():
         (tmp_path / name).write_text(content, encoding="utf-8")
         loaded = data.load(str(tmp_path / name))
-        assert [example.question for example in loaded] == ["a\u2028b", "c", "d"]
-        assert answers(loaded) == ["1", "two", "2.5"]
+        assert [example.question for example in loaded] == ["a\u2028b", "c"]
+        assert answers(loaded) == ["1", "two"]
         assert loaded.skipped == ({"not JSON": 1} if name == "lines.jsonl" else {})
 
 
@@ -205,11 +185,8 @@ def test_folders_of_json_files(tmp_path):
     write_jsonl(tmp_path / "a.json", [question(0)])
     assert answers(data.load(str(tmp_path))) == ["0", "1", "2"]
     assert answers_of(data.eval_sets(str(tmp_path), limit=1)) == {"a": ["0"], "b": ["1"]}
-    assert list(data.eval_sets(str(tmp_path / "b.jsonl"))) == ["b"]
     write_jsonl(tmp_path / "test.json", [question(7)])
     assert answers_of(data.eval_sets(str(tmp_path))) == {tmp_path.name: ["7"]}
-    with pytest.raises(data.DataError, match="no split 'train': choose one of test"):
-        data.load(str(tmp_path))
 
 
 def test_folders_of_images_with_their_metadata(tmp_path):
@@ -229,42 +206,31 @@ def test_folders_of_images_with_their_metadata(tmp_path):
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("nowhere.jsonl", ["no such file or folder", ".json, .jsonl, .parquet", "owner/name"]),
-        ("./a/b/c", ["no such file", "'toy'"]),
-        ("table.csv", ["unknown extension '.csv'", ".json, .jsonl, .parquet"]),
-        ("empty", ["no such file or folder", "a folder of such"]),
-        ("cut.parquet", ["cut.parquet cannot be read: ArrowInvalid: Parquet magic bytes"]),
-        ("damaged.parquet", ["damaged.parquet cannot be read: OSError: "]),
-        ("parts", ["parts/b.parquet cannot be read: ArrowInvalid: Parquet magic bytes"]),
-        ("cut.json", ["cut.json cannot be read: JSONDecodeError"]),
-        ("latin.jsonl", ["latin.jsonl cannot be read: UnicodeDecodeError"]),
-        ("lfs.parquet", ["lfs.parquet cannot be read", "a Git LFS pointer; `git lfs pull`"]),
-        ("lfs.jsonl", ["lfs.jsonl cannot be read", "a Git LFS pointer; `git lfs pull`"]),
-        ("other.jsonl", ["none of its 2 rows", "missing column 2"]),
-    ],
-)
-def test_unusable_files_give_one_line(tmp_path, monkeypatch, name, words):
+def test_unusable_files_give_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("table.csv").write_text("problem,answer\n")
     Path("empty").mkdir()
     whole = write_parquet(Path("parts/a.parquet"), [question(0)]).read_bytes()
-    for cut in ("cut.parquet", "parts/b.parquet"):
-        Path(cut).write_bytes(whole[:-20])
+    Path("parts/b.parquet").write_bytes(whole[:-20])
     Path("damaged.parquet").write_bytes(whole[:4] + bytes(60) + whole[64:])
     Path("cut.json").write_text('[{"problem": ')
     Path("latin.jsonl").write_bytes(b'{"problem": "\xe9"}')
-    for pointer in ("lfs.parquet", "lfs.jsonl"):
-        Path(pointer).write_bytes(POINTER)
-    write_jsonl(Path("other.jsonl"), [{"text": "a"}, {"text": "b"}])
-    for function in (data.load, data.eval_sets):
-        with pytest.raises(data.DataError) as caught:
-            function(name)
-        message = str(caught.value)
-        assert "\n" not in message
-        assert all(word in message for word in [Path(name).stem, *words]), message
+    Path("lfs.parquet").write_bytes(POINTER)
+    for name, words in [
+        ("nowhere.jsonl", "no such file or folder"),
+        ("table.csv", "unknown extension '.csv'"),
+        ("empty", "no such file or folder"),
+        ("damaged.parquet", "damaged.parquet cannot be read: OSError: "),
+        ("parts", "parts/b.parquet cannot be read: ArrowInvalid: Parquet magic bytes"),
+        ("cut.json", "cut.json cannot be read: JSONDecodeError"),
+        ("latin.jsonl", "latin.jsonl cannot be read: UnicodeDecodeError"),
+        ("lfs.parquet", "a Git LFS pointer; `git lfs pull`"),
+    ]:
+        for function in (data.load, data.eval_sets):
+            with pytest.raises(data.DataError) as caught:
+                function(name)
+            message = str(caught.value)
+            assert words in message and name in message and "\n" not in message, message
 
 
 # ----------------------------------------------------------------------------------------- the hub
@@ -291,15 +257,6 @@ def test_a_hub_id(tmp_path, monkeypatch, capsys):
     assert "'o/plain': its files" not in error
 
 
-def test_a_hub_id_offline(monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(
-        data.DataError, match="'o/plain' is not a file or folder here.* traffic has been disabled"
-    ):
-        data.load("o/plain")
-
-
 # ----------------------------------------------------------------------------------- the benchmarks
 
 
@@ -317,31 +274,28 @@ def test_sets_by_name(tmp_path):
     assert [example.id for example in rows] == ["0", "1", "2", "own"]
     assert rows[1].question == "<image>Und <image>, wie groß ist ∠ABC?"
     assert rows[1].answer == "90°"
-    in_folder = data.eval_sets(str(tmp_path))
-    assert tuple(in_folder) == tables.BENCHMARKS["all"]
+    assert tuple(data.eval_sets(str(tmp_path))) == tables.BENCHMARKS["all"]
     assert (len(tables.GENERAL), len(tables.VISION)) == (5, 4)
 
 
-@pytest.mark.parametrize("top", [None, "We-Math_We-Math_images/", "", "./"])
-def test_where_images_lie_in_a_zip(tmp_path, top):
-    write_split(tmp_path, "We_Math", top=top)
-    assert colours(data.eval_sets("We_Math", source=str(tmp_path))["We_Math"]) == EXPECTED
+def test_where_images_lie(tmp_path):
+    """Under other folders in a zip; unpacked, as PAPO-Eval does; and nothing is ever unpacked."""
 
+    def read(folder):
+        return colours(data.eval_sets("We_Math", source=str(folder))["We_Math"])
 
-def test_images_unpacked_as_papo_eval_does(tmp_path):
-    """papo/NAME.json and images/NAME_images/..., or paths with images/ in front and a zip."""
-    rows = split_rows("We_Math")
-    for one in rows:
-        one["images"] = [f"images/{path}" for path in one["images"]]
-    zipped = write_split(tmp_path / "zipped", "We_Math", rows)
+    for top in ("We-Math_We-Math_images/", "", "./"):
+        folder = write_split(tmp_path / "in", "We_Math", top=top)
+        before = sorted(tmp_path.rglob("*"))
+        assert read(folder) == EXPECTED
+        assert sorted(tmp_path.rglob("*")) == before
     unpacked = write_split(tmp_path / "unpacked", "We_Math")
     archive = unpacked / "We_Math_images.zip"
     zipfile.ZipFile(archive).extractall(unpacked / "images")
     archive.unlink()
     (unpacked / "papo").mkdir()
     (unpacked / "We_Math.json").rename(unpacked / "papo" / "We_Math.json")
-    for folder in (zipped, unpacked):
-        assert colours(data.eval_sets("We_Math", source=str(folder))["We_Math"]) == EXPECTED
+    assert read(unpacked) == EXPECTED
 
 
 def test_an_image_is_never_guessed(tmp_path):
@@ -356,17 +310,6 @@ def test_an_image_is_never_guessed(tmp_path):
     assert found.skipped == {"broken image": 3}
 
 
-def test_a_zip_is_read_in_place(tmp_path):
-    rows = [row("<image>?", "1", "../outside.png"), row("<image>?", "1", "We_Math_images/2.png")]
-    folder = write_split(tmp_path / "in", "We_Math", rows)
-    with zipfile.ZipFile(folder / "We_Math_images.zip", "a") as archive:
-        archive.writestr("../outside.png", png(5))
-        archive.writestr("/outside.png", png(5))
-    before = sorted(tmp_path.rglob("*"))
-    assert len(data.eval_sets("We_Math", source=str(folder))["We_Math"]) >= 1
-    assert sorted(tmp_path.rglob("*")) == before
-
-
 def test_from_the_hub_cache(tmp_path, monkeypatch):
     """What the hub's client has downloaded is used offline; a missing set gives one line."""
     repo = tmp_path / "datasets--PAPO-Galaxy--PAPO_eval"
@@ -375,20 +318,18 @@ def test_from_the_hub_cache(tmp_path, monkeypatch):
     (repo / "refs" / "main").write_text("abc")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     assert colours(data.eval_sets("We_Math")["We_Math"]) == EXPECTED
-    missing = "no benchmark hiyouga_geometry3k in PAPO-Galaxy/PAPO_eval"
-    with pytest.raises(data.DataError, match=missing):
+    with pytest.raises(data.DataError, match="no benchmark hiyouga_geometry3k in PAPO-Galaxy/PAPO"):
         data.eval_sets("general")
-    unknown = "^data 'no/such' is not a file or folder here, and cannot be loaded from the hub"
-    with pytest.raises(data.DataError, match=unknown):
-        data.eval_sets("We_Math", source="no/such")
+    with pytest.raises(data.DataError, match="'o/plain' is not a file or folder here.*disabled"):
+        data.load("o/plain")
 
 
-@pytest.mark.parametrize("content", [b"[PK\x03\x04 nothing", POINTER])
 @pytest.mark.parametrize("broken", ["We_Math.json", "We_Math_images.zip"])
-def test_broken_files_give_one_line(tmp_path, broken, content):
+def test_broken_files_give_one_line(tmp_path, broken):
     folder = write_split(tmp_path, "We_Math")
-    (folder / broken).write_bytes(content)
+    (folder / broken).write_bytes(b"[PK\x03\x04 nothing")
     with pytest.raises(data.DataError, match=f"^{folder / broken} cannot be read: ") as error:
         data.eval_sets("We_Math", source=str(folder))
     assert "\n" not in str(error.value)

@@ -1,14 +1,9 @@
-"""train.py, with a tiny model: full runs, resuming, dynamic sampling, rewards, bad rows, errors."""
+"""train.py, with a tiny model: full runs, dynamic sampling, rewards, bad rows, errors."""
 
 import io
 import itertools
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 import weakref
 from collections import Counter
 from pathlib import Path
@@ -20,10 +15,8 @@ import pyarrow.parquet
 import pytest
 import torch
 from conftest import (
-    ENVIRONMENT,
     ROOT,
     check_same_metrics,
-    generate,
     lines_with,
     metric_lines,
     on_ranks,
@@ -34,10 +27,9 @@ from transformers import AutoModelForImageTextToText
 
 import train
 from papo import PRESETS, preset
-from support import checkpoint, curves, data, pages, run_folder, toy
+from support import checkpoint, curves, pages, run_folder, toy
 from support import run as run_module
-from support.batch import Group, pad_and_cat
-from support.qwen_vl import Encoder, Policy
+from support.batch import Group
 from support.run import Run
 from support.sandbox import Grader
 from support.variants import variant_names
@@ -50,92 +42,74 @@ def training_lines(run_folder):
 # ---------------------------------------------------------------------------------------- full runs
 
 
-def test_a_run_writes_its_folder(run, folder, monkeypatch, capsys):
-    monkeypatch.setattr(run_module, "SHOW_EVERY", 2)
-    out = run("a", "--algo papo_g --kl_ref_coef 0.01 --steps 4 --keep 1")
-    text = capsys.readouterr().out
-    words = "before after image: metrics.jsonl curves.png samples.html model"
-    assert all(word in text for word in words.split())
-    assert len(re.findall(r"^step [24]: <image>", text, re.M)) == 2
-    assert len(re.findall(r"^  reward \d\.\d\d: ", text, re.M)) == 4
-    config = json.loads((out / "config.json").read_text())
-    assert (config["algo"], config["steps"]) == ("papo_g", 4)
+def test_a_run_writes_its_folder(finished, folder):
+    """Its model loads with transformers alone, and its processor files are the source's."""
+    config = json.loads((finished / "config.json").read_text())
+    assert (config["algo"], config["steps"]) == ("papo_g", 3)
     assert (config["kl_prcp_coef"], config["group_size"]) == (0.02, 3)
-    steps = training_lines(out)
-    assert [line["step"] for line in steps] == [1, 2, 3, 4]
+    steps = training_lines(finished)
+    assert [line["step"] for line in steps] == [1, 2, 3]
     for line in steps:
-        assert line["groups_kept"] == 5
+        assert (line["groups_kept"], line["skipped_updates"]) == (5, 0)
         assert 0 < line["mask_ratio"] < 1
-        assert line["skipped_updates"] == 0
         assert line["sampler_gap"] < 1e-5 and line["sampler_gap_max"] < 1e-4
     assert steps[0]["sampler_gap"] > 0
-    evaluated = [line["step"] for line in metric_lines(out) if "eval/general" in line]
-    assert evaluated == [0, 2, 4]
-    assert (out / "curves.png").stat().st_size > 1000
-    assert (out / "sample0.png").exists()
-    page = (out / "samples.html").read_text()
-    assert re.findall(r"<b>step (\d+) ", page) == ["0", "2", "4"] * 8  # four questions per set
+    assert [line["step"] for line in metric_lines(finished) if "eval/general" in line] == [0, 2, 3]
+    assert (finished / "curves.png").stat().st_size > 1000 and (finished / "sample0.png").exists()
+    page = (finished / "samples.html").read_text()
+    assert re.findall(r"<b>step (\d+) ", page) == ["0", "2", "3"] * 8  # four questions per set
     assert page.count("<img ") == 8
-    assert [path.name for path in checkpoint.complete(out)] == ["step_000004"]
-    check_is_plain_model_folder(out / "model", Path(folder))
-    check_glossary(out)
+    assert [path.name for path in checkpoint.complete(finished)] == ["step_000003"]
+    model, source = (
+        AutoModelForImageTextToText.from_pretrained(each) for each in (finished / "model", folder)
+    )
+    assert not all(map(torch.equal, model.parameters(), source.parameters()))
+    for name in ("generation_config.json", "preprocessor_config.json", "tokenizer.json"):
+        assert (finished / "model" / name).read_bytes() == (Path(folder) / name).read_bytes()
 
 
-def test_pictures_that_cannot_be_written_cost_a_line_each(run, monkeypatch, capsys):
+def test_the_glossary_lists_exactly_the_metrics_of_a_run(finished):
+    """And one that only CUDA has."""
+    glossary = (ROOT / "docs" / "metrics.md").read_text()
+    listed = set(re.findall(r"^\| `([^`]+)`", glossary, re.MULTILINE))
+    logged = {key for line in metric_lines(finished) for key in line}
+    assert {re.sub("eval/.*", "eval/SET", key) for key in logged} | {"peak_memory"} == listed
+
+
+def test_what_is_printed_and_pictures_that_cannot_be_written(run, monkeypatch, capsys):
     def full(*args):
         raise OSError(28, "No space left on device")
 
+    monkeypatch.setattr(run_module, "SHOW_EVERY", 1)
     monkeypatch.setattr(curves, "draw_run", full)
     monkeypatch.setattr(pages, "samples", full)
     out = run("a", "--algo papo_g --steps 1")
     text = capsys.readouterr()
+    assert len(re.findall(r"^step 1: <image>", text.out, re.M)) == 1
+    assert len(re.findall(r"^  reward \d\.\d\d: ", text.out, re.M)) == 2  # best and worst
+    assert all(word in text.out for word in ("before", "after", "metrics.jsonl"))
     for name in ("curves.png", "samples.html"):
         assert f"{out / name} is not written: [Errno 28]" in text.err
     assert f"model: {out}/model" in text.out
 
 
-def test_samples_leave_out_what_the_data_no_longer_holds(run):
+def test_samples_leave_out_what_the_data_no_longer_holds(finished_copy, run):
     """A resumed run may find another row at the same number, or none that can be read."""
-    out = run("a", "--algo papo_g --steps 1")
-    lines = run_folder.read_log(out / "samples.jsonl")
+    lines = run_folder.read_log(finished_copy / "samples.jsonl")
     for line in lines:
         line["id"] = "another" if line["row"] == 1 else line["id"]
         line["row"] = 10_000 if line["row"] == 2 else line["row"]
-    (out / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    train.main(["--resume", str(out), "--steps", "2"])
-    sections = (out / "samples.html").read_text().split("<section>")[1:]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (finished_copy / "samples.jsonl").write_text(text)
+    train.main(["--resume", str(finished_copy), "--steps", "4"])
+    sections = (finished_copy / "samples.html").read_text().split("<section>")[1:]
     steps = {
         re.search(r"<h2>(.*?)<", each)[1]: re.findall(r"<b>step (\d)", each) for each in sections
     }
     for name in ("general", "vision_dependent"):
-        assert [steps.pop(f"{name}, row {row}") for row in (0, 3)] == [["0", "1", "2"]] * 2
-        assert [steps.pop(f"{name}, row {row}") for row in (1, 2)] == [["2"]] * 2
+        assert [steps.pop(f"{name}, row {row}") for row in (0, 3)] == [["0", "3", "4"]] * 2
+        assert [steps.pop(f"{name}, row {row}") for row in (1, 2)] == [["4"]] * 2
     assert not steps
-
-
-def check_is_plain_model_folder(model_folder, source):
-    """It loads with transformers alone, and its processor files are the source's."""
-    model = AutoModelForImageTextToText.from_pretrained(model_folder)
-    original = AutoModelForImageTextToText.from_pretrained(source)
-    unchanged = map(torch.equal, model.parameters(), original.parameters())
-    assert not all(unchanged)
-    for name in ("generation_config.json", "preprocessor_config.json", "tokenizer.json"):
-        assert (model_folder / name).read_bytes() == (source / name).read_bytes()
-    name = "chat_template.jinja"
-    assert (model_folder / name).read_bytes() == (source / name).read_bytes()
-    encoder = Encoder(str(model_folder), 3136, 200_704)
-    prompt = encoder.encode(data.load("toy", "general")[0])
-    [group] = generate(Policy(model, encoder), [prompt], 1, max_new_tokens=4)
-    assert pad_and_cat([group], "tokens").shape[1] >= 1
-
-
-def check_glossary(run_folder):
-    """The glossary lists exactly the metrics of a run, and one that only CUDA has."""
-    glossary = (ROOT / "docs" / "metrics.md").read_text()
-    listed = set(re.findall(r"^\| `([^`]+)`", glossary, re.MULTILINE))
-    logged = {key for line in metric_lines(run_folder) for key in line}
-    logged = {re.sub("eval/.*", "eval/SET", key) for key in logged}
-    assert logged | {"peak_memory"} == listed
 
 
 @pytest.fixture()
@@ -161,7 +135,8 @@ def test_two_ranks_give_the_metrics_of_one(run, folder, tmp_path, varying_reward
     """
     flags = f"--steps 2 --algo tapo --top_p 1.0 {varying_reward}"
     one, two = run("one", flags), tmp_path / "two"
-    assert all(line["groups_kept"] > 0 for line in training_lines(one))
+    for line in training_lines(one):
+        assert line["groups_kept"] > 0 and line["format"] == 1 and line["reward"] > 0
     done = on_ranks(2, *run_flags(folder, two, flags))
     assert done.returncode == 0, done.stderr[-3000:]
     check_same_metrics(one, two, rel=1e-4, abs=2e-6)
@@ -181,49 +156,6 @@ def test_every_method_on_one_two_and_four_ranks(run, folder, tmp_path, varying_r
         check_same_metrics(one, out, rel=1e-3, abs=1e-5)
 
 
-def test_sigterm_leaves_a_checkpoint_and_exits_cleanly(folder, tmp_path):
-    out = tmp_path / "stopped"
-    flags = run_flags(folder, out, "--steps 500 --eval_every 0")
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *flags],
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    while process.poll() is None and not (out / "metrics.jsonl").exists():
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors[-3000:]
-    steps = [line["step"] for line in metric_lines(out)]
-    assert steps == list(range(1, len(steps) + 1))
-    assert checkpoint.complete(out)[-1].name == f"step_{steps[-1]:06d}"
-    assert steps[-1] < 500
-
-
-def test_an_existing_folder_is_not_overwritten(run, tmp_path, capsys):
-    (tmp_path / "there").mkdir()
-    (tmp_path / "there" / "config.json").write_text("{}")
-    with pytest.raises(SystemExit):
-        run("there", "")
-    assert "exists: choose another folder, or --resume it" in capsys.readouterr().err
-
-
-def test_a_steps_images_are_gone_when_the_next_one_samples(run, monkeypatch):
-    original, alive = train.collect, []
-
-    def collect(*args):
-        assert all(group() is None for group in alive)
-        groups, metrics = original(*args)
-        alive.extend(weakref.ref(group) for group in groups)
-        return groups, metrics
-
-    monkeypatch.setattr(train, "collect", collect)
-    run("freed", "--steps 3 --eval_every 0")
-    assert len(alive) > 3
-
-
 @pytest.mark.parametrize("device, fused", [("cpu", False), ("cuda", True)])
 def test_adamw_is_fused_exactly_on_cuda(monkeypatch, device, fused):
     """Else it makes a copy of all parameters in every step."""
@@ -232,16 +164,20 @@ def test_adamw_is_fused_exactly_on_cuda(monkeypatch, device, fused):
     monkeypatch.setattr(Run, "_load_data", lambda _, encoder: ([0], {}))
     monkeypatch.setattr(Run, "_load_policy", lambda _, encoder, dtype: MagicMock())
     monkeypatch.setattr(torch.optim, "AdamW", Mock())
-    Run(train.Config(), preset("grpo_no_kl_ref"), None, (0, 1, torch.device(device)))
+    run = Run(train.Config(), preset("grpo_no_kl_ref"), None, (0, 1, torch.device(device)))
     assert torch.optim.AdamW.call_args.kwargs["fused"] is fused
+    assert run.dtype == (torch.bfloat16 if fused else torch.float32)
 
 
 def test_a_sampler_that_disagrees_with_training_is_named_once(run, monkeypatch, capsys):
-    """The metric is the same in the first mini-batch, which records no old log-probs."""
-    original = train.generate
+    """The metric is the same in the first mini-batch, which records no old log-probs. And a step's
+    images are gone when the next one samples."""
+    original, alive = train.generate, []
 
     def generate_shifted(*args, **kwargs):
+        assert all(group() is None for group in alive)
         groups = original(*args, **kwargs)
+        alive.extend(weakref.ref(group) for group in groups)
         for group in groups:
             group.sample_log_probs += 0.5 * group.response_mask
         return groups
@@ -257,22 +193,14 @@ def test_a_sampler_that_disagrees_with_training_is_named_once(run, monkeypatch, 
 # ----------------------------------------------------------------------------------------- rollouts
 
 
-def zero_scores(responses):
-    return [{"overall": 0.0, "accuracy": 0.0, "format": 0.0} for _ in responses]
-
-
 def test_dynamic_sampling_drops_groups_and_samples_more(run, monkeypatch):
     """Every second group is all wrong, so sampling goes on for all rounds."""
     monkeypatch.setattr(train, "MAX_ROUNDS", 3)
     numbers = itertools.count()
 
     def one_right_in_every_second_group(self, responses, *_):
-        scores = zero_scores(responses)
-        for score in scores:
-            group, sample = divmod(next(numbers), 3)
-            if group % 2 == 0 and sample == 0:
-                score["overall"] = score["accuracy"] = 1.0
-        return scores
+        is_right = [next(numbers) % 6 == 0 for _ in responses]
+        return [{"overall": float(x), "accuracy": float(x), "format": 0.0} for x in is_right]
 
     monkeypatch.setattr(Grader, "__call__", one_right_in_every_second_group)
     [step] = training_lines(run("dapo", "--algo papo_d --steps 1 --eval_every 0"))
@@ -282,26 +210,17 @@ def test_dynamic_sampling_drops_groups_and_samples_more(run, monkeypatch):
 @pytest.mark.parametrize("algo", ["papo_d", "papo_g"])
 def test_steps_without_an_advantage_are_warned_of_once(run, monkeypatch, capsys, algo):
     """With dynamic sampling there is no update; without it one response is shown."""
-    monkeypatch.setattr(train, "MAX_ROUNDS", 3)
-    monkeypatch.setattr(Grader, "__call__", lambda self, responses, *_: zero_scores(responses))
-    steps = training_lines(run("none", f"--algo {algo} --steps 4 --eval_every 0"))
+    zero = {"overall": 0.0, "accuracy": 0.0, "format": 0.0}
+    monkeypatch.setattr(train, "MAX_ROUNDS", 2)
+    monkeypatch.setattr(run_module, "MAX_USELESS_STEPS", 1)
+    monkeypatch.setattr(Grader, "__call__", lambda self, responses, *_: [zero] * len(responses))
+    steps = training_lines(run("none", f"--algo {algo} --steps 2 --eval_every 0"))
     [warning] = lines_with(capsys.readouterr().err, "warning:")
-    assert "step 3: in 3 steps no group had different rewards (mean 0.000)" in warning
+    assert "step 1: in 1 steps no group had different rewards (mean 0.000)" in warning
     assert ("a response: " in warning and "the answer: " in warning) == (algo == "papo_g")
     if algo == "papo_d":
-        assert [(step["groups_kept"], step["rounds"]) for step in steps] == [(0, 3)] * 4
+        assert [(step["groups_kept"], step["rounds"]) for step in steps] == [(0, 2)] * 2
         assert not any("pg_loss" in step for step in steps)
-
-
-def test_one_response_per_image_is_enough_for_two_images(run):
-    run("noisy", "--algo noisy_rollout --group_size 1 --steps 1 --eval_every 0")
-
-
-def test_the_folder_of_a_run_is_no_model(run, capsys):
-    out = run("whole", "--steps 1 --eval_every 0")
-    with pytest.raises(SystemExit):
-        train.main(["--model", str(out)])
-    assert f"{out} is the folder of a run: its model is {out}/model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dynamic_sampling", [False, True])
@@ -338,120 +257,89 @@ def test_groups_that_cannot_be_compared_have_no_advantage(prompts, dynamic_sampl
 # ---------------------------------------------------------------------------------- rewards, errors
 
 
-def test_a_custom_reward(run, tmp_path):
-    file = tmp_path / "mine.py"
-    file.write_text(
-        "def longer(response, answer):\n"
-        "    return {'overall': len(response) / 100, 'format': 1.0, 'accuracy': 0.0}\n"
-    )
-    [step] = training_lines(run("mine", f"--steps 1 --eval_every 0 --reward {file}:longer"))
-    assert step["reward"] > 0
-    assert step["accuracy"] == 0
-    assert step["format"] == 1
-
-
 @pytest.mark.parametrize(
     "body, message",
     [
         ("import time; time.sleep(60)", "--reward_deadline"),
         ("raise KeyError('no such answer')", "no such answer"),
-        ("return 1.0", "overall, format, accuracy"),
     ],
-    ids=["slow", "raises", "nonsense"],
 )
 def test_a_reward_that_never_works_ends_the_run(run, tmp_path, capsys, body, message):
     file = tmp_path / "mine.py"
     file.write_text(f"def score(response, answer):\n    {body}\n")
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit, match="2"):
         run("never", f"--steps 1 --eval_every 0 --reward {file}:score --reward_deadline 0.2")
     [error] = lines_with(capsys.readouterr().err, "error:")
-    assert stop.value.code == 2
     assert message in error
 
 
 @pytest.mark.parametrize(
-    "flags, message",
+    "names, is_free",
     [
-        ("--algo ppo", "'ppo': choose one of grpo, dapo, papo_g"),
-        ("--mask_strategy blur", "'random', 'semantic', 'noise'"),
-        ("--grup_size 4", "unknown flag --grup_size: the flags are algo average"),
-        ("--temperature 0", "temperature=0.0: must be above 0"),
-        ("--model /no/such/folder", "/no/such/folder"),
-        ("--reward nothing", "reward 'nothing'"),
-        ("--resume /no/such/run", "no config.json there"),
-        ("--group_size 1", "group_size=1: give at least 2"),
+        ((), True),
+        ((".lock", "config.json", "data.json", "mine.py"), True),
+        (("mine.py",), False),
+        (("config.json", "metrics.jsonl"), False),
+        (("config.json", "checkpoints"), False),
     ],
 )
-def test_errors_are_one_line(run, capsys, flags, message):
-    with pytest.raises(SystemExit) as stop:
-        run("run", f"--steps 1 {flags}")
-    [error] = lines_with(capsys.readouterr().err, "error:")
-    assert stop.value.code == 2
-    assert message in error
+def test_a_start_that_failed_leaves_its_folder_free(tmp_path, names, is_free):
+    for name in names:
+        (tmp_path / name).touch()
+    assert run_folder.is_unused(tmp_path) == is_free
+
+
+def test_errors_are_one_line(run, finished, capsys):
+    for flags, message in [
+        ("--algo ppo", "'ppo': choose one of grpo, dapo, papo_g"),
+        ("--mask_strategy blur", "'random', 'semantic', 'noise'"),
+        ("--temperature 0", "temperature=0.0: must be above 0"),
+        ("--model /no/such/folder", "/no/such/folder"),
+        (f"--model {finished}", f"is the folder of a run: its model is {finished}/model"),
+        ("--resume /no/such/run", "no config.json there"),
+        ("--group_size 1", "group_size=1: give at least 2"),
+        (f"--out {finished}", "exists: choose another folder, or --resume it"),
+    ]:
+        with pytest.raises(SystemExit, match="2"):
+            run("run", f"--steps 1 {flags}")
+        [error] = lines_with(capsys.readouterr().err, "error:")
+        assert message in error
 
 
 # ----------------------------------------------------------------------------------------- bad rows
 
-# What is odd about a row -> the kind it is counted under, or "" if it is usable. Only decoding the
-# pixels finds a truncated JPEG.
-ODDITIES = {
-    "truncated JPEG": "broken image",
-    "zero bytes": "broken image",
-    "CMYK": "",
-    "palette with alpha": "",
-    "1 x 5000": "aspect ratio",
-    "20 megapixels": "",
-    "no image": "markers",
-    "too many images": "markers",
-    "empty answer": "empty answer",
-    "no answer": "empty answer",
-}
 
-
-def image_cell(image, kind="PNG", end=None):
+def cell(image, kind="PNG", end=None):
     """An image as parquet files hold it, optionally cut at a byte."""
     file = io.BytesIO()
     image.save(file, kind)
     return {"bytes": file.getvalue()[:end], "path": None}
 
 
-def odd_images(oddity, image):
-    """The images of a row."""
-    match oddity:
-        case "truncated JPEG":
-            return [image_cell(image, "JPEG", -300)]
-        case "zero bytes":
-            return [{"bytes": b"", "path": None}]
-        case "CMYK":
-            return [image_cell(image.convert("CMYK"), "JPEG")]
-        case "palette with alpha":
-            return [image_cell(image.convert("RGBA").quantize(16))]
-        case "1 x 5000":
-            return [image_cell(Image.new("RGB", (1, 5000)))]
-        case "20 megapixels":
-            return [image_cell(Image.new("RGB", (5000, 4000), "red"))]
-        case "no image":
-            return []
-        case "too many images":
-            return 2 * [image_cell(image)]
-    return [image_cell(image)]
-
-
-ODD_ANSWERS = {"empty answer": "  ", "no answer": None}
+# What is odd about a row -> its images, from the usual image, and the kind it is counted under, or
+# "" if it is usable. Only decoding the pixels finds a truncated JPEG.
+ODDITIES = {
+    "truncated JPEG": (lambda image: [cell(image, "JPEG", -300)], "broken image"),
+    "zero bytes": (lambda image: [{"bytes": b"", "path": None}], "broken image"),
+    "CMYK": (lambda image: [cell(image.convert("CMYK"), "JPEG")], ""),
+    "1 x 5000": (lambda image: [cell(Image.new("RGB", (1, 5000)))], "aspect ratio"),
+    "20 megapixels": (lambda image: [cell(Image.new("RGB", (5000, 4000), "red"))], ""),
+    "too many images": (lambda image: 2 * [cell(image)], "markers"),
+    "empty answer": (lambda image: [cell(image)], "empty answer"),
+}
 
 
 def write_rows(path, n, every):
     """Write n rows, one in `every` odd, in each way in turn; returns how often each way occurs."""
-    rows, counts = [], Counter()
-    oddities = itertools.cycle(ODDITIES)
+    rows, counts, oddities = [], Counter(), itertools.cycle(ODDITIES)
     for i in range(n):
         example = toy.example("train", i % 64)
-        images, answer = [image_cell(example.images[0])], example.answer
+        images, answer = [cell(example.images[0])], example.answer
         if i % every == 0:
             oddity = next(oddities)
             counts[oddity] += 1
-            images = odd_images(oddity, example.images[0])
-            answer = ODD_ANSWERS.get(oddity, "1")
+            images = ODDITIES[oddity][0](example.images[0])
+            answer = "  " if oddity == "empty answer" else "1"
         rows.append({"problem": example.question, "answer": answer, "images": images})
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     return counts
@@ -464,7 +352,7 @@ def resident_mib():
 
 @pytest.mark.parametrize(
     "n, every, steps",
-    [(30, 3, 4), pytest.param(2000, 20, 200, marks=pytest.mark.slow)],
+    [(28, 4, 4), pytest.param(2000, 20, 200, marks=pytest.mark.slow)],
     ids=["short", "long"],
 )
 def test_bad_rows_are_counted_and_skipped(run, tmp_path, monkeypatch, capsys, n, every, steps):
@@ -482,63 +370,18 @@ def test_bad_rows_are_counted_and_skipped(run, tmp_path, monkeypatch, capsys, n,
         "--save_every 0 --min_pixels 3136 --max_pixels 20000 --max_prompt_tokens 256 "
         "--prompts_per_step 10 --mini_batch 10 --group_size 2"
     )
-    printed_steps = metric_lines(run("rows", flags))
+    lines = metric_lines(run("rows", flags))
     printed = capsys.readouterr()
     late = counts["truncated JPEG"]  # found when read; the others when the data are loaded
-    early = sum(count for oddity, count in counts.items() if ODDITIES[oddity]) - late
-    assert len(printed_steps) == steps
-    assert all(line["unusable_rows"] == early for line in printed_steps)
+    early = sum(count for oddity, count in counts.items() if ODDITIES[oddity][1]) - late
+    assert all(line["unusable_rows"] == early for line in lines)
     passes = int(steps * 10 / (n - early))
-    skipped = sum(line["skipped_rows"] for line in printed_steps)
+    skipped = sum(line["skipped_rows"] for line in lines)
     assert passes * late <= skipped <= (passes + 1) * late
-    assert sum(line["groups_kept"] for line in printed_steps) + skipped == steps * 10
-    for kind in set(ODDITIES.values()) - {""}:
+    assert sum(line["groups_kept"] for line in lines) + skipped == steps * 10
+    for kind in {kind for _, kind in ODDITIES.values()} - {""}:
         times_named = 2 if kind == "broken image" else 1  # when loading, and when reading
         assert len(re.findall(f"row \\d+ is skipped, {kind}:", printed.err)) == times_named
-    assert f"left out: {{'broken image': {counts['zero bytes']}" in printed.out
     if n >= 2000:  # long enough that both halves read 20-megapixel images
         # The allocator keeps up to 400 MiB of them for a while; leaked images would be gigabytes.
         assert max(memory[steps // 2 :]) < max(memory[: steps // 2]) + 400
-
-
-# -------------------------------------------------------------------------------- hostile responses
-
-HOSTILE_ANSWERS = [
-    "99999999!",
-    "9**9**9",
-    "1e999999999",
-    "2**(10**10)",
-    "(x+y)**999",
-    "(" * 3000 + "1" + ")" * 3000,
-    "frac('\\137\\137')",
-    "\\frac" * 2000,
-    "x" * 10**6,
-]
-
-
-def child_processes():
-    return Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-
-
-@pytest.mark.slow
-def test_hostile_responses_cost_no_more_than_the_deadlines(run, monkeypatch):
-    """None is rewarded, and no process is left behind."""
-    sample, before = train.generate, child_processes()
-
-    def attack(*args, **kwargs):
-        groups = sample(*args, **kwargs)
-        answers = itertools.cycle(HOSTILE_ANSWERS)
-        for group in groups:
-            group.responses = [
-                f"<think> </think> \\boxed{{{next(answers)}}}" for _ in group.responses
-            ]
-            group.prompt.example.answer = "x + 1"  # not an integer, so the rule parses
-        return groups
-
-    monkeypatch.setattr(train, "generate", attack)
-    [step] = metric_lines(run("hostile", "--steps 1 --eval_every 0 --save_every 0"))
-    assert step["accuracy"] == 0
-    assert step["reward_timeouts"] >= 3
-    assert step["skipped_updates"] == 0
-    assert step["seconds_rollout"] < 60 + 30  # the budget, and a slow machine's start-up
-    assert child_processes() == before

@@ -25,12 +25,12 @@ import papo
 import train
 from losses import group_advantages, kl_k3, policy_loss, response_mean
 from papo import pack_loss, prepare, preset
-from support import StepError, toy
+from support import StepError
 from support.batch import mini_batches, pad_and_cat, seeded
 from support.config import parse_flags
 from support.qwen_vl import Policy
 from support.run_folder import free_name
-from support.variants import FOLDER, variant_names
+from support.variants import variant_names
 from variants import dyco_rl, noisy_rollout, pgpo, tor, vppo
 
 
@@ -67,9 +67,7 @@ def test_dependency_is_k3_of_the_masked_view_up_to_ten(groups):
     masked = torch.full(group.tokens.shape, -1.0 + math.log(2))
     masked[0, 0] = 9.0
     group.view_log_probs["mask"] = masked
-    found = vppo.visual_dependency(group)
-    assert found[0, 0] == 10
-    close(found[0, 1], 2 - math.log(2) - 1)
+    close(vppo.visual_dependency(group)[0, :2], [10, 2 - math.log(2) - 1])
 
 
 def test_pgpo_token_weights():
@@ -124,19 +122,17 @@ def test_tor_weights():
 
 
 def test_tor_takes_exactly_its_share_of_equal_values():
-    """With P = 0 everywhere three of nine tokens see, by a lot that a repetition draws alike."""
+    """With P = 0 everywhere three of nine tokens see, by a lot that depends on the prompts."""
     groups = tor_groups()
     zeros = [torch.zeros(2, 3) for _ in groups]
-    first, again = (tor.top_of_batch(groups, zeros, 0.3) for _ in range(2))
-    assert sum(int(each.sum()) for each in first) == 3
-    assert all(map(torch.equal, first, again))
-    for group, chosen in zip(groups, first, strict=True):
-        assert not (chosen & ~group.response_mask).any()
-    by_index = [chosen.clone() for chosen in first]
+    chosen, again = (tor.top_of_batch(groups, zeros, 0.3) for _ in range(2))
+    assert sum(int(each.sum()) for each in chosen) == 3
+    assert all(map(torch.equal, chosen, again))
+    responses = [group.response_mask for group in groups]
+    assert all(not (each & ~mask).any() for each, mask in zip(chosen, responses, strict=True))
     for group in groups:
         group.prompt.index += 7
-    others = tor.top_of_batch(groups, zeros, 0.3)
-    assert not all(map(torch.equal, by_index, others))
+    assert not all(map(torch.equal, chosen, tor.top_of_batch(groups, zeros, 0.3)))
     assert not any(each.any() for each in tor.top_of_batch(groups, zeros, 0.0))
 
 
@@ -151,23 +147,18 @@ def test_noisy_rollout_has_no_dual_clip():
     assert metrics["clip_frac_dual"] == 0
 
 
-def test_dvrp_noise_falls():
-    """The standard deviations that the source has at the start, half time and the end."""
-    steps = [preset("dvrp").at_step(step, 100).noise_steps for step in (0, 50, 100)]
-    assert steps == [496, 250, 3]
-    std = [float((1 - noisy_rollout.share_kept(k)).sqrt()) for k in steps]
-    assert std == pytest.approx([0.498, 0.147, 0.009], abs=2e-3)
-
-
-def test_noisy_rollout_schedule_and_diffusion():
+def test_the_noises_schedules_and_diffusion():
+    """NoisyRollout's; and DVRP's, by the deviations that the source has at start, half and end."""
     algo = preset("noisy_rollout")
     noise = [algo.at_step(step, 60).noise_steps for step in (0, 37, 39, 59)]
     assert noise == [499, int(500 / (1 + math.exp(-1))), 250, 0]
     assert algo.at_step(0, 1).noise_steps == 500  # a run of one step: exp would overflow
+    steps = [preset("dvrp").at_step(step, 100).noise_steps for step in (0, 50, 100)]
+    std = [float((1 - noisy_rollout.share_kept(k)).sqrt()) for k in steps]
+    assert std == pytest.approx([0.498, 0.147, 0.009], abs=2e-3)
     betas = [(5e-3 - 1e-5) / (1 + math.exp(6 - 12 * i / 999)) + 1e-5 for i in range(301)]
     expected = math.prod(1 - beta for beta in betas)
     assert float(noisy_rollout.share_kept(300)) == pytest.approx(expected, rel=1e-5)
-    assert 0.5 < expected < 0.99
 
 
 def test_noise_is_added_to_pixels_between_0_and_1(encoder, prompts):
@@ -210,8 +201,8 @@ def test_dyco_roles_and_score():
 
 
 def test_dyco_without_roles_and_with_a_neutral_margin():
-    """Nothing moves; there is a single token; the text part moves by less than the margin, and by
-    more; the image part, which has no margin, does."""
+    """Nothing moves; the text part moves by less than the margin, and by more; the image part,
+    which has no margin, does."""
     visible = torch.ones(2, 5, dtype=torch.bool).tril(3)
     still = torch.tensor([[0.2, 0.2, 0.2, 0.4, 0], [0.2, 0.2, 0.2, 0.4, 0]])
     text_moves_by_0_03 = torch.tensor([[0.2, 0.4, 0.2, 0.2, 0], [0.2, 0.4, 0.206, 0.194, 0]])
@@ -219,13 +210,11 @@ def test_dyco_without_roles_and_with_a_neutral_margin():
     with_role = 1 / (1 + math.exp(-0.4 / 0.8))
     for attention, last, margin, expected in (
         (still, 1, 0.05, 0.5),
-        (still[:1], 1, 0.05, 0.5),
         (text_moves_by_0_03, 1, 0.05, 0.5),
         (text_moves_by_0_03, 1, 0.02, with_role),
         (image_moves, 2, 0.05, with_role),
     ):
-        sees = visible[: len(attention)]
-        close(dyco_rl.response_alignment(attention, sees, 1, last, margin), expected)
+        close(dyco_rl.response_alignment(attention, visible, 1, last, margin), expected)
 
 
 def test_dyco_standardises_over_the_mini_batch():
@@ -297,17 +286,6 @@ def gradient_of(policy, loss):
     return torch.cat([gradient.flatten() for gradient in gradients])
 
 
-def test_vppo_scales_over_the_mini_batch_not_over_a_group(varied_policy, groups):
-    prepared("vppo", varied_policy, groups)
-    with_image = [group for group in groups if group.has_image]
-    means = torch.cat([vppo.response_dependency(group) for group in with_image])
-    expected = vppo.response_weights(means, means, 0.9)
-    found = torch.cat([group.weights.amax(1) for group in with_image])
-    close(found, expected, atol=1e-5)
-    assert found.mean() == pytest.approx(1.0, abs=1e-5)
-    assert found.max() - found.min() > 0.05
-
-
 def test_dyco_uses_the_attention_of_transformers_eager_forward(folder, varied_policy, groups):
     eager = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="eager")
     eager.load_state_dict(varied_policy.model.state_dict())
@@ -337,21 +315,25 @@ def test_dyco_uses_the_attention_of_transformers_eager_forward(folder, varied_po
 
 @pytest.mark.parametrize("name", ["vppo", "dyco_rl"])
 def test_each_mini_batch_is_scaled_by_itself(varied_policy, groups, name):
+    """Over its groups, not within each; and within DyCo's limits, which short responses get."""
+    if name == "vppo":
+        prepared(name, varied_policy, groups)
+        with_image = [group for group in groups if group.has_image]
+        means = torch.cat([vppo.response_dependency(group) for group in with_image])
+        found = torch.cat([group.weights.amax(1) for group in with_image])
+        close(found, vppo.response_weights(means, means, 0.9), atol=1e-5)
+        assert found.max() - found.min() > 0.05
+    else:
+        prepared(name, varied_policy, groups, shortest_response=5)
+        short = groups[0].response_mask.sum(1) < 5
+        assert short.any() and groups[0].weights[short].eq(0.8).all()
+        assert all(group.weights.max() <= 1.2 for group in groups)
     prepared(name, varied_policy, groups, n_batches=2, **WEIGHING[name])
     alone = copy.deepcopy(groups)
     for half in (alone[:2], alone[2:]):
         prepared(name, varied_policy, half, **WEIGHING[name])
     for group, other in zip(groups, alone, strict=True):
         close(group.weights, other.weights, atol=1e-5)
-
-
-def test_dyco_weighs_short_responses_least_and_stays_within_its_limits(varied_policy, groups):
-    prepared("dyco_rl", varied_policy, groups, shortest_response=5)
-    for group in groups:
-        short = group.response_mask.sum(1) < 5
-        if group.has_image:
-            assert (group.weights[short] == pytest.approx(0.8)) and group.weights.max() <= 1.2
-            assert short.any()
 
 
 def test_dvrp_adds_the_noised_views_kl_to_papos(varied_policy, groups):
@@ -508,98 +490,92 @@ from papo import Algo, flag
 import torch
 """
 CLASS = "@dataclass(frozen=True)\nclass A(Algo):\n  "
-WRONG_FILES = {  # what Python would let pass -> what its one line says
-    "x = 1": "must define one subclass of Algo, has none",
-    2 * "@dataclass(frozen=True)\nclass A(Algo): pass\nB = A\n" + "class C(A): pass": "A, C",
-    "class A(Algo):\n  kl_prcp_coef: float = 0.5": r"decorate A with @dataclass\(frozen=True\)",
-    CLASS + "kl_prcp_coef = 0.5": "write the type, kl_prcp_coef",
-    CLASS + "kl_prcp_coeff: float = 0.5": "kl_prcp_coeff is no step .*weigh.* and no setting",
-    CLASS + "def wiegh(self, groups, policy): pass": "wiegh is no step",
-}
 
 
-@pytest.mark.parametrize("text, message", WRONG_FILES.items())
-def test_a_wrong_file_is_one_line(tmp_path, text, message):
-    file = tmp_path / "mine.py"
-    file.write_text(HEADER + text)
-    with pytest.raises(ValueError, match=message) as error:
-        papo.algo_class(str(file))
-    assert "\n" not in str(error.value)
+@pytest.fixture()
+def write_variant(tmp_path):
+    """write_variant(text) -> the path of a new file with it; a file is loaded once."""
+
+    def write(text):
+        file = tmp_path / f"mine_{len(list(tmp_path.iterdir()))}.py"
+        file.write_text(HEADER + text)
+        return str(file)
+
+    return write
 
 
-def test_settings_out_of_range_are_named():
-    wrong = {"noisy_rollout": {"noise_steps": 1000}, "dvrp": {"noise_steps": -1}}
-    wrong |= {
-        "vppo": {"token_share": 1.5},
-        "pgpo": {"threshold": 1.0},
-        "dyco_rl": {"strength": 3.0},
-        "tor": {"token_share": -0.1},
-    }
-    for name, changes in wrong.items():
-        [(setting, value)] = changes.items()
+def test_a_wrong_file_is_one_line(write_variant):
+    """What Python would let pass, and what would train something else silently."""
+    undecorated = "class A(Algo):\n  kl_prcp_coef: float = 0.5"
+    for text, message in [
+        ("x = 1", "must define one subclass of Algo, has none"),
+        (undecorated, r"decorate A with @dataclass\(frozen=True\)"),
+        (CLASS + "kl_prcp_coef = 0.5", "write the type, kl_prcp_coef"),
+        (CLASS + "kl_prcp_coeff: float = 0.5", "kl_prcp_coeff is no step .*weigh.* no setting"),
+        (CLASS + "def wiegh(self, groups, policy): pass", "wiegh is no step"),
+    ]:
+        with pytest.raises(ValueError, match=message) as error:
+            papo.algo_class(write_variant(text))
+        assert "\n" not in str(error.value)
+    for name, setting, value in [
+        ("dvrp", "noise_steps", -1),
+        ("vppo", "token_share", 1.5),
+        ("pgpo", "threshold", 1.0),
+        ("dyco_rl", "strength", 3.0),
+        ("tor", "token_share", -0.1),
+    ]:
         with pytest.raises(ValueError, match=f"^{setting}={value}: must be between"):
-            replace(preset(name), **changes)
+            replace(preset(name), **{setting: value})
 
 
-def test_the_noise_falls_while_training(run, record_calls):
+def test_a_wrong_result_of_a_step_is_one_line(policy, groups, write_variant):
+    """One of another shape, or one that is not finite."""
+    weigh = "def weigh(self, groups, _): return "
+    view = "def view(self, name, prompt, *_): return prompt.pixel_values, torch.ones(36)"
+    for step, message in [
+        (weigh + "[torch.ones(3)] * 4", r"float32\[3, 1\] or .* not float32\[3\]"),
+        (weigh + "[torch.full((3, 1), torch.nan)] * 4", "per group, finite, not"),
+        (weigh + "[torch.ones(3, 1)]", "a list of 4 tensors, not 1"),
+        (weigh + "torch.ones(4, 3, 1)", r"a list of 4 tensors, not float32\[4, 3, 1\]"),
+        (view, r"bool\[36\], not float32\[36, 1176\] and float32\[36\]"),
+    ]:
+        algo = replace(preset(write_variant(CLASS + step)), kl_ref_coef=0.0)
+        with pytest.raises(StepError, match=message) as caught:
+            prepare(policy, None, [groups], algo, key=(0, 0))
+        assert str(caught.value).startswith("A.") and "\n" not in str(caught.value)
+    # Weights may read the masked view that the update computes again.
+    reads = write_variant(CLASS + weigh + "[0 * g.masked_log_probs + 2 for g in groups]")
+    algo = replace(preset(reads), kl_ref_coef=0.0, masked_grad=True)
+    prepare(policy, None, [groups[:1]], algo, key=(0, 0))
+    assert groups[0].weights.eq(2).all()
+
+
+def test_noise_falls_while_training_and_one_response_per_image_is_enough(run, record_calls):
     calls = record_calls(noisy_rollout.NoisyRollout, "sample")
-    run("noisy", "--algo noisy_rollout --steps 2 --noise_middle 1.5 --eval_every 0")
+    flags = "--steps 2 --noise_middle 1.5 --eval_every 0"
+    run("noisy", f"--algo noisy_rollout --group_size 1 {flags}")
     assert {algo.noise_steps for (algo, *_), _ in calls} == {0, 499}
 
 
-WRONG_STEPS = {  # a step whose result has another shape, or is not finite -> what the line says
-    "weigh(self, groups, _): return [torch.ones(3)] * 4": r"float32\[3, 1\] or .* not float32\[3\]",
-    "weigh(self, groups, _): return [torch.full((3, 1), torch.nan)] * 4": "per group, finite, not",
-    "view(self, name, prompt, *_): return prompt.pixel_values, torch.ones(36)": (
-        r"float32\[36, 1176\] and bool\[36\], not float32\[36, 1176\] and float32\[36\]"
-    ),
-}
-
-
-@pytest.mark.parametrize("step, message", WRONG_STEPS.items())
-def test_a_wrong_result_of_a_step_is_one_line(policy, groups, tmp_path, step, message):
-    file = tmp_path / "wrong.py"
-    file.write_text(f"{HEADER}{CLASS}def {step}\n")
-    algo = replace(preset(str(file)), kl_ref_coef=0.0)
-    with pytest.raises(StepError, match=message) as caught:
-        prepare(policy, None, [groups], algo, key=(0, 0))
-    assert str(caught.value).startswith("A.") and "\n" not in str(caught.value)
-
-
-def test_weights_may_read_the_masked_view_that_the_update_computes_again(policy, groups, tmp_path):
-    file = tmp_path / "reads.py"
-    step = "weigh(self, groups, _): return [0 * g.masked_log_probs + 2 for g in groups]"
-    file.write_text(f"{HEADER}{CLASS}def {step}\n")
-    algo = replace(preset(str(file)), kl_ref_coef=0.0, masked_grad=True)
-    with_image = [group for group in groups if group.has_image]
-    prepare(policy, None, [with_image], algo, key=(0, 0))
-    assert all((group.weights == 2).all() for group in with_image)
-
-
-def test_a_variant_of_a_variant_and_a_neighbouring_file(tmp_path):
+def test_a_variant_of_a_variant_and_a_neighbouring_file(tmp_path, write_variant):
     """Without postponed annotations, and with a default of a float that is written as an int."""
     (tmp_path / "my_shares.py").write_text("LESS = 0.2\n")
-    file = tmp_path / "narrow.py"
-    file.write_text(
-        f"{HEADER}from variants.vppo import VPPO\nfrom my_shares import LESS\n"
+    file = write_variant(
+        "from variants.vppo import VPPO\nfrom my_shares import LESS\n"
         "@dataclass(frozen=True)\nclass Narrow(VPPO):\n"
         "  token_share: float = LESS\n  kl_prcp_coef: float = 0\n  own: float = flag(1, 'mine')\n"
     )
-    algo = preset(str(file))
+    algo = preset(file)
     assert (algo.token_share, algo.least_weight, algo.entropy_coef) == (0.2, 0.9, 0.06)
-    assert papo.algo_class(str(file)) is type(algo)
     given = "--token_share 0.5 --kl_ref_coef 1 --kl_prcp_coef 0.5 --own 2".split()
-    expected = {"token_share": 0.5, "kl_ref_coef": 1.0, "kl_prcp_coef": 0.5, "own": 2.0}
     [parsed] = parse_flags("Train.", type(algo), defaults={}, argv=given)
-    assert {name: getattr(parsed, name) for name in expected} == expected
+    found = parsed.token_share, parsed.kl_ref_coef, parsed.kl_prcp_coef, parsed.own
+    assert found == (0.5, 1.0, 0.5, 2.0)
 
 
-def test_a_run_without_out_is_named_after_the_file():
+def test_a_run_is_named_after_its_variant_whose_settings_are_in_help(capsys):
     config = SimpleNamespace(algo="../some/where/my_idea.py", model="toy", seed=3)
     assert free_name(config) == "runs/my_idea-toy-s3"
-
-
-def test_a_variants_settings_are_in_help(capsys):
     with pytest.raises(SystemExit):
         train.main(["--algo", "vppo", "--help"])
     text = " ".join(capsys.readouterr().out.split())
@@ -625,12 +601,6 @@ def test_every_variant_has_the_originals_defaults():
         found = tuple(getattr(algo, field) for field in [*fields.split(), "mask_ratio"])
         assert found == expected, name
         assert algo.clip_low == 0.2
-
-
-def test_a_variant_is_a_short_file():
-    for name in variant_names():
-        limit = 142 if name == "dyco_rl" else 80
-        assert len((FOLDER / f"{name}.py").read_text().splitlines()) <= limit, name
 
 
 EVERYTHING = """
@@ -669,21 +639,6 @@ def test_a_file_of_ones_own_runs_and_resumes_exactly(run, tmp_path, capsys):
     check_same_weights(whole, half)
     for step in metric_lines(whole):
         assert {"kl_prcp", "kl_noised", "noised_ratio"} <= step.keys()
-
-
-# ----------------------------------------------------------------------------------------- data
-
-
-def test_the_toys_positive_and_negative_images():
-    for row in range(40):
-        scene = toy.make_scene("train", row)
-        answer = scene.cells.count(scene.asked)
-        positive, negative = (toy.make_relative(name, "train", row) for name in toy.RELATIVES)
-        assert positive.cells.count(scene.asked) == answer != negative.cells.count(scene.asked)
-        assert scene.asked == positive.asked == negative.asked
-        example = toy.example("train", row, columns=toy.RELATIVES)
-        assert example.more_images["images_pos"][0].tobytes() == positive.image.tobytes()
-        assert replace(example, more_images={}) == toy.example("train", row)
 
 
 def test_the_example_in_the_readme_runs(run, tmp_path, capsys):
