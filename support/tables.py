@@ -84,7 +84,10 @@ def naming(file: Path) -> Iterator[None]:
         cause = error
         while cause.__cause__:
             cause = cause.__cause__
-        raise DataError(f"{file} cannot be read: {type(cause).__name__}: {cause}") from error
+        problem = f"{file} cannot be read: {type(cause).__name__}: {cause}"
+        if isinstance(cause, OSError) and cause.filename not in (None, str(file)):
+            problem += "; the cache, HF_HOME, must be a folder that can be written"
+        raise DataError(problem) from error
 
 
 def read_json(file: Path) -> list:

@@ -326,6 +326,16 @@ def test_from_the_hub_cache(tmp_path, monkeypatch):
         data.load("o/plain")
 
 
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    def refuse(*args, **options):
+        raise PermissionError(13, "Permission denied", "/cache")
+
+    monkeypatch.setattr(datasets.Dataset, "from_parquet", refuse)
+    file = write_parquet(tmp_path / "train.parquet", [{"problem": "?", "answer": "1"}])
+    with pytest.raises(data.DataError, match="'/cache'; the cache, HF_HOME, must be a folder that"):
+        data.load(str(file))
+
+
 @pytest.mark.parametrize("broken", ["We_Math.json", "We_Math_images.zip"])
 def test_broken_files_give_one_line(tmp_path, broken):
     folder = write_split(tmp_path, "We_Math")
