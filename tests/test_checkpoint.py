@@ -1,5 +1,6 @@
 """Saving, resuming and stopping: on full disks, with damaged files, after signals and crashes."""
 
+import copy
 import fcntl
 import itertools
 import json
@@ -91,25 +92,28 @@ def test_the_newest_checkpoints_are_kept_and_leftovers_deleted(model_and_optimiz
     newest = checkpoint.complete(tmp_path)[-1]
     assert checkpoint.load(newest, *model_and_optimizer) == {"step": 3, "position": 21}
     for damaged, kept_bytes in itertools.product(("*.distcp", ".metadata"), (0, -50)):
-        copy = shutil.copytree(newest, tmp_path / "copy", dirs_exist_ok=True)
-        [file] = copy.glob(damaged)
+        damaged_dir = shutil.copytree(newest, tmp_path / "copy", dirs_exist_ok=True)
+        [file] = damaged_dir.glob(damaged)
         file.write_bytes(file.read_bytes()[:kept_bytes])
         with pytest.raises(OSError, match="copy cannot be read: delete it") as error:
-            checkpoint.load(copy, *model_and_optimizer)
+            checkpoint.load(damaged_dir, *model_and_optimizer)
         assert "\n" not in str(error.value)
 
 
 def test_a_checkpoint_before_the_first_update_resumes_exactly(model_and_optimizer, tmp_path):
-    """As dynamic sampling may leave it: AdamW has no state, and its counter must start at 0."""
+    """As dynamic sampling may leave it: AdamW has no state, and its counter must start at 0, both
+    in the run that goes on and in the one that resumes."""
     model, optimizer = model_and_optimizer
+    expected = copy.deepcopy(model)
+    step(expected, torch.optim.AdamW(expected.parameters(), lr=0.1))
     checkpoint.save(tmp_path, model, optimizer, {"step": 1, "position": 7}, keep=1)
     step(model, optimizer)
-    expected = model.weight.detach().clone()
     other = torch.nn.Linear(64, 64)
     other_optimizer = torch.optim.AdamW(other.parameters(), lr=0.1)
     checkpoint.load(checkpoint.complete(tmp_path)[-1], other, other_optimizer)
     step(other, other_optimizer)
-    assert torch.equal(other.weight, expected)
+    assert torch.equal(model.weight, expected.weight)
+    assert torch.equal(other.weight, expected.weight)
 
 
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
