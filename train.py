@@ -241,7 +241,7 @@ class Config:
         flags.check_at_least(self, 1, "eval_n", "keep", "tokens_per_forward", "rollout_batch")
         flags.check_at_least(self, 0, "steps", "top_k", "eval_every", "eval_rows", "save_every")
         flags.check_at_least(self, 0, "lora_rank")
-        flags.check_above(self, 0, "temperature", "max_grad_norm", "top_p")
+        flags.check_above(self, 0, "temperature", "max_grad_norm", "top_p", "lora_alpha")
         flags.check_range(self, 0, 1, "top_p")
         flags.check_range(self, 1e-3, 1e6, "reward_deadline", "reward_budget", "reward_memory")
 
