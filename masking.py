@@ -89,15 +89,11 @@ def _replace(pixel_values: Tensor, patch_mask: Tensor, replacement: Tensor) -> T
 
 
 def _check(pixel_values: Tensor, ratio: float) -> None:
-    check_ratio(ratio)
+    if not 0 <= ratio <= 1:
+        raise ValueError(f"mask_ratio={ratio}: choose a share of patches between 0 and 1")
     if pixel_values.dim() != 2:
         shape = tuple(pixel_values.shape)
         raise ValueError(f"pixel_values of shape {shape}: expected flattened [N_patch, D_patch]")
-
-
-def check_ratio(ratio: float) -> None:
-    if not 0.0 <= ratio <= 1.0:
-        raise ValueError(f"mask_ratio={ratio}: choose a share of patches between 0 and 1")
 
 
 # ------------------------------------------------------------------------------------ whole prompts

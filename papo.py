@@ -27,7 +27,7 @@ from torch import Tensor
 import masking
 from losses import Counts, count, papo_loss, response_mean
 from support.batch import Group, Prompt, has_image, pad_and_cat, seeded, view_log_probs
-from support.config import check_above, flag
+from support.config import Flags, flag
 from support.distributed import (
     clip_gradients,
     max_over_ranks,
@@ -44,7 +44,7 @@ from support.variants import check_view, check_weights, load_variant
 
 
 @dataclass(frozen=True)
-class Algo:
+class Algo(Flags):
     """Settings of the objective of losses.py. Every field is a command-line flag."""
 
     kl_ref_coef: float = flag(0.01, "beta: weight of KL_ref; 0: load no reference model")
@@ -55,14 +55,18 @@ class Algo:
     )
     clip_low: float = flag(0.2, "PPO clip: the ratio's lower bound is 1 - this")
     clip_high: float = flag(0.3, "PPO clip: the ratio's upper bound is 1 + this")
-    clip_dual: float = flag(3.0, "dual clip: upper bound of the ratio at negative advantages")
+    clip_dual: float = flag(
+        3.0, "dual clip: upper bound of the ratio at negative advantages", low=1
+    )
     average: Literal["token", "seq"] = flag(
         "token", "average of L_pg and the KLs; token: over tokens; seq: per response (Eq. 2)"
     )
     dynamic_sampling: bool = flag(
         False, "drop groups that are all right or all wrong, and sample more (DAPO)"
     )
-    mask_ratio: float = flag(0.6, "share of patches to mask; random and noise: a probability")
+    mask_ratio: float = flag(
+        0.6, "share of patches to mask; random and noise: a probability", low=0, high=1
+    )
     mask_strategy: Literal[masking.STRATEGIES] = flag("random", "which patches to mask, and how")
     mask_sigma: float = flag(1.0, "noise: standard deviation in normalised pixel units")
     kl_prcp_estimator: Literal["k3", "paper"] = flag("k3", "k3: as released; paper: as printed")
@@ -70,10 +74,6 @@ class Algo:
 
     columns: ClassVar[tuple[str, ...]] = ()  # further image columns, loaded as more_pixel_values
     needs_entropies: ClassVar[bool] = False  # whether `weigh` reads group.entropies
-
-    def __post_init__(self):
-        masking.check_ratio(self.mask_ratio)
-        check_above(self, 1, "clip_dual")
 
     # The steps a variant may replace.
 

@@ -185,7 +185,7 @@ def rollout_metrics(sums: Counter) -> dict[str, float]:
 
 
 @dataclass
-class Config:
+class Config(flags.Flags):
     """Flags. Training defaults follow the paper; evaluations are smaller; toys override some."""
 
     algo: str = flag("papo_g", f"{', '.join([*PRESETS, *variant_names()])} or path/to/FILE.py")
@@ -199,51 +199,44 @@ class Config:
     out: str = flag("", "folder of the run; default: runs/ALGO-MODEL-sSEED")
     resume: str = flag("", "folder of a run to continue from its newest checkpoint")
     seed: int = flag(0, "random seed")
-    steps: int = flag(0, "training steps; 0: derived from --epochs")
+    steps: int = flag(0, "training steps; 0: derived from --epochs", low=0)
     epochs: float = flag(2.0, "passes over the data; not with --steps")
-    prompts_per_step: int = flag(384, "prompts per step, over all ranks")
-    group_size: int = flag(5, "responses per prompt")
-    mini_batch: int = flag(128, "prompts per optimizer step and per round of dynamic sampling")
+    prompts_per_step: int = flag(384, "prompts per step, over all ranks", low=1)
+    group_size: int = flag(5, "responses per prompt", low=1)
+    mini_batch: int = flag(128, "prompts per update, and per round of dynamic sampling", low=1)
     max_prompt_tokens: int = flag(4096, "longest prompt in tokens; longer ones are skipped")
-    max_new_tokens: int = flag(2048, "longest response in tokens")
+    max_new_tokens: int = flag(2048, "longest response in tokens", low=1)
     min_pixels: int = flag(200_704, "enlarge smaller images to this")
     max_pixels: int = flag(1_003_520, "reduce larger images to this")
     prompt_suffix: str = flag(PROMPT_SUFFIX, "appended to questions that lack it")
-    temperature: float = flag(1.0, "temperature of sampling and log-probs")
-    top_p: float = flag(0.99, "nucleus sampling")
-    top_k: int = flag(0, "top-k sampling; 0: off")
-    reward_deadline: float = flag(2.0, "seconds to score one response; a timeout has accuracy 0")
-    reward_budget: float = flag(60.0, "seconds to score one round; the rest stay unscored")
-    reward_memory: float = flag(1.0, "GiB per scoring process (Linux)")
+    temperature: float = flag(1.0, "temperature of sampling and log-probs", low=1e-6)
+    top_p: float = flag(0.99, "nucleus sampling", low=1e-6, high=1)
+    top_k: int = flag(0, "top-k sampling; 0: off", low=0)
+    reward_deadline: float = flag(
+        2.0, "seconds to score a response; else accuracy 0", low=1e-3, high=1e6
+    )
+    reward_budget: float = flag(
+        60.0, "seconds to score a round; the rest stay unscored", low=1e-3, high=1e6
+    )
+    reward_memory: float = flag(1.0, "GiB per scoring process (Linux)", low=1e-3, high=1e6)
     lr: float = flag(1e-6, "AdamW's learning rate, constant")
     weight_decay: float = flag(1e-2, "AdamW's weight decay")
-    max_grad_norm: float = flag(1.0, "gradient norm to clip at; inf: never")
+    max_grad_norm: float = flag(1.0, "gradient norm to clip at; inf: never", low=1e-6)
     freeze_vision: bool = flag(False, "train the language model only")
-    lora_rank: int = flag(0, "train adapters of this rank in the language model; 0: all weights")
-    lora_alpha: float = flag(32.0, "adapters are scaled by this / lora_rank")
+    lora_rank: int = flag(0, "train LoRA adapters of this rank; 0: all weights", low=0)
+    lora_alpha: float = flag(32.0, "adapters are scaled by this / lora_rank", low=1e-6)
     eval_every: int = flag(
-        50, "steps between evaluations; also before the first and after the last; 0: never"
+        50, "steps between evaluations, also before and after training; 0: never", low=0
     )
-    eval_n: int = flag(1, "samples per question in evaluations")
-    eval_rows: int = flag(500, "questions per evaluation set, the first ones; 0: all")
-    save_every: int = flag(50, "steps between checkpoints; also after the last; 0: never")
-    keep: int = flag(2, "how many checkpoints to keep")
+    eval_n: int = flag(1, "samples per question in evaluations", low=1)
+    eval_rows: int = flag(500, "questions per evaluation set, the first ones; 0: all", low=0)
+    save_every: int = flag(50, "steps between checkpoints; also after the last; 0: never", low=0)
+    keep: int = flag(2, "how many checkpoints to keep", low=1)
     wandb: bool = flag(False, "log to Weights & Biases too")
     tensorboard: bool = flag(False, "log to TensorBoard too")
-    tokens_per_forward: int = flag(16_384, "most tokens per forward, which takes a pack of groups")
-    rollout_batch: int = flag(1024, "most responses sampled at a time, per rank")
+    tokens_per_forward: int = flag(16_384, "most tokens per forward, a pack of groups", low=1)
+    rollout_batch: int = flag(1024, "most responses sampled at a time, per rank", low=1)
     shard_size: int = flag(0, "ranks per FSDP replica; 0: those of a machine")
-
-    def __post_init__(self):
-        flags.check_at_least(
-            self, 1, "prompts_per_step", "group_size", "mini_batch", "max_new_tokens"
-        )
-        flags.check_at_least(self, 1, "eval_n", "keep", "tokens_per_forward", "rollout_batch")
-        flags.check_at_least(self, 0, "steps", "top_k", "eval_every", "eval_rows", "save_every")
-        flags.check_at_least(self, 0, "lora_rank")
-        flags.check_above(self, 0, "temperature", "max_grad_norm", "top_p", "lora_alpha")
-        flags.check_range(self, 0, 1, "top_p")
-        flags.check_range(self, 1e-3, 1e6, "reward_deadline", "reward_budget", "reward_memory")
 
 
 def build_run(argv=None) -> Run:

@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import io
 import json
+import math
 import os
 import sys
 import time
@@ -27,15 +28,33 @@ FREE_ON_RESUME = """resume steps keep save_every eval_every wandb tensorboard to
 rollout_batch shard_size reward_budget reward_memory""".split()
 
 
-def flag(default, help: str):
-    """A dataclass field that is a command-line flag; a list takes several values."""
+def flag(default, help: str, low: float = -math.inf, high: float = math.inf):
+    """A dataclass field that is a command-line flag, from low to high; a list takes several
+    values."""
+    metadata = {"help": help, "range": (low, high)}
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help})
-    return field(default=default, metadata={"help": help})
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+class Flags:
+    """Base class of the dataclasses of flags. ValueError for a value outside a flag's range."""
+
+    def __post_init__(self):
+        for kind in type(self).__mro__:  # a subclass that changes a default keeps its range
+            for name, declared in vars(kind).get("__dataclass_fields__", {}).items():
+                low, high = declared.metadata.get("range", (-math.inf, math.inf))
+                value = getattr(self, name)
+                if isinstance(value, (int, float)) and not low <= value <= high:
+                    allowed = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+                    raise ValueError(f"{name}={value}: must be {allowed}")
 
 
 class Parser(HfArgumentParser):
     """argparse whose errors are one line, printed by one rank."""
+
+    def add_argument(self, *names, range=None, **options):
+        return super().add_argument(*names, **options)  # which knows no range of numbers
 
     def error(self, message: str):
         exit_with_error(message)
@@ -121,27 +140,6 @@ def exit_with_error(message) -> None:
     program = Path(sys.argv[0]).name
     print(f"{program}: error: {text.splitlines()[0]}", file=sys.stderr, flush=True)
     raise SystemExit(2)
-
-
-def check_range(config, low: float, high: float, *names: str) -> None:
-    """ValueError where a field is below `low` or above `high`."""
-    for name in names:
-        if not low <= getattr(config, name) <= high:
-            raise ValueError(f"{name}={getattr(config, name)}: must be between {low} and {high}")
-
-
-def check_at_least(config, low: float, *names: str) -> None:
-    """ValueError where a field is below `low`."""
-    for name in names:
-        if not getattr(config, name) >= low:
-            raise ValueError(f"{name}={getattr(config, name)}: must be at least {low}")
-
-
-def check_above(config, low: float, *names: str) -> None:
-    """ValueError where a field is not above `low`."""
-    for name in names:
-        if not getattr(config, name) > low:
-            raise ValueError(f"{name}={getattr(config, name)}: must be above {low}")
 
 
 def flags_of(*configs) -> dict:

@@ -14,8 +14,7 @@ Their gradients are averaged over the ranks, as FSDP averages those of what it s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -61,19 +60,6 @@ def adapted_layers(model) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
 
 
-@contextmanager
-def adapters_off(model) -> Iterator[None]:
-    """The model as it was before training."""
-    layers = adapted_layers(model).values()
-    for layer in layers:
-        layer.enable_adapters(False)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.enable_adapters(True)
-
-
 class Reference:
     """The reference policy of papo.prepare: a Policy with its adapters off."""
 
@@ -82,8 +68,13 @@ class Reference:
 
     def per_group(self, groups: list[Group], values_of: Callable) -> list[Tensor]:
         """See Policy.per_group."""
-        with adapters_off(self.policy.model):
-            return self.policy.per_group(groups, values_of)
+        layers = adapted_layers(self.policy.model).values()
+        for layer in layers:
+            layer.enable_adapters(False)
+        values = self.policy.per_group(groups, values_of)
+        for layer in layers:
+            layer.enable_adapters(True)
+        return values
 
 
 @torch.no_grad()

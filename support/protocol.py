@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from support import tables, toy
-from support.config import check_at_least, check_range, early_flags, flag, parse_flags
+from support.config import Flags, early_flags, flag, parse_flags
 from support.qwen_vl import PROMPT_SUFFIX
 
 # Settings that PAPO-Eval samples with: its script's, and its program's top_k and pixel defaults.
@@ -23,45 +23,42 @@ PROTOCOLS = {"paper": PAPER_PROTOCOL, "training": {}}  # training: EvalConfig's 
 
 
 @dataclass
-class EvalConfig:
+class EvalConfig(Flags):
     """Flags. The paper's protocol and toys override some."""
 
     model: str = flag("toy", "toy, a local folder, or a hub id")
     data: str = flag("", "toy, all, general, vision_dependent, a benchmark, file, folder or hub id")
     benchmarks: str = flag("PAPO-Galaxy/PAPO_eval", "hub id or folder of the nine benchmarks")
     protocol: str = flag("", "paper or training; default: paper for benchmarks")
-    n: int = flag(8, "samples per question (avg@n); --grade takes what the files hold")
+    n: int = flag(8, "samples per question (avg@n); --grade takes what the files hold", low=0)
     out: str = flag("", "folder for predictions, tables, figures; also resumes an evaluation")
     baseline: str = flag("", "folder of predictions to measure Delta_rel against")
-    eval_rows: int = flag(0, "use this many rows of each set, the first usable ones; 0: all")
+    eval_rows: int = flag(0, "use this many rows of each set, the first usable ones; 0: all", low=0)
     reward: str = flag("", "score with path/file.py:function(response, answer)")
-    reward_deadline: float = flag(2.0, "seconds to score one response; a timeout has accuracy 0")
-    reward_memory: float = flag(1.0, "GiB per scoring process (Linux)")
+    reward_deadline: float = flag(
+        2.0, "seconds to score one response; a timeout has accuracy 0", low=1e-3, high=1e6
+    )
+    reward_memory: float = flag(1.0, "GiB per scoring process (Linux)", low=1e-3, high=1e6)
     seed: int = flag(0, "random seed")
     ask: str = flag("", "answer one question, streamed")
     image: list[str] = flag([], "images for --ask, before the question or at its <image> markers")
     explain: bool = flag(False, "draw the image attribution of the response to --ask or --row")
     row: str = flag("0", "for --explain: ROW or SPLIT:ROW of the data")
-    masks: int = flag(8, "for --explain: how many masks to average over")
-    heat_patches: int = flag(256, "for --explain: maximum number of cells in the heat map")
+    masks: int = flag(8, "for --explain: how many masks to average over", low=1)
+    heat_patches: int = flag(256, "for --explain: maximum number of cells in the heat map", low=1)
     grade: list[str] = flag([], "grade these prediction files (ours or PAPO-Eval's)")
     compare: list[str] = flag([], "plot the curves of these runs in one figure")
-    temperature: float = flag(1.0, "0: greedy (the default for --ask and --explain)")
-    top_p: float = flag(1.0, "nucleus sampling")
-    top_k: int = flag(0, "top-k sampling; 0: off")
+    temperature: float = flag(1.0, "0: greedy (the default for --ask and --explain)", low=0)
+    top_p: float = flag(1.0, "nucleus sampling", low=1e-6, high=1)
+    top_k: int = flag(0, "top-k sampling; 0: off", low=0)
     max_prompt_tokens: int = flag(4096, "longest prompt in tokens; longer ones are skipped")
-    max_new_tokens: int = flag(2048, "longest response in tokens")
+    max_new_tokens: int = flag(2048, "longest response in tokens", low=1)
     min_pixels: int = flag(200_704, "enlarge smaller images to this")
     max_pixels: int = flag(1_003_520, "reduce larger images to this")
     prompt_suffix: str = flag(PROMPT_SUFFIX, "appended to questions that lack it")
-    rollout_batch: int = flag(320, "most responses sampled at a time; a kill loses at most these")
-
-    def __post_init__(self):
-        check_at_least(self, 1, "masks", "heat_patches", "max_new_tokens", "rollout_batch")
-        check_at_least(self, 0 if self.grade else 1, "n")
-        check_at_least(self, 0, "top_k", "eval_rows", "temperature")
-        check_range(self, 0, 1, "top_p")
-        check_range(self, 1e-3, 1e6, "reward_deadline", "reward_memory")
+    rollout_batch: int = flag(
+        320, "most responses sampled at a time; a kill loses at most these", low=1
+    )
 
 
 def configure(doc: str, argv=None) -> EvalConfig:
@@ -80,6 +77,8 @@ def configure(doc: str, argv=None) -> EvalConfig:
     if "grade" in early:
         defaults["n"] = 0
     [config] = parse_flags(doc, EvalConfig, defaults=defaults, argv=argv)
+    if config.n == 0 and not config.grade:
+        raise ValueError("n=0: must be at least 1")
     config.data = data
     return config
 

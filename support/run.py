@@ -39,7 +39,6 @@ from support.run_folder import (
     append,
     free_name,
     is_evaluation,
-    is_unused,
     keep_checksums,
     keep_copy,
     lock,
@@ -182,7 +181,7 @@ class Run:
     def _claim_folder(self) -> Path:
         """Make and lock the folder, before anything in it is read or written."""
         config = self.config
-        if config.out and not config.resume and not is_unused(Path(config.out)):
+        if config.out and not config.resume and any(Path(config.out).glob("[!.]*")):
             raise OSError(f"--out {config.out} exists: choose another folder, or --resume it")
         folder = Path(config.resume or config.out or free_name(config))
         folder.mkdir(parents=True, exist_ok=True)

@@ -47,17 +47,6 @@ def free_name(config) -> str:
     return next(each for each in itertools.chain([name], numbered) if not Path(each).exists())
 
 
-def is_unused(folder: Path) -> bool:
-    """Whether a folder is missing, or holds at most what a start leaves that failed."""
-    if not folder.exists():
-        return True
-    if not folder.is_dir():
-        return False
-    names = {path.name for path in folder.iterdir()}
-    others = names - {".lock", ".config.json", "config.json", "data.json", "wandb_id"}
-    return not others or ("config.json" in names and all(name.endswith(".py") for name in others))
-
-
 def lock(folder: Path):
     """Claim a run's folder; returns the open lock file. OSError, naming the holder, if it is taken.
 

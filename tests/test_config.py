@@ -132,10 +132,10 @@ def test_values_out_of_range_are_named():
     for make, setting, value, message in [
         (train.Config, "rollout_batch", 0, "must be at least 1"),
         (train.Config, "save_every", -1, "must be at least 0"),
-        (train.Config, "max_grad_norm", 0.0, "must be above 0"),
-        (train.Config, "top_p", 1.5, "must be between 0 and 1"),
-        (train.Algo, "clip_dual", 0.0, "must be above 1"),
-        (train.Algo, "mask_ratio", float("nan"), "choose a share"),
+        (train.Config, "max_grad_norm", 0.0, "must be at least 1e-06"),
+        (train.Config, "top_p", 1.5, "must be between 1e-06 and 1"),
+        (train.Algo, "clip_dual", 0.0, "must be at least 1"),
+        (train.Algo, "mask_ratio", float("nan"), "must be between 0 and 1"),
         (evaluate.EvalConfig, "heat_patches", 0, "must be at least 1"),
         (evaluate.EvalConfig, "temperature", -1.0, "must be at least 0"),
     ]:

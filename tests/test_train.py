@@ -273,27 +273,11 @@ def test_a_reward_that_never_works_ends_the_run(run, tmp_path, capsys, body, mes
     assert message in error
 
 
-@pytest.mark.parametrize(
-    "names, is_free",
-    [
-        ((), True),
-        ((".lock", "config.json", "data.json", "mine.py"), True),
-        (("mine.py",), False),
-        (("config.json", "metrics.jsonl"), False),
-        (("config.json", "checkpoints"), False),
-    ],
-)
-def test_a_start_that_failed_leaves_its_folder_free(tmp_path, names, is_free):
-    for name in names:
-        (tmp_path / name).touch()
-    assert run_folder.is_unused(tmp_path) == is_free
-
-
 def test_errors_are_one_line(run, finished, capsys):
     for flags, message in [
         ("--algo ppo", "'ppo': choose one of grpo, dapo, papo_g"),
         ("--mask_strategy blur", "'random', 'semantic', 'noise'"),
-        ("--temperature 0", "temperature=0.0: must be above 0"),
+        ("--temperature 0", "temperature=0.0: must be at least 1e-06"),
         ("--model /no/such/folder", "/no/such/folder"),
         (f"--model {finished}", f"is the folder of a run: its model is {finished}/model"),
         ("--resume /no/such/run", "no config.json there"),

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from papo import Algo
-from support.config import check_range, flag
+from support.config import flag
 from variants.noisy_rollout import DIFFUSION_STEPS, add_noise, falling
 
 
@@ -27,12 +27,10 @@ class DVRP(Algo):
     kl_prcp_coef: float = 0.01
     masked_entropy_coef: float = 0.05
     noised_coef: float = flag(0.01, "weight of KL(pi || pi_noised), which is minimised")
-    noise_steps: int = flag(500, "diffusion steps of noise at first")
+    noise_steps: int = flag(
+        500, "diffusion steps of noise at first", low=0, high=DIFFUSION_STEPS - 1
+    )
     noise_slope: float = flag(10.0, "how steeply the noise falls; half is left at half time")
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_range(self, 0, DIFFUSION_STEPS - 1, "noise_steps")
 
     def at_step(self, step, n_steps):
         past_middle = step / n_steps - 0.5

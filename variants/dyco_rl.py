@@ -31,7 +31,7 @@ from torch import Tensor
 
 from papo import Algo
 from support.batch import Group
-from support.config import check_range, flag
+from support.config import flag
 from support.distributed import concat_over_ranks, reshard_root
 from support.packing import make_packs, owners
 
@@ -42,13 +42,9 @@ class DyCoRL(Algo):
     kl_prcp_coef: float = 0.0
     clip_high: float = 0.2
     average: Literal["token", "seq"] = "seq"
-    strength: float = flag(0.2, "largest change of an advantage, as a share of it")
+    strength: float = flag(0.2, "largest change of an advantage, as a share of it", low=0, high=1)
     neutral_margin: float = flag(0.05, "by how much v_txt exceeds v_vis at a textual token")
     shortest_response: int = flag(60, "responses of fewer tokens get score -1 (7B: 150)")
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_range(self, 0, 1, "strength")
 
     def weigh(self, groups, policy):
         alignments = attention_alignments(policy, groups, self.neutral_margin)

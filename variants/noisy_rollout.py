@@ -19,7 +19,7 @@ from torch import Tensor
 
 from papo import Algo
 from support.batch import seeded
-from support.config import check_range, flag
+from support.config import flag
 
 DIFFUSION_STEPS = 1000
 
@@ -30,13 +30,11 @@ class NoisyRollout(Algo):
     kl_prcp_coef: float = 0.0
     clip_high: float = 0.2
     clip_dual: float = math.inf  # none
-    noise_steps: int = flag(500, "diffusion steps of noise at first")
+    noise_steps: int = flag(
+        500, "diffusion steps of noise at first", low=0, high=DIFFUSION_STEPS - 1
+    )
     noise_slope: float = flag(30.0, "how steeply the noise falls to 0")
     noise_middle: float = flag(40.0, "training step at which half of the noise is left")
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_range(self, 0, DIFFUSION_STEPS - 1, "noise_steps")
 
     def at_step(self, step, n_steps):
         past_middle = (step + 1 - self.noise_middle) / n_steps  # t counts from 1

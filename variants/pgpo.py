@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from papo import Algo
-from support.config import check_range, flag
+from support.config import flag
 from variants.vppo import visual_dependency
 
 
@@ -31,13 +31,11 @@ class PGPO(Algo):
     clip_high: float = 0.28
     dynamic_sampling: bool = True
     mask_ratio: float = 1.0  # a black image
-    threshold: float = flag(0.4, "tau: scaled dependency, or rank, at which a weight is 1")
+    threshold: float = flag(
+        0.4, "tau: scaled dependency, or rank, with weight 1", low=0.01, high=0.99
+    )
     boost: float = flag(2.0, "beta: how much the weight rises from there to the largest dependency")
     form: Literal["paper", "development"] = flag("paper", "the rule of the weights")
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_range(self, 0.01, 0.99, "threshold")
 
     def views(self):
         return ("mask",)

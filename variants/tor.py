@@ -18,7 +18,7 @@ import torch
 
 from papo import Algo
 from support.batch import seeded
-from support.config import check_range, flag
+from support.config import flag
 from support.distributed import concat_over_ranks
 
 
@@ -27,14 +27,12 @@ class ToR(Algo):
     kl_prcp_coef: float = 0.0
     clip_high: float = 0.2
     mask_ratio: float = 1.0  # a black image
-    token_share: float = flag(0.3, "share of tokens that reason, and of tokens that see")
-    perception_weight: float = flag(0.5, "weight of tokens that see")
+    token_share: float = flag(
+        0.3, "share of tokens that reason, and of tokens that see", low=0, high=1
+    )
+    perception_weight: float = flag(0.5, "weight of tokens that see", low=0, high=1)
 
     needs_entropies = True
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_range(self, 0, 1, "token_share", "perception_weight")
 
     def views(self):
         return ("mask",)

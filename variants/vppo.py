@@ -19,7 +19,7 @@ from torch import Tensor
 from losses import kl_k3
 from papo import Algo
 from support.batch import Group
-from support.config import check_range, flag
+from support.config import flag
 from support.distributed import concat_over_ranks
 
 
@@ -31,12 +31,10 @@ class VPPO(Algo):
     clip_high: float = 0.28
     dynamic_sampling: bool = True
     mask_ratio: float = 0.5
-    token_share: float = flag(0.4, "share of a response's tokens that are trained")
-    least_weight: float = flag(0.9, "weight of the response that depends least on the image")
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_range(self, 0, 1, "token_share", "least_weight")
+    token_share: float = flag(0.4, "share of a response's tokens that are trained", low=0, high=1)
+    least_weight: float = flag(
+        0.9, "weight of the response that depends least on the image", low=0, high=1
+    )
 
     def views(self):
         return ("mask",)
