@@ -1,7 +1,7 @@
 r"""Evaluate by the paper's protocol, ask one question, or draw a response's image attribution.
 
     python evaluate.py --model runs/papo_g-toy-s0/model
-    torchrun --nproc_per_node 2 -- evaluate.py --model MODEL --data all --n 8    (-- keeps --n ours)
+    torchrun --nproc_per_node 2 -- evaluate.py --model MODEL --data all --n 8  # -- ends its flags
     python evaluate.py --grade predictions/*.jsonl
     python evaluate.py --model MODEL --ask "How many red dots are there?" --image dots.png
     python evaluate.py --model MODEL --explain --row SET:NUMBER
@@ -68,7 +68,8 @@ def predict(
         responses = [text for group in groups for text in group.responses]
         examples = [group.prompt.example for group in groups for _ in group.responses]
         answers = [example.answer for example in examples]
-        scores = grader(responses, answers, examples, budget=math.inf)  # a deadline each
+        # No budget for all together, as in training; each response still has its deadline.
+        scores = grader(responses, answers, examples, budget=math.inf)
         of_groups = [scores[start : start + n] for start in range(0, len(scores), n)]
         tokenizer = policy.encoder.tokenizer
         questions = [
@@ -91,7 +92,7 @@ def validate(run) -> None:
     if not run.evaluation_is_due():
         return
     config, results = run.config, {}
-    sampling = replace(Sampling.of(config), top_p=1.0, top_k=0)  # as the paper's protocol
+    sampling = replace(Sampling.of(config), top_p=1.0, top_k=0)  # pi itself
     for name, rows in run.eval_sets.items():
         options = {"seed": config.seed, "stop": lambda: run.stop_requested}
         chunks = predict(run.policy, rows, run.grader, config.eval_n, sampling, **options)
@@ -165,8 +166,9 @@ def explain(policy: Policy, prompt: Prompt, config: EvalConfig) -> None:
 
 
 def algo_of(model: str) -> Algo:
-    """The algorithm of the run that a model/ folder lies in, or papo_g if there is none, or if its
-    view needs further image columns, which evaluations do not read."""
+    """The algorithm and settings of the run that a model/ folder lies in, papo_g's where there is
+    none. A variant whose view needs further image columns, which evaluations do not read, counts as
+    Algo."""
     run = Path(model).parent
     saved = flags.saved_config(run) if (run / "config.json").is_file() else {}
     name = saved.get("algo", "papo_g")
@@ -180,7 +182,7 @@ def algo_of(model: str) -> Algo:
 
 def load(config: EvalConfig) -> tuple[Policy, dict]:
     """The model, and the evaluation sets by name."""
-    slowest = scoring_limit(config.reward_deadline, config.rollout_batch)
+    slowest = scoring_limit(config.reward_deadline, max(config.rollout_batch, config.n))
     _, world, device = distributed.init_distributed(scoring_seconds=slowest)
     if world > 1 and (config.ask or config.explain):
         raise ValueError("--ask and --explain run in one process, without torchrun")

@@ -4,41 +4,45 @@ r"""Every equation of PAPO (arXiv 2507.06448) as a pure function of tensors.
 
     beta = kl_ref_coef, gamma = kl_prcp_coef, eta1 = entropy_coef, eta2 = masked_entropy_coef
 
-KL_ref is the mean of k3, below, with pi_other = pi_ref, the reference. KL_prcp is that with
-pi_other = pi_mask, the policy under the masked image.
+KL_ref and KL_prcp are means of k3, which estimates KL(pi || pi_other) at a sampled token:
+
+    k3 = exp(d) - d - 1,   d = log pi_other - log pi
+
+with pi_other = pi_ref, the reference, or pi_mask, the policy under the masked image. The paper
+calls -KL_prcp the Implicit Perception Loss, and eta1 H + eta2 H_mask the Double Entropy Loss.
 
 Shapes: B responses, T response positions, padded on the right. Tensors are [B, T] unless said
 otherwise. `response_mask` is True on a response's tokens, up to and including its first end token.
 Padding is never read: whatever stands there, even NaN, changes no loss, no metric and no gradient.
 
-What the terms do to the policy, where d = log pi_other - log pi at a sampled token:
+What the terms do to the policy:
 
-    k3 = exp(d) - d - 1                    gradient of k3 = (1 - exp(d)) grad log pi
-    H  = - mean log pi                     gradient of H  = - mean grad log pi
+    gradient of k3 = (1 - exp(d)) grad log pi
+    gradient of H  = - mean grad log pi,   H = - mean log pi
 
 1. k3 is an unbiased estimate of KL(pi || pi_other) if samples come from pi and nothing is clamped.
 2. Its gradient is in expectation that of KL(pi_other || pi), not that of KL(pi || pi_other), since
    E_pi[grad log pi] = 0 and E_pi[exp(d) grad log pi] = E_pi_other[grad log pi].
 3. By that gradient, maximising KL_prcp makes a token likelier where the masked view finds it less
-   likely (d < 0, by a factor of at most 1), and less likely where the masked view finds it likelier
-   (d > 0, by exp(d) - 1). Run too far, the latter drives pi off all text that is plausible without
-   the image: probability spreads, and both entropies grow. That is the paper's collapse, against
-   which it penalises both. (As released, only H has a gradient: see 3 below.)
-4. Descent on H makes every sampled token likelier. That is 0 on average for samples from pi itself,
-   as in 2, and else a pull towards what was sampled: from pi_old, and cut by top-p.
+   likely (d < 0), with a weight of at most 1, and less likely where the masked view finds it
+   likelier (d > 0), with weight exp(d) - 1. Run too far, the latter drives pi off all text that is
+   plausible without the image: probability spreads, and both entropies grow. That is the paper's
+   collapse, against which it penalises both. (As released, only H has a gradient: see c.)
+4. Descent on H makes every sampled token likelier. For samples from pi itself its gradient is 0 on
+   average, as in 2; samples from pi_old, cut by top-p, make it a pull towards them.
 5. H_mask estimates the cross-entropy of pi and pi_mask, which is H + KL(pi || pi_mask).
 
 Where the paper, the released code and this file differ:
-1. KL_prcp: the paper prints r - log r - 1 with r = pi / pi_mask, the released code has
+a. KL_prcp: the paper prints r - log r - 1 with r = pi / pi_mask, the released code has
    r = pi_mask / pi. Samples come from pi, so the code's form is the unbiased k3 estimate and the
    paper's is not. Default: the code's form; `kl_prcp_estimator="paper"` selects the printed one,
    whose gradient is (exp(-d) - 1) grad log pi.
-2. As released, H and H_mask are minus the mean log-prob of the sampled tokens, always averaged over
+b. As released, H and H_mask are minus the mean log-prob of the sampled tokens, always averaged over
    tokens; the paper writes entropies.
-3. The masked log-probs normally carry no gradient (as released). So H_mask changes the value of the
+c. The masked log-probs normally carry no gradient (as released). So H_mask changes the value of the
    loss but not its gradient. With `--masked_grad` it has one, and that of k3 gains (exp(d) - 1)
    grad log pi_mask; by 5, H_mask then works against KL_prcp.
-4. The release averages within each micro-batch, then over micro-batches. Here every mean divides by
+d. The release averages within each micro-batch, then over micro-batches. Here every mean divides by
    a count over the whole mini-batch on all ranks. So the losses of any split add up to the loss of
    the whole.
 """
@@ -74,21 +78,24 @@ def count(response_mask: Tensor, has_image: Tensor | None = None) -> Counts:
 
 
 def response_mean(
-    values: Tensor, response_mask: Tensor, counts: Counts | None = None, average: str = "token"
+    values: Tensor,
+    response_mask: Tensor,
+    denominator: Counts | None = None,
+    average: str = "token",
 ) -> Tensor:
     """Scalar mean of values where response_mask is True; 0, not NaN, if it is False everywhere.
 
     average "token": over all tokens (the released configs). "seq": within each response, then over
-    responses (the paper's Eq. 2). counts: what to divide by; None: the batch's own.
+    responses (the paper's Eq. 2). denominator: what to divide by; None: the batch's own counts.
     """
     response_mask = response_mask.bool()
-    counts = counts or count(response_mask)
+    denominator = denominator or count(response_mask)
     values = _zero_padding(values, response_mask)
     if average == "token":
-        return values.sum() / max(counts.tokens, 1.0)
+        return values.sum() / max(denominator.tokens, 1.0)
     if average == "seq":
         per_response = values.sum(-1) / response_mask.sum(-1).clamp(min=1)
-        return per_response.sum() / max(counts.responses, 1.0)
+        return per_response.sum() / max(denominator.responses, 1.0)
     raise ValueError(f"average={average!r}: choose 'token' or 'seq'")
 
 
@@ -124,7 +131,7 @@ def group_advantages(rewards: Tensor, index: Tensor, eps: float = 1e-6) -> Tenso
 
 
 def kl_k3(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
-    """Schulman's k3 at each sampled token: exp(d) - d - 1 with d = log pi_other - log pi.
+    """Schulman's k3 at each sampled token. ref_log_probs: log pi_other, the reference's or not.
 
     Never negative. Clamped as released: where the value reaches 10, the gradient is 0.
     """
@@ -169,7 +176,7 @@ def policy_loss(  # noqa: PLR0913  (one argument per symbol of the equation)
     dual = (advantages < 0) & (ppo > bound)
     per_token = torch.where(dual, bound, ppo)
 
-    mean = partial(response_mean, response_mask=response_mask, counts=denominator)
+    mean = partial(response_mean, response_mask=response_mask, denominator=denominator)
     loss = mean(per_token, average=average)
     metrics = {
         "pg_loss": loss.detach(),
@@ -181,7 +188,7 @@ def policy_loss(  # noqa: PLR0913  (one argument per symbol of the equation)
 
 
 def _kl_prcp(log_probs: Tensor, masked_log_probs: Tensor, estimator: str) -> Tensor:
-    """KL_prcp at each token (the paper's Implicit Perception Loss): k3 against the masked view."""
+    """KL_prcp at each token: k3 against the masked view."""
     if estimator == "k3":
         return kl_k3(log_probs, masked_log_probs)
     if estimator == "paper":  # r - log r - 1, r = pi / pi_mask: the roles swap
@@ -220,8 +227,8 @@ def papo_loss(  # noqa: PLR0913  (one argument per symbol of the equation)
         raise ValueError(f"kl_ref_coef={algo.kl_ref_coef} needs ref_log_probs")
     if (algo.kl_prcp_coef or algo.masked_entropy_coef) and masked_log_probs is None:
         raise ValueError("kl_prcp_coef and masked_entropy_coef need masked_log_probs")
-    counts = denominator or count(response_mask, has_image)
-    mean = partial(response_mean, response_mask=response_mask, counts=counts)
+    denominator = denominator or count(response_mask, has_image)
+    mean = partial(response_mean, response_mask=response_mask, denominator=denominator)
     pg, metrics = policy_loss(
         log_probs,
         old_log_probs,
@@ -231,7 +238,7 @@ def papo_loss(  # noqa: PLR0913  (one argument per symbol of the equation)
         clip_high=algo.clip_high,
         clip_dual=algo.clip_dual,
         average=algo.average,
-        denominator=counts,
+        denominator=denominator,
     )
     log_probs = _zero_padding(log_probs, response_mask)
     entropy = mean(-log_probs)
@@ -247,7 +254,7 @@ def papo_loss(  # noqa: PLR0913  (one argument per symbol of the equation)
         has_view = has_view & has_image.bool()[:, None]
 
     def fill_without_image(under_view: Tensor) -> Tensor:
-        """With log pi itself where there is no view: d = 0, so k3 and its gradient are 0."""
+        """Put log pi itself where there is no view: d = 0, so k3 and its gradient are 0."""
         return torch.where(has_view, under_view, log_probs.detach())
 
     if masked_log_probs is not None:
@@ -255,7 +262,7 @@ def papo_loss(  # noqa: PLR0913  (one argument per symbol of the equation)
         kl_per_token = _kl_prcp(log_probs, masked_log_probs, algo.kl_prcp_estimator)
         kl_prcp = mean(kl_per_token, average=algo.average)
         # Over the tokens of prompts with an image: others have no H_mask to average.
-        with_image = counts._replace(tokens=counts.image_tokens)
+        with_image = denominator._replace(tokens=denominator.image_tokens)
         masked_entropy = response_mean(-masked_log_probs, has_view, with_image)
         metrics["kl_prcp"] = kl_prcp.detach()
         metrics["masked_entropy"] = masked_entropy.detach()

@@ -12,7 +12,7 @@ saliency map: DINOv2's attention (support/saliency.py), or the toy's dots.
 
 To add a corruption, write a function patches -> (masked, patch_mask), add its name to STRATEGIES
 and a branch to `mask_prompt`; its parameters are fields of papo.Algo. Or replace papo.Algo.view in
-a method of your own. (For a further KL term see papo.Algo.views.)
+a variant, a subclass of Algo. (For a further KL term see papo.Algo.views.)
 """
 
 from __future__ import annotations
@@ -104,8 +104,9 @@ def mask_prompt(
 ) -> tuple[Tensor, Tensor]:
     """The masked view of a prompt: masked[N_patch, D_patch], patch_mask[N_patch].
 
-    algo.mask_strategy names the strategy; "semantic" needs `saliency`, a function image -> [h, w].
-    If the data has pre-masked images (column images_aug), they are used, whatever the strategy.
+    algo: papo.Algo, whose mask_strategy, mask_ratio and mask_sigma say how. "semantic" needs
+    `saliency`, a function image -> [h, w]. Images that were masked beforehand (the data's column
+    images_aug) are used as they are, whatever the strategy.
     """
     if "images_aug" in prompt.more_pixel_values:
         masked = prompt.more_pixel_values["images_aug"]

@@ -73,7 +73,6 @@ class Algo(Flags):
     masked_grad: bool = flag(False, "recompute masked log-probs with gradient in every update")
 
     columns: ClassVar[tuple[str, ...]] = ()  # further image columns, loaded as more_pixel_values
-    needs_entropies: ClassVar[bool] = False  # whether `weigh` reads group.entropies
 
     # The steps a variant may replace.
 
@@ -109,7 +108,8 @@ class Algo(Flags):
         """Factors of the advantages, [G, 1] or [G, T] for each group. An empty list: no weighting.
 
         groups: this rank's share of a mini-batch, maybe empty, after `prepare` has recorded all
-        log-probs. All ranks call it. Factors are finite float32 tensors on the CPU."""
+        log-probs. All ranks call it, under no_grad. policy.per_group(groups, policy.entropies) has
+        the entropy at each token. Factors are finite float32 tensors on the CPU."""
         return []
 
 
@@ -158,19 +158,18 @@ def prepare(
     changed in each, over all ranks, such as {"mask_ratio": 0.6}.
     """
     groups = list(itertools.chain.from_iterable(batches))
-    # The first mini-batch needs no old log-probs: pack_loss takes pi's own. `weigh` may need them.
+    # In a step's first update pi_old = pi, so pack_loss takes pi's own log-probs there. `weigh`, if
+    # a variant replaces it, may need them of all groups.
     has_weights = type(algo).weigh is not Algo.weigh
     need_old = groups if has_weights else list(itertools.chain.from_iterable(batches[1:]))
     record(policy, need_old, "old_log_probs", policy.log_probs)
-    if algo.needs_entropies:
-        record(policy, groups, "entropies", policy.entropies)
     if algo.kl_ref_coef:
         record(reference, groups, "ref_log_probs", reference.log_probs)
     metrics = {}
     with_image = [group for group in groups if group.has_image]
     for name in algo.views():
         metrics[f"{name}_ratio"] = draw_view(policy, with_image, algo, name, key)
-        # Without gradient (see `record`); with masked_grad `weigh` alone may read them.
+        # Without gradient. With masked_grad the loss computes those of "mask" again.
         under_view = policy.per_group(with_image, partial(policy.log_probs, view=name))
         for group, log_probs in zip(with_image, under_view, strict=True):
             group.view_log_probs[name] = log_probs
@@ -246,14 +245,14 @@ def accumulate_gradients(policy: Policy, batch: list[Group], algo: Algo) -> dict
     own = Counts(0, 0, 0)
     if batch:
         own = count(pad_and_cat(batch, "response_mask"), has_image(batch))
-    counts = Counts(*sum_over_ranks(own))
+    denominator = Counts(*sum_over_ranks(own))
     # A pack is one forward: whole groups of at most tokens_per_forward tokens, or one larger group.
     # Every backward is a collective, so all ranks take equally many: make_packs adds dummies, two
-    # text tokens with an empty response, whose log-probs are [1, 0].
+    # text tokens with an empty response, whose log-probs have shape [1, 0].
     packs = make_packs(batch, policy.tokens_per_forward)
     values, largest_gaps = [], []  # on the device: no wait per pack
     for number, pack in enumerate(packs, start=1):
-        loss, metrics = pack_loss(policy, pack, algo, counts)
+        loss, metrics = pack_loss(policy, pack, algo, denominator)
         # Under HSDP the replicas of the weights exchange gradients in the last backward only.
         reduce_over_replicas(policy.model, enabled=number == len(packs))
         # FSDP averages over all ranks; we want the sum, since the counts are those of all ranks.
@@ -267,7 +266,7 @@ def accumulate_gradients(policy: Policy, batch: list[Group], algo: Algo) -> dict
     return dict(zip(metrics, sums, strict=True)) | {"sampler_gap_max": largest_gap}
 
 
-def pack_loss(policy: Policy, pack: list[Group], algo: Algo, counts: Counts | None = None):
+def pack_loss(policy: Policy, pack: list[Group], algo: Algo, denominator: Counts | None = None):
     """losses.papo_loss of one pack of groups after `prepare`: a scalar with gradient, and metrics.
 
     All log-probs are taken at the sampling temperature and are 0 at padding.
@@ -288,6 +287,7 @@ def pack_loss(policy: Policy, pack: list[Group], algo: Algo, counts: Counts | No
         return view_log_probs(pack, view, policy.device)
 
     views = {name: under(name) for name in algo.views()}
+    # PAPO's own view has its coefficient, estimator and entropy in papo_loss.
     masked_log_probs = views.pop("mask", None)
     loss, metrics = papo_loss(
         log_probs,
@@ -297,12 +297,12 @@ def pack_loss(policy: Policy, pack: list[Group], algo: Algo, counts: Counts | No
         algo,
         ref_log_probs=recorded("ref_log_probs") if algo.kl_ref_coef else None,
         masked_log_probs=masked_log_probs,
-        denominator=counts,
+        denominator=denominator,
         has_image=has_image(pack).to(policy.device),
         views={name: (getattr(algo, f"{name}_coef"), views[name]) for name in views},
     )
     # How far sampling and training disagree about the same tokens; 0 but for rounding.
     gap = (recorded("sample_log_probs") - old_log_probs).abs()
-    metrics["sampler_gap"] = response_mean(gap, response_mask, counts)
+    metrics["sampler_gap"] = response_mean(gap, response_mask, denominator)
     metrics["sampler_gap_max"] = F.pad(gap.flatten(), (0, 1)).max()  # 0 for a pack without tokens
     return loss, metrics

@@ -1,16 +1,18 @@
 """Sample G responses per prompt with Hugging Face `generate`.
 
-1. Sort the prompts by length and cut them into chunks of at most `rollout_batch` responses.
-2. generate() builds the logits processors (no vision tokens, temperature, top-k) and calls our
-   decoding loop (`custom_generate`, support/decoding.py), which samples a chunk token by token.
+1. Sort the prompts by length and cut them into chunks of at most `rollout_batch` responses, or of
+   one prompt.
+2. For each chunk call generate(). It builds the logits processors (no vision tokens, temperature,
+   top-k) and hands them to our decoding loop (`custom_generate`, support/decoding.py), which does
+   the rest.
 3. Collect each prompt's responses in a Group (support/batch.py).
 
 Differences from the released code, which samples with vLLM:
 1. Up to rounding, a response depends only on the weights and (seed, step, prompt, sample), not on
    its chunk or on the number of ranks.
 2. Sampling ignores the model's generation_config except for its end-of-sequence tokens (Policy
-   replaces it). generate() would apply Qwen's repetition penalty of 1.05, and samples would not
-   come from the policy whose log-probs training takes.
+   replaces it). generate() would apply Qwen's repetition penalty of 1.05, and samples would come
+   from another policy than the one trained. (Top-p 0.99, the paper's, is the one such difference.)
 3. The sampler's log-probs are those of the full softmax at the sampling temperature, before top-p,
    top-k and suppression: what the training forward computes. They are used only for the metric
    sampler_gap; training recomputes the old log-probs.

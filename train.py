@@ -20,11 +20,9 @@ own prompts; no batch travels between ranks. What travels through a step is a li
 
 losses.py sees several groups stacked: B responses, [B, T].
 
-The released loop differs in three ways (each file lists its own). It samples with vLLM under Ray;
+The released loop differs in two ways (each file lists its own). It samples with vLLM under Ray;
 here every rank gathers the training weights and samples with them. It has bf16 weights with Kahan
-compensation; here master weights are fp32. Dynamic sampling (see `collect`) keeps a round whole if
-no group of it qualifies, and raises after 20 rounds; here such a round adds nothing, and the step
-trains on what there is.
+compensation; here master weights are fp32.
 """
 
 from __future__ import annotations
@@ -63,15 +61,15 @@ def train(run: Run) -> None:
 
         # 1. Sample G responses per prompt, grade them, compute group-relative advantages.
         groups, metrics = collect(run, algo, key)
-        batches = mini_batches(groups, config.mini_batch)  # this rank's share of each
+        # This rank's share of each mini-batch: Prompt.index decides, so no group has to move.
+        batches = mini_batches(groups, config.mini_batch)
 
         # 2. Before the first update changes the policy: mask the images, and record the old,
         #    reference and masked log-probs that the objective needs.
         start = time.time()
         metrics |= prepare(policy, run.reference, batches, algo, key)
 
-        # 3. One optimizer step per mini-batch of prompts on losses.papo_loss, which penalises both
-        #    entropies: L = L_pg + beta KL_ref - gamma KL_prcp + eta1 H + eta2 H_mask
+        # 3. One optimizer step per mini-batch of prompts, on the objective L of losses.py.
         metrics |= update(policy, run.optimizer, batches, algo, config.max_grad_norm)
         metrics["seconds_update"] = time.time() - start
 
@@ -86,8 +84,9 @@ def collect(run: Run, algo: Algo, key: tuple) -> tuple[list[Group], dict[str, fl
 
     Without dynamic sampling one round has all prompts of the step. With it (DAPO) a round samples
     `mini_batch` prompts and keeps the groups whose mean accuracy is strictly between 0.01 and 0.99,
-    until `prompts_per_step` prompts are kept. Returns the groups to train on, and metrics over all
-    ranks.
+    until `prompts_per_step` prompts are kept, or MAX_ROUNDS are over: the step then trains on what
+    there is. (The release raises then, and keeps a round whole if none of its groups qualifies.)
+    Returns the groups to train on, and metrics over all ranks.
     """
     config, start = run.config, time.time()
     kept: list[Group] = []
@@ -105,19 +104,21 @@ def collect(run: Run, algo: Algo, key: tuple) -> tuple[list[Group], dict[str, fl
         # This rank's share of prompts_per_step prompts, or of mini_batch under dynamic sampling.
         # Prompt.index goes on from round to round.
         prompts = run.next_prompts(round_index)
-        groups = algo.sample(prompts, run.policy, sample_groups, key)  # default: sample_groups
+        # By default sample_groups(prompts); a variant may draw random numbers of its own with key.
+        groups = algo.sample(prompts, run.policy, sample_groups, key)
         run.raise_if_stopped()  # on all ranks, if any has had a signal
         kept += grade(run, algo, groups, sums)
         indices = sorted(set(distributed.concat_over_ranks([group.prompt.index for group in kept])))
         if len(indices) >= config.prompts_per_step or not algo.dynamic_sampling:
             break
-    # Indices grow from round to round, so this cuts the surplus of the last, which is lost.
+    # Indices grow from round to round, so this cuts the surplus of the last. Its prompts are not
+    # sampled again in this pass over the data.
     chosen = indices[: config.prompts_per_step]
     kept = [group for group in kept if group.prompt.index in chosen]
     sums["skipped_rows"] = run.skipped_rows()  # found broken while encoding, on this rank
     metrics = rollout_metrics(sums) | {
         "unusable_rows": run.rows.skipped.total(),  # left out at loading, the same on all ranks
-        "groups_kept": len(chosen),
+        "groups_kept": len(chosen),  # counted by prompt
         "rounds": round_index + 1,
         "seconds_rollout": time.time() - start,
     }
@@ -127,12 +128,11 @@ def collect(run: Run, algo: Algo, key: tuple) -> tuple[list[Group], dict[str, fl
 def grade(run: Run, algo: Algo, groups: list[Group], sums: Counter) -> list[Group]:
     """Grade the groups, set their rewards and advantages, and return those to train on. Adds counts
     to `sums`.
-
-    All responses to a prompt are compared; a variant may sample several groups per prompt.
     """
     responses = [text for group in groups for text in group.responses]
     examples = [group.prompt.example for group in groups for _ in group.responses]
     answers = [example.answer for example in examples]
+    # All responses to a prompt are compared. A variant may spread them over two groups.
     index = torch.tensor([group.prompt.index for group in groups for _ in group.responses])
     # Per response: accuracy and format, 0 or 1, and overall = 0.9 accuracy + 0.1 format; "unscored"
     # where the time for scoring ran out.
@@ -152,7 +152,7 @@ def grade(run: Run, algo: Algo, groups: list[Group], sums: Counter) -> list[Grou
     for group, own_rewards, own_advantages in of_groups:
         group.rewards, group.advantages = own_rewards, own_advantages
 
-    has_advantage = index[advantages.abs() > 1e-6].unique()  # equal rewards leave 1e-16 / eps
+    has_advantage = index[advantages.abs() > 1e-6].unique()  # equal ones leave 1e-10
     sums.update(  # a Counter adds
         responses=len(scores),
         reward=float(rewards.sum()),
@@ -254,7 +254,7 @@ def build_run(argv=None) -> Run:
     defaults |= toy.defaults(model, early.get("data", "")) | saved
     classes = (Config, algo_class(name))
     config, algo = flags.parse_flags(__doc__, *classes, defaults=defaults, argv=argv)
-    config.val_data = toy.data_of(model, config.val_data)
+    config.val_data = toy.data_of(model, config.val_data)  # a split of the toy, say
     flags.check_resumed(flags.flags_of(config, algo), saved)  # few may change: FREE_ON_RESUME
     if algo.dynamic_sampling and MAX_ROUNDS * config.mini_batch < config.prompts_per_step:
         limit = f"{MAX_ROUNDS} rounds of mini_batch={config.mini_batch} prompts"
@@ -262,8 +262,9 @@ def build_run(argv=None) -> Run:
     if config.group_size < 2 and type(algo).sample is Algo.sample:
         raise ValueError("group_size=1: give at least 2, one response has nothing to compare with")
     # The timeout of collectives must exceed what a rank may still spend on scoring: the budget in
-    # training, the time for rollout_batch responses in an evaluation.
-    seconds = max(config.reward_budget, scoring_limit(config.reward_deadline, config.rollout_batch))
+    # training, the time for a chunk of responses in an evaluation.
+    chunk = max(config.rollout_batch, config.eval_n)
+    seconds = max(config.reward_budget, scoring_limit(config.reward_deadline, chunk))
     ranks = distributed.init_distributed(scoring_seconds=seconds)
     encoder = Encoder(model, config.min_pixels, config.max_pixels, config.prompt_suffix)
     return Run(config, algo, encoder, ranks)

@@ -2,8 +2,9 @@
 
 A group, one prompt and its G responses, is the unit everywhere: of masking, advantages, dynamic
 sampling and packing. Groups never travel between ranks. To compute log-probs, whole groups are
-put into a pack, one long sequence. A group in it is the prompt once, then its responses: a mask
-keeps them from seeing one another, and the positions of each continue from the prompt's.
+put into a pack, one long sequence. A group in it is the prompt once, then its responses: an
+attention mask keeps them from seeing one another, and the positions of each continue from the
+prompt's.
 
 Shapes: P = prompt tokens, G = responses per prompt, B = responses of several groups, T = response
 positions (right-padded), N_patch = patches of all images of a prompt, D_patch = values per patch.
@@ -78,7 +79,6 @@ class Group:
     advantages: Tensor | None = None  # [G]
     old_log_probs: Tensor | None = None  # [G, T]; None for a step's first update, where pi_old = pi
     ref_log_probs: Tensor | None = None  # [G, T]
-    entropies: Tensor | None = None  # [G, T], of the softmax at each token, before top-p and top-k
     weights: Tensor | None = None  # [G, T], factors of the advantages
     # By name of a view of the image ("mask" is PAPO's), the same for the whole group:
     view_pixel_values: dict[str, Tensor] = field(default_factory=dict)  # [N_patch, D_patch]

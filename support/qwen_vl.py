@@ -324,7 +324,8 @@ class Policy:
         return self._unflatten(flat, groups)
 
     def entropies(self, groups: list[Group]) -> Tensor:
-        """Entropy in nats of the distribution behind each token, [B, T]; 0 at padding."""
+        """Entropy in nats of the softmax behind each token, before top-p and top-k, [B, T]; 0 at
+        padding."""
         pack = self._pack(groups)
         return self._unflatten(self.model.pack_log_probs(pack, self.temperature, True), groups)
 

@@ -32,13 +32,12 @@ class ToR(Algo):
     )
     perception_weight: float = flag(0.5, "weight of tokens that see", low=0, high=1)
 
-    needs_entropies = True
-
     def views(self):
         return ("mask",)
 
     def weigh(self, groups, policy):
-        reason = top_of_batch(groups, [group.entropies for group in groups], self.token_share)
+        entropies = policy.per_group(groups, policy.entropies)
+        reason = top_of_batch(groups, entropies, self.token_share)
         see = top_of_batch(groups, [image_gain(group) for group in groups], self.token_share)
         pairs = zip(reason, see, strict=True)
         return [torch.where(a, 1.0, self.perception_weight * b.float()) for a, b in pairs]
