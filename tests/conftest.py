@@ -2,14 +2,12 @@
 
 # ruff: noqa: E402  (libraries read the environment when they are imported)
 import copy
-import inspect
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import textwrap
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -146,25 +144,6 @@ def record_calls(monkeypatch):
         return calls
 
     return wrap
-
-
-@pytest.fixture()
-def plant(monkeypatch):
-    """plant(function, old, new) edits a piece of a function's source, for all who hold it."""
-
-    def edit(function, old, new):
-        function = inspect.unwrap(function)
-        source = textwrap.dedent(inspect.getsource(function))
-        assert source.count(old) == 1, f"{function.__qualname__} has not one {old!r}: edit another"
-        names = dict(function.__globals__)
-        above = "\n" * (function.__code__.co_firstlineno - 1)  # so that errors name the right lines
-        exec(
-            compile(above + source.replace(old, new), function.__code__.co_filename, "exec"), names
-        )
-        code = inspect.unwrap(names[function.__name__]).__code__
-        monkeypatch.setattr(function, "__code__", code)
-
-    return edit
 
 
 # --------------------------------------------------------------------------------------------- runs

@@ -268,14 +268,12 @@ class Graph:
     """Stands in for torch.cuda.CUDAGraph.
 
     While it is captured nothing runs: results have their shape but no values, and nothing is
-    written. A replay runs the operations on the same addresses. What was made while capturing
-    belongs to the graph; other memory it does not keep, and a replay raises if that has been freed.
+    written. A replay runs the operations on the same memory.
     """
 
     def __init__(self, device: PretendDevice):
         self.device = device
         self.calls = []
-        self._own: list[Tensor] = []
 
     def record(self, operation, *args, **kwargs):
         """Returns what the operation would return."""
@@ -286,27 +284,20 @@ class Graph:
             return operation(*args, **kwargs)
         else:
             # torch's meta device knows shapes alone.
-            meta_args, meta_kwargs = self._for_each(lambda x: x.to("meta"), (args, kwargs))
+            meta_args, meta_kwargs = tree_map(self._to_meta, (args, kwargs))
             result = tree_map(_without_values, operation(*meta_args, **meta_kwargs))
             made = _tensors([result])
-        self._own += made
-        addresses = self._for_each(_Address, (args, kwargs))
-        self.calls.append((operation, *addresses, [_Address(tensor) for tensor in made]))
+        self.calls.append((operation, args, kwargs, made))
         return result
 
-    def _for_each(self, change, arguments):
-        """Change the tensors on the device. A kernel takes a scalar of the host by value."""
-
-        def of_one(x):
-            return change(x) if isinstance(x, Tensor) and self.device.holds(x) else x
-
-        return tree_map(of_one, arguments)
+    def _to_meta(self, x):
+        """A kernel takes a scalar of the host by value."""
+        return x.to("meta") if isinstance(x, Tensor) and self.device.holds(x) else x
 
     def replay(self) -> None:
         self.device.queued.append(weakref.ref(self))
         with _disable_current_modes():
-            for operation, *addresses in self.calls:
-                args, kwargs, made = tree_map(_tensor_at, addresses)
+            for operation, args, kwargs, made in self.calls:
                 result = operation(*args, **kwargs)
                 if made:
                     for kept, new in zip(made, _tensors([result]), strict=True):
@@ -321,21 +312,3 @@ def _is_view(operation) -> bool:
 
 def _without_values(tensor: Tensor) -> Tensor:
     return _forget(torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype))
-
-
-class _Address:
-    """Where a tensor is, without keeping it alive."""
-
-    def __init__(self, tensor: Tensor):
-        self.storage = weakref.ref(tensor.untyped_storage())
-        self.dtype = tensor.dtype
-        self.layout = tensor.storage_offset(), tensor.size(), tensor.stride()
-
-
-def _tensor_at(address):
-    if not isinstance(address, _Address):
-        return address
-    storage = address.storage()
-    if storage is None:
-        raise RuntimeError("a replay uses memory that has been freed since the capture")
-    return torch.empty(0, dtype=address.dtype).set_(storage, *address.layout)

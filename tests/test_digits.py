@@ -14,16 +14,12 @@ from experiments import digits, run  # noqa: E402
 
 def test_the_running_result():
     cells = [1, 2, 3, 4, 0, 4, 1, 1, 2]
-    results = {
+    for question, expected in {
         ("count", 1): [1, 1, 1, 1, 1, 1, 2, 3, 3],
         ("sum", 1): [0, 0, 0, 4, 4, 8, 8, 8, 8],
         ("largest", 0): [1, 2, 3, 3, 3, 3, 3, 3, 3],
-    }
-    for question, expected in results.items():
+    }.items():
         assert digits.Question(*question).results(cells) == expected
-    response = digits.write_response(digits.Question("count", 1), cells)
-    assert response.startswith("<think> a1 one 1 a2 two 1 ")
-    assert response.endswith(" c3 two 3 </think> \\boxed{3}")
 
 
 def test_the_labels_of_the_warm_start_misread_as_often_as_asked():
@@ -47,9 +43,7 @@ def test_the_task_trains_with_public_flags(tmp_path, monkeypatch):
     flags |= {"out": tmp_path / "run", "steps": 1, "prompts_per_step": 4}
     with process_restored():
         train.main(run.words_of(flags))
-    lines = metric_lines(tmp_path / "run")
-    assert [line["step"] for line in lines] == [0, 1, 1]
-    assert {"eval/general", "eval/vision_dependent"} <= lines[0].keys()
+    assert {"eval/general", "eval/vision_dependent"} <= metric_lines(tmp_path / "run")[0].keys()
 
 
 def test_notes_scans_and_images_that_are_read_correctly():

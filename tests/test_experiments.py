@@ -30,7 +30,7 @@ def test_every_planned_run_has_its_flags_and_no_choosing_seed_is_reported():
     assert not {"dots/grpo", "dots/papo_g"} & development and "dots/papo_g_0.1" in reported
 
 
-def test_the_stored_results_are_the_plans(monkeypatch):
+def test_the_stored_results_are_the_plans():
     """Each was made with the flags that the protocol has, and none is there twice."""
     stored = [line for file in run.RESULTS.glob("*.jsonl") for line in run.load(file)]
     pairs = [(line["variant"], line["seed"]) for line in stored]
@@ -48,7 +48,6 @@ def test_lines_added_at_once_are_all_there(tmp_path):
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda i: run.append(file, {"n": i, "long": "x" * 5000}), range(40)))
     assert sorted(line["n"] for line in run.load(file)) == list(range(40))
-    assert [path.name for path in file.parent.iterdir()] == ["dots.jsonl"]
 
 
 def test_a_result_is_kept_with_its_flags_origin_and_start_model(tmp_path, monkeypatch):
@@ -56,19 +55,19 @@ def test_a_result_is_kept_with_its_flags_origin_and_start_model(tmp_path, monkey
     line = {"variant": "first/grpo", "seed": 10, "flags": flags}
     run.append(tmp_path / "first.jsonl", line)
     run.append(tmp_path / "first.jsonl", line | {"seed": 11, "flags": flags | {"steps": 31}})
-    assert run.has_result("first/grpo", 10, tmp_path)
-    assert not run.has_result("first/grpo", 12, tmp_path)
+    assert [run.has_result("first/grpo", seed, tmp_path) for seed in (10, 12)] == [True, False]
     with pytest.raises(ValueError, match="grpo, seed 11 was made with steps=31, .* has 30"):
         run.has_result("first/grpo", 11, tmp_path)
 
-    (tmp_path / run.WEIGHTS).write_text("weights")
-    origin = run.origin("dots/grpo", 20, tmp_path, tmp_path / "origin.json")
+    def origin(weights):
+        (tmp_path / run.WEIGHTS).write_text(weights)
+        return run.origin("dots/grpo", 20, tmp_path, tmp_path / "origin.json")
+
+    first = origin("weights")
     monkeypatch.setattr(run, "machine", lambda: {"commit": "later"})
-    assert run.origin("dots/grpo", 20, tmp_path, tmp_path / "origin.json") == origin
-    assert origin["commit"] != "later" and origin["flags"]["steps"] == 60
-    (tmp_path / run.WEIGHTS).write_text("others")
+    assert origin("weights") == first and first["commit"] != "later"
     with pytest.raises(ValueError, match="another start model"):
-        run.origin("dots/grpo", 20, tmp_path, tmp_path / "origin.json")
+        origin("others")
 
 
 def test_an_answer_is_misread_where_the_cells_read_have_another_answer(tmp_path):
@@ -94,7 +93,6 @@ def test_changed_code_is_another_idea(tmp_path):
     text = "import dataclasses\nimport papo\n\n\n@dataclasses.dataclass(frozen=True)\n"
     idea.write_text(text + "class MyIdea(papo.Algo):\n    pass  # 0.1\n")
     first = run.plan_ideas([str(idea), "grpo"], seeds=2)
-    assert run.VARIANTS[first[str(idea)]] == {"eval_every": 0, "algo": str(idea)}
     assert {seed for variant, seed in run.JOBS if variant == first["grpo"]} == {0, 1}
     idea.write_text(idea.read_text().replace("0.1", "0.2"))
     second = run.plan_ideas([str(idea), "grpo"], seeds=2)
@@ -102,12 +100,6 @@ def test_changed_code_is_another_idea(tmp_path):
 
 
 # --------------------------------------------------------------------------------------- the report
-
-
-def line(end: float, curve=(), start="same", **more) -> dict:
-    final = {"accuracy": end, "responses": 100, "wrong": 40, "misread": 30, "cells_right": 0.9}
-    scores = {str(i): dict.fromkeys(run.SPLITS, score) for i, score in enumerate(curve)}
-    return {"final": dict.fromkeys(run.SPLITS, final), "curve": scores, "start_model": start} | more
 
 
 def test_intervals_and_p_are_those_computed_by_hand():
@@ -123,52 +115,15 @@ def test_intervals_and_p_are_those_computed_by_hand():
     assert report.holm([0.04, 0.03]) == pytest.approx([0.06, 0.06])
 
 
-def test_the_table_pairs_by_seed_pools_tasks_and_leaves_incomplete_rows_out():
-    found = {
-        "a/base": {1: line(0.5), 2: line(0.7)},
-        "a/new": {1: line(0.6), 2: line(0.9)},
-        "b/base": {1: line(0.5), 2: line(0.5)},
-        "b/new": {1: line(0.5), 2: line(0.6)},
-        "a/half": {1: line(0.6)},
-    }
-    rows = {
-        "base": [("a/base",)],
-        "new": [("a/new", "a/base")],
-        "half": [("a/half", "a/base")],
-        "pooled": [("a/new", "a/base"), ("b/new", "b/base")],
-        "trend": [("a/new", "a/base", "b/new", "b/base")],
-    }
-    text = report.table(found, rows, {"end": report.FAR}, (1, 2), corrected=["end"]).splitlines()
-    assert text[0] == "|  | end | end, difference |" and len(text) == 6
-    assert text[2] == "| base | 60.0 +- 127.1 |  |"
-    assert "| +15.0 +- 63.5, 2 of 2, p 0.500, corrected p 1.00000 |" in text[3]
-    assert text[4].startswith("| pooled | 65.0") and "+10.0 +- 13.0, 3 of 4" in text[4]
-    assert text[5].startswith("| trend |") and "+10.0 +- 0.0, 2 of 2" in text[5]
-
-
 def test_runs_from_different_start_models_are_not_paired():
-    found = {"a/base": {1: line(0.5)}, "a/new": {1: line(0.6, start="another")}}
+    line = {"final": dict.fromkeys(run.SPLITS, {"accuracy": 0.5})}
+    found = {f"a/{name}": {1: line | {"start_model": name}} for name in ("base", "new")}
     with pytest.raises(ValueError, match="a/new and a/base: two start models at seed 1"):
         report.table(found, {"new": [("a/new", "a/base")]}, {"end": report.FAR}, [1])
 
 
-def test_runs_are_compared_when_they_have_spent_as_much():
-    """A method that takes twice as long is as good after two steps as its baseline after one."""
-    speed = {"seconds": [1.0, 1.0], "tokens_per_second": [10.0, 10.0]}
-    found = {
-        "a/slow": {seed: line(0.8, (0.2, 0.5, 0.8), **speed) for seed in (1, 2)},
-        "a/base": {seed: line(0.6, (0.2, 0.4, 0.6), **speed) for seed in (1, 2)},
-        "cost/a/slow": {1: {"seconds": [4.0, 4.0]}},
-        "cost/a/base": {1: {"seconds": [2.0, 2.0]}},
-    }
-    text = report.at_equal_cost(found, {"slow": ("a/slow", "a/base")}, range(1, 3))
-    by_time, by_tokens = text.splitlines()[2:]
-    assert by_time.startswith("| slow, seconds (of 4) |")
-    assert re.findall(r"[-+]\d+\.\d(?= \+-)", by_time) == ["-2.5", "-5.0", "-7.5", "-10.0"]
-    assert re.findall(r"[-+]\d+\.\d(?= \+-)", by_tokens) == ["+5.0", "+10.0", "+15.0", "+20.0"]
-
-
 def test_the_report_is_drawn_from_the_committed_results(tmp_path, monkeypatch):
+    """So any change of a table, a pairing or a measure shows."""
     (tmp_path / "results").symlink_to(run.RESULTS)
     monkeypatch.setattr(report, "HERE", tmp_path)
     report.main()

@@ -1,6 +1,7 @@
 """losses.py: the value of every equation, and the gradient of every term."""
 
 import math
+from collections import Counter
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -71,17 +72,14 @@ def test_advantages_by_hand():
     assert advantages[[0, 2, 4]].tolist() == pytest.approx([high, low, low])
     assert advantages[[1, 5]].tolist() == pytest.approx([math.sqrt(0.5), -math.sqrt(0.5)])
     assert advantages[3] == 0
+    with pytest.raises(ValueError, match=r"\(5,\) and \(3,\)"):
+        group_advantages(torch.zeros(5), torch.zeros(3))
 
 
 def test_equal_rewards_have_no_advantage():
     """In fp32 the mean of six 0.9s is not 0.9; divided by eps, the residue would be 0.06."""
     index = torch.arange(3).repeat_interleave(6)
     assert group_advantages(torch.full((18,), 0.9), index).abs().max() < 1e-8
-
-
-def test_rewards_and_index_must_belong_together():
-    with pytest.raises(ValueError, match=r"\(5,\) and \(3,\)"):
-        group_advantages(torch.zeros(5), torch.zeros(3))
 
 
 # ---------------------------------------------------------------------------------- policy gradient
@@ -134,13 +132,9 @@ def test_k3_is_an_unbiased_estimate_of_the_kl():
     pi, ref = ((0.5 * torch.randn(50, generator=generator)).log_softmax(-1) for _ in range(2))
     exact = (pi.exp() * (pi - ref)).sum().item()
     tokens = torch.multinomial(pi.exp(), 400_000, replacement=True, generator=generator)
-    k3 = kl_k3(pi[tokens], ref[tokens])
-    error = k3.std().item() / math.sqrt(len(k3))
-    assert abs(k3.mean().item() - exact) < 4 * error
-    assert error < 0.01 * exact
-    papers = kl_k3(ref[tokens], pi[tokens])
-    error = papers.std().item() / math.sqrt(len(papers))
-    assert abs(papers.mean().item() - exact) > 10 * error
+    ours, papers = kl_k3(pi[tokens], ref[tokens]), kl_k3(ref[tokens], pi[tokens])
+    assert abs(ours.mean().item() - exact) < 0.02 * exact
+    assert abs(papers.mean().item() - exact) > 0.1 * exact
 
 
 def test_k3_by_hand_and_clamped():
@@ -187,14 +181,12 @@ def test_papo_loss_of_two_tokens_by_hand():
 
 
 def test_kl_prcp_as_the_paper_writes_it():
-    batch, algo = random_batch(), preset("papo_g")
-    _, _, default = loss_and_grad(algo, batch)
-    _, grad, papers = loss_and_grad(replace(algo, kl_prcp_estimator="paper"), batch)
+    batch = random_batch()
+    _, grad, metrics = loss_and_grad(replace(preset("papo_g"), kl_prcp_estimator="paper"), batch)
     d = batch.log_probs - batch.masked
     expected = response_mean(d.exp() - d - 1, batch.mask)
-    assert papers["kl_prcp"].item() == pytest.approx(expected.item(), rel=1e-5)
-    assert papers["kl_prcp"] != default["kl_prcp"]
-    assert grad.norm() > 0
+    assert metrics["kl_prcp"].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert metrics["kl_prcp"] != response_mean(kl_k3(batch.log_probs, batch.masked), batch.mask)
 
 
 @pytest.mark.parametrize(
@@ -214,17 +206,12 @@ def test_each_term_alone_has_a_gradient(coef, term, sign, average):
 
 def test_masked_entropy_is_a_constant_unless_its_log_probs_carry_gradient():
     batch = random_batch().without_advantages()
-    batch = batch._replace(ref=batch.masked)
     algo = replace(POLICY_GRADIENT, masked_entropy_coef=0.5)
     loss, grad, metrics = loss_and_grad(algo, batch)
     assert loss.item() == pytest.approx(0.5 * metrics["masked_entropy"].item())
-    assert loss > 0
-    assert grad.norm() == 0
+    assert loss > 0 and grad.norm() == 0
     leaf = batch.masked.clone().requires_grad_()
-    loss, _ = papo_loss(
-        batch.log_probs, batch.old, batch.advantages, batch.mask, algo, masked_log_probs=leaf
-    )
-    loss.backward()
+    loss, _, _ = loss_and_grad(algo, batch._replace(masked=leaf))
     assert leaf.grad[batch.mask].abs().sum() > 0
     assert leaf.grad[~batch.mask].abs().sum() == 0
 
@@ -233,8 +220,7 @@ def test_kl_prcp_has_no_gradient_where_the_mask_changes_nothing_or_k3_is_clamped
     batch = random_batch().without_advantages()
     algo = replace(POLICY_GRADIENT, kl_prcp_coef=1.0)
     for distance, expected in ((0.0, 0.0), (5.0, 10.0)):  # exp(5) - 6 > 10
-        masked = batch.log_probs + distance
-        _, grad, metrics = loss_and_grad(algo, batch._replace(ref=masked, masked=masked))
+        _, grad, metrics = loss_and_grad(algo, batch._replace(masked=batch.log_probs + distance))
         assert metrics["kl_prcp"].item() == pytest.approx(expected, rel=1e-6, abs=0)
         assert grad.norm() == 0
 
@@ -273,23 +259,21 @@ def test_padding_changes_nothing(name, average):
 
 @pytest.mark.parametrize("average", ["token", "seq"])
 def test_empty_responses_give_zero(average):
+    """Not NaN: all of them, and some of them."""
     batch = random_batch()
     algo = replace(preset("papo_d"), average=average, kl_ref_coef=0.01)
-    empty = batch._replace(mask=torch.zeros_like(batch.mask))
-    loss, grad, metrics = loss_and_grad(algo, empty)
-    assert loss == 0
-    assert grad.norm() == 0
+    loss, grad, metrics = loss_and_grad(algo, batch._replace(mask=torch.zeros_like(batch.mask)))
+    assert loss == grad.norm() == 0
     assert all(value == 0 for value in metrics.values())
     mask = batch.mask.clone()
     mask[2:] = False
     loss, grad, _ = loss_and_grad(algo, batch._replace(mask=mask))
-    assert torch.isfinite(loss)
-    assert torch.isfinite(grad).all()
+    assert torch.isfinite(loss) and torch.isfinite(grad).all()
     assert grad[2:].abs().sum() == 0
 
 
 @pytest.mark.parametrize("average", ["token", "seq"])
-@pytest.mark.parametrize("size", [1, 2, 6])
+@pytest.mark.parametrize("size", [1, 4])
 def test_micro_batches_add_up(average, size):
     """Any split into rows, some without an image, adds up to the full batch."""
     algo = replace(preset("papo_g", "7b"), average=average)
@@ -297,7 +281,7 @@ def test_micro_batches_add_up(average, size):
     has_image = torch.tensor([True, False, True, True, False, True])
     full_loss, full_grad, full_metrics = loss_and_grad(algo, batch, has_image=has_image)
     counts = count(batch.mask, has_image)
-    loss, grad, metrics = 0.0, 0.0, dict.fromkeys(full_metrics, 0.0)
+    loss, grad, metrics = 0.0, 0.0, Counter()
     for start in range(0, 6, size):
         rows = slice(start, start + size)
         part_loss, part_grad, part_metrics = loss_and_grad(
@@ -305,8 +289,7 @@ def test_micro_batches_add_up(average, size):
         )
         loss += part_loss
         grad += part_grad
-        for name, value in part_metrics.items():
-            metrics[name] += value.item()
+        metrics.update({name: value.item() for name, value in part_metrics.items()})
     torch.testing.assert_close(loss, full_loss)
     torch.testing.assert_close(grad, full_grad)
     expected = {name: value.item() for name, value in full_metrics.items()}
@@ -327,11 +310,8 @@ def test_rows_without_an_image():
     k3 = kl_k3(batch.log_probs, batch.masked)
     expected = k3[with_image].sum() / batch.mask.sum()  # the mean is over all tokens
     assert metrics["kl_prcp"].item() == pytest.approx(expected.item(), rel=1e-5)
-    no_images = torch.zeros(6, dtype=torch.bool)
-    _, grad, metrics = loss_and_grad(algo, batch, has_image=no_images)
-    assert grad.norm() == 0
-    assert metrics["masked_entropy"] == 0
-    assert metrics["kl_prcp"] == 0
+    _, grad, metrics = loss_and_grad(algo, batch, has_image=torch.zeros(6, dtype=torch.bool))
+    assert grad.norm() == metrics["masked_entropy"] == metrics["kl_prcp"] == 0
 
 
 def test_missing_log_probs_are_an_error():

@@ -1,6 +1,5 @@
 """The page of --explain and a run's page of samples, with the numbers that they carry."""
 
-import html
 import json
 import re
 import shutil
@@ -17,10 +16,10 @@ from support import pages
 from support.batch import Example, seeded
 
 
-def explained(policy, example, tmp_path, max_cells=256, max_new_tokens=5):
+def explained(policy, example, tmp_path, max_cells=256):
     """The page's path and data, the group, and the views."""
     prompt = policy.encoder.encode(example)
-    [group] = generate(policy, [prompt], 1, max_new_tokens=max_new_tokens)
+    [group] = generate(policy, [prompt], 1, max_new_tokens=5)
     algo = preset("papo_g")
     views = [mask_prompt(prompt, algo, policy.encoder, seeded("page", i)) for i in range(3)]
     page = pages.explain(policy, group, views, max_cells, tmp_path / "page.html")
@@ -63,7 +62,7 @@ def test_large_images_have_cells_of_several_tokens(varied_policy, tmp_path):
     """5 x 7 image tokens in at most 6 cells of 3 x 3; those at the edge are smaller."""
     grids = [(5, 7)]
     assert pages.cell_side(grids, 6) == 3 and pages.cell_side(grids, 35) == 1
-    assert pages.cell_side(grids, 1) == 7 and pages.cell_side([(5, 7), (2, 2)], 1) == 7
+    assert pages.cell_side([(5, 7), (2, 2)], 1) == 7
     cells = pages.cells_of(grids, 3)
     assert [len(cell) for cell in cells] == [9, 9, 3, 6, 6, 2]
     assert cells[5].tolist() == [27, 34]
@@ -85,89 +84,44 @@ def test_the_masked_image_is_the_one_the_model_gets(varied_policy):
 # ------------------------------------------------------------------------------------ in a browser
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-HEADLESS = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking"
-
-
-def in_browser(page, actions):
-    """What a page looks like after some lines of JavaScript."""
-    report = f"""<pre id="report"></pre><script>
-    const log = [];
-    const colours = frame => frame.cells.map(cell => cell.style.background);
-    const look = () => log.push(frames.map(colours));
-    {actions}
-    find("#report").textContent = JSON.stringify({{
-      log, about: find("#about").textContent,
-      shown: spans.findIndex(span => span.classList.contains("shown")),
-      sources: frames.map(frame => frame.img.src.slice(-40)),
-    }});</script>"""
-    acted = page.with_name("acted.html")
-    acted.write_text(page.read_text("utf-8") + report, encoding="utf-8")
-    command = [CHROMIUM, *HEADLESS.split(), "--dump-dom", f"file://{acted}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    return json.loads(html.unescape(re.search(r'<pre id="report">(.*?)</pre>', done.stdout)[1]))
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
-def test_a_token_lights_the_parts_it_depends_on(varied_policy, tmp_path):
-    """Two images: token k depends on cell k mod 6 of image k mod 2 alone."""
-    example = Example("<image><image>?", "1", [random_image(84, 56), random_image(84, 56, 1)])
+def test_a_browser_runs_the_page(varied_policy, tmp_path):
+    """Hovering over a token marks it, and colours every part of the image."""
+    example = Example("<image>?", "1", [random_image(84, 56)])
     page, data, _, _ = explained(varied_policy, example, tmp_path)
-    tokens = range(12)
-    data["tokens"] = [{"text": f" word{k}", "clean": -1.0, "masked": -2.0} for k in tokens]
-    for number, image in enumerate(data["images"]):
-        depends = [[k % 6 == cell and k % 2 == number for k in tokens] for cell in range(6)]
-        image["drops"] = [[2.5 * value for value in cell] for cell in depends]
-    text = page.read_text("utf-8")
-    old = re.search(r"^const data = .*;$", text, re.M)[0]
-    page.write_text(text.replace(old, f"const data = {json.dumps(data)};"), encoding="utf-8")
-    actions = "spans[5].onmouseenter(); look(); spans[5].onmouseleave(); look();"
-    keys = "for (const key of ['ArrowRight', 'ArrowRight', 'ArrowLeft', 'ArrowRight'])"
-    actions += keys + " document.onkeydown({key, preventDefault() {}});"
-    seen = in_browser(page, actions + 'find("#toggle").onclick();')
-    hovered, left = seen["log"]
-    assert hovered[0] == ["rgba(255, 255, 255, 0.8)"] * 6
-    assert hovered[1] == ["rgba(255, 255, 255, 0.8)"] * 5 + ["rgba(255, 255, 255, 0)"]
-    assert left != hovered and seen["shown"] == 1
-    assert "word1" in seen["about"] and "gain +1.000" in seen["about"]
-    assert seen["sources"] == [image["masked"][-40:] for image in data["images"]]
+    hovered = page.read_text("utf-8") + "<script>spans[1].onmouseenter()</script>"
+    page.write_text(hovered, encoding="utf-8")
+    flags = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking"
+    command = [CHROMIUM, *flags.split(), "--dump-dom", f"file://{page}"]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert dom.count('class="shown"') == 1
+    assert len(re.findall("<i [^>]*background: rgba", dom)) == len(data["images"][0]["drops"])
 
 
 # --------------------------------------------------------------------------------- a run's samples
 
 
-def sample(step, row, accuracy, text, name="general"):
-    question = {"set": name, "row": row, "id": str(row), "label": "3"}
-    return {"step": step, "accuracy": accuracy, "predict": text} | question
-
-
 def test_samples_show_the_first_middle_and_last_evaluation(tmp_path):
-    lines = [
-        sample(step, row, step / 40, f"{step}/{row}") for step in (0, 20, 40) for row in (0, 1)
-    ]
-    lines += [sample(10, 0, 1.0, "left out"), sample(30, 0, 1.0, "left out")]
-    lines += [sample(40, 0, 1.0, "<script>x</script>", name="other"), sample(40, 5, 1.0, "lost")]
-    image = random_image(28, 28)
-    examples = {
-        ("general", 0): Example("<image>How many <b>?", "<3>", [image]),
-        ("general", 1): Example("<image>Before <image>after?", "4 \ud800", [image] * 2),
-        ("other", 0): Example("No image?", "5", []),
-    }
+    """Of each question that is still there; hostile text is escaped."""
+    steps, hostile = (0, 10, 20, 30, 40), "<script>x</script>"
+    of_row = {"set": "general", "row": 0, "id": "0", "label": "3", "predict": hostile}
+    lines = [of_row | {"step": step, "accuracy": step / 40} for step in steps]
+    lines.append(lines[-1] | {"row": 5, "predict": "lost"})
+    examples = {0: Example("<image>How many <b> \ud800?", "<3>", [random_image(28, 28)])}
 
-    def find_example(line):
-        return examples.get((line["set"], line["row"]))
+    def show(found):
+        find = lambda line: found.get(line["row"])  # noqa: E731
+        return pages.samples(lines, find, "a & b", tmp_path / "a.html")
 
-    text = pages.samples(lines, find_example, "a & b", tmp_path / "a.html").read_text("utf-8")
+    assert show({}) is None and not (tmp_path / "a.html").exists()
+    text = show(examples).read_text("utf-8")
+    escaped = "&lt;script&gt;x&lt;/script&gt;"
     assert re.findall(r"<b>step (\d+) (.*?)</b><pre>(.*?)</pre>", text) == [
-        ("0", "✗", "0/0"),
-        ("20", "accuracy 0.50", "20/0"),
-        ("40", "✓", "40/0"),
-        ("0", "✗", "0/1"),
-        ("20", "accuracy 0.50", "20/1"),
-        ("40", "✓", "40/1"),
-        ("40", "✓", "&lt;script&gt;x&lt;/script&gt;"),
+        ("0", "✗", escaped),
+        ("20", "accuracy 0.50", escaped),
+        ("40", "✓", escaped),
     ]
-    assert text.count("<img ") == 3
-    assert "How many &lt;b&gt;?<br>Answer: &lt;3&gt;" in text and "a &amp; b" in text
+    assert text.count("<img ") == 1 and "Answer: &lt;3&gt;" in text and "a &amp; b" in text
     assert "lost" not in text and "http" not in text and "<script" not in text
-    assert pages.samples(lines, lambda line: None, "none", tmp_path / "none.html") is None
-    assert not (tmp_path / "none.html").exists()

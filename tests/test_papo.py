@@ -2,17 +2,16 @@
 
 import copy
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import generate, random_image
 from torch.nn import functional as F
 
-from losses import Counts, count
+from losses import count
 from masking import mask_prompt
 from papo import PRESETS, pack_loss, prepare, preset, record, update
-from support.batch import Example, mini_batches, pad_and_cat, seeded
+from support.batch import Example, has_image, mini_batches, pad_and_cat, seeded
 from support.packing import make_packs
 from support.qwen_vl import Policy
 
@@ -125,50 +124,25 @@ def test_packing_does_not_change_the_update(policy, groups):
     """Any row length gives the same gradient: means are over the mini-batch, not the row."""
     algo = replace(preset("papo_g", "7b"), average="token")
     prepare(policy, copy.deepcopy(policy), mini_batches(groups, 2), algo, key=(0, 0))
-    per_group = [
-        count(group.response_mask, torch.full((len(group.tokens),), group.has_image))
-        for group in groups
-    ]
-    denominator = Counts(*(sum(counts) for counts in zip(*per_group, strict=True)))
+    counts = count(pad_and_cat(groups, "response_mask"), has_image(groups))
     n_rows, losses, all_gradients = [], [], []
     for max_tokens in (1, 100, 10_000):
         policy.model.zero_grad()
         rows = make_packs(groups, max_tokens)
+        assert [group.prompt.index for row in rows for group in row] == [0, 1, 2, 3]
         total = 0.0
         for row in rows:
-            loss, _ = pack_loss(policy, row, algo, denominator)
+            assert len(row) == 1 or sum(group.n_tokens for group in row) <= max_tokens
+            loss, _ = pack_loss(policy, row, algo, counts)
             loss.backward()
             total += loss.item()
         n_rows.append(len(rows))
         losses.append(total)
         all_gradients.append(gradients(policy.model))
-    assert n_rows[0] == 4
-    assert n_rows[-1] == 1
+    assert n_rows[0] == 4 and n_rows[-1] == 1
     for loss, gradient in zip(losses[1:], all_gradients[1:], strict=True):
         assert loss == pytest.approx(losses[0], abs=1e-6)
         assert (gradient - all_gradients[0]).norm() < 1e-5 * gradient.norm()
-
-
-def test_values_are_copied_to_the_host_after_all_rows(policy, groups):
-    """Each copy waits for the device."""
-    events = []
-
-    def values_of(row):
-        events.append("row")
-        values = pad_and_cat(row, "sample_log_probs")
-        return SimpleNamespace(cpu=lambda: events.append("copy") or values)
-
-    policy.tokens_per_forward = 1
-    shares = policy.per_group(groups, values_of)
-    assert events == ["row"] * 4 + ["copy"] * 4
-    assert all(map(torch.equal, shares, [group.sample_log_probs for group in groups]))
-
-
-def test_rows_stay_within_the_token_limit(groups):
-    rows = make_packs(groups, 70)
-    assert [group.prompt.index for row in rows for group in row] == [0, 1, 2, 3]
-    for row in rows:
-        assert len(row) == 1 or sum(group.n_tokens for group in row) <= 70
 
 
 # ----------------------------------------------------------------------------------------- presets
@@ -229,16 +203,27 @@ def test_prepare_masks_each_prompt(policy, groups):
 
 
 def test_prepare_makes_no_unneeded_forward(policy, groups, record_calls):
-    """With one update per step the old log-probs are the update's own."""
-    calls = record_calls(Policy, "log_probs")
-    for name, expected in {"grpo_no_kl_ref": 0, "grpo": 1, "papo_g": 2, "dapo": 0}.items():
-        calls.clear()
-        prepare(policy, policy, [groups], preset(name), key=(0, 0))
-        assert len(calls) == expected, name
-    for batches, expected in (([groups], 1), (mini_batches(groups, 2), 2)):
-        calls.clear()
-        prepare(policy, None, batches, preset("papo_g_no_kl_ref"), key=(0, 0))
-        assert len(calls) == expected
+    """With one update per step the old log-probs are the update's own, unless `weigh` reads them.
+
+    Calls of log_probs, entropies and probe_attention.
+    """
+    calls = [record_calls(Policy, name) for name in ("log_probs", "entropies", "probe_attention")]
+    for name, n_batches, expected in [
+        ("grpo_no_kl_ref", 1, (0, 0, 0)),
+        ("dapo", 1, (0, 0, 0)),
+        ("grpo", 1, (1, 0, 0)),  # the reference's
+        ("papo_g", 1, (2, 0, 0)),  # and the masked view's
+        ("papo_g", 2, (3, 0, 0)),  # and the old policy's
+        ("vppo", 1, (2, 0, 0)),
+        ("dyco_rl", 1, (2, 0, 1)),
+        ("dvrp", 1, (2, 0, 0)),
+        ("tor", 1, (3, 1, 0)),
+    ]:
+        batches = mini_batches(copy.deepcopy(groups), 4 // n_batches)
+        prepare(policy, policy, batches, preset(name), key=(0, 0))
+        assert tuple(map(len, calls)) == expected, name
+        for each in calls:
+            each.clear()
 
 
 def test_the_first_update_needs_no_old_log_probs(policy, groups):
@@ -263,10 +248,9 @@ def test_masked_grad_gives_the_masked_entropy_a_gradient(policy, groups):
     """H_mask alone has no gradient unless the masked log-probs are recomputed."""
     for group in groups:
         group.advantages = torch.zeros(3)
+    only_masked_entropy = replace(preset("grpo_no_kl_ref"), masked_entropy_coef=1.0)
     for masked_grad in (False, True):
-        algo = replace(
-            preset("grpo"), kl_ref_coef=0.0, masked_entropy_coef=1.0, masked_grad=masked_grad
-        )
+        algo = replace(only_masked_entropy, masked_grad=masked_grad)
         prepare(policy, None, mini_batches(groups, 2), algo, key=(0, 0))
         policy.model.zero_grad()
         loss, metrics = pack_loss(policy, groups, algo)
@@ -290,13 +274,9 @@ def test_images_aug_is_the_masked_view(encoder):
 
 
 def test_mini_batches_contain_every_group_once(groups):
-    for size, expected in ((1, 4), (3, 2), (4, 1), (128, 1)):
+    for size, expected in ((1, [[0], [1], [2], [3]]), (3, [[2, 1, 0], [3]]), (9, [[3, 2, 1, 0]])):
         batches = mini_batches(groups[::-1], size)
-        assert len(batches) == expected
-        indices = [group.prompt.index for batch in batches for group in batch]
-        assert sorted(indices) == [0, 1, 2, 3]
-        in_first = [group.prompt.index for group in batches[0]]
-        assert sorted(in_first) == list(range(min(size, 4)))
+        assert [[group.prompt.index for group in batch] for batch in batches] == expected
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -334,6 +314,9 @@ def test_a_skipped_update_does_not_lower_the_mean_gradient_norm(policy, groups):
     assert prepare(policy, None, [], preset("papo_d"), key=(0, 0)) == {"mask_ratio": 0.0}
 
 
+# ----------------------------------------------------------------------------------------- encoder
+
+
 def test_encode(encoder, prompts):
     """A prompt's length needs no pixels; the suffix is added once; what cannot be encoded."""
     for prompt in prompts:
@@ -350,6 +333,3 @@ def test_encode(encoder, prompts):
     ]:
         with pytest.raises(ValueError, match=message):
             encoder.encode(Example(question, "1", images))
-
-
-# ----------------------------------------------------------------------------------------- encoder

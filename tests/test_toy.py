@@ -23,8 +23,6 @@ from support import toy
 from support.qwen_vl import Encoder, Policy
 
 SPLITS = ("train", "general", "vision_dependent")
-NOTES_ONLY = toy.Setting(plain_share=0.0)
-NINE_CELLS = ["red", "none", "blue"] * 3
 
 
 def make_encoder(folder: Path) -> Encoder:
@@ -43,11 +41,6 @@ def find_dots(image) -> list[tuple[int, int, str]]:
     return sorted({(y // toy.PATCH, x // toy.PATCH, colour_at(x, y)) for y, x in dots})
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return start_model.make_tokenizer()
-
-
 # ------------------------------------------------------------------------------- settings and rows
 
 
@@ -63,7 +56,6 @@ def test_a_setting_has_one_spec_which_names_it():
     for spec, message in [
         ("toy:size=4", "no toy setting 'size': choose from grid"),
         ("toy:grid=4.5", "grid='4.5' is not int"),
-        ("toy:most=10", "most=10: must be in 1..9"),
         ("toy:cell=30", "cell=30: must be a multiple of 28"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -71,10 +63,10 @@ def test_a_setting_has_one_spec_which_names_it():
 
 
 def test_examples_depend_on_split_row_and_seed_alone():
+    """The global generator is neither read nor moved."""
     random.seed(0)
-    first, after = toy.example("train", 5, seed=1), random.random()
-    random.seed(0)
-    assert after == random.random()  # the global generator is neither read nor moved
+    state, first = random.getstate(), toy.example("train", 5, seed=1)
+    assert random.getstate() == state
     random.seed(1)
     assert toy.example("train", 5, seed=1) == first
     others = [toy.example("train", 6, seed=1), toy.example("train", 5, seed=2)]
@@ -89,7 +81,6 @@ def test_the_image_alone_gives_the_answer():
     for setting in (toy.DEFAULT, toy.Setting(grid=4, colours=6, most=8, radius=3)):
         for i in range(60):
             scene = toy.make_scene("general", i, setting=setting)
-            assert scene.image.size == (setting.grid * setting.cell,) * 2
             dots = find_dots(scene.image)
             found = {(row // 2 * setting.grid + column // 2, name) for row, column, name in dots}
             expected = {(k, name) for k, name in enumerate(scene.cells) if name != "none"}
@@ -97,33 +88,29 @@ def test_the_image_alone_gives_the_answer():
             item = toy.example("general", i, setting=setting)
             assert item.question.split("many ")[1].split()[0] == scene.asked
             assert scene.cells.count(scene.asked) == int(item.answer) <= setting.most
-            if setting == toy.DEFAULT:
-                answers[item.answer] += 1
-                places |= {(row % 2, column % 2) for row, column, _ in dots}
+            answers[item.answer] += setting == toy.DEFAULT
+            places |= {(row % 2, column % 2) for row, column, _ in dots}
     assert len(places) == 4
-    assert set(answers) == set("012345") and min(answers.values()) > 3
+    assert all(answers[number] > 3 for number in "012345")
 
 
 def test_notes_are_right_half_the_time_and_never_in_vision_dependent():
     """A share of the training questions carries none; image and answer are the same."""
-    right, plain = {}, Counter()
-    for split in (*SPLITS, "warm"):
-        noted = [toy.example(split, i, setting=NOTES_ONLY) for i in range(300)]
-        notes = [re.search(r"^<image>A note says (\d+)\. How", each.question)[1] for each in noted]
-        answers = [item.answer for item in noted]
-        right[split] = np.mean(
-            [note == answer for note, answer in zip(notes, answers, strict=True)]
-        )
-        for i, other in enumerate(noted):
+    for split in SPLITS:
+        n_right = n_plain = 0
+        for i in range(300):
+            noted = toy.example(split, i, setting=toy.Setting(plain_share=0.0))
+            note = re.search(r"^<image>A note says (\d+)\. How", noted.question)[1]
+            n_right += note == noted.answer
             item = toy.example(split, i)
-            assert (item.images, item.answer) == (other.images, other.answer)
-            if item.question != other.question:
-                assert item.question == "<image>" + other.question.partition(". ")[2]
-                plain[split] += 1
-    assert right["vision_dependent"] == 0
-    assert 0.42 < right["train"] < 0.58 and 0.42 < right["general"] < 0.58
-    assert set(plain) == {"train", "warm"}
-    assert all(abs(count / 300 - toy.DEFAULT.plain_share) < 0.1 for count in plain.values())
+            assert (item.images, item.answer) == (noted.images, noted.answer)
+            if item.question != noted.question:
+                assert item.question == "<image>" + noted.question.partition(". ")[2]
+                n_plain += 1
+        low, high = (0, 0) if split == "vision_dependent" else (0.42, 0.58)
+        assert low <= n_right / 300 <= high
+        low, high = (0.15, 0.35) if split == "train" else (0, 0)
+        assert low <= n_plain / 300 <= high
 
 
 def test_the_rows_of_the_experiments_are_what_they_were():
@@ -146,7 +133,8 @@ def test_saliency_is_one_on_dots_and_zero_on_every_tint():
         assert dot.sum() > 80
 
 
-def test_a_response_keeps_a_running_count(tokenizer):
+def test_a_response_keeps_a_running_count():
+    """Each of its words is one token; and the tokenizer keeps any text."""
     cells = ["red", "none", "green", "red", "blue", "none", "none", "red", "green"]
     rows = (
         "a1 red 1 a2 none 1 a3 green 1 b1 red 2 b2 blue 2 b3 none 2 c1 none 2 c2 red 3 c3 green 3"
@@ -154,7 +142,10 @@ def test_a_response_keeps_a_running_count(tokenizer):
     response = toy.write_response(cells, "red")
     assert response == f"<think> {rows} </think> \\boxed{{3}}"
     assert toy.write_response(cells, "red", box=5).endswith(" \\boxed{5}")
+    tokenizer = start_model.make_tokenizer()
     assert len(tokenizer(response)["input_ids"]) == 9 * 3 + 3
+    for text in ("ü → 日本 🙂\t\\frac{1}{2}\r\n  two  spaces \x00", ""):
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
 def test_the_toys_positive_and_negative_images():
@@ -169,56 +160,32 @@ def test_the_toys_positive_and_negative_images():
         assert example.images == toy.example("train", row).images
 
 
-# ------------------------------------------------------------------------------------ tokenizer
-
-
-def test_the_tokenizer_keeps_any_text_and_has_qwens_special_tokens(tokenizer):
-    note = f"{toy.NOTE.format(note=3)} {toy.QUESTION.format(asked='blue')} {toy.SUFFIX}"
-    odd = "ü → 日本 🙂\t\\frac{1}{2}\r\n  two  spaces \x00"
-    for text in (toy.write_response(NINE_CELLS, "red"), note, odd, ""):
-        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-    ids = [tokenizer(token)["input_ids"] for token in start_model.SPECIAL]
-    first = len(tokenizer) - len(start_model.SPECIAL)
-    assert ids == [[first + i] for i in range(len(start_model.SPECIAL))]
-    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
-
-
-def test_the_chat_template_does_what_qwens_does(tokenizer):
-    def apply(messages, **kwargs):
-        return tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
-
-    content = [{"type": "text", "text": "a "}, {"type": "image"}, {"type": "text", "text": "b"}]
-    user = {"role": "user", "content": content}
-    default = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-    turn = "<|im_start|>user\na <|vision_start|><|image_pad|><|vision_end|>b<|im_end|>\n"
-    assert apply([user], add_generation_prompt=True) == default + turn + "<|im_start|>assistant\n"
-    system = {"role": "system", "content": "Be brief."}
-    assert apply([system, user, {"role": "assistant", "content": "c"}]) == (
-        "<|im_start|>system\nBe brief.<|im_end|>\n" + turn + "<|im_start|>assistant\nc<|im_end|>\n"
-    )
-
-
 # ------------------------------------------------------------------------------------ the folder
 
 
-@pytest.mark.parametrize("name", ["shipped", "built"])
-def test_the_folder_has_the_hubs_files_and_loads_with_the_auto_classes(folder, name):
-    path = toy.MODEL if name == "shipped" else Path(folder)
-    config, chat, task = (
-        json.loads((path / f"{name}.json").read_text())
-        for name in ("config", "generation_config", "task")
+def test_a_built_folder_has_the_shipped_files(folder):
+    """But for the weights: configs, tokenizer and chat template."""
+    files = {path.name for path in toy.MODEL.iterdir()}
+    assert files == {path.name for path in Path(folder).iterdir()}
+    for name in files - {start_model.WEIGHTS}:
+        assert (Path(folder) / name).read_bytes() == (toy.MODEL / name).read_bytes(), name
+
+
+def test_the_shipped_folder_is_in_the_hubs_form_and_loads_with_the_auto_classes():
+    config, chat = (
+        json.loads((toy.MODEL / f"{name}.json").read_text())
+        for name in ("config", "generation_config")
     )
     assert "text_config" not in config and "hidden_size" in config  # flat, as on the hub
     assert chat["eos_token_id"] == [config["eos_token_id"], chat["pad_token_id"]]
-    assert chat["repetition_penalty"] == 1.05 and task == {"data": "toy"}
-    model, report = AutoModelForImageTextToText.from_pretrained(path, output_loading_info=True)
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    assert type(model).__name__ == "Qwen2_5_VLForConditionalGeneration"
+    assert chat["repetition_penalty"] == 1.05
+    model, report = AutoModelForImageTextToText.from_pretrained(toy.MODEL, output_loading_info=True)
+    tokenizer = AutoTokenizer.from_pretrained(toy.MODEL)
     assert not any(report.values()), report
-    assert model.lm_head.weight is model.get_input_embeddings().weight
     assert 0.5e6 < sum(p.numel() for p in model.parameters()) < 2e6
     assert model.config.image_token_id == tokenizer.convert_tokens_to_ids("<|image_pad|>")
     assert model.config.text_config.vocab_size == len(tokenizer)
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
 
 
 @pytest.mark.parametrize("grid", [1, 7])
@@ -247,24 +214,20 @@ def warm_batch(encoder, rows, flawed, setting=toy.DEFAULT):
 def test_warm_batches_hold_the_trainers_prompt_and_a_response(folder):
     """Responses are flawless at first, and later flawed as often as the setting says."""
     encoder = make_encoder(folder)
-    wrong = Counter()
-    for flawed in (False, True):
+    for flawed, least, most in ((False, 0, 0), (True, 0.08, 0.16)):
+        n_wrong = 0
         inputs, is_response = warm_batch(encoder, range(64), flawed)
         for i, (ids, mask) in enumerate(zip(inputs["input_ids"], is_response, strict=True)):
             prompt = encoder.encode(toy.example("warm", i)).input_ids
             assert torch.equal(ids[: len(prompt)], prompt)
             assert mask.nonzero().flatten().tolist() == list(range(len(prompt), len(prompt) + 31))
-            scene = toy.make_scene("warm", i)
-            words = encoder.tokenizer.decode(ids[mask]).split()
+            scene, words = toy.make_scene("warm", i), encoder.tokenizer.decode(ids[mask]).split()
             cells, counts = words[2:-2:3], words[3:-2:3]
             assert counts == [str(cells[: k + 1].count(scene.asked)) for k in range(9)]
             box = re.search(r"boxed{(\d)}<\|im_end\|>$", words[-1])[1]
-            assert box in (counts[-1], str(scene.note))  # the note is None in a plain question
-            wrong[flawed, "cells"] += sum(a != b for a, b in zip(cells, scene.cells, strict=True))
-            wrong[flawed, "boxes"] += box != counts[-1]
-    assert wrong[False, "cells"] == wrong[False, "boxes"] == 0
-    assert 0.08 < wrong[True, "cells"] / (64 * 9) < 0.16
-    assert 0.05 < wrong[True, "boxes"] / 64 < 0.45  # a copied note may agree with the count
+            assert box == counts[-1] or flawed and box == str(scene.note)
+            n_wrong += sum(a != b for a, b in zip(cells, scene.cells, strict=True))
+        assert least <= n_wrong / (64 * 9) <= most
 
 
 @torch.no_grad()
@@ -273,15 +236,16 @@ def test_padding_does_not_change_the_loss_of_a_warm_batch(folder):
     encoder = make_encoder(folder)
     model = AutoModelForImageTextToText.from_pretrained(folder)
     setting = toy.Setting(plain_share=0.5)
-    lengths, losses = set(), []
-    for row in range(8):
-        inputs, is_response = warm_batch(encoder, range(row, row + 1), False, setting)
+
+    def loss_of(rows):
+        inputs, is_response = warm_batch(encoder, rows, False, setting)
         lengths.add(inputs["input_ids"].shape[1])
-        losses.append(start_model.warm_loss(model, inputs, is_response, None).item())
+        return start_model.warm_loss(model, inputs, is_response, None).item()
+
+    lengths: set[int] = set()
+    losses = [loss_of(range(row, row + 1)) for row in range(8)]
     assert len(lengths) == 2
-    batch = warm_batch(encoder, range(8), False, setting)
-    loss = start_model.warm_loss(model, *batch, None).item()
-    assert loss == pytest.approx(sum(losses) / 8)
+    assert loss_of(range(8)) == pytest.approx(sum(losses) / 8)
 
 
 def test_a_build_depends_on_its_arguments_alone_and_leaves_no_half_model(
@@ -295,21 +259,18 @@ def test_a_build_depends_on_its_arguments_alone_and_leaves_no_half_model(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(start_model, "warm_start", die)
         start_model.build(0, tmp_path / "again", steps=2)
-    assert not (tmp_path / "again").exists()
+    assert not list(tmp_path.iterdir())
     state, threads = torch.random.get_rng_state(), torch.get_num_threads()
     torch.set_num_threads(4)
-    try:
-        again = start_model.build(0, tmp_path / "again", steps=2)
-        assert torch.get_num_threads() == 4
-    finally:
-        torch.set_num_threads(threads)
+    again = start_model.build(0, tmp_path / "again", steps=2)
+    assert torch.get_num_threads() == 4
+    torch.set_num_threads(threads)
     assert torch.equal(state, torch.random.get_rng_state())
-    weights = [(Path(each) / start_model.WEIGHTS).read_bytes() for each in (folder, again)]
-    assert weights[0] == weights[1]
-    modified = (again / start_model.WEIGHTS).stat().st_mtime_ns
+    weights = [Path(each) / start_model.WEIGHTS for each in (folder, again)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    modified = weights[1].stat().st_mtime_ns
     assert start_model.build(0, again, steps=2) == again  # nothing is made twice
-    assert (again / start_model.WEIGHTS).stat().st_mtime_ns == modified
-    assert list(tmp_path.iterdir()) == [again]
+    assert weights[1].stat().st_mtime_ns == modified
 
 
 def test_the_command_builds_a_model_that_trains_without_further_flags(tmp_path, capsys):
@@ -317,13 +278,9 @@ def test_the_command_builds_a_model_that_trains_without_further_flags(tmp_path, 
     start_model.main([spec, "--out", str(out)])
     assert capsys.readouterr().out == f"torchrun train.py --algo papo_g --model {out}\n"
     assert toy.defaults(str(out), "")["data"] == spec
-    for words, message in (
-        ([spec, "--out", str(out)], f"--out {out} exists: choose another folder"),
-        (["toys", "--out", "x"], "toys: give toy or toy:grid=4,..."),
-    ):
-        with pytest.raises(SystemExit, match="2"):
-            start_model.main(words)
-        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        start_model.main([spec, "--out", str(out)])
+    assert f"--out {out} exists: choose another folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("name", "billions"), [("qwen2.5-vl-3b", 3.75), ("qwen2.5-vl-7b", 8.29)])
@@ -341,10 +298,6 @@ def test_the_shipped_model_is_what_start_model_builds(tmp_path):
     """The weights equal to the last bit on a CPU of the same kind, else within rounding: the root
     mean square difference was up to 4e-4 without AVX-512, and 3e-3 after one step more or less."""
     built = start_model.build(0, tmp_path / "model")
-    files = {path.name for path in built.iterdir()}
-    assert files == {path.name for path in toy.MODEL.iterdir()}
-    for name in files - {start_model.WEIGHTS}:
-        assert (built / name).read_bytes() == (toy.MODEL / name).read_bytes(), name
     ours, shipped = (load_file(each / start_model.WEIGHTS) for each in (built, toy.MODEL))
     assert ours.keys() == shipped.keys()
     differences = torch.cat([(ours[name] - shipped[name]).flatten() for name in ours])
@@ -352,18 +305,13 @@ def test_the_shipped_model_is_what_start_model_builds(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_shipped_model_sees_imperfectly():
+@pytest.mark.parametrize("split, low, high", [("general", 0.4, 0.7), (SPLITS[2], 0.25, 0.6)])
+def test_the_shipped_model_sees_imperfectly(split, low, high):
     """Better than blind (1/6 where notes lie), with room for 20 points on both splits."""
     policy = Policy.load(str(toy.MODEL), make_encoder(toy.MODEL))
-
-    def accuracy(items, temperature):
-        prompts = [policy.encoder.encode(item, index) for index, item in enumerate(items)]
-        groups = generate(policy, prompts, 1, max_new_tokens=40, temperature=temperature)
-        pairs = zip(groups, items, strict=True)
-        return np.mean([group.responses[0].endswith(f"{{{item.answer}}}") for group, item in pairs])
-
-    for split, low, high in (("general", 0.4, 0.7), ("vision_dependent", 0.25, 0.6)):
-        assert low < accuracy([toy.example(split, i) for i in range(256)], 1.0) < high
-    plain = toy.Setting(plain_share=1.0)
-    items = [toy.example("train", 10_000 + i, setting=plain) for i in range(64)]
-    assert accuracy(items, 0.0) > 0.9
+    items = [toy.example(split, i) for i in range(256)]
+    prompts = [policy.encoder.encode(item, index) for index, item in enumerate(items)]
+    groups = generate(policy, prompts, 1, max_new_tokens=40)
+    pairs = zip(groups, items, strict=True)
+    is_right = [group.responses[0].endswith(f"{{{item.answer}}}") for group, item in pairs]
+    assert low < np.mean(is_right) < high
