@@ -114,7 +114,9 @@ def tor_groups():
 
 def test_tor_weights():
     """H picks 5, 4 and 3; P picks 3, 2 and 0.1, of which the first reasons already."""
-    first, second = preset("tor").weigh(tor_groups(), None)
+    policy = SimpleNamespace(entropies=None)
+    policy.per_group = lambda groups, _: [group.entropies for group in groups]
+    first, second = preset("tor").weigh(tor_groups(), policy)
     close(first, [[1, 0.5, 0.5], [0, 1, 0]])
     close(second, [[1, 0, 0], [0, 0, 0]])
 
@@ -561,11 +563,10 @@ class Everything(DVRP):
     dynamic_sampling: bool = False
     strength: float = flag(1.0, "an exponent")
     columns = TAPO.columns
-    needs_entropies = True
     sample = TAPO.sample
 
     def weigh(self, groups, policy):
-        return [group.entropies**self.strength for group in groups]
+        return [each**self.strength for each in policy.per_group(groups, policy.entropies)]
 """
 
 
