@@ -14,15 +14,13 @@ import glob
 import itertools
 import json
 import re
-import sys
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
 SPLITS = ("test", "validation", "val", "train")  # in the order in which evaluation prefers them
-LFS_POINTER = b"version https://git-lfs"
 
 HUB = "PAPO-Galaxy/PAPO_eval"
 GENERAL = ("hiyouga_geometry3k", "AI4Math_MathVista", "We_Math", "PAPO_MMK12", "AI4Math_MathVerse")
@@ -76,9 +74,6 @@ def read_files(files: list[Path], folder=None) -> list[tuple]:
 def naming(file: Path) -> Iterator[None]:
     """Whatever is wrong with a file, such as a missing end, is a DataError that names it."""
     try:
-        with open(file, "rb") as opened:
-            if opened.read(len(LFS_POINTER)) == LFS_POINTER:
-                raise ValueError("a Git LFS pointer; `git lfs pull` fetches the content")
         yield
     except Exception as error:  # zipfile, json, pyarrow and datasets have classes of their own
         cause = error
@@ -95,6 +90,8 @@ def read_json(file: Path) -> list:
 
     datasets would refuse the whole file for one broken line.
     """
+    if file.suffix not in SUFFIXES:
+        raise ValueError(f"unknown extension: choose one of {', '.join(SUFFIXES)}")
     text = file.read_text(encoding="utf-8-sig")
     if text.lstrip().startswith("["):
         return json.loads(text)
@@ -105,24 +102,20 @@ def read_json(file: Path) -> list:
 def read_parquet(file: Path):
     """The rows, memory-mapped, with columns typed as Arrow has them.
 
-    datasets would type them by the file's metadata, and fails on types that its version lacks, such
-    as "List" before 4. It would decode images, too, whose headers are enough at first.
+    By the file's metadata datasets would decode images, whose headers are enough at first, and it
+    fails on types that its version lacks, such as "List" before 4.
     """
-    import datasets  # slow to import, and only needed for parquet and the hub
+    import datasets  # slow to import, and only needed for parquet
     import pyarrow.parquet
 
-    if pyarrow.parquet.read_metadata(file).num_rows == 0:
-        return []  # which datasets refuses
     schema = pyarrow.parquet.read_schema(file).remove_metadata()
     features = datasets.Features.from_arrow_schema(schema)
     pattern = glob.escape(str(file.absolute()))
-    return datasets.Dataset.from_parquet(pattern, features=features).with_format("arrow")
+    return datasets.Dataset.from_parquet(pattern, features=features)
 
 
 def as_dict(row) -> dict:
-    """A row as a new dict. Tables hand out dicts, lines of JSON, or Arrow tables of one row."""
-    if hasattr(row, "to_pylist"):
-        [row] = row.to_pylist()
+    """A row as a new dict. Tables hand out dicts, or lines of JSON."""
     if isinstance(row, str):
         try:
             row = json.loads(row)
@@ -136,26 +129,39 @@ def as_dict(row) -> dict:
 # ------------------------------------------------------------------------------ folders and the hub
 
 
-def open_sets(spec: str, splits: tuple, set_per_table: bool = False) -> dict[str, list[tuple]]:
-    """Set name -> its located rows, of the first of `splits` there is. DataError if unreadable.
+def open_sets(spec: str, training: bool = False) -> dict[str, list[tuple]]:
+    """Set name -> its located rows, of a file, a folder or a hub id. DataError if unreadable.
 
-    A folder is one set. With `set_per_table` each of its tables is one, unless some are splits.
+    Of splits one is read: train, or else the first of SPLITS. Where a folder has none, each of its
+    tables is an evaluation set, and all of them together are the training set.
     """
     path = Path(spec).expanduser()
-    if path.is_file() and path.suffix not in SUFFIXES:
-        choices = f"choose one of {', '.join(SUFFIXES)}"
-        raise DataError(f"data {spec!r}: unknown extension {path.suffix!r}: {choices}")
     if path.is_file():
         return {path.stem: read_files([path])}
-    name, tables = path.resolve().name, folder_tables(path)
-    if not tables:
-        return {name: open_hub(spec, splits)}
-    named = {split: tables[split] for split in SPLITS if split in tables}
-    if named:
-        tables = {name: choose_split(spec, named, splits)}
-    elif not set_per_table:
+    folder, name = path if path.is_dir() else download(spec), path.resolve().name
+    tables = folder_tables(folder)
+    splits = [split for split in SPLITS if split in tables]
+    if splits:
+        split = "train" if training else splits[0]
+        if split not in splits:
+            raise DataError(f"data {spec!r}: no split {split!r}, it has {', '.join(splits)}")
+        tables = {name: tables[split]}
+    elif training and tables:
         tables = {name: sorted(itertools.chain.from_iterable(tables.values()))}
+    if not tables:
+        raise DataError(f"data {spec!r}: no file of {', '.join(SUFFIXES)} in {folder}")
     return {name: read_files(files) for name, files in tables.items()}
+
+
+def download(spec: str, patterns: list[str] | None = None) -> Path:
+    """The folder of a hub id in the hub's cache, with its files, or those of these patterns."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(spec, repo_type="dataset", allow_patterns=patterns))
+    except Exception as error:  # the hub client's classes differ by version
+        problem = f"data {spec!r}: no such file or folder, nor can the hub give it"
+        raise DataError(f"{problem}: {type(error).__name__}: {error}") from error
 
 
 def folder_tables(path: Path) -> dict[str, list[Path]]:
@@ -182,52 +188,6 @@ def by_table(files: list[Path], root: Path) -> dict[str, list[Path]]:
     return tables
 
 
-def choose_split(spec: str, parts: dict, splits: tuple):
-    """The part of the first of `splits` there is."""
-    for split in splits:
-        if split in parts:
-            return parts[split]
-    choices = ", ".join(parts)
-    raise DataError(f"data {spec!r}: no split {splits[0]!r}: choose one of {choices}")
-
-
-def open_hub(spec: str, splits: tuple) -> list[tuple]:
-    """The located rows of the first of `splits` in a data set on the hub."""
-    path = Path(spec).expanduser()
-    if path.exists() or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", spec) or path.suffix in SUFFIXES:
-        choices = f"'toy', a {', '.join(SUFFIXES)} file, a folder of such, or a hub id (owner/name)"
-        raise DataError(f"data {spec!r}: no such file or folder: choose {choices}")
-    import datasets
-    from huggingface_hub import HfApi, constants
-
-    try:
-        if not constants.HF_HUB_OFFLINE:  # offline, datasets uses its cache
-            # Without a connection this fails at once; datasets would retry for minutes.
-            HfApi().dataset_info(spec, timeout=20)
-        tables = datasets.load_dataset(spec)
-    except Exception as error:  # whatever the error is, like the released loader
-        folder = download(spec, [f"*{suffix}" for suffix in SUFFIXES])
-        if not folder_tables(folder):
-            raise DataError(f"data {spec!r} cannot be loaded from the hub: {error}") from error
-        print(one_line(f"data {spec!r}: its files are read directly ({error})"), file=sys.stderr)
-        [located] = open_sets(str(folder), splits).values()
-        return located
-    rows = choose_split(spec, tables, splits).with_format("arrow")
-    return [(rows, index, Path()) for index in range(len(rows))]
-
-
-def download(repo: str, patterns: list[str]) -> Path:
-    """The folder of a data set in the hub's cache, with its files of these patterns."""
-    from huggingface_hub import snapshot_download
-
-    options = {"repo_type": "dataset", "allow_patterns": patterns, "etag_timeout": 20}
-    try:
-        return Path(snapshot_download(repo, **options))
-    except Exception as error:  # the hub client's classes differ by version
-        problem = "is not a file or folder here, and cannot be loaded from the hub"
-        raise DataError(f"data {repo!r} {problem}: {type(error).__name__}: {error}") from error
-
-
 # ----------------------------------------------------------------------------------- the benchmarks
 
 
@@ -246,18 +206,15 @@ def open_benchmarks(spec: str, names: tuple, source: str) -> dict[str, list[tupl
 
     DataError if one is missing.
     """
-    is_folder = spec not in BENCHMARKS and Path(spec).expanduser().is_dir()
-    source = spec if is_folder else source
-    root = Path(source).expanduser()
-    if not root.is_dir():
-        endings = (*SUFFIXES, "-*-of-*", "_images.zip")
+    root = next(filter(Path.is_dir, (Path(each).expanduser() for each in (spec, source))), None)
+    if root is None:
         stems = itertools.chain.from_iterable(map(file_stems, names))
-        root = download(source, [f"*{stem}{ending}" for stem in stems for ending in endings])
+        root = download(source, [f"*{stem}*" for stem in stems])
     tables, located = benchmark_tables(root), {}
     for name in names:
         if name not in tables:
             expected = f"its {name}.json is expected there or one folder below"
-            raise DataError(f"no benchmark {name} in {source}: {expected}")
+            raise DataError(f"no benchmark {name} in {root}: {expected}")
         located[name] = read_files(tables[name], BenchmarkImages(name, root))
     return located
 
@@ -289,7 +246,7 @@ class BenchmarkImages:
 
     def __init__(self, name: str, root: Path):
         self.folders = with_subfolders(root)
-        self.members: dict[tuple, zipfile.Path] = {}
+        self.members: dict[str, zipfile.Path] = {}
         for folder, stem in itertools.product(self.folders, file_stems(name)):
             file = folder / f"{stem}_images.zip"
             if file.is_file():
@@ -304,10 +261,7 @@ class BenchmarkImages:
         return files[0] if files else self.members.get(member_key(path), self.folders[0] / path)
 
 
-def member_key(path: str) -> tuple[str, ...]:
+def member_key(path: str) -> str:
     """A path without images/, where PAPO-Eval unpacks, and without NAME_images/, whose name differs
     between tables and zips."""
-    parts = PurePosixPath(path.replace("\\", "/")).parts
-    if parts[:1] == ("images",):
-        parts = parts[1:]
-    return parts[1:] if parts and parts[0].endswith("_images") else parts
+    return re.sub(r"^(\./)?(images/)?([^/]*_images/)?", "", path)

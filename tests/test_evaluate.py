@@ -318,7 +318,7 @@ def test_errors_are_one_line(folder, capsys, monkeypatch):
         ("--protocol papers", "--protocol papers: choose one of paper, training"),
         ("--grad x", "unknown flag --grad: the flags are ask baseline"),
         ("--data We_Math --benchmarks .", "no benchmark We_Math in .: its We_Math.json"),
-        ("--data nowhere.json", "data 'nowhere.json': no such file or folder: choose 'toy'"),
+        ("--data nowhere.json", "data 'nowhere.json': no such file or folder, nor"),
         ("--ask ? --image nowhere.png", "broken image: nowhere.png: "),
         ("--ask <image>?", "1 <image> markers for 0 images"),
         ("--explain --ask Why?", "--explain: the example has no image"),
