@@ -30,7 +30,7 @@ class EvalConfig:
     data: str = flag("", "toy, all, general, vision_dependent, a benchmark, file, folder or hub id")
     benchmarks: str = flag("PAPO-Galaxy/PAPO_eval", "hub id or folder of the nine benchmarks")
     protocol: str = flag("", "paper or training; default: paper for benchmarks")
-    n: int = flag(8, "samples per question (avg@n); --grade takes what the files hold")
+    n: int = flag(8, "samples per question (avg@n); for --grade what the files hold")
     out: str = flag("", "folder for predictions, tables, figures; also resumes an evaluation")
     baseline: str = flag("", "folder of predictions to measure Delta_rel against")
     eval_rows: int = flag(0, "use this many rows of each set, the first usable ones; 0: all")
@@ -57,8 +57,7 @@ class EvalConfig:
     rollout_batch: int = flag(320, "most responses sampled at a time; a kill loses at most these")
 
     def __post_init__(self):
-        check_at_least(self, 1, "masks", "heat_patches", "max_new_tokens", "rollout_batch")
-        check_at_least(self, 0 if self.grade else 1, "n")
+        check_at_least(self, 1, "n", "masks", "heat_patches", "max_new_tokens", "rollout_batch")
         check_at_least(self, 0, "top_k", "eval_rows", "temperature")
         check_range(self, 0, 1, "top_p")
         check_range(self, 1e-3, 1e6, "reward_deadline", "reward_memory")
@@ -66,7 +65,7 @@ class EvalConfig:
 
 def configure(doc: str, argv=None) -> EvalConfig:
     """Precedence: given flags, the protocol, the toy's defaults, EvalConfig's."""
-    early = early_flags("model", "data", "protocol", "ask", "explain", "grade", argv=argv)
+    early = early_flags("model", "data", "protocol", "ask", "explain", argv=argv)
     model = toy.model_folder(early.get("model", EvalConfig.model))
     defaults = toy.defaults(model, early.get("data", "")) | {"eval_rows": 0}
     data = toy.data_of(model, early.get("data", "")) or "all"
@@ -77,8 +76,6 @@ def configure(doc: str, argv=None) -> EvalConfig:
     defaults |= PROTOCOLS[protocol] | {"data": data, "protocol": protocol}
     if "ask" in early or "explain" in early:
         defaults["temperature"] = 0.0
-    if "grade" in early:
-        defaults["n"] = 0
     [config] = parse_flags(doc, EvalConfig, defaults=defaults, argv=argv)
     config.data = data
     return config

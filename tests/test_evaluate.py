@@ -113,7 +113,7 @@ def test_grading_against_a_baseline(tmp_path, capsys):
     fewer = [record for record in records if record["label"] != "4"]
     write_jsonl(theirs / "PAPO_MMK12.jsonl", fewer)
     evaluate.main(command)
-    assert "PAPO_MMK12: no Delta_rel, the baseline has " in capsys.readouterr().err
+    assert "PAPO_MMK12: no Delta_rel, the baseline has other" in capsys.readouterr().err
 
 
 REWARD = """
