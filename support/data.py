@@ -214,12 +214,12 @@ def usable_rows(name: str, located: list, columns: tuple[str, ...] = (), **limit
     def get(number: int) -> Example:
         rows, index, folder = located[number]
         example = parse_row(as_dict(rows[index]), number, columns)
-        images, *more = (
-            [read_image(image, folder) for image in images]
-            for images in (example.images, *example.more_images.values())
-        )
-        more_images = dict(zip(example.more_images, more, strict=True))
-        return replace(example, images=images, more_images=more_images)
+
+        def decode(images: list) -> list:
+            return [read_image(image, folder) for image in images]
+
+        more_images = {column: decode(images) for column, images in example.more_images.items()}
+        return replace(example, images=decode(example.images), more_images=more_images)
 
     total, fields = on_first_rank(lambda: check_rows(name, located, columns, **limits))
     if len(located) != total:
@@ -242,10 +242,11 @@ def check_rows(
         example = parse_row(row, number, columns)
         images = itertools.chain(example.images, *example.more_images.values())
         sizes = [read_image(image, folder, lambda opened: opened.size) for image in images]
-        tokens = length(example.question, sizes[: len(example.images)]) if max_prompt_tokens else 0
-        if tokens > (max_prompt_tokens or 0):
-            excess = f"{tokens} prompt tokens, more than {max_prompt_tokens}"
-            raise BadRowError("overlong", f"{excess}: {example.question}")
+        if max_prompt_tokens:
+            tokens = length(example.question, sizes[: len(example.images)])
+            if tokens > max_prompt_tokens:
+                excess = f"{tokens} prompt tokens, more than {max_prompt_tokens}"
+                raise BadRowError("overlong", f"{excess}: {example.question}")
         return example
 
     for number, (rows, index, folder) in enumerate(located):
@@ -253,11 +254,12 @@ def check_rows(
             break
         try:
             row = as_dict(rows[index])
-            with_image += bool(check(row, number, folder).images)
+            example = check(row, number, folder)
         except ValueError as error:
             count(skipped, error, f"{name}: row {number}")
             continue
         numbers.append(number)
+        with_image += bool(example.images)
         for column, value in row.items():
             content = json.dumps(value, default=checksum)
             checksums[column] = zlib.crc32(content.encode(), checksums[column])

@@ -215,26 +215,24 @@ def open_benchmarks(spec: str, names: tuple, source: str) -> dict[str, list[tupl
         if name not in tables:
             expected = f"its {name}.json is expected there or one folder below"
             raise DataError(f"no benchmark {name} in {root}: {expected}")
-        located[name] = read_files(tables[name], BenchmarkImages(name, root))
+        located[name] = read_files([tables[name]], BenchmarkImages(name, root))
     return located
+
+
+def benchmark_tables(root: Path) -> dict[str, Path]:
+    """Benchmark -> its table, in a folder or one level below: PAPO-Eval has them in papo/."""
+    found = {name: benchmark_files(root, name, ".json*") for name in BENCHMARKS["all"]}
+    return {name: files[0] for name, files in found.items() if files}
+
+
+def benchmark_files(root: Path, name: str, ending: str) -> list[Path]:
+    stems = itertools.product(("", "*/"), file_stems(name))
+    return [file for folder, stem in stems for file in root.glob(f"{folder}{stem}{ending}")]
 
 
 def file_stems(name: str) -> list[str]:
     """The names that a benchmark's files may have."""
     return [name, *(alias for alias, benchmark in ALIASES.items() if benchmark == name)]
-
-
-def benchmark_tables(root: Path) -> dict[str, list[Path]]:
-    """Benchmark -> its files, in a folder or one level below: PAPO-Eval has them in papo/."""
-    tables = {}
-    for folder in with_subfolders(root):
-        for suffix in SUFFIXES:
-            tables = by_table(sorted(folder.glob(f"*{suffix}")), folder) | tables
-    return {name: tables[name] for name in BENCHMARKS["all"] if name in tables}
-
-
-def with_subfolders(root: Path) -> list[Path]:
-    return [root, *sorted(path for path in root.glob("*") if path.is_dir())]
 
 
 class BenchmarkImages:
@@ -245,23 +243,21 @@ class BenchmarkImages:
     """
 
     def __init__(self, name: str, root: Path):
-        self.folders = with_subfolders(root)
+        self.folders = [root, *sorted(root.glob("*/"))]
         self.members: dict[str, zipfile.Path] = {}
-        for folder, stem in itertools.product(self.folders, file_stems(name)):
-            file = folder / f"{stem}_images.zip"
-            if file.is_file():
-                with naming(file):
-                    archive = zipfile.ZipFile(file)
-                for member in archive.namelist():
-                    self.members.setdefault(member_key(member), zipfile.Path(archive, member))
+        for file in benchmark_files(root, name, "_images.zip"):
+            with naming(file):
+                archive = zipfile.ZipFile(file)
+            for member in archive.namelist():
+                self.members.setdefault(member_key(member), zipfile.Path(archive, member))
 
     def joinpath(self, path: str) -> Path | zipfile.Path:
         """An image's file, which does not exist if there is none."""
-        files = [folder / path for folder in self.folders if (folder / path).is_file()]
-        return files[0] if files else self.members.get(member_key(path), self.folders[0] / path)
+        files = [folder / path for folder in self.folders]
+        return next(filter(Path.is_file, files), self.members.get(member_key(path), files[0]))
 
 
 def member_key(path: str) -> str:
-    """A path without images/, where PAPO-Eval unpacks, and without NAME_images/, whose name differs
-    between tables and zips."""
+    """A path without NAME_images/, whose name differs between tables and zips, and without images/,
+    which PAPO-Eval unpacks to."""
     return re.sub(r"^(\./)?(images/)?([^/]*_images/)?", "", path)
