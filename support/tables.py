@@ -227,7 +227,7 @@ def benchmark_tables(root: Path) -> dict[str, Path]:
 
 def benchmark_files(root: Path, name: str, ending: str) -> list[Path]:
     stems = itertools.product(("", "*/"), file_stems(name))
-    return [file for folder, stem in stems for file in root.glob(f"{folder}{stem}{ending}")]
+    return [file for folder, stem in stems for file in sorted(root.glob(f"{folder}{stem}{ending}"))]
 
 
 def file_stems(name: str) -> list[str]:

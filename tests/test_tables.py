@@ -151,20 +151,12 @@ def test_parts_whose_types_differ(tmp_path):
     assert rows.skipped == {"empty answer": 1}
 
 
-def test_a_parquet_file_stays_on_disk_and_is_read_again_when_rewritten(tmp_path):
-    file = write_parquet(tmp_path / "rows.parquet", [question(1)])
-    assert answers(data.load(str(file))) == ["1"]
-    image = [os.urandom(1_000_000)]
-    table = pyarrow.table(
-        {"problem": ["<image>?"] * 30, "answer": ["2"] * 30, "images": [image] * 30}
-    )
-    pyarrow.parquet.write_table(table, file, row_group_size=5)
-    del table
-    os.utime(file, (1, 1))  # an older file in the place of a newer one
-    before = pyarrow.total_allocated_bytes()
-    located = tables.read_files([file])
-    assert len(located) == 30
-    assert pyarrow.total_allocated_bytes() - before < 5e6  # mapped from datasets' cache, not read
+def test_a_rewritten_parquet_file_is_read_again(tmp_path):
+    """Though datasets keeps a copy, and the new file may look older."""
+    for number in (1, 2):
+        file = write_parquet(tmp_path / "rows.parquet", [question(number)])
+        os.utime(file, (number % 2 * 9, number % 2 * 9))
+        assert answers(data.load(str(file))) == [str(number)]
 
 
 def test_json_and_jsonl_files(tmp_path):
