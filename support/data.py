@@ -15,8 +15,7 @@ Differences from the released loader:
 1. Broken, empty and mismatched rows are skipped; there they end the run or go unnoticed, as do
    images without markers, which here go in front of the question.
 2. Prompts that are too long are found from image headers. Pixels are decoded when a row is read.
-3. Images become RGB without losing transparency, depth or orientation (images.py), and only the
-   image processor resizes them. (Those of further columns first get the size of their image.)
+3. Only the image processor resizes images (those of further columns to the size of their image).
 4. A round has the same prompts on any number of ranks: the order depends on seed and epoch alone.
 
     python -c "from support import data; rows = data.load('toy'); print(len(rows), rows[0])"

@@ -141,8 +141,8 @@ def serve(fd: int) -> None:
     try:
         function = load(spec)
         reply = "row" in inspect.signature(function).parameters
-    except ValueError as error:
-        reply = str(error)
+    except Exception as error:
+        reply = f"expected path/file.py:function: {one_line(error)}"
     warnings.simplefilter("ignore", SyntaxWarning)  # Python's, about a formula
     reward.accuracy_reward(r"\boxed{x+x}", "2x")  # sympy imports what it needs, for all workers
     with suppress(EOFError, ConnectionError):
@@ -154,16 +154,13 @@ def serve(fd: int) -> None:
 
 
 def load(spec: str):
-    """The function of a "path/file.py:function". ValueError if there is none."""
+    """The function of a "path/file.py:function"."""
     path, _, name = spec.rpartition(":")
     sys.path.append(os.path.dirname(os.path.abspath(path)))  # for its own imports
-    try:
-        found = importlib.util.spec_from_file_location("user_reward", path)
-        sys.modules["user_reward"] = module = importlib.util.module_from_spec(found)
-        found.loader.exec_module(module)
-        return getattr(module, name)
-    except Exception as error:
-        raise ValueError(f"expected path/file.py:function: {one_line(error)}") from error
+    found = importlib.util.spec_from_file_location("user_reward", path)
+    sys.modules["user_reward"] = module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return getattr(module, name)
 
 
 def score_batch(trainer, function, tasks, workers, deadline, memory, end) -> list[dict | str]:

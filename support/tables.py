@@ -114,8 +114,8 @@ def read_parquet(file: Path):
     return datasets.Dataset.from_parquet(pattern, features=features)
 
 
-def as_dict(row) -> dict:
-    """A row as a new dict. Tables hand out dicts, or lines of JSON."""
+def as_dict(row: dict | str) -> dict:
+    """A row, which is a dict or a line of JSON."""
     if isinstance(row, str):
         try:
             row = json.loads(row)
@@ -123,7 +123,7 @@ def as_dict(row) -> dict:
             raise BadRowError("not JSON", f"{error}: {row}") from error
     if not isinstance(row, dict):
         raise BadRowError("not a row", repr(row))
-    return dict(row)
+    return row
 
 
 # ------------------------------------------------------------------------------ folders and the hub
@@ -182,8 +182,7 @@ def by_table(files: list[Path], root: Path) -> dict[str, list[Path]]:
     for file in files:
         path = file.relative_to(root).as_posix().removeprefix("data/")
         split = re.match(rf"({'|'.join(SPLITS)})[-_./]", path)
-        stem = re.sub(r"-\d+-of-\d+$", "", file.stem)
-        name = split[1] if split else ALIASES.get(stem, stem)
+        name = split[1] if split else re.sub(r"-\d+-of-\d+$", "", file.stem)
         tables.setdefault(name, []).append(file)
     return tables
 
