@@ -279,7 +279,8 @@ def count(skipped: Counter, error: ValueError, where: str) -> None:
     kind = getattr(error, "kind", "refused")
     skipped[kind] += 1
     if skipped[kind] == 1:
-        print(one_line(f"{where} is skipped, {error}"), file=sys.stderr)
+        reason = str(error).removeprefix(f"{kind}: ")
+        print(one_line(f"{where} is skipped, {kind}: {reason}"), file=sys.stderr)
 
 
 # --------------------------------------------------------------------------------------- the rounds

@@ -60,6 +60,7 @@ class Grader(AbstractContextManager):
         if callable(function):
             function = f"{inspect.getsourcefile(function)}:{function.__name__}"
         self.spec, self.budget = function, budget
+        self.timeouts = self.errors = self.unscored = 0
         self._pipe, theirs = Pipe()
         root = str(Path(__file__).resolve().parent.parent)
         code = f"import sys; sys.path.insert(0, {root!r}); from support import sandbox"

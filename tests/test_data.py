@@ -208,8 +208,7 @@ def test_broken_rows_are_skipped_and_the_first_of_each_kind_is_reported(capsys):
     assert answers(rows) == ["0", "1"]
     lines = capsys.readouterr().err.splitlines()
     for number, (kind, line) in enumerate(zip(BROKEN, lines, strict=True)):
-        assert line.startswith(f"mine: row {number} is skipped, ")
-        assert kind in line or kind == "refused"
+        assert line.startswith(f"mine: row {number} is skipped, {kind}: ")
     assert usable(table, limit=1).numbers == rows.numbers[:1]
     assert usable(table, limit=0).numbers == rows.numbers
 

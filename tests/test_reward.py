@@ -75,20 +75,6 @@ def test_ordinary_answers_score_as_released():
     assert score == {"overall": 0.75, "format": 0.0, "accuracy": 1.0}
 
 
-def test_format():
-    for response, form in [
-        ("< think >\na\n< / think >\nso \\boxed{1}.\n", 1),
-        (r"<think></think>\boxed{}", 1),
-        (r"<think>a</think>\boxed{1}<think>b", 1),
-        (r" <think>a</think>\boxed{1}", 1),
-        (r"<think>\boxed{1}</think>", 0),
-        (r"so <think>a</think>\boxed{1}", 0),
-        (r"<think>a</think>\boxed{1", 0),
-        (r"\boxed{1}", 0),
-    ]:
-        assert format_reward(response) == form == released(response, "1")["format"]
-
-
 def test_random_responses_score_as_released():
     tags = ["<think>", "</think>", r"\boxed{", "}", "think", "a"]
     pieces = [*tags, "<", ">", "/", " ", "\n", "\t", "\x1c", "\u3000"]
