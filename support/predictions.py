@@ -280,11 +280,8 @@ def report(results: dict[str, list[Question]], baseline: dict | None, notes: lis
     columns |= {"pass": f"pass@{n} %", "unboxed": "unboxed %", "truncated": "truncated %"}
     columns |= {"delta": "Delta_rel %"}
     shown = table[list(columns)].rename(columns=columns).dropna(axis="columns", how="all")
-    lines = [shown.to_string(float_format="%.2f", na_rep="-"), *notes]
-    if results.keys() & set(BENCHMARKS["all"]):
-        lines.append("the benchmarks hold no free-form questions: PAPO-Eval's authors removed them")
-    lines.append("95%: bootstrap over questions; unboxed: without a complete \\boxed{...}")
-    text = "\n".join(lines)
+    legend = "95%: bootstrap over questions; unboxed: without a complete \\boxed{...}"
+    text = "\n".join([shown.to_string(float_format="%.2f", na_rep="-"), *notes, legend])
     print(text)
     if out:
         Path(out).mkdir(parents=True, exist_ok=True)

@@ -114,7 +114,6 @@ def write_folder(folder: Path, kind: str, tied: bool, template: str) -> str:
         vision = {"depth": 4, "intermediate_size": 96, "fullatt_block_indexes": [1, 3]}
         text = {"intermediate_size": 160, "tie_word_embeddings": tied, "torch_dtype": "bfloat16"}
         config = start_model.hub_config(len(tokenizer), special, vision, **text)
-    ids = {"bos_token_id": special, "pad_token_id": special, "eos_token_id": [special + 2, special]}
     write_json(folder / "config.json", config)
     model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder))
     enlarge_weights(model)
