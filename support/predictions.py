@@ -219,12 +219,10 @@ def summarise(results: dict[str, list[Question]], baseline: dict | None = None):
     delta      Delta_rel, the relative gain over the baseline
     An average is the plain mean over its sets, of delta too (the paper's definition). NaN: unknown.
     """
-    from pandas import DataFrame  # slow to import, and training needs no table
-
-    table = DataFrame({name: measures(questions) for name, questions in results.items()}).T
-    resampled = DataFrame({name: bootstrap(name, results[name]) for name in results})
+    table = measures(results)
+    resampled = {name: bootstrap(name, questions) for name, questions in results.items()}
     if baseline:
-        before = DataFrame({name: measures(baseline[name]) for name in results}).T
+        before = measures({name: baseline[name] for name in results})
         comparable = table["questions"] == before["questions"]
         for name in table.index[~comparable]:
             print(f"{name}: no Delta_rel, the baseline has other questions", file=sys.stderr)
@@ -240,27 +238,24 @@ def summarise(results: dict[str, list[Question]], baseline: dict | None = None):
         label = f"{label} average{missing}"
         table.loc[label] = table.loc[members].mean(skipna=False)
         table.loc[label, "questions"] = table.loc[members, "questions"].sum()
-        resampled[label] = resampled[members].mean(axis=1)
-    table["low"], table["high"] = resampled.quantile([0.025, 0.975]).to_numpy()
+        resampled[label] = np.mean([resampled[name] for name in members], axis=0)
+    table["low"], table["high"] = np.quantile(list(resampled.values()), [0.025, 0.975], axis=1)
     return table.astype({"questions": int})
 
 
-def measures(questions: list[Question]) -> dict[str, float]:
-    """The columns of one set's row, except its interval."""
-    records = list(itertools.chain.from_iterable(questions))
+def measures(results: dict[str, list[Question]]):
+    """The columns of each set's row, except its interval: a DataFrame."""
+    from pandas import DataFrame  # slow to import, and training needs no table
 
-    def percent(values: list) -> float:
-        return 100 * float(np.mean(values)) if values else math.nan
-
-    return {
-        "questions": len(questions),
-        "accuracy": percent([record["accuracy"] for record in records]),
-        "pass": percent([any(record["accuracy"] for record in each) for each in questions]),
-        # PAPO-Eval's own files do not say whether a response was cut.
-        "unboxed": percent([r["unboxed"] for r in records if "unboxed" in r]),
-        "truncated": percent([r["truncated"] for r in records if "truncated" in r]),
-        "delta": math.nan,
-    }
+    measured = ["accuracy", "unboxed", "truncated"]  # the last is not in PAPO-Eval's own files
+    table = DataFrame(index=list(results), columns=[*measured, "questions", "pass", "delta"])
+    for name, questions in results.items():
+        records = DataFrame(itertools.chain.from_iterable(questions), columns=measured)
+        solved = [any(record["accuracy"] for record in question) for question in questions]
+        table.loc[name, measured] = 100 * records.astype(float).mean()
+        table.loc[name, "questions"] = len(questions)
+        table.loc[name, "pass"] = 100 * sum(solved) / len(solved) if solved else math.nan
+    return table.astype(float)
 
 
 def bootstrap(name: str, questions: list[Question]) -> np.ndarray:

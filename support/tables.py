@@ -5,8 +5,8 @@ row's image paths are relative to. Files are read one by one, so parts of a tabl
 differently: nulls in one, images in another.
 
 A benchmark is a table of sharegpt rows, NAME.json, and the images it names, beside it or in
-NAME_images.zip. All nine are in one data set on the hub, which PAPO-Eval reads too. Its authors have
-removed the free-form questions.
+NAME_images.zip. All nine are in one data set on the hub, which PAPO-Eval reads too; its authors
+have removed the free-form questions.
 """
 
 from __future__ import annotations
