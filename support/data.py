@@ -100,11 +100,13 @@ def from_messages(turns) -> dict:
 
 def image_columns(row: dict) -> list[str]:
     """The columns that images may be in, `images` first. imagefolder's may name other files too."""
-    names = [name for name in row if re.fullmatch(IMAGE_COLUMN, name, re.IGNORECASE)]
-    names += [
-        name for name in row if re.fullmatch("file_?names?", name) and looks_like_image(row[name])
-    ]
-    return sorted(names, key=lambda name: name != "images")
+
+    def may_hold_images(name: str) -> bool:
+        if re.fullmatch("file_?names?", name, re.IGNORECASE):
+            return looks_like_image(row[name])
+        return bool(re.fullmatch(IMAGE_COLUMN, name, re.IGNORECASE))
+
+    return sorted(filter(may_hold_images, row), key=lambda name: name != "images")
 
 
 def pop_images(row: dict, names: Iterable[str]) -> list:

@@ -28,7 +28,7 @@ class EvalConfig:
 
     model: str = flag("toy", "toy, a local folder, or a hub id")
     data: str = flag("", "toy, all, general, vision_dependent, a benchmark, file, folder or hub id")
-    benchmarks: str = flag("PAPO-Galaxy/PAPO_eval", "hub id or folder of the nine benchmarks")
+    benchmarks: str = flag(tables.HUB, "hub id or folder of the nine benchmarks")
     protocol: str = flag("", "paper or training; default: paper for benchmarks")
     n: int = flag(8, "samples per question (avg@n); for --grade what the files hold")
     out: str = flag("", "folder for predictions, tables, figures; also resumes an evaluation")
