@@ -200,7 +200,7 @@ def load(config: EvalConfig) -> tuple[Policy, dict]:
 def grade(config: EvalConfig) -> None:
     """Grade the prediction files of --grade again, and print their table."""
     with make_grader(config) as grader:
-        results = predictions.grade_files(config.grade, grader, n=config.n)
+        results = predictions.grade_files(config.grade, grader)
         baseline = None
         if config.baseline:
             baseline = predictions.grade_files([config.baseline], grader, results)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from transformers import TextStreamer
 
@@ -18,24 +16,21 @@ def prompt_of(config, sets: dict, policy: Policy) -> Prompt:
 
     config: protocol.EvalConfig; sets: name -> data.Rows.
     """
-    prompt = policy.encoder.encode(example_of(config, sets))
+    if config.ask:
+        images = [read_image(path) for path in config.image]
+        markers = "" if "<image>" in config.ask else "<image>" * len(images)
+        example = Example(markers + config.ask, "", images)
+    else:
+        split, _, row = config.row.rpartition(":")
+        rows = sets.get(split or next(iter(sets)), ())
+        if not row.isdigit() or int(row) >= len(rows):
+            choices = [f"{name}:0 to {name}:{len(each) - 1}" for name, each in sets.items()]
+            raise ValueError(f"--row {config.row}: choose one of {', '.join(choices)}")
+        example = rows[int(row)]
+    prompt = policy.encoder.encode(example)
     if config.explain and prompt.pixel_values is None:
         raise ValueError("--explain: the example has no image")
     return prompt
-
-
-def example_of(config, sets: dict) -> Example:
-    """The example of --ask and --image, or of --row."""
-    if config.ask:
-        images = [read_image(Path(path)) for path in config.image]
-        markers = "" if "<image>" in config.ask else "<image>" * len(images)
-        return Example(markers + config.ask, "", images)
-    split, _, row = config.row.rpartition(":")
-    rows = sets.get(split or next(iter(sets)), ())
-    if not row.isdigit() or int(row) >= len(rows):
-        choices = [f"{name}:0 to {name}:{len(each) - 1}" for name, each in sets.items()]
-        raise ValueError(f"--row {config.row}: choose one of {', '.join(choices)}")
-    return rows[int(row)]
 
 
 @torch.no_grad()
@@ -69,6 +64,4 @@ def ask(policy: Policy, prompt: Prompt, config) -> None:
     )
     response = tokenizer.decode(tokens[0, len(prompt) :], skip_special_tokens=True)
     found = boxed(response)
-    print(
-        "boxed: nothing, the response has no \\boxed{...}" if found is None else f"boxed: {found}"
-    )
+    print("boxed:", "nothing, the response has no \\boxed{...}" if found is None else found)

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable
 from contextlib import suppress
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -22,36 +23,39 @@ IMAGE_FILE = r"[^\n]+\.(png|jpe?g|gif|webp|bmp|tiff?)(\?[^\n]*)?"
 IMAGE_STARTS = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
 
 
-def read_image(source, read: Callable | None = None):
+def read_image(source, folder=Path(), read: Callable | None = None):
     """The image in RGB, or `read` of the opened image; BadRowError if it is broken.
 
-    `source` is bytes, base64, a file or a PIL image. PIL opens it by its header and decodes the
-    pixels only when `read` asks for them.
+    `source` is a PIL image, bytes, base64, a data URL, a path relative to `folder`, or a dict with
+    bytes or a path. PIL opens it by its header and decodes the pixels only when `read` asks.
     """
     read = read or to_rgb
+    if isinstance(source, dict):
+        source = source.get("bytes") or source.get("path")
     try:
         if isinstance(source, Image.Image):
             return read(source)
-        with open_stored(source) as file, Image.open(file) as image:
+        with open_stored(source, folder) as file, Image.open(file) as image:
             return read(image)
     except Exception as error:  # PIL raises nearly anything on broken files
         name = f"{len(source)} bytes" if isinstance(source, bytes) else f"{source!s:.99}"
         raise BadRowError("broken image", f"{name}: {error}") from error
 
 
-def open_stored(source):
-    """The file that an image is stored in: bytes, what base64 stands for, or a path."""
+def open_stored(source, folder):
+    """The file that an image is stored in."""
+    if isinstance(source, str) and not is_base64(source):
+        return folder.joinpath(source).open("rb")
     if isinstance(source, str):
         encoded = "".join(source.rpartition(",")[2].split())  # without "data:image/png;base64,"
         source = base64.b64decode(encoded + "=" * (-len(encoded) % 4), validate=True)
-    return BytesIO(source) if isinstance(source, bytes) else source.open("rb")
+    return BytesIO(source)
 
 
 def is_base64(text: str) -> bool:
     """Whether a text is a data URL, or base64 that begins as an image file does."""
     with suppress(ValueError):
-        begin = base64.b64decode(text[:16], validate=True)
-        return begin.startswith(IMAGE_STARTS)
+        return base64.b64decode(text[:16], validate=True).startswith(IMAGE_STARTS)
     return text.startswith("data:image/")
 
 

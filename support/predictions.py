@@ -41,13 +41,12 @@ Question = list[dict]
 
 def make_question(tokenizer, group: Group, scores: list[dict]) -> Question:
     """One record per response, with PAPO-Eval's keys, then ours and its score."""
-    prompt = group.prompt
-    prompt_text = tokenizer.decode(prompt.input_ids, skip_special_tokens=True)
+    example, row = group.prompt.example, group.prompt.index
+    prompt = tokenizer.decode(group.prompt.input_ids, skip_special_tokens=True)
     question = []
     for loop, (response, score) in enumerate(zip(group.responses, scores, strict=True)):
-        record = {"idx": prompt.index, "id": prompt.example.id or str(prompt.index)}
-        record |= {"prompt": prompt_text, "predict": response, "label": prompt.example.answer}
-        record |= {"row": prompt.index, "loop": loop}
+        record = {"id": example.id, "prompt": prompt, "predict": response, "label": example.answer}
+        record |= {"row": row, "loop": loop}
         record |= {"accuracy": score["accuracy"], "format": score["format"]}
         record |= {"unboxed": boxed(response) is None, "truncated": bool(group.truncated[loop])}
         question.append(record)
@@ -62,7 +61,7 @@ def open_output(config) -> None:
 
     To be resumed, an evaluation must have the same settings. What it reads is compared by name,
     size and modification time, as a path may be the same and its content new. ValueError if the
-    folder holds another evaluation, or other JSON files. config: protocol.EvalConfig.
+    folder holds anything else. config: protocol.EvalConfig.
     """
     if not config.out:
         return
@@ -71,16 +70,13 @@ def open_output(config) -> None:
         current[f"files of {name}"] = file_stamps(Path(current[name]).expanduser())
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    file, others = out / "evaluation.json", sorted(path.name for path in out.glob("*.json*"))
-    if others and not file.exists():
-        raise ValueError(f"--out {out} holds {others[0]} and no evaluation: choose another folder")
-    if not others:
+    file = out / "evaluation.json"
+    if not any(out.glob("*.json*")):
         write_atomically(file, json.dumps(current, indent=1) + "\n")
-    saved = json.loads(file.read_text())
-    changed = [f"{k} {str(saved.get(k))[:60]}" for k in current if current[k] != saved.get(k)]
-    if changed:
-        values = ", ".join(changed)
-        raise ValueError(f"--out {out} holds an evaluation with {values}: choose another folder")
+    saved = json.loads(file.read_text()) if file.exists() else {}
+    other = ", ".join(name for name in current if current[name] != saved.get(name))
+    if other:
+        raise ValueError(f"--out {out} has results of other {other}: choose another folder")
 
 
 def file_stamps(path: Path) -> list[list]:
@@ -118,7 +114,7 @@ def finish(out: str, name: str, questions: list[Question]) -> None:
     if not out:
         return
     records = itertools.chain.from_iterable(zip(*questions, strict=True))  # loop after loop
-    lines = [json.dumps(record | {"idx": idx}) + "\n" for idx, record in enumerate(records)]
+    lines = [json.dumps({"idx": idx} | record) + "\n" for idx, record in enumerate(records)]
     write_atomically(Path(out, f"{name}.jsonl"), "".join(lines))
     Path(out, f"{name}.partial").unlink(missing_ok=True)
 
@@ -126,24 +122,22 @@ def finish(out: str, name: str, questions: list[Question]) -> None:
 # ----------------------------------------------------------------------------------- grading again
 
 
-def grade_files(paths: Iterable, grader: Grader, names=(), n: int = 0) -> dict[str, list[Question]]:
+def grade_files(paths: Iterable, grader: Grader, names=()) -> dict[str, list[Question]]:
     """Grade prediction files, or folders of them, again: set name -> its questions.
 
-    names: the sets to grade; by default all that are found. n: responses per question; by default
-    what the files hold. ValueError if a set is missing, present twice or incomplete.
+    names: the sets to grade; by default all that are found. ValueError if a set is missing, present
+    twice or incomplete.
     """
     results = {}
     for name, path in find_predictions(paths, names).items():
         results[name] = into_questions(name, read_predictions(path))
-        found = responses_per_question({name: results[name]})
-        n = n or found
-        if found != n:
-            raise ValueError(f"{path} holds {found} responses per question, not {n} (see --n)")
-    for questions in results.values():
-        records = list(itertools.chain.from_iterable(questions))
+        records = list(itertools.chain.from_iterable(results[name]))
         responses, labels = ([each[key] for each in records] for key in ("predict", "label"))
         for record, score in zip(records, grader(responses, labels, budget=math.inf), strict=True):
             record |= score | {"unboxed": boxed(record["predict"]) is None}
+    n_responses = {name: len(questions[0]) for name, questions in results.items() if questions}
+    if len(set(n_responses.values())) > 1:
+        raise ValueError(f"responses per question differ between the sets: {n_responses}")
     return results
 
 
@@ -176,8 +170,7 @@ def read_predictions(path: Path) -> list[dict]:
                 record = json.loads(line)
                 texts = {key: str(record[key]) for key in ("predict", "label")}
             except (ValueError, TypeError, KeyError) as error:
-                problem = f"is not a prediction ({type(error).__name__}: {error})"
-                raise ValueError(f"{path}: line {number} {problem}") from error
+                raise ValueError(f"{path}: line {number} is not a prediction: {error!r}") from error
             names = {key: record.get(key, "") for key in ("id", "prompt")}
             records.append(record | texts | names)
     return records
@@ -207,13 +200,6 @@ def into_questions(name: str, records: list[dict]) -> list[Question]:
     return questions
 
 
-def responses_per_question(results: dict[str, list[Question]]) -> int:
-    """n of avg@n; 0 if there is no question."""
-    return max(
-        (len(question) for questions in results.values() for question in questions), default=0
-    )
-
-
 # ---------------------------------------------------------------------------------------- the table
 
 
@@ -223,111 +209,76 @@ def mean_accuracy(questions: list[Question]) -> float:
     return sum(accuracies) / max(len(accuracies), 1)
 
 
-def summarise(results: dict[str, list[Question]], baseline: dict | None = None) -> list[dict]:
-    """The rows of an evaluation's table, in %: one per set, then averages over groups of sets.
+def summarise(results: dict[str, list[Question]], baseline: dict | None = None):
+    """An evaluation's table, in %: a DataFrame with a row per set, then averages over groups.
 
     results, baseline: set name -> graded questions. Columns:
     accuracy   avg@n; low and high: its bootstrap 95% interval over questions
     pass       questions with at least one correct response among n
     unboxed    responses without a complete \\boxed{}; truncated: cut at max_new_tokens
     delta      Delta_rel, the relative gain over the baseline
-    An average is the plain mean over its sets, of delta too (the paper's definition); an average
-    over the same sets as an earlier one is left out. NaN: unknown.
+    An average is the plain mean over its sets, of delta too (the paper's definition). NaN: unknown.
     """
-    rows = [_set_row(name, questions) for name, questions in results.items()]
-    for row in rows if baseline else ():
-        before = _set_row(row["name"], baseline[row["name"]])
-        if row["questions"] != before["questions"]:
-            counts = f"{before['questions']} questions, this evaluation {row['questions']}"
-            print(f"{row['name']}: no Delta_rel, the baseline has {counts}", file=sys.stderr)
-        elif before["accuracy"]:
-            row["delta"] = 100 * (row["accuracy"] / before["accuracy"] - 1)
+    table = measures(results)
+    resampled = {name: bootstrap(name, questions) for name, questions in results.items()}
+    if baseline:
+        before = measures({name: baseline[name] for name in results})
+        comparable = table["questions"] == before["questions"]
+        for name in table.index[~comparable]:
+            print(f"{name}: no Delta_rel, the baseline has other questions", file=sys.stderr)
+        gain = 100 * (table["accuracy"] / before["accuracy"] - 1)
+        table["delta"] = gain.where(comparable & (before["accuracy"] > 0))
     all_sets = BENCHMARKS["all"] if results.keys() <= set(BENCHMARKS["all"]) else tuple(results)
     groups = {"general": GENERAL, "vision-dependent": VISION, "overall": all_sets}
-    averages: dict[tuple, dict] = {}
     for label, names in groups.items():
-        members = [row for row in rows if row["name"] in names]
-        if len(members) > 1:
-            key = tuple(row["name"] for row in members)
-            averages.setdefault(key, _average_row(label, members, len(names)))
-    rows += averages.values()
-    for row in rows:
-        low, high = np.quantile(row.pop("resampled"), [0.025, 0.975])
-        row["low"], row["high"] = float(low), float(high)
-    return rows
+        members = [name for name in results if name in names]
+        if len(members) < 2:
+            continue
+        missing = f" ({len(members)} of {len(names)})" if len(members) < len(names) else ""
+        label = f"{label} average{missing}"
+        table.loc[label] = table.loc[members].mean(skipna=False)
+        table.loc[label, "questions"] = table.loc[members, "questions"].sum()
+        resampled[label] = np.mean([resampled[name] for name in members], axis=0)
+    table["low"], table["high"] = np.quantile(list(resampled.values()), [0.025, 0.975], axis=1)
+    return table.astype({"questions": int})
 
 
-def _set_row(name: str, questions: list[Question]) -> dict:
-    """One set's row, with bootstrap samples of its accuracy [RESAMPLES] under "resampled".
+def measures(results: dict[str, list[Question]]):
+    """The columns of each set's row, except its interval: a DataFrame."""
+    from pandas import DataFrame  # slow to import, and training needs no table
 
-    The samples depend on the name and the accuracies alone.
-    """
+    measured = ["accuracy", "unboxed", "truncated"]  # the last is not in PAPO-Eval's own files
+    table = DataFrame(index=list(results), columns=[*measured, "questions", "pass", "delta"])
+    for name, questions in results.items():
+        records = DataFrame(itertools.chain.from_iterable(questions), columns=measured)
+        solved = [any(record["accuracy"] for record in question) for question in questions]
+        table.loc[name, measured] = 100 * records.astype(float).mean()
+        table.loc[name, "questions"] = len(questions)
+        table.loc[name, "pass"] = 100 * sum(solved) / len(solved) if solved else math.nan
+    return table.astype(float)
+
+
+def bootstrap(name: str, questions: list[Question]) -> np.ndarray:
+    """Accuracies of resampled questions, [RESAMPLES]. They depend on the arguments alone."""
+    if not questions:
+        return np.full(RESAMPLES, math.nan)
     accuracies = [np.mean([record["accuracy"] for record in question]) for question in questions]
-    resampled = np.array([math.nan])
-    if questions:
-        rng = np.random.default_rng([0, *name.encode()])
-        resampled = 100 * rng.choice(accuracies, (RESAMPLES, len(questions))).mean(1)
-    records = list(itertools.chain.from_iterable(questions))
-    return {
-        "name": name,
-        "questions": len(questions),
-        "delta": math.nan,
-        "accuracy": _percent(accuracies),
-        "pass": _percent([accuracy > 0 for accuracy in accuracies]),
-        # PAPO-Eval's own files do not say whether a response was cut.
-        "unboxed": _percent([r["unboxed"] for r in records if "unboxed" in r]),
-        "truncated": _percent([r["truncated"] for r in records if "truncated" in r]),
-        "resampled": resampled,
-    }
-
-
-def _percent(values: list) -> float:
-    return 100 * float(np.mean(values)) if values else math.nan
-
-
-def _average_row(label: str, rows: list[dict], n_sets: int) -> dict:
-    """The mean of these rows; the name says so where the group has sets that were not evaluated."""
-    missing = f" ({len(rows)} of {n_sets})" if len(rows) < n_sets else ""
-    mean = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0] if key != "name"}
-    n_questions = sum(row["questions"] for row in rows)
-    return mean | {"name": f"{label} average{missing}", "questions": n_questions}
+    rng = np.random.default_rng([0, *name.encode()])
+    return 100 * rng.choice(accuracies, (RESAMPLES, len(questions))).mean(1)
 
 
 def report(results: dict[str, list[Question]], baseline: dict | None, notes: list, out: str):
     """Print the table with its notes, and write it to the folder `out`, if there is one."""
-    rows = summarise(results, baseline)
-    lines = [table(rows, responses_per_question(results)), *notes]
-    if results.keys() & set(BENCHMARKS["all"]):
-        lines.append("the benchmarks hold no free-form questions: PAPO-Eval's authors removed them")
-    lines.append("interval: bootstrap over questions; unboxed: without a complete \\boxed{...}")
-    text = "\n".join(lines)
+    table = summarise(results, baseline)
+    n = max((len(questions[0]) for questions in results.values() if questions), default=0)
+    columns = {"questions": "questions", "accuracy": f"avg@{n} %", "low": "95% from", "high": "to"}
+    columns |= {"pass": f"pass@{n} %", "unboxed": "unboxed %", "truncated": "truncated %"}
+    columns |= {"delta": "Delta_rel %"}
+    shown = table[list(columns)].rename(columns=columns).dropna(axis="columns", how="all")
+    legend = "95%: bootstrap over questions; unboxed: without a complete \\boxed{...}"
+    text = "\n".join([shown.to_string(float_format="%.2f", na_rep="-"), *notes, legend])
     print(text)
     if out:
         Path(out).mkdir(parents=True, exist_ok=True)
         Path(out, "table.txt").write_text(text + "\n", encoding="utf-8")
-        as_json = json.dumps(rows, indent=1).replace("NaN", "null")
-        Path(out, "table.json").write_text(as_json + "\n")
-
-
-def table(rows: list[dict], n: int) -> str:
-    """The rows of `summarise` as plain text; a dash stands for NaN."""
-    columns = {"pass": f"pass@{n} %", "unboxed": "unboxed %", "truncated": "truncated %"}
-    if any(math.isfinite(row["delta"]) for row in rows):
-        columns["delta"] = "Delta_rel %"
-    lines = [["", "questions", f"avg@{n} %", "95% interval", *columns.values()]]
-    for row in rows:
-        interval = f"{row['low']:.2f} to {row['high']:.2f}" if math.isfinite(row["low"]) else "-"
-        line = [row["name"], str(row["questions"]), _cell(row["accuracy"]), interval]
-        lines.append(line + [_cell(row[key]) for key in columns])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(_aligned(line, widths) for line in lines)
-
-
-def _aligned(line: list[str], widths: list[int]) -> str:
-    """Cells as text: the first is flush left, the others flush right."""
-    numbers = [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
-    return "  ".join([line[0].ljust(widths[0]), *numbers])
-
-
-def _cell(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.2f}"
+        table.reset_index(names="name").to_json(Path(out, "table.json"), orient="records", indent=1)

@@ -28,15 +28,15 @@ class EvalConfig(Flags):
 
     model: str = flag("toy", "toy, a local folder, or a hub id")
     data: str = flag("", "toy, all, general, vision_dependent, a benchmark, file, folder or hub id")
-    benchmarks: str = flag("PAPO-Galaxy/PAPO_eval", "hub id or folder of the nine benchmarks")
+    benchmarks: str = flag(tables.HUB, "hub id or folder of the nine benchmarks")
     protocol: str = flag("", "paper or training; default: paper for benchmarks")
-    n: int = flag(8, "samples per question (avg@n); --grade takes what the files hold", low=0)
+    n: int = flag(8, "samples per question (avg@n); for --grade what the files hold", low=1)
     out: str = flag("", "folder for predictions, tables, figures; also resumes an evaluation")
     baseline: str = flag("", "folder of predictions to measure Delta_rel against")
     eval_rows: int = flag(0, "use this many rows of each set, the first usable ones; 0: all", low=0)
     reward: str = flag("", "score with path/file.py:function(response, answer)")
     reward_deadline: float = flag(
-        2.0, "seconds to score one response; a timeout has accuracy 0", low=1e-3, high=1e6
+        2.0, "seconds to score a response; else accuracy 0", low=1e-3, high=1e6
     )
     reward_memory: float = flag(1.0, "GiB per scoring process (Linux)", low=1e-3, high=1e6)
     seed: int = flag(0, "random seed")
@@ -56,14 +56,12 @@ class EvalConfig(Flags):
     min_pixels: int = flag(200_704, "enlarge smaller images to this")
     max_pixels: int = flag(1_003_520, "reduce larger images to this")
     prompt_suffix: str = flag(PROMPT_SUFFIX, "appended to questions that lack it")
-    rollout_batch: int = flag(
-        320, "most responses sampled at a time; a kill loses at most these", low=1
-    )
+    rollout_batch: int = flag(320, "most responses sampled at a time, and lost by a kill", low=1)
 
 
 def configure(doc: str, argv=None) -> EvalConfig:
     """Precedence: given flags, the protocol, the toy's defaults, EvalConfig's."""
-    early = early_flags("model", "data", "protocol", "ask", "explain", "grade", argv=argv)
+    early = early_flags("model", "data", "protocol", "ask", "explain", argv=argv)
     model = toy.model_folder(early.get("model", EvalConfig.model))
     defaults = toy.defaults(model, early.get("data", "")) | {"eval_rows": 0}
     data = toy.data_of(model, early.get("data", "")) or "all"
@@ -74,11 +72,7 @@ def configure(doc: str, argv=None) -> EvalConfig:
     defaults |= PROTOCOLS[protocol] | {"data": data, "protocol": protocol}
     if "ask" in early or "explain" in early:
         defaults["temperature"] = 0.0
-    if "grade" in early:
-        defaults["n"] = 0
     [config] = parse_flags(doc, EvalConfig, defaults=defaults, argv=argv)
-    if config.n == 0 and not config.grade:
-        raise ValueError("n=0: must be at least 1")
     config.data = data
     return config
 

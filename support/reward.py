@@ -8,8 +8,8 @@ The rule is the released one (EasyR1's math reward); mathruler 0.1.0 decides acc
 
 1. A response without a box is never accurate. mathruler reads a missing answer as the word "None",
    and so the release accepts every unboxed response where the true answer is that word.
-2. White space and the format are checked by linear scans. The released regular expressions, which
-   they equal, take quadratic time or worse on long runs of blanks or tags.
+2. The regular expressions match what the released ones do, but never backtrack: the released take
+   quadratic time or worse on long runs of blanks or tags.
 3. Only formulas are evaluated. mathruler passes the boxed text to sympy, which calls eval on it.
    mathruler's own check, at most two different letters, lets frac('...') run any Python in octal.
 
@@ -28,21 +28,14 @@ import sympy
 from mathruler import grader as mathruler
 from sympy.parsing import sympy_parser
 
+# The leftmost match of each tag leaves the most room for the next, so (?>...) may keep it.
+FORMAT = re.compile(r"<think>(?>.*?</think>)(?>.*?\\boxed\{).*?\}", re.DOTALL)
+
 
 def rewrite(response: str) -> str:
-    r"""Strip white space around <, > and /.
-
-    Equals re.sub(r"\s*(<|>|/)\s*", r"\1", response), in linear time.
-    """
-    parts = re.split("([<>/])", response)
-    last = len(parts) - 1
-    for i, part in enumerate(parts):
-        if i > 0:
-            part = part.lstrip()
-        if i < last:
-            part = part.rstrip()
-        parts[i] = part
-    return "".join(parts)
+    r"""Strip white space around <, > and /, as re.sub(r"\s*(<|>|/)\s*", r"\1", response) does."""
+    before = re.sub(r"(?<!\s)\s++(?=[<>/])", "", response)
+    return re.sub(r"(?<=[<>/])\s++", "", before)
 
 
 def format_reward(response: str) -> float:
@@ -50,17 +43,7 @@ def format_reward(response: str) -> float:
 
     The dots match line breaks too.
     """
-    text = rewrite(response)
-    if not text.startswith("<think>"):
-        return 0.0
-    # The leftmost match of each tag leaves the most room for the next: no backtracking is needed.
-    position = len("<think>")
-    for tag in ("</think>", r"\boxed{", "}"):
-        start = text.find(tag, position)
-        if start < 0:
-            return 0.0
-        position = start + len(tag)
-    return 1.0
+    return float(FORMAT.match(rewrite(response)) is not None)
 
 
 def accuracy_reward(response: str, answer: str) -> float:

@@ -116,7 +116,7 @@ class Run:
             "max_prompt_tokens": config.max_prompt_tokens,
             "seed": config.seed,
         }
-        rows = data.load(config.data, "train", columns=self.algo.columns, **options)
+        rows = data.load(config.data, columns=self.algo.columns, **options)
         eval_sets = {}
         if config.eval_every and config.val_data != "none":
             eval_sets = data.eval_sets(config.val_data, limit=config.eval_rows, **options)

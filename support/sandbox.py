@@ -25,6 +25,7 @@ import traceback
 import warnings
 from collections import Counter
 from contextlib import AbstractContextManager, suppress
+from multiprocessing import get_context
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 
@@ -34,10 +35,7 @@ KEYS = ("overall", "format", "accuracy")
 TIMEOUT = "took longer than --reward_deadline"
 UNSCORED = "left when --reward_budget was spent"
 DIED = "killed their process (a crash, or out of memory)"
-
-
-class RewardError(StepError):
-    """Rewards cannot be computed. The message is one line."""
+FORK = get_context("fork")
 
 
 class Grader(AbstractContextManager):
@@ -52,7 +50,7 @@ class Grader(AbstractContextManager):
     0 and what its format earns; 0 under a user's function. Responses left when the budget is spent
     get 0 and a key "unscored". `timeouts`, `errors` and `unscored` count them for the latest call;
     a warning tells of errors, and where a tenth of a call fails. ValueError if the function does
-    not load; RewardError if the server dies or a user's function scores no response of a call.
+    not load; StepError if the server dies or a user's function scores no response of a call.
     """
 
     def __init__(
@@ -61,7 +59,7 @@ class Grader(AbstractContextManager):
         self._is_default = function is reward.compute_score
         if callable(function):
             function = f"{inspect.getsourcefile(function)}:{function.__name__}"
-        self.spec, self.deadline, self.budget = function, deadline, budget
+        self.spec, self.budget = function, budget
         self.timeouts = self.errors = self.unscored = 0
         self._pipe, theirs = Pipe()
         root = str(Path(__file__).resolve().parent.parent)
@@ -100,7 +98,7 @@ class Grader(AbstractContextManager):
         reasons = "; ".join(f"{count} {text}" for text, count in failures.most_common(3))
         problem = f"reward {self.spec}: of {len(tasks)} responses {reasons}"
         if tasks and failures.total() == len(tasks) and not self._is_default:
-            raise RewardError(problem)
+            raise StepError(problem)
         if self.errors or failures.total() > len(tasks) / 10:
             warnings.warn(problem, stacklevel=2)
         return [self._scores(*pair) for pair in zip(responses, outcomes, strict=True)]
@@ -119,8 +117,7 @@ class Grader(AbstractContextManager):
             self._pipe.send(message)
             return self._pipe.recv()
         except (EOFError, OSError):
-            problem = "the scoring server died; stderr may say why"
-            raise RewardError(f"reward {self.spec}: {problem}") from None
+            raise StepError(f"reward {self.spec}: the scoring server died, see stderr") from None
 
     def close(self) -> None:
         """Kill the server and its workers, which are a process group."""
@@ -145,8 +142,8 @@ def serve(fd: int) -> None:
     try:
         function = load(spec)
         reply = "row" in inspect.signature(function).parameters
-    except ValueError as error:
-        reply = str(error)
+    except Exception as error:
+        reply = f"expected path/file.py:function: {one_line(error)}"
     warnings.simplefilter("ignore", SyntaxWarning)  # Python's, about a formula
     reward.accuracy_reward(r"\boxed{x+x}", "2x")  # sympy imports what it needs, for all workers
     with suppress(EOFError, ConnectionError):
@@ -157,22 +154,16 @@ def serve(fd: int) -> None:
             trainer.send(score_batch(trainer, function, tasks, workers, deadline, memory, end))
 
 
-def load(spec):
-    """The function of a "path/file.py:function". ValueError, in one line, if there is none."""
-    path, _, name = str(spec).rpartition(":")
-    if not os.path.isfile(path):
-        raise ValueError(f"there is no file {path!r}; expected path/file.py:function")
-    sys.path.append(os.path.dirname(os.path.abspath(path)))
+def load(spec: str):
+    """The function of a "path/file.py:function"."""
+    path, _, name = spec.rpartition(":")
+    if not path.endswith(".py") or not os.path.isfile(path):
+        raise ValueError(f"there is no Python file {path!r}")
+    sys.path.append(os.path.dirname(os.path.abspath(path)))  # for its own imports
     found = importlib.util.spec_from_file_location("user_reward", path)
     sys.modules["user_reward"] = module = importlib.util.module_from_spec(found)
-    try:
-        found.loader.exec_module(module)
-    except Exception as error:
-        raise ValueError(f"the file does not load: {one_line(error)}") from error
-    functions = {key: value for key, value in vars(module).items() if inspect.isfunction(value)}
-    if name not in functions:
-        raise ValueError(f"no function {name!r} there, it has: {', '.join(functions) or 'none'}")
-    return functions[name]
+    found.loader.exec_module(module)
+    return getattr(module, name)
 
 
 def score_batch(trainer, function, tasks, workers, deadline, memory, end) -> list[dict | str]:
@@ -182,8 +173,12 @@ def score_batch(trainer, function, tasks, workers, deadline, memory, end) -> lis
     waiting = [range(i, len(tasks), workers) for i in range(workers)]
     while time.monotonic() < end:
         for indices in filter(None, waiting):
-            pipe, process = start_worker(trainer, function, [tasks[i] for i in indices], memory)
-            running[pipe] = process, indices, time.monotonic() + deadline
+            ours, theirs = Pipe(duplex=False)
+            arguments = (trainer, theirs, function, [tasks[i] for i in indices], memory)
+            process = FORK.Process(target=work, args=arguments)
+            process.start()
+            theirs.close()
+            running[ours] = process, indices, time.monotonic() + deadline
         waiting = []
         if not running:
             break
@@ -210,35 +205,22 @@ def score_batch(trainer, function, tasks, workers, deadline, memory, end) -> lis
     return outcomes
 
 
-def start_worker(trainer, function, tasks: list, memory: float) -> tuple[Connection, int]:
-    """A process that scores the tasks one after another, and the pipe that it sends outcomes to."""
-    ours, theirs = Pipe(duplex=False)
-    process = os.fork()
-    if process == 0:
-        try:
-            trainer.close()  # else the trainer would not notice the server's death
-            limit_memory(memory)
-            for task in tasks:
-                theirs.send(score(function, *task))
-        finally:
-            os._exit(0)
-    theirs.close()
-    return ours, process
-
-
-def end_worker(pipe: Connection, process: int) -> None:
-    os.kill(process, signal.SIGKILL)
-    os.waitpid(process, 0)
-    pipe.close()
-
-
-def limit_memory(gib: float) -> None:
-    """Let this process use so much more than it does. No file of its memory where it crashes."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+def work(trainer, pipe, function, tasks: list, memory: float) -> None:
+    """A worker: score the tasks one after another, with so much more memory than now, in GiB."""
+    trainer.close()  # else the trainer would not notice the server's death
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # no file of its memory where it crashes
     if sys.platform == "linux":
         pages = int(Path("/proc/self/statm").read_text().split()[0])
-        limit = pages * resource.getpagesize() + int(gib * 2**30)
+        limit = pages * resource.getpagesize() + int(memory * 2**30)
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    for task in tasks:
+        pipe.send(score(function, *task))
+
+
+def end_worker(pipe: Connection, process) -> None:
+    process.kill()
+    process.join()
+    pipe.close()
 
 
 def score(function, response: str, answer: str, row: dict | None) -> dict | str:

@@ -5,7 +5,6 @@ import io
 import json
 import threading
 import weakref
-from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -85,8 +84,7 @@ def test_image_forms(tmp_path):
         [f"data:image/png;base64,{encoded}"],
     ]
     rows = usable([row(images=images) for images in forms], tmp_path)
-    assert len(rows) == len(forms)
-    assert all(is_red(image) for example in rows for image in example.images)
+    assert [list(map(is_red, example.images)) for example in rows] == [[True]] * len(forms)
 
 
 def test_columns_of_images(tmp_path):
@@ -100,14 +98,14 @@ def test_columns_of_images(tmp_path):
         assert (one.question, two.question) == ("<image>?", "<image><image>?")
         assert all(map(is_red, [*one.images, *known.images, *two.images]))
         assert len(known.images) == 1  # `images` goes before other columns
-        assert one.columns == two.columns == {} and none.images == []
+        assert one.columns == {} and none.images == []
 
 
 def test_an_image_that_is_not_read_refuses_its_row():
     for value in ("a.png", "https://host/a.JPG?size=1", {"bytes": plain()}, [{"path": "b.webp"}]):
-        rows = usable([text(0, scan=value), row(scan=value), text(2, scan=7, file_name="a.json")])
-        assert rows.skipped == {"unread image": 1}
-        assert [example.columns for example in rows] == [{}, {"scan": 7, "file_name": "a.json"}]
+        further = {"scan": 7, "file_name": "a.json"}
+        rows = usable([text(0, scan=value), row(scan=value), text(2, **further)])
+        assert rows.skipped == {"unread image": 1} and rows[1].columns == further
 
 
 def test_transparent_images_are_put_on_white():
@@ -132,7 +130,8 @@ def test_deep_images_are_not_black():
         (np.uint16([0, 2048, 4095]), [0, 128, 255]),  # 12 bits
         (np.int32([0, 1, 200_000]), [0, 0, 255]),
         (np.float32([0, 0.5, 1]), [0, 128, 255]),
-        (np.float32([0, 100, 255]), [0, 100, 255]),
+        (np.float32([0, 0, 0]), [0, 0, 0]),
+        (np.float32([0, 0.5, 200]), [0, 0, 200]),
         (np.float32([-1, 0, 1]), [0, 128, 255]),
         (np.float32([np.nan, np.inf, 1]), [0, 0, 255]),
     ]:
@@ -172,8 +171,7 @@ def test_several_images_text_only_rows_and_further_columns():
 
 
 def test_answers_become_text():
-    stored = ["x", 3, 3.0, 2.5, True, 0]
-    rows = usable([{"problem": "?", "answer": answer} for answer in stored])
+    rows = usable([text(0, answer=answer) for answer in ["x", 3, 3.0, 2.5, True, 0]])
     assert answers(rows) == ["x", "3", "3", "2.5", "True", "0"]
 
 
@@ -185,32 +183,28 @@ def test_sharegpt_rows():
     assert (example.question, example.answer, example.id) == ("<image>How many?", "3", "s1")
     assert is_red(example.images[0])
     wrong = [[user], [user, assistant] * 2, [assistant, user], [], "text"]
-    with pytest.raises(data.DataError, match=r"none of its 5 rows can be used \(messages 5\)"):
+    with pytest.raises(data.DataError, match="none of its 5 rows can be used: {'messages': 5}"):
         usable([shared | {"messages": turns} for turns in wrong])
-    with pytest.raises(data.DataError, match=r"none of its 0 rows can be used: no rows"):
-        usable([])
 
 
 BROKEN = {
     "not a row": 7,
     "not JSON": '{"problem": "cut o',
-    "missing column": {"problem": "?", "text": "?"},
     "empty question": {"problem": " ", "answer": "1"},
-    "empty answer": {"problem": "?", "answer": float("nan")},
+    "empty answer": {"problem": "?", "text": "?"},
     "answer is not text": {"problem": "?", "answer": ["1"]},
     "question is not text": {"problem": {"text": "?"}, "answer": "1"},
-    "answer is not valid Unicode": {"problem": "?", "answer": "3 \ud83d"},
+    "refused": {"problem": "?", "answer": "half of a surrogate pair: \ud83d"},
     "markers": row(problem="<image><image>?"),
     "images_aug": row(images_aug=[plain()] * 2),
-    "broken image": row("nowhere.png"),
-    "aspect ratio": row(plain((4020, 20))),
+    "broken image": row("https://host/nowhere.png"),
 }
 
 
 def test_broken_rows_are_skipped_and_the_first_of_each_kind_is_reported(capsys):
     table = [*BROKEN.values(), text(0), *BROKEN.values(), text(1)]
     rows = usable(table)
-    assert rows.skipped == Counter({kind: 2 for kind in BROKEN})
+    assert rows.skipped == dict.fromkeys(BROKEN, 2)
     assert rows.numbers == [len(BROKEN), len(table) - 1]
     assert answers(rows) == ["0", "1"]
     lines = capsys.readouterr().err.splitlines()
@@ -227,7 +221,7 @@ def test_further_image_columns_under_both_names():
     released = row(red, image_noisy=red, image_aug=blue)  # one image, not a list
     table = [ours, released, text(1), row(red, images_pos=[red]), row(red, image_aug=[blue, blue])]
     rows = usable(table, columns=("images_pos", "images_neg"))
-    assert rows.numbers == [0, 1, 2] and rows.skipped == {"missing column": 2}
+    assert rows.numbers == [0, 1, 2] and rows.skipped == {"images_neg": 1, "images_pos": 1}
     for example in (rows[0], rows[1]):
         found = {name: is_red(images[0]) for name, images in example.more_images.items()}
         assert found == {"images_pos": True, "images_neg": False}
@@ -254,11 +248,8 @@ def test_the_toy():
     rows = data.load("toy", limit=3, seed=1)
     assert (len(rows), rows.with_image, rows.name) == (3, 3, "toy/train")
     assert rows[2] == data.load("toy", limit=3, seed=1)[2] != data.load("toy", seed=2)[2]
-    sizes = {name: len(each) for name, each in data.eval_sets("toy").items()}
-    assert sizes == {"general": 256, "vision_dependent": 256}
+    assert list(map(len, data.eval_sets("toy").values())) == [256, 256]
     assert list(data.eval_sets("toy:grid=4,split=general", limit=5)) == ["general"]
-    with pytest.raises(data.DataError, match="'test': choose one of train, general, vision_dep"):
-        data.load("toy", "test")
 
 
 # ------------------------------------------------------------------------------- ranks and resuming
@@ -276,14 +267,14 @@ def test_edited_data_is_noticed_by_column(tmp_path):
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(plain())
     for edit, changed in [
-        (lambda rows: None, ""),
+        (lambda rows: None, None),
         (lambda rows: rows[1].update(answer="7"), "answer"),
         (lambda rows: rows[0].update(images=["b.png"]), "images"),
-        (lambda rows: rows[0].pop("level"), "level"),
+        (lambda rows: rows[0].update(scan=plain(color=BLUE)), "scan"),
         (lambda rows: rows.reverse(), "problem, answer"),
         (lambda rows: rows[2].update(answer=""), "number of rows, problem, answer"),
     ]:
-        rows = [row("a.png", level=1), text(1), text(2)]
+        rows = [row("a.png", scan=plain()), text(1), text(2)]
         keep_checksums(tmp_path, {"mine": usable(rows, tmp_path).checksums}, resuming=False)
         edit(rows)
         message = rf"data mine has changed since the run began \({changed}\): restore it"
@@ -297,14 +288,11 @@ def test_a_run_without_images_and_its_resumption_on_edited_data(run, tmp_path, c
     file.write_text("\n".join(json.dumps(text(i)) for i in range(5)))
     flags = f"--data {file} --val_data none --steps 1 --algo papo_g"
     out = run("run", flags)
-    printed = capsys.readouterr()
-    assert f"{file}: 0 of 5 rows have an image; left out: none" in printed.out
-    assert len(lines_with(printed.err, f"no row of {file} has an image")) == 1
+    assert len(lines_with(capsys.readouterr().err, f"no row of {file} has an image")) == 1
     file.write_text(file.read_text().replace('"4"', '"5"'))
     with pytest.raises(SystemExit):
         run("run", f"{flags} --resume {out}")
-    [error] = lines_with(capsys.readouterr().err, "error:")
-    assert f"data {file} has changed since the run began (answer)" in error
+    assert "has changed since the run began (answer)" in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------------------- the rounds
@@ -367,72 +355,42 @@ def test_rows_that_turn_out_bad_are_left_out_and_counted(capsys):
 
     rows = usable([BROKEN["markers"], *table])
     capsys.readouterr()
-    first, second = take(rounds_of(rows, 8, encode), 2)
-    for prompts in (first, second):
+    for prompts in take(rounds_of(rows, 8, encode), 2):
         assert sorted(answer for _, answer in prompts) == ["0", "1", "3", "4", "6"]
-    usual = [data.shuffled(8, 0, 0).index(i) for i in (0, 1, 3, 4, 6)]
-    assert sorted(index for index, _ in first) == sorted(usual)  # the others keep their index
-    assert rows.broken == {"broken image": 4, "refused": 2}
-    assert rows.skipped == {"markers": 1}
+    usual = [data.shuffled(8, 0, 1).index(i) for i in (0, 1, 3, 4, 6)]
+    assert sorted(index for index, _ in prompts) == sorted(usual)  # the others keep their index
+    assert (rows.broken, rows.skipped) == ({"broken image": 4, "refused": 2}, {"markers": 1})
     assert len(capsys.readouterr().err.splitlines()) == 2  # the first of each kind
 
 
 def test_a_bug_in_encode_is_raised_and_endless_failure_ends():
-    def bug(example, index):
-        raise TypeError("a bug")
-
     def refuse_most(example, index):
         if index:
             raise ValueError("no such size")
         return index
 
-    with pytest.raises(TypeError, match="a bug"):
-        next(rounds_of(texts(4), 2, bug))
+    with pytest.raises(ZeroDivisionError):
+        next(rounds_of(texts(4), 2, lambda example, index: 1 / 0))
     assert take(rounds_of(texts(4), 20, refuse_most), 8) == [[0]] * 8  # 19 in a row are bad luck
-    with pytest.raises(StepError, match="64 prompts in a row cannot be used: refused"):
+    with pytest.raises(StepError, match="64 prompts in a row cannot be used: no such size"):
         next(rounds_of(texts(4), 100, refuse_most))
 
 
 def test_the_next_round_is_encoded_while_the_caller_works():
     first_returned, second_started = threading.Event(), threading.Event()
-    lock, calls = threading.Lock(), []
 
     def encode(example, index):
-        with lock:
-            calls.append(index)
-            is_in_second_round = len(calls) > 4
-        if is_in_second_round:
+        if index > 0:
             second_started.set()
             first_returned.wait(60)
         return example
 
     shares = iter([[(i, i)] * 4 for i in range(4)])
     rounds = data.encode_ahead(texts(16), encode, shares)
-    first = next(rounds)  # would never return if it waited for the second round
+    prompts = [weakref.ref(prompt) for prompt in next(rounds)]  # waits for no second round
     assert second_started.wait(60)  # though nobody has asked for it yet
-    prompts = [weakref.ref(prompt) for prompt in first]
-    del first
     assert all(prompt() is None for prompt in prompts)
     assert len(list(shares)) == 2  # two rounds are in memory, not three
     first_returned.set()
     assert len(next(rounds)) == 4
     rounds.close()
-
-
-def test_close_drops_what_is_queued():
-    gate, started = threading.Event(), []
-
-    def encode(example, index):
-        started.append(index)
-        if index:
-            gate.wait(60)
-        return index
-
-    rounds = data.encode_ahead(texts(50), encode, [[(0, 0)], [(i, i) for i in range(1, 50)]])
-    assert next(rounds) == [0]
-    rounds.close()
-    gate.set()
-    for thread in threading.enumerate():
-        if thread.name.startswith("ThreadPoolExecutor"):
-            thread.join(60)
-    assert len(started) <= 1 + data.ENCODERS

@@ -37,7 +37,7 @@ def test_the_labels_of_the_warm_start_misread_as_often_as_asked():
 def test_the_task_trains_with_public_flags(tmp_path, monkeypatch):
     monkeypatch.setattr(digits, "ROWS", {"train": 16, "general": 4, "vision_dependent": 4})
     digits.build(tmp_path / "task", seed=3, steps=2)
-    rows = data.load(str(tmp_path / "task" / "train.jsonl"), "train")
+    rows = data.load(str(tmp_path / "task" / "train.jsonl"))
     assert rows[0].question == digits.example_of(digits.make_scene("train", 0, seed=3)).question
     flags, _ = run.inputs("digits", tmp_path / "task")
     flags |= {"out": tmp_path / "run", "steps": 1, "prompts_per_step": 4}

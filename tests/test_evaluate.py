@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-import torch
 from conftest import ROOT, generate, metric_lines, on_ranks, process_restored, random_image
 from PIL import Image
 from test_predictions import its_rule, papo_eval_file, write_jsonl
@@ -113,7 +112,7 @@ def test_grading_against_a_baseline(tmp_path, capsys):
     fewer = [record for record in records if record["label"] != "4"]
     write_jsonl(theirs / "PAPO_MMK12.jsonl", fewer)
     evaluate.main(command)
-    assert "PAPO_MMK12: no Delta_rel, the baseline has " in capsys.readouterr().err
+    assert "PAPO_MMK12: no Delta_rel, the baseline has other" in capsys.readouterr().err
 
 
 REWARD = """
@@ -137,8 +136,8 @@ def test_a_reward_sees_the_row_in_training_and_evaluation(
     logged = metric_lines(run("trained", f"--steps 1 {' '.join(flags)}"))
     assert [line.get("accuracy", line.get("eval/general")) for line in logged] == [1.0] * 3
     out = tmp_path / "out"
-    sizes = "--eval_rows 2 --n 2 --max_new_tokens 5 --out".split()
-    evaluate.main(["--model", folder, *flags, *sizes, str(out)])
+    sizes = f"--eval_rows 2 --n 2 --max_new_tokens 5 --out {out}".split()
+    evaluate.main(["--model", folder, *flags, *sizes])
     assert {each["accuracy"] for each in read_jsonl(out / "general.jsonl")} == {1.0}
     with pytest.raises(SystemExit, match="2"):
         evaluate.main(["--grade", str(out), *flags])
@@ -190,15 +189,14 @@ def test_two_ranks_write_the_files_of_one(folder, data_flags, uninterrupted, tmp
     assert read_files(out) == read_files(uninterrupted.out)
 
 
-def test_a_toy_model_needs_no_flags(folder, tmp_path, capsys):
+def configured(flags):
+    return configure("A test.", flags.split())
+
+
+def test_a_toy_model_needs_no_flags(folder, tmp_path):
     """Its folder supplies the toy's data, sizes and suffix; a split is that of its own data."""
     mine = shutil.copytree(folder, tmp_path / "mine")
     (mine / "task.json").write_text(json.dumps({"data": "toy:grid=2,most=3"}))
-    evaluate.main(["--model", str(mine), "--eval_rows", "2", "--n", "2", "--max_new_tokens", "5"])
-    text = capsys.readouterr().out
-    names = [line.split()[0] for line in text.splitlines()[3:6]]
-    assert names == ["general", "vision_dependent", "overall"]
-    assert "protocol training: n 2, temperature 1.0, top_p 1.0, top_k 0, max_new_tokens 5" in text
     ask = configured(f"--model {mine} --ask ?")
     assert (ask.prompt_suffix, ask.temperature, ask.eval_rows) == (toy.SUFFIX, 0, 0)
     for split in toy.EVAL_SPLITS:
@@ -208,19 +206,14 @@ def test_a_toy_model_needs_no_flags(folder, tmp_path, capsys):
         assert configured(f"--model some/hub-id --data {split}").protocol == "paper"
 
 
-def configured(flags):
-    return configure("A test.", flags.split())
-
-
 def test_protocols():
     """The paper's for benchmarks; flags go over it, and it goes over the toy's defaults."""
     paper = configured("--model some/hub-id")
     assert (paper.data, paper.protocol, paper.n) == ("all", "paper", 8)
     assert (paper.temperature, paper.top_p, paper.top_k) == (1.0, 1.0, 50)
     assert (paper.min_pixels, paper.max_pixels, paper.max_new_tokens) == (1024, 589_824, 2048)
-    changed = configured("--model some/hub-id --data We_Math --top_k 7 --temperature 0.5")
-    assert (changed.protocol, changed.top_k, changed.temperature) == ("paper", 7, 0.5)
-    assert configured("--model a/b --data We_Math --protocol training").top_k == 0
+    changed = configured("--model some/hub-id --data We_Math --top_k 7")
+    assert (changed.protocol, changed.top_k) == ("paper", 7)
     toys = configured("--model toy"), configured("--model toy --protocol paper")
     assert [(x.protocol, x.max_new_tokens) for x in toys] == [("training", 40), ("paper", 2048)]
 
@@ -318,7 +311,7 @@ def test_errors_are_one_line(folder, capsys, monkeypatch):
         ("--protocol papers", "--protocol papers: choose one of paper, training"),
         ("--grad x", "unknown flag --grad: the flags are ask baseline"),
         ("--data We_Math --benchmarks .", "no benchmark We_Math in .: its We_Math.json"),
-        ("--data nowhere.json", "data 'nowhere.json': no such file or folder: choose 'toy'"),
+        ("--data nowhere.json", "data 'nowhere.json': no such file or folder, nor"),
         ("--ask ? --image nowhere.png", "broken image: nowhere.png: "),
         ("--ask <image>?", "1 <image> markers for 0 images"),
         ("--explain --ask Why?", "--explain: the example has no image"),
@@ -331,13 +324,3 @@ def test_errors_are_one_line(folder, capsys, monkeypatch):
         with process_restored(), pytest.raises(SystemExit, match="2"):
             evaluate.main(["--model", folder, *flags.split()])
         assert message in error_line(capsys)
-
-
-def test_out_of_memory_while_evaluating_is_one_line(folder, data_flags, monkeypatch, capsys):
-    def fail(*args, **kwargs):
-        raise torch.OutOfMemoryError("20 GiB")
-
-    monkeypatch.setattr(evaluate, "generate", fail)
-    with pytest.raises(SystemExit, match="2"):
-        evaluate.main(["--model", folder, *data_flags])
-    assert "out of memory: lower --rollout_batch" in error_line(capsys)

@@ -18,14 +18,13 @@ from test_rollout import check_equals_stock_greedy
 from test_variants import gradient_of
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-import train
 from experiments import start_model
 from losses import kl_k3
 from masking import mask_prompt
 from papo import pack_loss, prepare, preset
 from support import checkpoint, toy
 from support.batch import Example, pad_and_cat, seeded
-from support.qwen_vl import PROMPT_SUFFIX, Encoder, Policy
+from support.qwen_vl import Encoder, Policy
 
 # From the hub's generation_config.json and preprocessor_config.json.
 CHAT_DEFAULTS = {"do_sample": True, "repetition_penalty": 1.05, "temperature": 0.000001}
@@ -115,13 +114,14 @@ def write_folder(folder: Path, kind: str, tied: bool, template: str) -> str:
         vision = {"depth": 4, "intermediate_size": 96, "fullatt_block_indexes": [1, 3]}
         text = {"intermediate_size": 160, "tie_word_embeddings": tied, "torch_dtype": "bfloat16"}
         config = start_model.hub_config(len(tokenizer), special, vision, **text)
-    ids = {"bos_token_id": special, "pad_token_id": special, "eos_token_id": [special + 2, special]}
     write_json(folder / "config.json", config)
-    write_json(folder / "generation_config.json", CHAT_DEFAULTS | ids)
-    write_json(folder / "preprocessor_config.json", PREPROCESSORS[kind])
     model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder))
     enlarge_weights(model)
-    write_shards(folder, kind, model)
+    model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="1MB")
+    ids = {"bos_token_id": special, "pad_token_id": special, "eos_token_id": [special + 2, special]}
+    write_json(folder / "config.json", config)  # not as transformers 5 writes it
+    write_json(folder / "generation_config.json", CHAT_DEFAULTS | ids)
+    write_json(folder / "preprocessor_config.json", PREPROCESSORS[kind])
     return str(folder)
 
 
@@ -132,20 +132,6 @@ def enlarge_weights(model) -> None:
             is_token = "embed_tokens" in name or "lm_head" in name
             std = 0.15 if is_token else 0.1 if "visual" in name else 0.2
             torch.nn.init.normal_(weight, std=std, generator=seeded(name))
-
-
-def write_shards(folder: Path, kind: str, model) -> None:
-    weights = {}
-    for name, weight in model.named_parameters():
-        weights[hub_name(kind, name)] = weight.detach().to(torch.bfloat16).contiguous()
-    names, weight_map = sorted(weights), {}
-    for i in range(2):
-        file = f"model-{i + 1:05d}-of-00002.safetensors"
-        shard = {name: weights[name] for name in names[i::2]}
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, file)
-    index = {"metadata": {}, "weight_map": weight_map}
-    write_json(folder / "model.safetensors.index.json", index)
 
 
 def load_shards(folder: Path) -> dict:
@@ -172,55 +158,27 @@ def prompts(policy):
 
 
 @pytest.mark.parametrize(
-    "kind, tied, template",
-    [
-        ("qwen2_5_vl", False, "jinja"),
-        ("qwen3_vl", True, "both"),
-    ],
+    "kind, tied, template", [("qwen2_5_vl", False, "jinja"), ("qwen3_vl", True, "both")]
 )
-def test_a_hub_folder_trains_and_exports(run, tmp_path, monkeypatch, kind, tied, template):
+def test_a_hub_folder_trains_and_exports(run, tmp_path, kind, tied, template):
     source = Path(write_folder(tmp_path / "hub", kind, tied, template))
-    weights = load_shards(source)
-    loaded = AutoModelForImageTextToText.from_pretrained(source)
-    for name, weight in loaded.named_parameters():
-        assert torch.equal(weights[hub_name(kind, name)], weight), name
-
-    trained = {}
-    real_export = train.Run.export
-
-    def export(self):
-        """Record what the trained policy computes."""
-        real_export(self)
-        example = Example("<image>How many red dots are there?", "1", [random_image(112, 96)])
-        prompt = self.policy.encoder.encode(example)
-        with torch.no_grad():
-            [group] = generate(self.policy, [prompt], 2, max_new_tokens=5)
-            log_probs = self.policy.log_probs([group])
-        trained.update(model=self.policy.model, group=group, log_probs=log_probs)
-
-    monkeypatch.setattr(train.Run, "export", export)
-    flags = "--steps 1 --eval_every 0 --save_every 0 --algo papo_g --model"
-    exported = run("run", f"{flags} {source}") / "model"
-
+    flags = f"--steps 1 --eval_every 0 --save_every 0 --algo papo_g --model {source}"
+    exported = run("run", flags) / "model"
     for name in checkpoint.COPIED_FILES:
         assert (exported / name).exists() == (source / name).exists(), name
         if (source / name).exists():
             assert (exported / name).read_bytes() == (source / name).read_bytes(), name
-    stored = load_shards(exported).keys()
-    assert stored == weights.keys()  # the hub's names
-    assert ("lm_head.weight" in stored) == (not tied)
 
+    weights, trained = load_shards(source), load_shards(exported)
     model = AutoModelForImageTextToText.from_pretrained(exported)
+    names = {name: hub_name(kind, name) for name, _ in model.named_parameters()}
+    assert trained.keys() == weights.keys() == set(names.values())
+    assert ("lm_head.weight" in trained) == (not tied)
     assert model.dtype == torch.float32
-    assert (model.lm_head.weight is model.model.language_model.embed_tokens.weight) == tied
-    trained_weights = trained["model"].state_dict()
-    for name, weight in model.state_dict().items():
-        assert torch.equal(weight, trained_weights[name]), name
-    pairs = zip(loaded.parameters(), model.parameters(), strict=True)
-    assert any(not torch.equal(before.float(), after) for before, after in pairs)
-    policy = Policy.load(str(exported), Encoder(str(exported), 3136, 200_704))
-    with torch.no_grad():
-        assert torch.equal(policy.log_probs([trained["group"]]), trained["log_probs"])
+    moved = [(trained[name] - weights[name].float()).abs().max() for name in weights]
+    assert 1e-3 < max(moved) < 3e-3  # two updates of lr 1e-3; test_ranks.py compares exactly
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, trained[names[name]]), name
 
 
 def test_missing_weights_are_an_error(tmp_path):
@@ -262,18 +220,6 @@ def test_a_template_that_opens_think_keeps_the_tag_in_the_response(qwen3, tmp_pa
     decoded = encoder.tokenizer.decode(group.tokens[0][group.response_mask[0]])
     assert group.responses[0].removeprefix("<think>") in decoded
     assert Encoder(qwen3, 4096, 200_704).opening == ""
-
-
-def test_a_suffix_can_avoid_an_untrained_think_token(qwen3):
-    """Qwen3-VL-Instruct has <think> as a token that it was never trained on."""
-    box_only = "Give your final answer enclosed within \\boxed{}."
-    for suffix, expected in ((PROMPT_SUFFIX, True), (box_only, False)):
-        encoder = Encoder(qwen3, 4096, 200_704, suffix)
-        encoder.tokenizer.add_tokens(["<think>", "</think>"])
-        think = encoder.tokenizer.convert_tokens_to_ids("<think>")
-        prompt = encoder.encode(Example("How many?", "1", []))
-        assert (think in prompt.input_ids.tolist()) == expected
-        assert encoder.tokenizer.decode(prompt.input_ids).count("boxed{}") == 1
 
 
 def test_qwen3_trains_papo(policy, prompts):

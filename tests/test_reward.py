@@ -22,11 +22,8 @@ def released(response, answer, format_weight=0.1):
     form = 1.0 if re.fullmatch(r"<think>.*</think>.*\\boxed\{.*\}.*", response, re.DOTALL) else 0.0
     content = unguarded.extract_boxed_content(response)
     accuracy = 1.0 if unguarded.grade_answer(content, answer) else 0.0
-    return {
-        "overall": (1 - format_weight) * accuracy + format_weight * form,
-        "format": form,
-        "accuracy": accuracy,
-    }
+    overall = (1 - format_weight) * accuracy + format_weight * form
+    return {"overall": overall, "format": form, "accuracy": accuracy}
 
 
 def boxed(text):
@@ -78,25 +75,7 @@ def test_ordinary_answers_score_as_released():
     assert score == {"overall": 0.75, "format": 0.0, "accuracy": 1.0}
 
 
-def test_format():
-    for response, form in [
-        (r"<think>a</think> \boxed{1}", 1),
-        ("< think >\na\n< / think >\nso \\boxed{1}.\n", 1),
-        (r"<think></think>\boxed{}", 1),
-        (r"<think>a</think>\boxed{1}<think>b", 1),
-        (r"<think>\boxed{1}</think>", 0),
-        (r" <think>a</think>\boxed{1}", 1),
-        (r"so <think>a</think>\boxed{1}", 0),
-        (r"<think>a</think>\boxed 1}", 0),
-        (r"<think>a</think>\boxed{1", 0),
-        (r"<think>a \boxed{1}", 0),
-        (r"\boxed{1}", 0),
-        ("", 0),
-    ]:
-        assert format_reward(response) == form == released(response, "1")["format"]
-
-
-def test_scans_agree_with_the_regular_expressions():
+def test_random_responses_score_as_released():
     tags = ["<think>", "</think>", r"\boxed{", "}", "think", "a"]
     pieces = [*tags, "<", ">", "/", " ", "\n", "\t", "\x1c", "\u3000"]
     rng = random.Random(0)

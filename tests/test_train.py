@@ -306,7 +306,7 @@ ODDITIES = {
     "truncated JPEG": (lambda image: [cell(image, "JPEG", -300)], "broken image"),
     "zero bytes": (lambda image: [{"bytes": b"", "path": None}], "broken image"),
     "CMYK": (lambda image: [cell(image.convert("CMYK"), "JPEG")], ""),
-    "1 x 5000": (lambda image: [cell(Image.new("RGB", (1, 5000)))], "aspect ratio"),
+    "1 x 5000": (lambda image: [cell(Image.new("RGB", (1, 5000)))], "refused"),
     "20 megapixels": (lambda image: [cell(Image.new("RGB", (5000, 4000), "red"))], ""),
     "too many images": (lambda image: 2 * [cell(image)], "markers"),
     "empty answer": (lambda image: [cell(image)], "empty answer"),
