@@ -72,10 +72,10 @@ def boxed(response: str) -> str | None:
 
 def compute_score(response: str, answer: str, format_weight: float = 0.1) -> dict[str, float]:
     """The scores "overall", "format" and "accuracy", each in [0, 1]. No time limit either."""
-    return weigh(format_reward(response), accuracy_reward(response, answer), format_weight)
+    return combine(format_reward(response), accuracy_reward(response, answer), format_weight)
 
 
-def weigh(format_score: float, accuracy: float, format_weight: float = 0.1) -> dict[str, float]:
+def combine(format_score: float, accuracy: float, format_weight: float = 0.1) -> dict[str, float]:
     """The dict that compute_score returns, from its two parts."""
     return {
         "overall": (1 - format_weight) * accuracy + format_weight * format_score,

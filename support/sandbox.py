@@ -109,7 +109,7 @@ class Grader(AbstractContextManager):
         if outcome == UNSCORED:
             return dict.fromkeys(KEYS, 0.0) | {"unscored": 1.0}
         format_score = reward.format_reward(response) if self._is_default else 0.0
-        return reward.weigh(format_score, accuracy=0.0)
+        return reward.combine(format_score, accuracy=0.0)
 
     def _ask(self, message):
         """The server's answer."""
