@@ -135,8 +135,6 @@ def _sample_chunk(
         custom_generate=decode,
         chunk=chunk,
         max_new_tokens=sampling.max_new_tokens,
-        eos_token_id=policy.eos_ids,
-        pad_token_id=policy.pad_id,
         suppress_tokens=policy.suppressed_ids,  # vision tokens
         **options,
     )

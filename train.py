@@ -88,7 +88,7 @@ def collect(run: Run, algo: Algo, key: tuple) -> tuple[list[Group], dict[str, fl
     there is. (The release raises then, and keeps a round whole if none of its groups qualifies.)
     Returns the groups to train on, and metrics over all ranks.
     """
-    config, start = run.config, time.time()
+    config, start, broken = run.config, time.time(), run.rows.broken.total()
     kept: list[Group] = []
     sums: Counter = Counter()
     sample_groups = partial(
@@ -115,7 +115,8 @@ def collect(run: Run, algo: Algo, key: tuple) -> tuple[list[Group], dict[str, fl
     # sampled again in this pass over the data.
     chosen = indices[: config.prompts_per_step]
     kept = [group for group in kept if group.prompt.index in chosen]
-    sums["skipped_rows"] = run.skipped_rows()  # found broken while encoding, on this rank
+    # Found broken while encoding, on this rank.
+    sums["skipped_rows"] = run.rows.broken.total() - broken
     metrics = rollout_metrics(sums) | {
         "unusable_rows": run.rows.skipped.total(),  # left out at loading, the same on all ranks
         "groups_kept": len(chosen),  # counted by prompt

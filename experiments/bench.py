@@ -58,9 +58,7 @@ def make_policy(name: str, folder: str, device="cpu") -> Policy:
     fields = start_model.write_configs(Path(folder), start_model.make_tokenizer(), {})
     config = Qwen2_5_VLConfig(**fields)
     if name != "tiny":
-        config = start_model.random_config(name)
-        for key in [key for key in fields if key.endswith("_token_id")]:
-            setattr(config, key, fields[key])
+        config = start_model.random_config(name, fields["bos_token_id"])
         config.save_pretrained(folder)
     encoder = Encoder(folder, 3136, 10_000_000, "Box it.")
     torch.manual_seed(0)

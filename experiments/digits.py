@@ -37,11 +37,8 @@ from support.batch import Example
 
 WORDS = ("zero", "one", "two", "three", "four")  # a digit's name
 NAMES = toy.cell_names()
-GRID, CELL = 3, 28
+GRID = 3
 FIRST_HELD_OUT = 1157  # where a block of writers begins
-NOTE_RIGHT = 0.5  # in train and general
-MISREAD, COPY_NOTE = 0.12, 0.4  # flaws that the warm start teaches, as the toy's
-HELD_OUT = ("general", "vision_dependent")
 WARM_STEPS = 900
 ROWS = {"train": 4096, "general": 512, "vision_dependent": 512}
 QUESTIONS = {
@@ -103,10 +100,10 @@ def make_scene(split: str, row: int, seed: int = 0) -> Scene:
     question = Question(kind, rng.randrange(len(QUESTIONS[kind])))
     digits = draw_digits(question, rng)
     note = question.answer(digits)
-    if split == "vision_dependent" or rng.random() >= NOTE_RIGHT:
+    if split == "vision_dependent" or rng.random() >= toy.NOTE_RIGHT:
         while note == question.answer(digits):  # take another image's answer
             note = question.answer(draw_digits(question, rng))
-    image = render(digits, rng, scans(held_out=split in HELD_OUT))
+    image = render(digits, rng, scans(held_out=split in toy.EVAL_SPLITS))
     return Scene(question, digits, note, image)
 
 
@@ -128,8 +125,8 @@ def render(digits: list[int], rng: random.Random, choices: dict[int, np.ndarray]
         row, column = divmod(position, GRID)
         scan = choices[digit][rng.randrange(len(choices[digit]))]
         ink = Image.fromarray((255 * scan).astype(np.uint8))
-        ink = ink.resize((CELL, CELL), Image.Resampling.BILINEAR)
-        image.paste((0, 0, 0), (column * CELL, row * CELL), ink)
+        ink = ink.resize((toy.CELL, toy.CELL), Image.Resampling.BILINEAR)
+        image.paste((0, 0, 0), (column * toy.CELL, row * toy.CELL), ink)
     return image
 
 
@@ -168,11 +165,8 @@ def write_rows(path: Path, split: str, seed: int) -> None:
 
 def write_response(question: Question, digits: list[int], box: int | None = None) -> str:
     """The response that reads these digits and boxes `box`, or its own result if None."""
-    words = []
-    for name, digit, result in zip(NAMES, digits, question.results(digits), strict=True):
-        words += [name, WORDS[digit], str(result)]
-    boxed = question.answer(digits) if box is None else box
-    return f"<think> {' '.join(words)} </think> \\boxed{{{boxed}}}"
+    words = [WORDS[digit] for digit in digits]
+    return toy.spell_out(NAMES, words, question.results(digits), box)
 
 
 def make_lessons(rows: range, flawed: bool, seed: int, misread: float) -> list[start_model.Lesson]:
@@ -185,19 +179,21 @@ def make_lessons(rows: range, flawed: bool, seed: int, misread: float) -> list[s
         digits, box = scene.digits, None
         if flawed:
             digits = [start_model.misread(digit, choices, misread, rng) for digit in digits]
-            box = scene.note if rng.random() < COPY_NOTE else None
+            box = scene.note if rng.random() < toy.COPY_NOTE else None
         response = write_response(scene.question, digits, box)
         lessons.append(start_model.Lesson(example_of(scene), response))
     return lessons
 
 
-def build(folder: Path, seed: int, steps: int = WARM_STEPS, misread: float = MISREAD) -> None:
+def build(
+    folder: Path, seed: int, steps: int = WARM_STEPS, misread: float = toy.DEFAULT.misread
+) -> None:
     """Write the model and its data. Held-out rows are those of seed 0.
 
     steps: of the warm start. misread: how often its labels misread a digit. The model comes last.
     """
     write_rows(folder / "train.jsonl", "train", seed)
-    for split in HELD_OUT:
+    for split in toy.EVAL_SPLITS:
         write_rows(folder / "held_out" / f"{split}.jsonl", split, seed=0)
     texts = [text for of_kind in QUESTIONS.values() for text in of_kind]
     largest_sum = GRID * (len(WORDS) - 1)
@@ -223,7 +219,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write the digits task and its start model.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--misread", type=float, default=MISREAD, help="chance per label")
+    parser.add_argument(
+        "--misread", type=float, default=toy.DEFAULT.misread, help="chance per label"
+    )
     args = parser.parse_args()
     if (args.folder / "model" / start_model.WEIGHTS).exists():
         parser.error(f"{args.folder} exists: choose another folder")

@@ -19,6 +19,7 @@ from scipy import stats
 
 from experiments import run
 from experiments.run import CONFIRMING_SEEDS, EIGHT_SEEDS, NEW_SEEDS, SPLITS, TASKS, THREE_SEEDS
+from support.run_folder import read_log
 
 HERE = Path(__file__).resolve().parent
 Results = dict[str, dict[int, dict]]  # variant -> seed -> the line of results/
@@ -28,7 +29,7 @@ Rows = dict[str, list[tuple[str, ...]]]  # see `table`
 def load(folder: Path) -> Results:
     found: Results = {}
     for file in sorted(folder.glob("*.jsonl")):
-        for line in run.load(file):
+        for line in read_log(file):
             found.setdefault(line["variant"], {})[line["seed"]] = line
     for variant, lines in found.items():
         starts = found.get(f"{variant.partition('/')[0]}/start", {})
@@ -351,7 +352,6 @@ BASES = BASELINES | {  # what a relative is built on
     "noisy_rollout_papo": "noisy_rollout",
     "tapo": "papo_d",
 }
-GAMMAS = "grpo papo_g papo_g_0.05 papo_g_0.1 papo_g_0.2 papo_g_0.5 papo_g_1.0"
 FIRST = {  # of the first protocol: names, what they are compared with
     "gamma": ("grpo papo_g gamma_0.1 gamma_0.2 gamma_0.5 gamma_1.0", "grpo"),
     "regularisation": (" ".join([*run.COLLAPSING, "large_double"]), "large"),
@@ -409,7 +409,7 @@ def on_the_dots(found: Results) -> list[str]:
         )
     }
     tried = {
-        "Which gamma": named("dots", GAMMAS, "grpo"),
+        "Which gamma": named("dots", " ".join(["grpo", "papo_g", *run.GAMMAS]), "grpo"),
         "What prevents collapse": named("dots", " ".join(run.COLLAPSING), "large"),
         "Which patches": named("dots", "papo_g_0.1 random_0.17 semantic_0.17", "random_0.17"),
     }

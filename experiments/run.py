@@ -7,13 +7,12 @@ r"""Experiments at toy scale: train and evaluate on a CPU, one line of results p
 A run is one variant, flags of train.py, at one seed: train.py, then evaluate.py on its model, each
 a command of its own. All runs of a task and seed share a start model. A finished run is not
 repeated; an interrupted one continues. Results of the protocols are lines of results/NAME.jsonl,
-from which report.py draws; those of ideas stay in --work.
+from which report.py draws; those of ideas stay in runs/experiments.
 """
 
 from __future__ import annotations
 
 import argparse
-import fcntl
 import hashlib
 import json
 import os
@@ -31,13 +30,15 @@ import torch
 import transformers
 
 from experiments import digits
+from experiments.start_model import WEIGHTS
 from papo import algo_class
 from support import toy
 from support.config import one_line_errors
+from support.run_folder import read_log
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results"
-WEIGHTS = "model.safetensors"
+WORK = ROOT / "runs" / "experiments"  # unfinished runs, start models and ideas
 
 METRICS = ("accuracy", "kl_prcp", "entropy", "masked_entropy", "clip_frac")  # kept of each step
 METRICS += ("tokens_per_second", "seconds")
@@ -150,7 +151,7 @@ plan("cost", CONFIRMING_SEEDS[:1], {f"dots/{name}": flags for name, flags in CON
 
 # -------------------------------------------------------------------------------------------- tasks
 
-SPLITS = ("general", "vision_dependent")
+SPLITS = toy.EVAL_SPLITS
 SPEC = "toy:grid=4,colours=4,most=6,warm_steps=400,plain_share=0"  # the dots
 SETTING = toy.setting_of(SPEC)
 
@@ -196,7 +197,7 @@ def read_cells(task: str, response: str) -> list[str]:
 def measure(task: str, predictions: Path) -> dict:
     """Accuracy on a split, and how many wrong answers rest on a misread image: their cells, as the
     response names them, have another answer than the image's."""
-    records = load(predictions)
+    records = read_log(predictions)
     wrong, misread, shares = 0, 0, []
     for record in records:
         cells, answer = scene_of(task, predictions.stem, record["row"])
@@ -211,29 +212,17 @@ def measure(task: str, predictions: Path) -> dict:
         "wrong": wrong,
         "misread": misread,
         "cells_right": fmean(shares),
-        "unboxed": fmean(record["unboxed"] for record in records),
     }
 
 
 # ------------------------------------------------------------------------------------------ results
 
 
-def load(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
 def append(file: Path, record: dict) -> None:
-    """Add a line. Others may do so at the same time, and a kill leaves the file as it was."""
+    """Add a line, in one write: others may do so at the same time."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    folder = os.open(file.parent, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
-        lines = file.read_text() if file.exists() else ""
-        partial = file.with_suffix(".partial")
-        partial.write_text(lines + json.dumps(record, separators=(",", ":")) + "\n")
-        os.replace(partial, file)
-    finally:
-        os.close(folder)
+    with open(file, "ab", buffering=0) as results:
+        results.write(json.dumps(record, separators=(",", ":")).encode() + b"\n")
 
 
 def result_file(variant: str, results: Path) -> Path:
@@ -243,7 +232,7 @@ def result_file(variant: str, results: Path) -> Path:
 def has_result(variant: str, seed: int, results: Path) -> bool:
     """ValueError if there is one that other flags made."""
     file = result_file(variant, results)
-    for record in load(file):
+    for record in read_log(file):
         if (record["variant"], record["seed"]) == (variant, seed):
             check_flags(record["flags"], variant, f"{file}: {variant}, seed {seed}")
             return True
@@ -268,9 +257,9 @@ def check_flags(found: dict, variant: str, where: str) -> None:
 # ------------------------------------------------------------------------------------------ one run
 
 
-def build_start(task: str, seed: int, work: Path) -> None:
+def build_start(task: str, seed: int) -> None:
     """Make the start model that all runs of a task and seed share, unless it exists."""
-    folder = work / "start" / f"{task}-s{seed}"
+    folder = WORK / "start" / f"{task}-s{seed}"
     if (inputs(task, folder)[0]["model"] / WEIGHTS).exists():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -278,11 +267,11 @@ def build_start(task: str, seed: int, work: Path) -> None:
     run_python(command, folder.with_suffix(".log"), SAME_ON_EVERY_CPU)
 
 
-def run(variant: str, seed: int, work: Path, results: Path) -> None:
+def run(variant: str, seed: int, results: Path) -> None:
     """Train, evaluate, add the result. RuntimeError with the log's last line if a command fails."""
-    out, task = work / f"{variant}-s{seed}", task_of(variant)
+    out, task = WORK / f"{variant}-s{seed}", task_of(variant)
     out.mkdir(parents=True, exist_ok=True)
-    for_training, for_evaluation = inputs(task, work / "start" / f"{task}-s{seed}")
+    for_training, for_evaluation = inputs(task, WORK / "start" / f"{task}-s{seed}")
     model = for_training["model"]
     record = origin(variant, seed, model, out / "origin.json")
     if VARIANTS[variant]:
@@ -357,7 +346,7 @@ def run_python(words: list[str], log: Path, environment: dict | None = None) -> 
 
 def training_record(out: Path) -> dict:
     """METRICS of every step, None where a step had nothing to train on, and the evaluations."""
-    lines = load(out / "metrics.jsonl")
+    lines = read_log(out / "metrics.jsonl")
     steps = [line for line in lines if "reward" in line]
     record = {"curve": {}}
     for line in lines:
@@ -379,8 +368,7 @@ def plan_ideas(algos: list[str], seeds: int) -> dict[str, str]:
     ValueError for an algo that does not load. A variant's name has a hash of its code, so that
     changed code runs again.
     """
-    shared = [ROOT / f"{name}.py" for name in ("train", "papo", "losses", "masking", "rollout")]
-    shared += sorted((ROOT / "support").glob("*.py"))
+    shared = sorted([*ROOT.glob("*.py"), *(ROOT / "support").glob("*.py")])
     variants = {}
     for algo in algos:
         algo_class(algo)
@@ -391,15 +379,6 @@ def plan_ideas(algos: list[str], seeds: int) -> dict[str, str]:
         plan("ideas", range(seeds), {name: NO_CURVE | {"algo": flag}})
         variants[algo] = f"ideas/{name}"
     return variants
-
-
-def announce(jobs: list[tuple], missing: list[tuple], at_a_time: int) -> None:
-    """Say how many runs there are, and roughly how long they take."""
-    starts = {(task_of(variant), seed) for variant, seed in missing}
-    steps = [flags_of(variant).get("steps", 0) for variant, _ in missing]
-    minutes = (3 * len(starts) + sum(0.5 + 0.05 * n for n in steps)) / at_a_time
-    what = f"{len(missing)} of {len(jobs)} runs are missing, from {len(starts)} start models"
-    print(f"{what}: roughly {minutes:.0f} minutes on idle cores", flush=True)
 
 
 def run_all(what: str, function: Callable, jobs: list[tuple], at_a_time: int) -> int:
@@ -428,10 +407,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("names", nargs="+", help=f"all, {', '.join(folders)}; or presets, variants and FILE.py")
     add("--seeds", type=int, default=3, help="how many, of ideas; a protocol has its own")
     add("--jobs", type=int, default=2, help="runs at a time, one core each")
-    add("--work", type=Path, default=ROOT / "runs/experiments", help="folder of unfinished runs")
     add("--list", action="store_true", help="list the missing runs and stop")
     args = parser.parse_args(argv)
-    args.work = args.work.resolve()
     args.ideas = [name for name in args.names if name not in (*folders, "all")]
     args.folders = [name for name in folders if name in args.names or "all" in args.names]
     if args.folders and args.ideas:
@@ -441,7 +418,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    results, ideas = (args.work, {}) if args.ideas else (RESULTS, {})
+    results, ideas = (WORK, {}) if args.ideas else (RESULTS, {})
     with one_line_errors():
         if args.ideas:
             from experiments import report  # now, because it needs scipy
@@ -450,13 +427,13 @@ def main() -> None:
             args.folders = ["ideas"]
         jobs = [job for job in JOBS if job[0].partition("/")[0] in args.folders]
         missing = [job for job in jobs if not has_result(*job, results)]
-    announce(jobs, missing, args.jobs)
+    print(f"{len(missing)} of {len(jobs)} runs are missing", flush=True)
     if args.list:
         print("\n".join(f"{variant} seed {seed}" for variant, seed in missing))
         return
-    starts = dict.fromkeys((task_of(variant), seed, args.work) for variant, seed in missing)
+    starts = dict.fromkeys((task_of(variant), seed) for variant, seed in missing)
     run_all("start model", build_start, list(starts), args.jobs)
-    failures = run_all("run", run, [(*job, args.work, results) for job in missing], args.jobs)
+    failures = run_all("run", run, [(*job, results) for job in missing], args.jobs)
     if ideas:
         print(report.ideas_table(ideas, results))
     sys.exit(bool(failures))

@@ -66,21 +66,19 @@ def hub_config(vocab_size: int, special: int, vision: dict | None = None, **text
     return config | {"vision_config": config["vision_config"] | changed}
 
 
-def random_config(name: str) -> Qwen2_5_VLConfig:
-    """The config of a published size, for random weights. ValueError for an unknown name."""
+def random_config(name: str, special: int = 151643) -> Qwen2_5_VLConfig:
+    """The config of a published size, for random weights."""
     sizes = {
         "qwen2.5-vl-3b": (2048, 11008, 36, 16, 2, 151936, True),
         "qwen2.5-vl-7b": (3584, 18944, 28, 28, 4, 152064, False),
     }
-    if name not in sizes:
-        raise ValueError(f"unknown model size {name!r}: choose from {', '.join(sizes)}")
     fields = "hidden_size intermediate_size num_hidden_layers num_attention_heads"
     fields += " num_key_value_heads vocab_size tie_word_embeddings"
     text = dict(zip(fields.split(), sizes[name], strict=True)) | {"torch_dtype": "bfloat16"}
     text["rope_scaling"] = {"type": "mrope", "mrope_section": [16, 24, 24]}
     vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16}
     vision["fullatt_block_indexes"] = [7, 15, 23, 31]
-    return Qwen2_5_VLConfig(**hub_config(special=151643, vision=vision, **text))
+    return Qwen2_5_VLConfig(**hub_config(special=special, vision=vision, **text))
 
 
 def make_tokenizer(setting: Setting = DEFAULT) -> PreTrainedTokenizerFast:
@@ -138,8 +136,7 @@ def make_model(config: dict, seed: int) -> Qwen2_5_VLForConditionalGeneration:
     Initialisation decides whether the model finds the image: with the usual 0.02 everywhere it was
     still blind after 500 steps.
     """
-    with torch.random.fork_rng(devices=[]):  # leaves the caller's random state as it was
-        model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**config))
+    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**config))
     generator = torch.Generator().manual_seed(seed)
     stds = {"patch_embed": 0.02, "visual": 0.1, "embed_": 0.2, "": 0.08}  # the first that fits
     for name, weight in sorted(model.named_parameters()):
@@ -169,7 +166,7 @@ def make_lessons(rows: range, flawed: bool, seed: int, setting: Setting) -> list
         cells, box = scene.cells, None
         if flawed:
             cells = [misread(cell, words, setting.misread, rng) for cell in cells]
-            box = scene.note if rng.random() < setting.copy_note else None
+            box = scene.note if rng.random() < toy.COPY_NOTE else None
         response = toy.write_response(cells, scene.asked, box, setting)
         lessons.append(Lesson(toy.example(toy.WARM_SPLIT, row, seed, setting), response))
     return lessons
@@ -241,14 +238,15 @@ def warm_loss(model, inputs: dict, is_response: Tensor, doubled: Tensor | None) 
 # ---------------------------------------------------------------------------------------- a folder
 
 
-def build(seed: int, folder: Path, setting: Setting = DEFAULT, steps: int = 0) -> Path:
-    """Make a start model as a Hugging Face folder, unless it exists. Returns the folder.
+def build(seed: int, folder: Path, spec: str = "toy", steps: int = 0) -> Path:
+    """Make the start model of a toy as a Hugging Face folder. Returns the folder.
 
     task.json names the task, so that a command given the model alone can find its data.
     """
+    setting = toy.setting_of(spec)
     lessons_of = partial(make_lessons, seed=seed, setting=setting)
     words, steps = [*COLOURS, NO_DOT], steps or setting.warm_steps
-    task = {"data": toy.spec_of(setting)}
+    task = {"data": spec}
     return train_model(folder, make_tokenizer(setting), seed, steps, lessons_of, words, task)
 
 
@@ -261,25 +259,18 @@ def train_model(
     words: list[str],
     task: dict | None = None,
 ) -> Path:
-    """Make a tiny model and train it on lessons (see warm_start), unless `folder` has its weights.
+    """Make a tiny model and train it on lessons (see warm_start).
 
     The folder is written at the end, its weights last: a killed build leaves nothing, or a folder
     without weights.
     """
-    folder = Path(folder)
-    if (folder / WEIGHTS).exists():
-        return folder
-    threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as scratch:
         config = write_configs(Path(scratch), tokenizer, task or {})
         model = make_model(config, seed)
         sizes = toy.TASK_DEFAULTS["min_pixels"], toy.TASK_DEFAULTS["max_pixels"]
         encoder = Encoder(scratch, *sizes, SUFFIX)
         torch.set_num_threads(1)  # the order in which threads add up decides the last digits
-        try:
-            warm_start(model, encoder, steps, lessons_of, words)
-        finally:
-            torch.set_num_threads(threads)
+        warm_start(model, encoder, steps, lessons_of, words)
         shutil.copytree(scratch, folder, dirs_exist_ok=True)
         # In a folder of its own, because its config.json is not in the hub's shape.
         model.save_pretrained(folder / "saved")
@@ -295,12 +286,11 @@ def main(argv=None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     with one_line_errors():
-        setting = toy.setting_of(args.spec)
-        if setting is None:
+        if toy.setting_of(args.spec) is None:
             raise ValueError(f"{args.spec}: give toy or toy:grid=4,...")
         if args.out.exists():
             raise ValueError(f"--out {args.out} exists: choose another folder")
-        build(args.seed, args.out, setting)
+        build(args.seed, args.out, args.spec)
     print(f"torchrun train.py --algo papo_g --model {args.out}")
 
 

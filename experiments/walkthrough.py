@@ -3,7 +3,6 @@ r"""Run the walkthrough's two pages: Python blocks top to bottom, figures, print
     python -m experiments.walkthrough              run both pages, draw their figures
     python -m experiments.walkthrough --first      the first alone, docs/walkthrough.md
     python -m experiments.walkthrough --write      put what the blocks print into the pages
-    python -m experiments.walkthrough --notebook walkthrough.ipynb     the pages as a notebook
 
 A page is Markdown. The ```python blocks, folded ones too, run in order and share one namespace; the
 second page goes on in that of the first. A ```text block after one of them holds what it prints.
@@ -16,7 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import math
 import os
 import re
@@ -110,41 +108,12 @@ def write(parts: list[Part], printed: list[str]) -> str:
     return page
 
 
-def notebook(parts: list[Part]) -> dict:
-    """The parts as a Jupyter notebook without outputs, to be run in the repository's root."""
-    cells = []
-    for part in parts:
-        text = part.text
-        if part.kind == "prose":  # a fold cannot span cells
-            text = re.sub(r"^</?details>.*\n", "", text, flags=re.M)
-        text = text.strip("\n")
-        if part.kind in TOLERANCES or not text:
-            continue
-        cell = {"metadata": {}, "source": text.splitlines(keepends=True)}
-        if part.kind == "prose":
-            cells.append({"cell_type": "markdown", **cell})
-        else:
-            cells.append({"cell_type": "code", "execution_count": None, "outputs": [], **cell})
-    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
-    return {
-        "cells": cells,
-        "metadata": {"kernelspec": kernel, "language_info": {"name": "python"}},
-        "nbformat": 4,
-        "nbformat_minor": 4,
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Run the walkthrough's pages.")
     parser.add_argument("--first", action="store_true", help="the first page alone")
     parser.add_argument("--write", action="store_true", help="put what comes out into the pages")
-    parser.add_argument("--notebook", type=Path, help="write the pages as a notebook, run nothing")
     args = parser.parse_args()
     pages = {page: parse(page.read_text()) for page in PAGES[: 1 if args.first else None]}
-    if args.notebook:
-        args.notebook.write_text(json.dumps(notebook(sum(pages.values(), [])), indent=1) + "\n")
-        print(args.notebook)
-        return
     os.chdir(ROOT)
     namespace, problems = {"__name__": "walkthrough"}, []
     for page, parts in pages.items():

@@ -56,15 +56,11 @@ def save(folder: Path, model, optimizer, state: dict, keep: int) -> None:
     """
     checkpoint_dir = Path(folder) / "checkpoints" / f"step_{state['step']:06d}"
 
-    def already_saved() -> bool:
-        clean(folder)
-        return checkpoint_dir.exists()
-
     def delete_old() -> None:
         for old in complete(folder)[:-keep]:
             (old / ".metadata").unlink()
 
-    if on_first_rank(already_saved):
+    if on_first_rank((checkpoint_dir / ".metadata").exists):
         return
     content = state_dicts(model, optimizer) | {"state": state}
     try:
@@ -125,7 +121,6 @@ def export(model, source: str, folder: Path, dtype) -> None:
     `source`: the folder or hub id that config.json and the processor files are copied from.
     OSError, the same on all ranks, if it cannot be written.
     """
-    folder = Path(folder)
     weights = gather_weights(model, dtype)
 
     def write() -> None:

@@ -37,17 +37,21 @@ def flag(default, help: str, low: float = -math.inf, high: float = math.inf):
     return field(default=default, metadata=metadata)
 
 
+def metadata_of(kind: type, name: str) -> dict:
+    """A flag's help and range; a subclass that changes a default keeps those of its parent."""
+    declared = (vars(each).get("__dataclass_fields__", {}).get(name) for each in kind.__mro__)
+    return next((field.metadata for field in declared if field and field.metadata), {})
+
+
 class Flags:
     """Base class of the dataclasses of flags. ValueError for a value outside a flag's range."""
 
     def __post_init__(self):
-        for kind in type(self).__mro__:  # a subclass that changes a default keeps its range
-            for name, declared in vars(kind).get("__dataclass_fields__", {}).items():
-                low, high = declared.metadata.get("range", (-math.inf, math.inf))
-                value = getattr(self, name)
-                if isinstance(value, (int, float)) and not low <= value <= high:
-                    allowed = f"at least {low}" if high == math.inf else f"between {low} and {high}"
-                    raise ValueError(f"{name}={value}: must be {allowed}")
+        for name, value in vars(self).items():
+            low, high = metadata_of(type(self), name).get("range", (-math.inf, math.inf))
+            if isinstance(value, (int, float)) and not low <= value <= high:
+                allowed = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+                raise ValueError(f"{name}={value}: must be {allowed}")
 
 
 class Parser(HfArgumentParser):
@@ -80,8 +84,8 @@ def parse_flags(doc: str, *classes: type, defaults: dict, argv=None) -> tuple:
     known = {action.dest for action in parser._actions}
     parser.set_defaults(**{name: defaults[name] for name in defaults.keys() & known})
     for action in parser._actions:
-        if action.help is None:  # a subclass that changes a default keeps its parent's text
-            action.help = _inherited_help(classes, action.dest)
+        for each in classes:
+            action.help = action.help or metadata_of(each, action.dest).get("help")
     *configs, unknown = parser.parse_args_into_dataclasses(
         argv, return_remaining_strings=True, look_for_args_file=False
     )
@@ -90,19 +94,11 @@ def parse_flags(doc: str, *classes: type, defaults: dict, argv=None) -> tuple:
     return tuple(configs)
 
 
-def _inherited_help(classes: tuple[type, ...], name: str) -> str | None:
-    for parent in (parent for each in classes for parent in each.__mro__):
-        own = getattr(parent, "__dataclass_fields__", {}).get(name)
-        if own and "help" in own.metadata:
-            return own.metadata["help"]
-    return None
-
-
-def saved_config(run_folder: str) -> dict:
-    """The flags of the run that --resume names. ValueError if there are none."""
+def saved_config(run_folder) -> dict:
+    """The flags of a run. ValueError if there are none."""
     path = Path(run_folder) / "config.json"
     if not path.is_file():
-        raise ValueError(f"--resume {run_folder}: no config.json there")
+        raise ValueError(f"{run_folder}: no config.json there: give the folder of a run")
     return json.loads(path.read_text())
 
 

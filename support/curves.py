@@ -8,7 +8,6 @@ over seeds.
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from statistics import fmean, stdev
@@ -16,6 +15,7 @@ from statistics import fmean, stdev
 from matplotlib import ticker
 from matplotlib.figure import Figure
 
+from support.config import FREE_ON_RESUME, saved_config
 from support.run_folder import read_log
 
 Series = dict[int, float]  # step -> value
@@ -36,10 +36,7 @@ PANELS: dict[str, tuple[tuple[str, ...], float]] = {
 COMPARED = "reward kl_prcp kl_ref entropy masked_entropy clip_frac response_length".split()
 
 # Fields of config.json that do not set two runs apart: they may differ between repetitions.
-NOT_SETTINGS = set(
-    "seed out resume steps epochs keep save_every eval_every eval_n eval_rows wandb tensorboard "
-    "tokens_per_forward rollout_batch shard_size".split()
-)
+NOT_SETTINGS = {*FREE_ON_RESUME, "seed", "out", "epochs", "eval_n", "eval_rows"}
 # 97.5% quantiles of Student's t for 1 to 9 degrees of freedom. No library we require has them.
 T_TABLE = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
 
@@ -74,11 +71,8 @@ def mean_interval(values) -> tuple[float, float]:
 # ------------------------------------------------------------------------------ one run or several
 
 
-def draw_run(run_folder, out=None) -> Path:
-    """Draw the metrics of one run that move; `out` defaults to curves.png in its folder.
-
-    ValueError if there are none.
-    """
+def draw_run(run_folder) -> Path:
+    """Draw the metrics of one run that move in its curves.png. ValueError if there are none."""
     folder = Path(run_folder)
     metrics = read_metrics(folder)
     panels = {}
@@ -86,11 +80,9 @@ def draw_run(run_folder, out=None) -> Path:
         names = names or [name for name in metrics if name.startswith("eval/")]
         found = {name: [metrics[name]] for name in names if name in metrics}
         panels[title] = {name: runs for name, runs in found.items() if is_news(name, runs)}
-    config = read_config(folder)
-    heading = [config["algo"], Path(config.get("model", "")).name]
-    if "seed" in config:
-        heading.append(f"seed {config['seed']}")
-    return draw(panels, ", ".join(filter(None, heading)), out or folder / "curves.png")
+    config = saved_config(folder)
+    heading = f"{config['algo']}, {Path(config['model']).name}, seed {config['seed']}"
+    return draw(panels, heading, folder / "curves.png")
 
 
 def compare(run_folders, out) -> tuple[str, Path]:
@@ -128,13 +120,6 @@ def _mean_of(values) -> str:
     return f"{mean:.3f} +- {half:.3f}" if math.isfinite(half) else f"{mean:.3f}"
 
 
-def read_config(folder: Path) -> dict:
-    """A run's config.json; a folder without one stands for an algorithm of its own."""
-    file = folder / "config.json"
-    config = json.loads(file.read_bytes()) if file.is_file() else {}
-    return {"algo": folder.name} | config
-
-
 def group_runs(folders: list[Path]) -> dict[str, list[Path]]:
     """Label -> runs that are repetitions of one another.
 
@@ -143,7 +128,7 @@ def group_runs(folders: list[Path]) -> dict[str, list[Path]]:
     """
     by_algo: dict[str, dict[frozenset, list[Path]]] = {}
     for folder in folders:
-        config = read_config(folder)
+        config = saved_config(folder)
         settings = frozenset((k, str(v)) for k, v in config.items() if k not in NOT_SETTINGS)
         by_algo.setdefault(config["algo"], {}).setdefault(settings, []).append(folder)
     groups = {}

@@ -11,9 +11,6 @@ once per group, and only a mask tells the responses of a group apart:
 Steps run in blocks of fixed shape, in which no operation depends on a tensor's value: on CUDA a
 step is recorded once and replayed. Between two blocks the host reads which responses have ended,
 and drops the prompts whose responses all have.
-
-Tokens are drawn by inverse CDF from uniforms that depend on (seed, step, prompt, sample) alone. The
-chunk, the blocks and the number of ranks change a response only through rounding.
 """
 
 from __future__ import annotations
@@ -57,9 +54,7 @@ def decode(
     """Sample the chunk. Called by generate(custom_generate=decode).
 
     input_ids[p * g, 1]: the last prompt token of each response. Returns tokens and log-probs
-    [p, g, steps] on the CPU; what follows a response's first end token is arbitrary. Log-probs are
-    those of the full softmax at `chunk.temperature`, before top-p, top-k and suppression: what the
-    training forward computes.
+    [p, g, steps] on the CPU; what follows a response's first end token is arbitrary.
     """
     p, g, _ = chunk.uniforms.shape
     config = model.config.get_text_config()
@@ -148,8 +143,7 @@ def prefill(model, chunk: Chunk, cache: GroupCache) -> None:
     encoder, first = chunk.encoder, 0
     groups = [empty_group(prompt) for prompt in chunk.prompts]
     for of_pack in split_into_packs(groups, PREFILL_TOKENS):
-        merge_size = encoder.images.merge_size
-        pack = build_pack(of_pack, "", encoder.black_patch, merge_size, cache.lengths.device)
+        pack = build_pack(of_pack, "", encoder, cache.lengths.device)
 
         def attend(layer, query, key, value, scale, pack=pack, first=first):
             keys, values = (x.split(pack.attend.lengths, 2) for x in (key, value))

@@ -12,7 +12,6 @@ gradients over all ranks, replicas included, where a sum is wanted (`papo.update
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -146,7 +145,7 @@ def gather_over_ranks(value) -> list:
 
 def concat_over_ranks(values: list) -> list:
     """The lists that the ranks pass, one after the other."""
-    return list(itertools.chain.from_iterable(gather_over_ranks(values)))
+    return sum(gather_over_ranks(values), [])
 
 
 def sum_over_ranks(values) -> list[float]:
@@ -163,8 +162,7 @@ def _all_reduce(values, operation) -> list[float]:
     numbers = [float(value) for value in values]
     if not dist.is_initialized():
         return numbers
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    tensor = torch.tensor(numbers, dtype=torch.float64, device=device)
+    tensor = torch.tensor(numbers, dtype=torch.float64)  # on the CPU, which gloo serves
     dist.all_reduce(tensor, operation)
     return tensor.tolist()
 

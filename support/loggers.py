@@ -7,9 +7,10 @@ optional and imported only where their flag is set.
 
 from __future__ import annotations
 
-import json
 import secrets
 from pathlib import Path
+
+from support.config import saved_config
 
 SAMPLE_COLUMNS = ["set", "row", "prompt", "predict", "label", "accuracy", "format"]
 
@@ -18,11 +19,10 @@ def wandb_logger(folder: Path):
     """Log to Weights & Biases. A resumed run continues its own record. ValueError if that fails."""
     import wandb
 
-    config = json.loads((folder / "config.json").read_text())
     id_file = folder / "wandb_id"
     if not id_file.exists():
         id_file.write_text(secrets.token_hex(6))
-    record = {"name": folder.name, "id": id_file.read_text(), "config": config}
+    record = {"name": folder.name, "id": id_file.read_text(), "config": saved_config(folder)}
     try:
         wandb.init(project="papo", resume="allow", **record)
     except wandb.Error as error:  # no key, for example

@@ -19,12 +19,13 @@ imports, else torch's own). Elsewhere it is a mask for SDPA.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, cached_property
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -111,8 +112,8 @@ def owners(group: Group) -> Tensor:
     return torch.arange(len(counts)).repeat_interleave(counts)
 
 
-def build_pack(groups: list[Group], view: str, black: Tensor, merge: int, device) -> Pack:
-    """Groups -> Pack. view: of the images, if not they themselves. black, merge: the encoder's."""
+def build_pack(groups: list[Group], view: str, encoder, device) -> Pack:
+    """Groups -> Pack. view: of the images, if not they themselves."""
     ids, positions, image_tokens, predicts, targets = [], [], [], [], []
     start = 0
     for group in groups:
@@ -129,7 +130,7 @@ def build_pack(groups: list[Group], view: str, black: Tensor, merge: int, device
         predicts.append(start + predictor[mask])
         targets.append(group.tokens[mask])
         start += len(prompt) + n_fed
-    pixel_values, grid = _images(groups, view, black, merge, device)
+    pixel_values, grid = _images(groups, view, encoder, device)
     return Pack(
         input_ids=torch.cat(ids)[None].to(device),
         position_ids=torch.cat(positions, 1)[:, None].to(device),
@@ -142,13 +143,14 @@ def build_pack(groups: list[Group], view: str, black: Tensor, merge: int, device
     )
 
 
-def _images(groups, view: str, black: Tensor, merge: int, device) -> tuple[Tensor, Tensor]:
+def _images(groups, view: str, encoder, device) -> tuple[Tensor, Tensor]:
     """Patches and grids of the groups' images, or of a view of them."""
     with_image = [group for group in groups if group.has_image]
     if not with_image:
         # Under FSDP no rank may skip the vision tower: one black token whose features go nowhere.
+        merge = encoder.images.merge_size
         one_token = torch.tensor([[1, merge, merge]])
-        return black.expand(merge**2, -1).to(device), one_token.to(device)
+        return encoder.black_patch.expand(merge**2, -1).to(device), one_token.to(device)
     if view:
         pixel_values = [group.view_pixel_values[view] for group in with_image]
     else:
@@ -169,12 +171,10 @@ class PackAttention:
         self.lengths = [len(owner) for owner in owners]
         self.device = device
         self.masks: list[Tensor] = []
-        self.sequences: tuple = ()
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float):
         """query[1, H, S, D], key and value[1, H_kv, S, D] -> [1, S, H, D]."""
         if kernel := varlen_kernel(query):
-            self.sequences = self.sequences or self._find_sequences()
             keys, *boundaries = self.sequences
             q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [S, heads, D]
             k, v = k.index_select(0, keys), v.index_select(0, keys)
@@ -197,7 +197,8 @@ class PackAttention:
             ~sees, -torch.inf
         )
 
-    def _find_sequences(self) -> tuple[Tensor, Tensor, Tensor, int, int]:
+    @cached_property
+    def sequences(self) -> tuple[Tensor, Tensor, Tensor, int, int]:
         """The pack as a varlen kernel takes it: each prompt and each response is a sequence.
 
         Its queries lie in the pack as they are. A response's keys are its prompt and itself; causal
@@ -214,17 +215,11 @@ class PackAttention:
             query_lengths += lengths
             start += len(owner)
         key_lengths = [len(sequence) for sequence in keys]
-        return (
-            torch.cat(keys).to(self.device),
-            _boundaries(query_lengths).to(self.device),
-            _boundaries(key_lengths).to(self.device),
-            max(query_lengths),
-            max(key_lengths),
-        )
-
-
-def _boundaries(lengths: list[int]) -> Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+        ends = [
+            torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(self.device)
+            for lengths in (query_lengths, key_lengths)
+        ]
+        return torch.cat(keys).to(self.device), *ends, max(query_lengths), max(key_lengths)
 
 
 def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float):
@@ -276,8 +271,6 @@ def _import_flash_attn() -> Callable | None:
 
 
 def _torch_varlen_attention(*tensors_and_lengths, scale: float, causal: bool) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn  # from torch 2.10 on
-
     window = (-1, 0 if causal else -1)
     return varlen_attn(*tensors_and_lengths, scale=scale, window_size=window, enable_gqa=True)
 
@@ -343,12 +336,11 @@ def pack_log_probs(self, pack: Pack, temperature: float, entropies: bool = False
     again in the backward.
     """
     hidden = pack_hidden_states(self, pack)
-    of_chunk = _chunk_entropies if entropies else _chunk_log_probs
     values = []
     chunks = zip(hidden[pack.predicts].split(CHUNK), pack.targets.split(CHUNK), strict=True)
     for states, targets in chunks:
-        inputs = (states, self.lm_head.weight, targets, temperature)
-        values.append(checkpoint(of_chunk, *inputs, use_reentrant=False))
+        inputs = (states, self.lm_head.weight, targets, temperature, entropies)
+        values.append(checkpoint(_chunk_values, *inputs, use_reentrant=False))
     return torch.cat(values)
 
 
@@ -361,34 +353,25 @@ def pack_hidden_states(self, pack: Pack, attend: Callable | None = None) -> Tens
     image = self.model.get_image_features(pack.pixel_values, pack.image_grid_thw, return_dict=True)
     features = torch.cat(image.pooler_output).to(embeds.dtype)  # [image tokens, hidden]
     where = pack.is_image_token[..., None].expand_as(embeds)
+    more = {}
+    if hasattr(image, "deepstack_features"):  # Qwen3-VL adds these in its first layers
+        levels = [torch.cat(level) for level in image.deepstack_features]
+        more = {"visual_pos_masks": pack.is_image_token, "deepstack_visual_embeds": levels}
     return self.model.language_model(
         inputs_embeds=embeds.masked_scatter(where, features),
         position_ids=pack.position_ids,
         use_cache=False,
         attend=attend or pack.attend,
-        **_deepstack_inputs(image, pack),
+        **more,
     ).last_hidden_state[0]
 
 
-def _deepstack_inputs(image, pack: Pack) -> dict:
-    """Qwen3-VL adds further image features to its first layers; Qwen2.5-VL has none."""
-    if not hasattr(image, "deepstack_features"):
-        return {}
-    levels = [torch.cat(level) for level in image.deepstack_features]
-    return {"visual_pos_masks": pack.is_image_token, "deepstack_visual_embeds": levels}
-
-
-def _chunk_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    logits = _chunk_logits(hidden, weight, temperature)
-    return -F.cross_entropy(logits, targets, reduction="none")
-
-
-def _chunk_entropies(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    log_probs = _chunk_logits(hidden, weight, temperature).log_softmax(-1)
-    return -(log_probs.exp() * log_probs).sum(-1)
-
-
-def _chunk_logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
+def _chunk_values(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, entropies: bool
+) -> Tensor:
     logits = (hidden @ weight.t()).float()
     logits /= temperature  # in place: the logits are the peak of memory
-    return logits
+    if not entropies:
+        return -F.cross_entropy(logits, targets, reduction="none")
+    log_probs = logits.log_softmax(-1)
+    return -(log_probs.exp() * log_probs).sum(-1)

@@ -175,10 +175,8 @@ def samples(
     sections = []
     for of_row in by_row.values():
         example = find_example(of_row[-1])
-        if example:  # and of its row's lines, those that are about the same question
-            newest = (of_row[-1]["id"], of_row[-1]["label"])
-            same = [line for line in of_row if (line["id"], line["label"]) == newest]
-            sections.append(_question(example, same))
+        if example:
+            sections.append(_question(example, of_row))
     if not sections:
         return None
     return write(out, "samples", title=html.escape(title), sections="\n".join(sections))

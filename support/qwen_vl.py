@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -50,13 +51,7 @@ PROMPT_SUFFIX = (
     "<think> </think> tags. Then, provide your final answer enclosed within \\boxed{}."
 )
 TINY = 20_000_000  # parameters of a model that a thread or two run best
-VISION_TOKENS = (
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
+VISION_TOKEN = r"<\|(vision|image|video)_(start|end|pad)\|>"
 
 
 # ------------------------------------------------------------------------------------------ encoder
@@ -281,10 +276,13 @@ class Policy:
         use_faster_forwards(model)
         for method in (pack_log_probs, pack_hidden_states):  # FSDP wraps methods only
             setattr(model, method.__name__, MethodType(method, model))
-        self.eos_ids = self._end_tokens()
-        pad_id = encoder.tokenizer.pad_token_id
-        self.pad_id = self.eos_ids[0] if pad_id is None else pad_id  # which nothing reads
-        self.suppressed_ids = self._vision_tokens()
+        ends = model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        self.eos_ids = sorted({*ends, encoder.tokenizer.eos_token_id} - {None})
+        self.pad_id = self.eos_ids[0]  # which nothing reads
+        # No response may contain these: other programs would look for an image behind them.
+        ids = encoder.tokenizer.get_vocab()
+        self.suppressed_ids = sorted(ids[name] for name in ids if re.fullmatch(VISION_TOKEN, name))
         # Qwen's generation_config holds chat defaults (repetition_penalty 1.05, a near-zero
         # temperature) that generate() would merge into rollouts silently. Only the end tokens are
         # kept; the export copies the original file.
@@ -359,23 +357,9 @@ class Policy:
         self.model.pack_hidden_states(pack, attend)
 
     def _pack(self, groups: list[Group], view: str = "") -> Pack:
-        merge_size = self.encoder.images.merge_size
-        return build_pack(groups, view, self.encoder.black_patch, merge_size, self.device)
+        return build_pack(groups, view, self.encoder, self.device)
 
     def _unflatten(self, flat: Tensor, groups: list[Group]) -> Tensor:
         """Values of the tokens of all responses, one after the other, as [B, T]; 0 at padding."""
         mask = pad_and_cat(groups, "response_mask", self.device).bool()
         return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
-
-    def _end_tokens(self) -> list[int]:
-        ends = self.model.generation_config.eos_token_id
-        ends = ends if isinstance(ends, list) else [ends]
-        known = {*ends, self.encoder.tokenizer.eos_token_id}
-        return sorted(known - {None})
-
-    def _vision_tokens(self) -> list[int]:
-        """No response may contain these: the next forward would look for an image behind them."""
-        vocabulary = self.encoder.tokenizer.get_vocab()
-        known = {vocabulary.get(name) for name in VISION_TOKENS}
-        known |= {self.model.config.image_token_id, self.model.config.video_token_id}
-        return sorted(known - {None})

@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 import torch
@@ -38,7 +38,6 @@ from support.reward import compute_score
 from support.run_folder import (
     append,
     free_name,
-    is_evaluation,
     keep_checksums,
     keep_copy,
     lock,
@@ -61,7 +60,7 @@ class Stopped(Exception):  # noqa: N818  (an event, not an error)
     """A signal has asked the run to stop; raised on all ranks together."""
 
 
-class Run:
+class Run(AbstractContextManager):
     """What a training run holds. Building one loads data and models; `start` opens the folder.
 
     config: train.Config; algo: papo.Algo; ranks: (rank, world, device).
@@ -151,7 +150,6 @@ class Run:
         if newest:
             state = checkpoint.load(newest, self.policy.model, self.optimizer)
             self.step, self.position = state["step"], state["position"]
-        self.rows_read = self.position  # which follows when a step is done
         self.evaluated_step = on_first_rank(lambda: self._open_folder(resuming=bool(newest)))
         if not (self.folder / "config.json").exists():
             raise OSError(f"{self.folder} is not the first rank's: all machines must share it")
@@ -212,7 +210,7 @@ class Run:
         last_kept = self.step if resuming else -1
         rewind(self.folder / "samples.jsonl", last_kept)
         lines = rewind(self.folder / "metrics.jsonl", last_kept)
-        is_evaluated = any(line["step"] == self.step and is_evaluation(line) for line in lines)
+        is_evaluated = any(line["step"] == self.step and "reward" not in line for line in lines)
         return self.step if is_evaluated else None
 
     def _disk_line(self) -> str:
@@ -236,7 +234,6 @@ class Run:
             while self.step < self.n_steps:
                 self.raise_if_stopped()
                 self.started = time.time()
-                self.skipped_before = self.rows.broken.total()
                 yield self.step
                 self.bar.update()
 
@@ -245,17 +242,12 @@ class Run:
         prompts = next(self.rounds)
         for prompt in prompts:
             prompt.index += round_index * self.per_round
-        self.rows_read += self.per_round
         return prompts
-
-    def skipped_rows(self) -> int:
-        """Rows of this step that turned out broken, on this rank."""
-        return self.rows.broken.total() - self.skipped_before
 
     def finish_step(self, metrics: dict[str, float], groups: list[Group]) -> None:
         """Count a step, log its metrics with its times, save a checkpoint if one is due."""
         self.step += 1
-        self.position = self.rows_read
+        self.position += metrics["rounds"] * self.per_round
         metrics["seconds"] = time.time() - self.started
         metrics["tokens_per_second"] = metrics.pop("response_tokens") / metrics["seconds"]
         if self.device.type == "cuda":
@@ -352,9 +344,6 @@ class Run:
         if max_over_ranks(self.stop_requested):
             raise Stopped
 
-    def __enter__(self) -> Run:
-        return self
-
     def __exit__(self, kind, error, traceback) -> bool:
         """Save what a signal has stopped; make the user's errors one line; end threads."""
         try:
@@ -430,12 +419,9 @@ class Run:
         print(f"answer: {example.answer}")
 
     def _find_example(self, line: dict) -> Example | None:
-        """The question of a line of samples.jsonl; None if the data no longer has it there."""
-        row = line["row"]
-        with suppress(KeyError, IndexError, ValueError):
-            example = self.eval_sets[line["set"]][row]
-            same = (example.id or str(row), example.answer) == (line["id"], line["label"])
-            return example if same else None
+        """The question of a line of samples.jsonl; None if its set is not read any more."""
+        with suppress(LookupError, ValueError):
+            return self.eval_sets[line["set"]][line["row"]]
 
 
 def show_responses(step: int, groups: list[Group]) -> None:

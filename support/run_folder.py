@@ -94,10 +94,6 @@ def keep_checksums(folder: Path, checksums: dict[str, dict], resuming: bool) -> 
     write_atomically(file, json.dumps(before | checksums, indent=1) + "\n")
 
 
-def is_evaluation(line: dict) -> bool:
-    return any(key.startswith("eval/") for key in line)
-
-
 def append(path: Path, lines: list[dict]) -> None:
     """Append lines to a log."""
     size = path.stat().st_size if path.exists() else 0

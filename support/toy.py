@@ -22,9 +22,10 @@ improve.
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,6 +35,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from support.batch import Example
+from support.config import Flags, flag
 
 MODEL = Path(__file__).parent / "toy_model"
 EVAL_SPLITS = ("general", "vision_dependent")
@@ -42,7 +44,12 @@ WARM_SPLIT = "warm"  # rows of the warm start, so that the images of RL are new
 
 RELATIVES = ("images_pos", "images_neg")  # further images that a row may have
 
-PATCH = 14  # pixels per side; 2 x 2 patches become one image token
+PATCH = 14  # pixels per side
+CELL = 2 * PATCH  # a cell's 2 x 2 patches become one image token
+RADIUS = 6  # of a dot, in pixels: the largest that fits inside a patch
+FILLED = 0.6  # chance that a cell without the asked colour holds another one
+NOTE_RIGHT = 0.5  # chance, in train and general; at 0.6, RL never stopped copying
+COPY_NOTE = 0.4  # chance that the box of a label of the warm start copies the note
 
 COLOURS = {
     "red": (215, 25, 30),
@@ -65,8 +72,6 @@ TASK_DEFAULTS = {
     "prompts_per_step": 16,  # x 8 responses = 128 per step, a few seconds on two cores
     "group_size": 8,  # more than the paper's 5, because responses are cheap
     "mini_batch": 16,  # one optimizer step per batch
-    "max_prompt_tokens": 128,  # a prompt has 55 tokens
-    "max_new_tokens": 40,  # a response has 31; `task_defaults` fits both to the grid
     "prompt_suffix": SUFFIX,  # says what the released suffix says in a third of the tokens
     "min_pixels": 56 * 56,  # a larger minimum would enlarge the 84 x 84 images
     "max_pixels": 336 * 336,
@@ -83,40 +88,21 @@ MODEL_DEFAULTS = {
 
 
 @dataclass(frozen=True)
-class Setting:
+class Setting(Flags):
     """Difficulty of the task, carelessness of the start model. ValueError outside the ranges."""
 
-    grid: int = 3  # cells per side
-    cell: int = 28  # pixels per side of a cell: one image token
-    colours: int = 3  # the first so many of COLOURS
-    most: int = 5  # the largest answer; 0..most are equally likely
-    filled: float = 0.6  # chance that a cell without the asked colour holds another one
-    radius: int = 6  # of a dot, in pixels; 6 is the largest that fits inside a patch
-    note_right: float = 0.5  # in train and general; at 0.6, RL never stopped copying
-    plain_share: float = 0.25  # chance, in train and warm start, that a question has no note
-    misread: float = 0.12  # warm-start labels: chance that a cell's colour is wrong
-    copy_note: float = 0.4  # warm-start labels: chance that the box copies the note
-    warm_steps: int = 250  # a larger grid needs more before the model begins to see
-    split: str = ""  # of EVAL_SPLITS, the one to evaluate; "": each
+    grid: int = flag(3, "cells per side", 1, 9)
+    colours: int = flag(3, "the first so many of COLOURS", 2, len(COLOURS))
+    most: int = flag(5, "the largest answer; 0..most are equally likely", 1)
+    plain_share: float = flag(0.25, "chance, in train and warm start, of no note", 0, 1)
+    misread: float = flag(0.12, "warm-start labels: chance that a cell's colour is wrong", 0, 1)
+    warm_steps: int = flag(250, "a larger grid needs more before the model begins to see")
+    split: str = flag("", "of EVAL_SPLITS, the one to evaluate; empty: each")
 
     def __post_init__(self):
-        limits = {
-            "grid": (1, 9),
-            "colours": (2, len(COLOURS)),
-            "most": (1, self.grid**2),
-            "radius": (1, 6),
-            "filled": (0, 1),
-            "note_right": (0, 1),
-            "plain_share": (0, 1),
-            "misread": (0, 1),
-            "copy_note": (0, 1),
-        }
-        for name, (low, high) in limits.items():
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise ValueError(f"toy setting {name}={value}: must be in {low}..{high}")
-        if self.cell < 1 or self.cell % (2 * PATCH):
-            raise ValueError(f"toy setting cell={self.cell}: must be a multiple of {2 * PATCH}")
+        super().__post_init__()
+        if self.most > self.grid**2:
+            raise ValueError(f"toy setting most={self.most}: more than {self.grid**2} cells")
         if self.split not in ("", *EVAL_SPLITS):
             choices = ", ".join(EVAL_SPLITS)
             raise ValueError(f"toy setting split={self.split}: choose one of {choices}")
@@ -146,21 +132,11 @@ def setting_of(spec: str | Path) -> Setting | None:
     return Setting(**values)
 
 
-def spec_of(setting: Setting) -> str:
-    """The shortest spec that setting_of turns into `setting`; "toy" for the default."""
-    assignments = []
-    for field in fields(Setting):
-        kind = type(field.default)
-        value = kind(getattr(setting, field.name))  # 0 becomes 0.0, as setting_of reads it
-        if value != field.default:
-            assignments.append(f"{field.name}={value}")
-    if not assignments:
-        return "toy"
-    return "toy:" + ",".join(assignments)
-
-
 def task_defaults(setting: Setting = DEFAULT) -> dict:
-    """TASK_DEFAULTS with lengths that fit the grid: a response has three tokens per cell."""
+    """TASK_DEFAULTS with lengths that fit the grid: a response has three tokens per cell.
+
+    The default's prompts have 55 tokens, its responses 31.
+    """
     cells = setting.grid**2
     return TASK_DEFAULTS | {"max_new_tokens": 3 * cells + 13, "max_prompt_tokens": cells + 119}
 
@@ -185,7 +161,7 @@ def data_of(model: str, data: str) -> str:
     """What --data means beside a model: a toy's has data of its own, and splits of it by name."""
     task_data = task_of(model).get("data", "")
     if task_data and data in EVAL_SPLITS:
-        return spec_of(replace(setting_of(task_data), split=data))
+        return f"{task_data}{',' if ':' in task_data else ':'}split={data}"
     return data or task_data
 
 
@@ -216,7 +192,7 @@ def make_scene(split: str, row: int, seed: int = 0, setting: Setting = DEFAULT) 
     answer = rng.randint(0, setting.most)
     cells = place_dots(asked, answer, rng, setting)
     note = answer
-    if split == "vision_dependent" or rng.random() >= setting.note_right:
+    if split == "vision_dependent" or rng.random() >= NOTE_RIGHT:
         note = rng.choice([n for n in range(setting.most + 1) if n != answer])
     if is_plain(split, row, seed, setting):
         note = None
@@ -240,7 +216,7 @@ def place_dots(asked: str, answer: int, rng: random.Random, setting: Setting) ->
     others = [colour for colour in colours_of(setting) if colour != asked]
     cells = []
     for _ in range(setting.grid**2 - answer):
-        cells.append(rng.choice(others) if rng.random() < setting.filled else NO_DOT)
+        cells.append(rng.choice(others) if rng.random() < FILLED else NO_DOT)
     cells += [asked] * answer
     rng.shuffle(cells)
     return cells
@@ -252,7 +228,7 @@ def render(cells: list[str], rng: random.Random, setting: Setting = DEFAULT) -> 
     Tints by row and column show a cell's address. Between white cells the warm start did not learn
     which cell a name like "b2" means.
     """
-    grid, size = setting.grid, setting.cell
+    grid, size = setting.grid, CELL
     image = Image.new("RGB", (grid * size, grid * size))
     pen = ImageDraw.Draw(image)
     shade = 80 // max(grid - 1, 1)
@@ -262,17 +238,17 @@ def render(cells: list[str], rng: random.Random, setting: Setting = DEFAULT) -> 
         tint = (255 - shade * row, 255 - shade * column, 215)
         pen.rectangle((left, top, left + size - 1, top + size - 1), fill=tint)
         if colour != NO_DOT:
-            x = left + dot_offset(rng, setting)
-            y = top + dot_offset(rng, setting)
-            width = 2 * setting.radius
+            x = left + dot_offset(rng)
+            y = top + dot_offset(rng)
+            width = 2 * RADIUS
             pen.ellipse((x, y, x + width, y + width), fill=COLOURS[colour])
     return image
 
 
-def dot_offset(rng: random.Random, setting: Setting) -> int:
+def dot_offset(rng: random.Random) -> int:
     """Pixels along one axis from a cell's edge to its dot: a random patch, a random place in it."""
-    patch = rng.randrange(setting.cell // PATCH)
-    return PATCH * patch + rng.randrange(PATCH - 2 * setting.radius)
+    patch = rng.randrange(CELL // PATCH)
+    return PATCH * patch + rng.randrange(PATCH - 2 * RADIUS)
 
 
 def cell_names(setting: Setting = DEFAULT) -> list[str]:
@@ -285,11 +261,14 @@ def write_response(
     cells: list[str], asked: str, box: int | None = None, setting: Setting = DEFAULT
 ) -> str:
     """The response that reads `cells`, counting `asked`, and boxes `box`, or its count if None."""
-    words, count = [], 0
-    for name, colour in zip(cell_names(setting), cells, strict=True):
-        count += colour == asked
-        words += [name, colour, str(count)]
-    boxed = count if box is None else box
+    counts = itertools.accumulate(int(colour == asked) for colour in cells)
+    return spell_out(cell_names(setting), cells, [*counts], box)
+
+
+def spell_out(names: list[str], cells: list[str], results: list[int], box: int | None) -> str:
+    """A response: per cell its name, content and the result so far; boxes the last, or `box`."""
+    words = [f"{name} {cell} {n}" for name, cell, n in zip(names, cells, results, strict=True)]
+    boxed = results[-1] if box is None else box
     return f"<think> {' '.join(words)} </think> \\boxed{{{boxed}}}"
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import sys
-from functools import cache
 from pathlib import Path
 
 from torch import Tensor
@@ -47,9 +46,8 @@ def load_variant(name: str, base: type, presets: tuple[str, ...]) -> type:
     return classes[0]
 
 
-@cache
 def _import_file(path: Path):
-    """The module of a file anywhere, which may import its neighbours. It is executed once."""
+    """The module of a file anywhere, which may import its neighbours."""
     name = f"variant_{path.stem}"  # unlike that of any other module
     sys.path.append(str(path.parent))
     spec = importlib.util.spec_from_file_location(name, path)

@@ -31,7 +31,9 @@ def test_the_labels_of_the_warm_start_misread_as_often_as_asked():
         wrong = [a != digits.WORDS[b] for a, b in zip(read, right, strict=True)]
         assert abs(np.mean(wrong) - chance) < 0.02  # three standard errors of 3,600 cells
     command = run.start_command("digits_hard", "folder")
-    assert command[-1] == "--misread=0.2" and toy.setting_of(run.SPEC).misread == digits.MISREAD
+    assert (
+        command[-1] == "--misread=0.2" and toy.setting_of(run.SPEC).misread == toy.DEFAULT.misread
+    )
 
 
 def test_the_task_trains_with_public_flags(tmp_path, monkeypatch):

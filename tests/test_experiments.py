@@ -12,6 +12,7 @@ from experiments import run
 from papo import algo_class, preset_settings
 from support import toy
 from support.config import parse_flags
+from support.run_folder import read_log
 from support.variants import variant_names
 
 report = pytest.importorskip("experiments.report", reason="the report needs scipy")
@@ -32,7 +33,7 @@ def test_every_planned_run_has_its_flags_and_no_choosing_seed_is_reported():
 
 def test_the_stored_results_are_the_plans():
     """Each was made with the flags that the protocol has, and none is there twice."""
-    stored = [line for file in run.RESULTS.glob("*.jsonl") for line in run.load(file)]
+    stored = [line for file in run.RESULTS.glob("*.jsonl") for line in read_log(file)]
     pairs = [(line["variant"], line["seed"]) for line in stored]
     assert len(set(pairs)) == len(pairs) > 500
     for line in stored:
@@ -47,7 +48,7 @@ def test_lines_added_at_once_are_all_there(tmp_path):
     file = tmp_path / "results" / "dots.jsonl"
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda i: run.append(file, {"n": i, "long": "x" * 5000}), range(40)))
-    assert sorted(line["n"] for line in run.load(file)) == list(range(40))
+    assert sorted(line["n"] for line in read_log(file)) == list(range(40))
 
 
 def test_a_result_is_kept_with_its_flags_origin_and_start_model(tmp_path, monkeypatch):

@@ -60,7 +60,7 @@ def fake_row(groups, mode):
     """build_pack's result for a GPU; which values it has is decided on the host."""
     with unset_fake_temporarily():
         row = packing.build_pack(groups, "", torch.zeros(1176), 2, "cpu")
-        sequences = row.attend._find_sequences()
+        sequences = row.attend.sequences
 
     def fake(value):
         return mode.from_tensor(value).to("cuda") if isinstance(value, torch.Tensor) else value

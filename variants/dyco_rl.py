@@ -32,8 +32,8 @@ from torch import Tensor
 from papo import Algo
 from support.batch import Group
 from support.config import flag
-from support.distributed import concat_over_ranks, reshard_root
-from support.packing import make_packs, owners
+from support.distributed import concat_over_ranks
+from support.packing import owners
 
 
 @dataclass(frozen=True)
@@ -71,22 +71,20 @@ def standardised(alignments: Tensor, all_alignments: Tensor) -> Tensor:
 def attention_alignments(policy, groups: list[Group], margin: float) -> list[Tensor]:
     """sigmoid(mean s) of every response, [G] float64 per group; all ranks call it."""
     last_layer = policy.model.config.get_text_config().num_hidden_layers - 1
-    found = []
-    packs = make_packs(groups, policy.tokens_per_forward)
-    for pack in packs:
-        lengths = [group.n_tokens for group in pack]
 
-        def probe(layer, query, key, scaling, pack=pack, lengths=lengths):
+    def of_pack(pack: list[Group]) -> Tensor:
+        lengths, found = [group.n_tokens for group in pack], []
+
+        def probe(layer, query, key, scaling):
             if layer == last_layer:
-                for group, *q_and_k in zip(
-                    pack, query[0].split(lengths, 1), key[0].split(lengths, 1), strict=True
-                ):
+                parts = (x[0].split(lengths, 1) for x in (query, key))
+                for group, *q_and_k in zip(pack, *parts, strict=True):
                     found.append(group_alignments(group, *q_and_k, scaling, margin))
 
         policy.probe_attention(pack, probe)
-    if packs:
-        reshard_root(policy.model)
-    return [each.double().cpu() for each in found[: len(groups)]]
+        return torch.cat(found)[:, None]
+
+    return [each[:, 0].double() for each in policy.per_group(groups, of_pack)]
 
 
 def group_alignments(
