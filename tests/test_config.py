@@ -35,14 +35,6 @@ def other_model(folder, tmp_path):
     return tmp_path / "other"
 
 
-@pytest.fixture()
-def harder_model(folder, tmp_path):
-    """The model of a harder toy."""
-    shutil.copytree(folder, tmp_path / "harder")
-    (tmp_path / "harder" / "task.json").write_text(json.dumps({"data": HARDER}))
-    return tmp_path / "harder"
-
-
 # ---------------------------------------------------------------------------------------- defaults
 
 
@@ -85,14 +77,13 @@ def test_a_resumed_run_keeps_its_flags(resolve, tmp_path, capsys):
         assert line.endswith(f"{flags} contradicts the run's {kept}")
 
 
-def test_the_task_travels_with_an_export(run, harder_model, other_model):
-    flags = f"--model {harder_model} --data toy --steps 1 --eval_every 0 --save_every 0"
-    exported = run("run", flags) / "model"
-    model = ["--model", str(exported)]
+def test_the_task_travels_with_an_export(run, folder, other_model):
+    (other_model / "task.json").write_text(json.dumps({"data": HARDER}))
+    flags = f"--model {other_model} --data toy --steps 1 --eval_every 0 --save_every 0"
+    model = ["--model", str(run("run", flags) / "model")]
     config = configure("A test.", model)
     assert (config.data, config.max_new_tokens) == (HARDER, 61)
     assert configure("A test.", [*model, "--data", "toy"]).max_new_tokens == 40
-    assert toy.defaults(str(other_model), "") == {}
     assert toy.defaults("some/hub-id", "PAPOGalaxy/PAPO_ViRL39K_train") == {}
 
 
@@ -112,7 +103,6 @@ def test_a_wrong_flag_is_one_line(capsys):
         ("--sise 3", "unknown flag --sise: the flags are files help name quick size"),
         ("name", "unknown flag name: the flags are"),
         ("--size three", "argument --size: invalid int value: 'three'"),
-        ("--name", "argument --name: expected one argument"),
     ]:
         with pytest.raises(SystemExit, match="2"):
             parse_flags("A test.", Flags, defaults={}, argv=line.split())
@@ -121,22 +111,19 @@ def test_a_wrong_flag_is_one_line(capsys):
 
 
 def test_another_toy_is_built_by_a_command(capsys):
-    for main in (train.main, evaluate.main):
-        with pytest.raises(SystemExit, match="2"):
-            main(["--model", "toy:grid=4"])
-        [error] = capsys.readouterr().err.splitlines()
-        assert "build it with `python -m experiments.start_model toy:grid=4 --out FOLDER`" in error
+    with pytest.raises(SystemExit, match="2"):
+        train.main(["--model", "toy:grid=4"])
+    [error] = capsys.readouterr().err.splitlines()
+    assert "build it with `python -m experiments.start_model toy:grid=4 --out FOLDER`" in error
 
 
 def test_values_out_of_range_are_named():
     for make, setting, value, message in [
         (train.Config, "rollout_batch", 0, "must be at least 1"),
-        (train.Config, "save_every", -1, "must be at least 0"),
         (train.Config, "max_grad_norm", 0.0, "must be above 0"),
         (train.Config, "top_p", 1.5, "must be between 0 and 1"),
         (train.Algo, "clip_dual", 0.0, "must be above 1"),
         (train.Algo, "mask_ratio", float("nan"), "choose a share"),
-        (evaluate.EvalConfig, "heat_patches", 0, "must be at least 1"),
         (evaluate.EvalConfig, "temperature", -1.0, "must be at least 0"),
     ]:
         with pytest.raises(ValueError, match=f"{setting}={value}: {message}"):
