@@ -14,14 +14,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import (
-    ROOT,
-    check_same_metrics,
-    lines_with,
-    metric_lines,
-    on_ranks,
-    run_flags,
-)
+from conftest import ROOT, check_same_metrics, lines_with, metric_lines, on_ranks, run_flags
 from transformers import AutoModelForImageTextToText
 
 import train

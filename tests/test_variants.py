@@ -11,14 +11,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import (
-    ROOT,
-    check_same_metrics,
-    check_same_weights,
-    examples,
-    generate,
-    metric_lines,
-)
+from conftest import ROOT, check_same_metrics, check_same_weights, examples, generate, metric_lines
 from transformers import AutoModelForImageTextToText
 
 import papo
