@@ -3,6 +3,9 @@
 test_rollout.py checks what is sampled, test_device.py that CUDA would sample the same.
 """
 
+from contextlib import nullcontext
+from unittest.mock import Mock
+
 import pytest
 import torch
 from conftest import generate, process_restored
@@ -16,21 +19,28 @@ from support.batch import Example, pad_and_cat
 from support.decoding import DecodingLoop
 
 
-class LargestAllocation(TorchDispatchMode):
-    """Notes the most bytes of new memory that an operation makes."""
+class Recorder(TorchDispatchMode):
+    """Lists the operations, with shapes, numbers and the addresses of what was there before."""
 
-    nbytes = 0
+    def __init__(self):
+        super().__init__()
+        self.calls, self.made, self.largest = [], set(), 0
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         result = operation(*args, **(kwargs or {}))
-        for storage in storages(result) - storages(args):
-            self.nbytes = max(self.nbytes, storage.nbytes())
+        given, out = tree_leaves((args, kwargs)), tensors(result)
+        numbers = [each for each in given if not isinstance(each, torch.Tensor)]
+        old = [x.data_ptr() for x in tensors(given) if x.untyped_storage() not in self.made]
+        shapes = [x.shape for x in tensors(given) + out]
+        self.calls.append((str(operation), shapes, numbers, old))
+        new = {x.untyped_storage() for x in out} - {x.untyped_storage() for x in tensors(given)}
+        self.made |= new
+        self.largest = max([self.largest, *(storage.nbytes() for storage in new)])
         return result
 
 
-def storages(values):
-    tensors = [each for each in tree_leaves(values) if isinstance(each, torch.Tensor)]
-    return {tensor.untyped_storage() for tensor in tensors}
+def tensors(values):
+    return [each for each in tree_leaves(values) if isinstance(each, torch.Tensor)]
 
 
 @pytest.fixture()
@@ -45,22 +55,32 @@ def sample_tokens(policy, prompts, **options):
     return pad_and_cat(groups, "tokens")
 
 
-def test_no_step_makes_anything_as_large_as_the_keys_of_a_layer(
-    endless_policy, encoder, monkeypatch
-):
-    """The prompts are longer than the vocabulary."""
+def test_a_step_can_be_replayed(endless_policy, encoder, monkeypatch):
+    """All steps of a block are the same operations on the same memory, and none makes anything as
+    large as the keys of one layer. The prompts are longer than the vocabulary."""
     original, steps = DecodingLoop.step, []
 
     def step(self):
-        with LargestAllocation() as largest:
+        with Recorder() as recorder:
             original(self)
-        steps.append(largest.nbytes < self.cache.layers[0][0].nbytes)
+        steps.append(recorder.calls)
+        assert recorder.largest < self.cache.layers[0][0].nbytes
 
     monkeypatch.setattr(DecodingLoop, "step", step)
+    monkeypatch.setitem(decoding.BLOCK, "cpu", 5)
     questions = ["How many dots are there" + " really" * n + "?" for n in (100, 85)]
     prompts = [encoder.encode(Example(text, "1", []), i) for i, text in enumerate(questions)]
     sample_tokens(endless_policy, prompts, max_new_tokens=10)
-    assert steps == [True] * 10
+    assert len(steps) == 10
+    assert steps[:5] == [steps[0]] * 5 and steps[5:] == [steps[5]] * 5
+
+
+def test_a_step_is_taken_once_then_recorded_and_replayed(monkeypatch):
+    graph, step = Mock(), Mock()
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **options: nullcontext())
+    assert decoding.repeat(step, 5, CUDA) is graph
+    assert (step.call_count, graph.replay.call_count) == (2, 4)
 
 
 def test_the_host_waits_once_per_block(endless_policy, prompts, device, monkeypatch):
