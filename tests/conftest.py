@@ -18,7 +18,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # not as many as are idle: the sa
 import pytest
 import torch
 import torch.distributed as dist
-from matplotlib.figure import Figure
 from PIL import Image
 from pretend_device import PretendDevice
 from transformers import AutoModelForImageTextToText
@@ -27,7 +26,6 @@ import rollout
 import train
 from experiments import start_model
 from rollout import Sampling
-from support import curves
 from support.batch import Example
 from support.qwen_vl import Encoder, Policy
 
@@ -248,17 +246,3 @@ def check_same_weights(run_folder, other):
 
 def lines_with(text, word):
     return [line for line in text.splitlines() if word in line]
-
-
-@pytest.fixture
-def figures(monkeypatch):
-    """The figures that support/ draws, kept so that a test can look inside them."""
-    made = []
-
-    class RecordedFigure(Figure):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            made.append(self)
-
-    monkeypatch.setattr(curves, "Figure", RecordedFigure)
-    return made

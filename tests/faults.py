@@ -59,16 +59,14 @@ def is_saving(run_dir: Path) -> bool:
 
 def kill(process: subprocess.Popen, run_dir: Path, during_save: bool, rng: random.Random) -> str:
     """SIGKILL the process and its descendants at some moment. Returns what it was doing."""
-    lines = len(read_log(run_dir / "metrics.jsonl"))
-    enough, latest = lines + rng.randrange(3), time.time() + rng.choice([1e9, 15 * rng.random()])
+    enough = len(read_log(run_dir / "metrics.jsonl")) + rng.randrange(3)
+    latest = time.time() + rng.choice([1e9, 15 * rng.random()])
     while process.poll() is None:
-        if len(read_log(run_dir / "metrics.jsonl")) > enough:
-            if not during_save:
-                time.sleep(rng.random())
-                break
-            if is_saving(run_dir):
-                break
-        elif not during_save and time.time() > latest:
+        has_enough = len(read_log(run_dir / "metrics.jsonl")) > enough
+        if during_save and has_enough and is_saving(run_dir):
+            break
+        if not during_save and (has_enough or time.time() > latest):
+            time.sleep(rng.random())
             break
         time.sleep(0.002)
     assert process.poll() is None, f"the run ended by itself: {process.stderr.read()[-2000:]}"
@@ -83,8 +81,8 @@ def kill(process: subprocess.Popen, run_dir: Path, during_save: bool, rng: rando
 def compare_with_killed(model: str, scratch: Path, kills: int, ranks: int) -> list[str]:
     """Run once untouched and once with kills, and compare. Returns what the kills hit."""
     untouched, killed, moments = scratch / "untouched", scratch / "killed", []
-    rng, steps = random.Random(0), 2 * kills + 4
-    flags = f"--steps {steps} --eval_every 3 --save_every 1"
+    rng = random.Random(0)
+    flags = f"--steps {2 * kills + 4} --eval_every 3 --save_every 1"
     reference = launch(ranks, *run_flags(model, untouched, flags))
     for number in range(kills):
         begun = (killed / "config.json").exists()
@@ -94,8 +92,6 @@ def compare_with_killed(model: str, scratch: Path, kills: int, ranks: int) -> li
     for process in (launch(ranks, "--resume", str(killed)), reference):
         _, errors = process.communicate()
         assert process.returncode == 0, errors[-3000:]
-    steps_logged = [x["step"] for x in read_log(killed / "metrics.jsonl") if "reward" in x]
-    assert steps_logged == list(range(1, steps + 1))
     assert all((path / ".metadata").exists() for path in killed.glob("checkpoints/step_*"))
     check_same_metrics(untouched, killed)
     check_same_weights(untouched, killed)
