@@ -4,6 +4,7 @@
 import copy
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -148,8 +149,8 @@ def record_calls(monkeypatch):
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
-STANDALONE = [*TORCHRUN, "--standalone"]  # on a free port, since tests may run side by side
+# Standalone: on a free port, since tests may run side by side.
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 SMALL_RUN = (
     "--data toy --val_data toy --prompts_per_step 5 --mini_batch 3 --group_size 3 "
     "--max_new_tokens 6 --eval_rows 4 --eval_every 2 --tokens_per_forward 150 --rollout_batch 6 "
@@ -207,7 +208,7 @@ def run_flags(folder, out, flags):
 def on_ranks(n, *args, script=ROOT / "train.py", **environment):
     """Run train.py, or another script, under torchrun; returns the finished process."""
     return subprocess.run(
-        [*STANDALONE, "--nproc_per_node", str(n), str(script), *args],
+        [*TORCHRUN, "--nproc_per_node", str(n), str(script), *args],
         env=ENVIRONMENT | environment,
         capture_output=True,
         text=True,
@@ -242,6 +243,21 @@ def check_same_weights(run_folder, other):
     )
     assert weights.keys() == other_weights.keys()
     assert all(torch.equal(weights[name], other_weights[name]) for name in weights)
+
+
+@contextmanager
+def full_disk(limit):
+    """No file may grow past `limit` bytes: writing fails as it does on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def checkpoint_names(run_folder):
+    return sorted(path.name for path in run_folder.glob("checkpoints/*"))
 
 
 def lines_with(text, word):

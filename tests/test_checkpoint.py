@@ -1,31 +1,28 @@
-"""Saving, resuming and stopping: on full disks, with damaged files, after signals and crashes."""
+"""Saving, resuming and stopping: on full disks, with damaged files, after signals."""
 
 import copy
 import fcntl
 import itertools
 import json
 import os
-import re
-import resource
 import shutil
 import signal
 import weakref
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import Mock
 
-import faults
 import pytest
 import torch
 from conftest import (
     FINISHED,
     check_same_metrics,
     check_same_weights,
+    checkpoint_names,
+    full_disk,
     lines_with,
     metric_lines,
-    on_ranks,
     process_restored,
-    run_flags,
 )
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForImageTextToText
@@ -34,24 +31,6 @@ import evaluate
 import train
 from support import checkpoint, distributed, run_folder
 from support.qwen_vl import Policy
-
-FAULTY_RANK = Path(__file__).parent / "faulty_rank.py"
-
-
-@contextmanager
-def full_disk(limit):
-    """No file may grow past `limit` bytes: writing fails as it does on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def checkpoint_names(folder):
-    return sorted(path.name for path in folder.glob("checkpoints/*"))
-
 
 # ----------------------------------------------------------------------------- checkpoints and logs
 
@@ -242,38 +221,3 @@ def test_a_folder_in_use_or_without_a_checkpoint_is_kept(finished_copy, monkeypa
     monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(38, "Function not implemented")))
     run_folder.lock(finished_copy).close()
     assert f"{finished_copy} cannot be locked" in capsys.readouterr().err
-
-
-# ------------------------------------------------------------------------------------ several ranks
-
-
-@pytest.mark.slow
-def test_a_full_disk_on_one_rank_and_resuming_on_other_numbers(run, folder, tmp_path):
-    """Two ranks, then one, then two replicas: the numbers of one rank throughout."""
-    out, flags = tmp_path / "changing", "--eval_every 0 --save_every 1"
-    args = run_flags(folder, out, f"{flags} --steps 2")
-    done = on_ranks(2, *args, script=FAULTY_RANK, FAULT="full_disk")
-    assert done.returncode == 0, done.stderr[-3000:]
-    [error] = lines_with(done.stderr, "error:")
-    assert error.startswith("error: the checkpoint of step 1 is not written: ")
-    assert checkpoint_names(out) == ["step_000002"]
-    one_rank = run("one_rank", f"{flags} --steps 4")
-    train.main(["--resume", str(out), "--steps", "3"])
-    done = on_ranks(2, "--resume", str(out), "--steps", "4", "--shard_size", "1")
-    assert done.returncode == 0, done.stderr[-3000:]
-    check_same_metrics(one_rank, out, rel=1e-3, abs=1e-5)
-
-
-@pytest.mark.slow
-def test_a_crashed_rank_ends_the_job_with_its_own_error(folder, tmp_path):
-    args = run_flags(folder, tmp_path / "crashed", "--steps 3 --eval_every 0")
-    done = on_ranks(2, *args, script=FAULTY_RANK, FAULT="crash")
-    assert done.returncode != 0
-    error = re.compile(r"^(?:\[rank\d\]:? ?)?(\w*(?:Error|Exception)\b.*)", re.MULTILINE)
-    assert error.search(done.stderr)[1] == "ZeroDivisionError: something broke on rank 1"
-
-
-@pytest.mark.slow
-def test_kills_at_random_moments(folder, tmp_path):
-    """Three SIGKILLs and resumes, one of them during a save; tests/faults.py does twenty."""
-    assert faults.compare_with_killed(folder, tmp_path, kills=3, ranks=1)[0] == "saving"
