@@ -1,7 +1,6 @@
 """LoRA: adapters beside frozen weights, the reference without them, checkpoints and exports."""
 
 import copy
-import shutil
 from pathlib import Path
 
 import pytest
@@ -124,17 +123,6 @@ def test_a_checkpoint_holds_adapters_and_resumes_exactly(run):
     train.main(["--resume", str(half), "--steps", "3"])
     check_same_metrics(whole, half)
     check_same_weights(whole, half)
-
-
-def test_adapters_have_a_learning_rate_of_their_own(folder, tmp_path):
-    """A toy model's own would go before it, and a given one does."""
-    model = shutil.copytree(folder, tmp_path / "no_toy", ignore=lambda *_: ["task.json"])
-    data = f"--model {model} --data toy --val_data none --out {tmp_path / 'run'}"
-    for flags, expected in (("--lora_rank 4", 1e-5), ("--lora_rank=4 --lr 1", 1.0), ("", 1e-6)):
-        with process_restored():
-            built = train.build_run(f"{data} {flags}".split())
-            built.grader.close()
-            assert built.config.lr == expected, flags
 
 
 @pytest.mark.slow

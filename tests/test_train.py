@@ -237,10 +237,7 @@ def test_groups_that_cannot_be_compared_have_no_advantage(prompts, dynamic_sampl
 
 @pytest.mark.parametrize(
     "body, message",
-    [
-        ("import time; time.sleep(60)", "--reward_deadline"),
-        ("raise KeyError('no such answer')", "no such answer"),
-    ],
+    [("import time; time.sleep(60)", "--reward_deadline"), ("raise KeyError('none')", "none")],
 )
 def test_a_reward_that_never_works_ends_the_run(run, tmp_path, capsys, body, message):
     file = tmp_path / "mine.py"
@@ -251,20 +248,25 @@ def test_a_reward_that_never_works_ends_the_run(run, tmp_path, capsys, body, mes
     assert message in error
 
 
-@pytest.mark.parametrize(
-    "names, is_free",
-    [
-        ((), True),
-        ((".lock", "config.json", "data.json", "mine.py"), True),
-        (("mine.py",), False),
-        (("config.json", "metrics.jsonl"), False),
-        (("config.json", "checkpoints"), False),
-    ],
-)
-def test_a_start_that_failed_leaves_its_folder_free(tmp_path, names, is_free):
-    for name in names:
-        (tmp_path / name).touch()
-    assert run_folder.is_unused(tmp_path) == is_free
+def test_a_new_run_overwrites_none(tmp_path, monkeypatch):
+    """But a start that failed leaves its folder free."""
+    monkeypatch.chdir(tmp_path)
+    config = SimpleNamespace(algo="../some/my_idea.py", model="toy/", seed=3)
+    for name in ("runs/my_idea-toy-s3", "runs/my_idea-toy-s3-2"):
+        assert run_folder.free_name(config) == name
+        Path(name).mkdir(parents=True)
+    for names, is_free in [
+        ("", True),
+        (".lock config.json data.json mine.py", True),
+        ("mine.py", False),
+        ("config.json metrics.jsonl", False),
+        ("config.json checkpoints", False),
+    ]:
+        folder = tmp_path / (names or "empty")
+        folder.mkdir()
+        for name in names.split():
+            (folder / name).touch()
+        assert run_folder.is_unused(folder) == is_free
 
 
 def test_errors_are_one_line(run, finished, capsys):
