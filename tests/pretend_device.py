@@ -114,9 +114,9 @@ class PretendDevice:
         here = any(map(self.holds, inputs))
         if here:
             self._check(operation, args, inputs)
-        if not (here if self._placement is None else self._placement):
-            return operation(*args, **kwargs)
         result = operation(*args, **kwargs)
+        if not (here if self._placement is None else self._placement):
+            return result
         known = {x.untyped_storage() for x in inputs}
         self._storages.update({x.untyped_storage() for x in _tensors([result])} - known)
         if operation.overloadpacket in UNINITIALISED:
