@@ -16,8 +16,7 @@ What only a GPU shows: kernels with limits or errors of their own, streams, memo
 
 from __future__ import annotations
 
-import linecache
-import sys
+import traceback
 import weakref
 from collections import Counter
 from contextlib import contextmanager
@@ -168,16 +167,13 @@ def _tensors(values) -> list[Tensor]:
 def _source_line() -> str:
     """The line that is running, such as "papo.py: loss.backward()": the innermost one of this
     project or of transformers."""
-    frame = sys._getframe()
-    while frame:
-        path = frame.f_code.co_filename
-        in_transformers = path.startswith(TRANSFORMERS)
+    for frame in reversed(traceback.extract_stack()):
+        path = frame.filename
+        if path.startswith(TRANSFORMERS):
+            return f"transformers {Path(path).name}: {frame.line}"
         # A virtual environment may lie in the project's folder.
-        in_project = path.startswith(PROJECT) and "site-packages" not in path
-        if in_transformers or in_project and path != __file__:
-            line = f"{Path(path).name}: {linecache.getline(path, frame.f_lineno).strip()}"
-            return f"transformers {line}" if in_transformers else line
-        frame = frame.f_back
+        if path.startswith(PROJECT) and "site-packages" not in path and path != __file__:
+            return f"{Path(path).name}: {frame.line}"
     return "elsewhere"
 
 
