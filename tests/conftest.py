@@ -5,7 +5,6 @@ import copy
 import json
 import os
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -75,19 +74,13 @@ def random_image(width, height, seed=0):
 
 def examples():
     """Questions with one image, with two, with none, and with an oblong one."""
+    two = [random_image(56, 84, 1), random_image(112, 56, 2)]
+    oblong = "A note says 3. <image>How many blue dots are there in total?"
     return [
         Example("<image>How many red dots are there?", "1", [random_image(84, 84)]),
-        Example(
-            "<image>and <image>: how many green dots?",
-            "2",
-            [random_image(56, 84, 1), random_image(112, 56, 2)],
-        ),
+        Example("<image>and <image>: how many green dots?", "2", two),
         Example("How many dots?", "3", []),
-        Example(
-            "A note says 3. <image>How many blue dots are there in total?",
-            "0",
-            [random_image(140, 56)],
-        ),
+        Example(oblong, "0", [random_image(140, 56)]),
     ]
 
 
@@ -148,7 +141,6 @@ def record_calls(monkeypatch):
 # --------------------------------------------------------------------------------------------- runs
 
 ROOT = Path(__file__).parent.parent
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 # Standalone: on a free port, since tests may run side by side.
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 SMALL_RUN = (
@@ -194,12 +186,6 @@ def finished(folder, tmp_path_factory):
     return out
 
 
-@pytest.fixture()
-def finished_copy(finished, tmp_path):
-    """A copy to write to."""
-    return shutil.copytree(finished, tmp_path / "finished")
-
-
 def run_flags(folder, out, flags):
     """What follows train.py on the command line of a small run."""
     return [*SMALL_RUN.split(), "--model", str(folder), "--out", str(out), *flags.split()]
@@ -209,7 +195,7 @@ def on_ranks(n, *args, script=ROOT / "train.py", **environment):
     """Run train.py, or another script, under torchrun; returns the finished process."""
     return subprocess.run(
         [*TORCHRUN, "--nproc_per_node", str(n), str(script), *args],
-        env=ENVIRONMENT | environment,
+        env=os.environ | environment,
         capture_output=True,
         text=True,
         timeout=600,

@@ -203,21 +203,22 @@ def test_out_of_memory_is_one_line(run, monkeypatch):
         run("oom", "--steps 1 --eval_every 0")
 
 
-def test_a_folder_in_use_or_without_a_checkpoint_is_kept(finished_copy, monkeypatch, capsys):
+def test_a_folder_in_use_or_without_a_checkpoint_is_kept(finished, tmp_path, monkeypatch, capsys):
     """A killed torchrun's workers may still hold it when the job is started again."""
-    before = (finished_copy / "metrics.jsonl").read_bytes()
+    folder = shutil.copytree(finished, tmp_path / "finished")
+    before = (folder / "metrics.jsonl").read_bytes()
 
     def check_refused(message):
         with process_restored(), pytest.raises(SystemExit, match="2"):
-            train.main(["--resume", str(finished_copy), "--steps", "4"])
+            train.main(["--resume", str(folder), "--steps", "4"])
         assert message in capsys.readouterr().err
-        assert (finished_copy / "metrics.jsonl").read_bytes() == before
+        assert (folder / "metrics.jsonl").read_bytes() == before
 
-    holder = run_folder.lock(finished_copy)
-    check_refused(f"{finished_copy} is in use by process {os.getpid()} on ")
+    holder = run_folder.lock(folder)
+    check_refused(f"{folder} is in use by process {os.getpid()} on ")
     holder.close()  # as when the process ends
-    shutil.rmtree(finished_copy / "checkpoints")
-    check_refused(f"{finished_copy} has a model but no checkpoint: nothing to resume")
+    shutil.rmtree(folder / "checkpoints")
+    check_refused(f"{folder} has a model but no checkpoint: nothing to resume")
     monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(38, "Function not implemented")))
-    run_folder.lock(finished_copy).close()
-    assert f"{finished_copy} cannot be locked" in capsys.readouterr().err
+    run_folder.lock(folder).close()
+    assert f"{folder} cannot be locked" in capsys.readouterr().err

@@ -109,17 +109,9 @@ def test_a_wrong_flag_is_one_line(capsys, flags, message):
     assert message in error
 
 
-def test_another_toy_is_built_by_a_command(capsys):
-    with pytest.raises(SystemExit, match="2"):
-        train.main(["--model", "toy:grid=4"])
-    [error] = capsys.readouterr().err.splitlines()
-    assert "build it with `python -m experiments.start_model toy:grid=4 --out FOLDER`" in error
-
-
 def test_values_out_of_range_are_named():
     for make, setting, value, message in [
         (train.Config, "rollout_batch", 0, "must be at least 1"),
-        (train.Config, "max_grad_norm", 0.0, "must be above 0"),
         (train.Config, "top_p", 1.5, "must be between 0 and 1"),
         (train.Algo, "clip_dual", 0.0, "must be above 1"),
         (train.Algo, "mask_ratio", float("nan"), "choose a share"),

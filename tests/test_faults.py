@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 from conftest import (
-    ENVIRONMENT,
     ROOT,
     TORCHRUN,
     check_same_metrics,
@@ -40,7 +39,7 @@ def launch(ranks, *flags):
     """Start a run as a user would: plain Python for one rank, torchrun for more."""
     python = [sys.executable] if ranks == 1 else [*TORCHRUN, f"--nproc_per_node={ranks}"]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*python, str(ROOT / "train.py"), *flags], env=ENVIRONMENT, **quiet)
+    return subprocess.Popen([*python, str(ROOT / "train.py"), *flags], **quiet)
 
 
 def process_tree(pid):

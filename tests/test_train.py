@@ -274,6 +274,7 @@ def test_errors_are_one_line(run, finished, capsys):
         ("--algo ppo", "'ppo': choose one of grpo, dapo, papo_g"),
         ("--mask_strategy blur", "'random', 'semantic', 'noise'"),
         ("--model /no/such/folder", "/no/such/folder"),
+        ("--model toy:grid=4", "build it with `python -m experiments.start_model toy:grid=4 --out"),
         (f"--model {finished}", f"is the folder of a run: its model is {finished}/model"),
         ("--resume /no/such/run", "no config.json there"),
         ("--group_size 1", "group_size=1: give at least 2"),
