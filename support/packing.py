@@ -112,8 +112,8 @@ def owners(group: Group) -> Tensor:
     return torch.arange(len(counts)).repeat_interleave(counts)
 
 
-def build_pack(groups: list[Group], view: str, encoder, device) -> Pack:
-    """Groups -> Pack. view: of the images, if not they themselves."""
+def build_pack(groups: list[Group], view: str, black: Tensor, merge: int, device) -> Pack:
+    """Groups -> Pack. view: of the images, if not they themselves. black, merge: the encoder's."""
     ids, positions, image_tokens, predicts, targets = [], [], [], [], []
     start = 0
     for group in groups:
@@ -130,7 +130,7 @@ def build_pack(groups: list[Group], view: str, encoder, device) -> Pack:
         predicts.append(start + predictor[mask])
         targets.append(group.tokens[mask])
         start += len(prompt) + n_fed
-    pixel_values, grid = _images(groups, view, encoder, device)
+    pixel_values, grid = _images(groups, view, black, merge, device)
     return Pack(
         input_ids=torch.cat(ids)[None].to(device),
         position_ids=torch.cat(positions, 1)[:, None].to(device),
@@ -143,14 +143,13 @@ def build_pack(groups: list[Group], view: str, encoder, device) -> Pack:
     )
 
 
-def _images(groups, view: str, encoder, device) -> tuple[Tensor, Tensor]:
+def _images(groups, view: str, black: Tensor, merge: int, device) -> tuple[Tensor, Tensor]:
     """Patches and grids of the groups' images, or of a view of them."""
     with_image = [group for group in groups if group.has_image]
     if not with_image:
         # Under FSDP no rank may skip the vision tower: one black token whose features go nowhere.
-        merge = encoder.images.merge_size
         one_token = torch.tensor([[1, merge, merge]])
-        return encoder.black_patch.expand(merge**2, -1).to(device), one_token.to(device)
+        return black.expand(merge**2, -1).to(device), one_token.to(device)
     if view:
         pixel_values = [group.view_pixel_values[view] for group in with_image]
     else:

@@ -357,7 +357,8 @@ class Policy:
         self.model.pack_hidden_states(pack, attend)
 
     def _pack(self, groups: list[Group], view: str = "") -> Pack:
-        return build_pack(groups, view, self.encoder, self.device)
+        merge_size = self.encoder.images.merge_size
+        return build_pack(groups, view, self.encoder.black_patch, merge_size, self.device)
 
     def _unflatten(self, flat: Tensor, groups: list[Group]) -> Tensor:
         """Values of the tokens of all responses, one after the other, as [B, T]; 0 at padding."""

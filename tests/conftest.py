@@ -4,7 +4,7 @@
 import copy
 import json
 import os
-import shutil
+import resource
 import signal
 import subprocess
 import sys
@@ -18,7 +18,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # not as many as are idle: the sa
 import pytest
 import torch
 import torch.distributed as dist
-from matplotlib.figure import Figure
 from PIL import Image
 from pretend_device import PretendDevice
 from transformers import AutoModelForImageTextToText
@@ -27,7 +26,6 @@ import rollout
 import train
 from experiments import start_model
 from rollout import Sampling
-from support import curves
 from support.batch import Example
 from support.qwen_vl import Encoder, Policy
 
@@ -76,19 +74,13 @@ def random_image(width, height, seed=0):
 
 def examples():
     """Questions with one image, with two, with none, and with an oblong one."""
+    two = [random_image(56, 84, 1), random_image(112, 56, 2)]
+    oblong = "A note says 3. <image>How many blue dots are there in total?"
     return [
         Example("<image>How many red dots are there?", "1", [random_image(84, 84)]),
-        Example(
-            "<image>and <image>: how many green dots?",
-            "2",
-            [random_image(56, 84, 1), random_image(112, 56, 2)],
-        ),
+        Example("<image>and <image>: how many green dots?", "2", two),
         Example("How many dots?", "3", []),
-        Example(
-            "A note says 3. <image>How many blue dots are there in total?",
-            "0",
-            [random_image(140, 56)],
-        ),
+        Example(oblong, "0", [random_image(140, 56)]),
     ]
 
 
@@ -149,9 +141,8 @@ def record_calls(monkeypatch):
 # --------------------------------------------------------------------------------------------- runs
 
 ROOT = Path(__file__).parent.parent
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
-STANDALONE = [*TORCHRUN, "--standalone"]  # on a free port, since tests may run side by side
+# Standalone: on a free port, since tests may run side by side.
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 SMALL_RUN = (
     "--data toy --val_data toy --prompts_per_step 5 --mini_batch 3 --group_size 3 "
     "--max_new_tokens 6 --eval_rows 4 --eval_every 2 --tokens_per_forward 150 --rollout_batch 6 "
@@ -195,12 +186,6 @@ def finished(folder, tmp_path_factory):
     return out
 
 
-@pytest.fixture()
-def finished_copy(finished, tmp_path):
-    """A copy to write to."""
-    return shutil.copytree(finished, tmp_path / "finished")
-
-
 def run_flags(folder, out, flags):
     """What follows train.py on the command line of a small run."""
     return [*SMALL_RUN.split(), "--model", str(folder), "--out", str(out), *flags.split()]
@@ -209,8 +194,8 @@ def run_flags(folder, out, flags):
 def on_ranks(n, *args, script=ROOT / "train.py", **environment):
     """Run train.py, or another script, under torchrun; returns the finished process."""
     return subprocess.run(
-        [*STANDALONE, "--nproc_per_node", str(n), str(script), *args],
-        env=ENVIRONMENT | environment,
+        [*TORCHRUN, "--nproc_per_node", str(n), str(script), *args],
+        env=os.environ | environment,
         capture_output=True,
         text=True,
         timeout=600,
@@ -246,19 +231,20 @@ def check_same_weights(run_folder, other):
     assert all(torch.equal(weights[name], other_weights[name]) for name in weights)
 
 
+@contextmanager
+def full_disk(limit):
+    """No file may grow past `limit` bytes: writing fails as it does on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def checkpoint_names(run_folder):
+    return sorted(path.name for path in run_folder.glob("checkpoints/*"))
+
+
 def lines_with(text, word):
     return [line for line in text.splitlines() if word in line]
-
-
-@pytest.fixture
-def figures(monkeypatch):
-    """The figures that support/ draws, kept so that a test can look inside them."""
-    made = []
-
-    class RecordedFigure(Figure):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            made.append(self)
-
-    monkeypatch.setattr(curves, "Figure", RecordedFigure)
-    return made

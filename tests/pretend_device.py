@@ -7,20 +7,19 @@ say that they are on cuda:0, and code takes its CUDA branches. Inside `with devi
 - `syncs` counts, by source line, where the host waits for the device: values it reads, copies
   either way, shapes that depend on values;
 - memory that nobody has written holds NaN;
-- `torch.cuda.CUDAGraph` and `torch.cuda.graph` are stand-ins (see `Graph`), and a graph that is
-  freed before the host has waited for its replays is an error.
+- the steps of decoding run one by one, where CUDA would replay a recording of the first: a wait in
+  a replayed step is an error, and so is a recording that is freed before the host has waited for
+  its replays. (test_decoding.py checks that all steps are the same operations on the same memory.)
 
 What only a GPU shows: kernels with limits or errors of their own, streams, memory, and time.
 """
 
 from __future__ import annotations
 
-import linecache
-import sys
+import traceback
 import weakref
 from collections import Counter
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,8 +27,10 @@ import transformers
 from torch import Tensor
 from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from support import decoding
 
 CUDA = torch.device("cuda", 0)
 MIXED = "Expected all tensors to be on the same device, but found cuda:0 and cpu"
@@ -49,8 +50,7 @@ class PretendDevice:
 
     def __init__(self):
         self.syncs: Counter[str] = Counter()
-        self.graph: Graph | None = None  # the one that is being captured
-        self.queued: list[weakref.ref] = []  # graphs whose replays nobody has waited for
+        self.queued: list[weakref.ref] = []  # recordings whose replays nobody has waited for
         self._storages = weakref.WeakSet()
         self._placement: bool | None = None  # whether new tensors go here; None: as their operands
         self._modes = _Functions(self), _Operations(self)
@@ -60,8 +60,7 @@ class PretendDevice:
 
         torch.cuda.is_available() stays as it is: torch itself would go on to look for a driver.
         """
-        monkeypatch.setattr(torch.cuda, "CUDAGraph", partial(Graph, self))
-        monkeypatch.setattr(torch.cuda, "graph", self._capture)
+        monkeypatch.setattr(decoding, "repeat", self._repeat)
         name = "_group_tensors_by_device_and_dtype"  # of optimizers; asks C++ where tensors are
         group = getattr(torch._C, name)
 
@@ -93,11 +92,9 @@ class PretendDevice:
     def sync(self, kind: str) -> None:
         """Note that the host waits for the device."""
         line = f"{kind}: {_source_line()}"
-        if self.graph is not None:
-            raise RuntimeError(f"operation not permitted when stream is capturing ({line})")
         if kind in ("value", "shape", "download"):
-            if not all(graph() for graph in self.queued):
-                raise RuntimeError(f"a graph was freed while its replays were queued ({line})")
+            if not all(recording() for recording in self.queued):
+                raise RuntimeError(f"a recording was freed while its replays were queued ({line})")
             self.queued.clear()
         self.syncs[line] += 1
 
@@ -116,14 +113,13 @@ class PretendDevice:
         here = any(map(self.holds, inputs))
         if here:
             self._check(operation, args, inputs)
+        result = operation(*args, **kwargs)
         if not (here if self._placement is None else self._placement):
-            return operation(*args, **kwargs)
-        run = operation if self.graph is None else partial(self.graph.record, operation)
-        result = run(*args, **kwargs)
+            return result
         known = {x.untyped_storage() for x in inputs}
         self._storages.update({x.untyped_storage() for x in _tensors([result])} - known)
         if operation.overloadpacket in UNINITIALISED:
-            _forget(result)
+            result.untyped_storage().fill_(0xFF)  # as floats NaN, as integers -1
         return result
 
     def _check(self, operation, args: tuple, inputs: list[Tensor]) -> None:
@@ -145,14 +141,22 @@ class PretendDevice:
         if any(x.dim() or not takes_scalars for x in inputs if not self.holds(x)):
             raise RuntimeError(f"{MIXED} ({operation} at {_source_line()})")
 
-    @contextmanager
-    def _capture(self, graph: Graph, **options):
-        """Stands in for torch.cuda.graph."""
-        self.graph = graph
-        try:
-            yield
-        finally:
-            self.graph = None
+    def _repeat(self, step, times: int, device) -> Recording:
+        """Stands in for decoding.repeat."""
+        step()
+        before = self.syncs.copy()
+        for _ in range(times - 1):
+            step()
+        if self.syncs != before:
+            raise RuntimeError(f"a replayed step makes the host wait: {self.syncs - before}")
+        recording = Recording()
+        if device == CUDA:
+            self.queued.append(weakref.ref(recording))
+        return recording
+
+
+class Recording:
+    """Stands in for a CUDA graph."""
 
 
 def _tensors(values) -> list[Tensor]:
@@ -163,23 +167,14 @@ def _tensors(values) -> list[Tensor]:
 def _source_line() -> str:
     """The line that is running, such as "papo.py: loss.backward()": the innermost one of this
     project or of transformers."""
-    frame = sys._getframe()
-    while frame:
-        path = frame.f_code.co_filename
-        in_transformers = path.startswith(TRANSFORMERS)
+    for frame in reversed(traceback.extract_stack()):
+        path = frame.filename
+        if path.startswith(TRANSFORMERS):
+            return f"transformers {Path(path).name}: {frame.line}"
         # A virtual environment may lie in the project's folder.
-        in_project = path.startswith(PROJECT) and "site-packages" not in path
-        if in_transformers or in_project and path != __file__:
-            line = f"{Path(path).name}: {linecache.getline(path, frame.f_lineno).strip()}"
-            return f"transformers {line}" if in_transformers else line
-        frame = frame.f_back
+        if path.startswith(PROJECT) and "site-packages" not in path and path != __file__:
+            return f"{Path(path).name}: {frame.line}"
     return "elsewhere"
-
-
-def _forget(tensor: Tensor) -> Tensor:
-    """Overwrite its memory: as floats NaN, as integers -1."""
-    tensor.untyped_storage().fill_(0xFF)
-    return tensor
 
 
 # ---------------------------------------------------------------------------------------- its modes
@@ -259,56 +254,3 @@ class _Functions(TorchFunctionMode):
         options = {"allow_unreachable": True, "accumulate_grad": True}
         with self:  # hooks and recomputed layers run in it
             _engine_run_backward((tensor,), (gradient,), False, False, (), **options)
-
-
-# ------------------------------------------------------------------------------------------- graphs
-
-
-class Graph:
-    """Stands in for torch.cuda.CUDAGraph.
-
-    While it is captured nothing runs: results have their shape but no values, and nothing is
-    written. A replay runs the operations on the same memory.
-    """
-
-    def __init__(self, device: PretendDevice):
-        self.device = device
-        self.calls = []
-
-    def record(self, operation, *args, **kwargs):
-        """Returns what the operation would return."""
-        made = []
-        if operation._schema.is_mutable:
-            result = kwargs.get("out", args[0]) if operation._schema.returns else None
-        elif _is_view(operation):
-            return operation(*args, **kwargs)
-        else:
-            # torch's meta device knows shapes alone.
-            meta_args, meta_kwargs = tree_map(self._to_meta, (args, kwargs))
-            result = tree_map(_without_values, operation(*meta_args, **meta_kwargs))
-            made = _tensors([result])
-        self.calls.append((operation, args, kwargs, made))
-        return result
-
-    def _to_meta(self, x):
-        """A kernel takes a scalar of the host by value."""
-        return x.to("meta") if isinstance(x, Tensor) and self.device.holds(x) else x
-
-    def replay(self) -> None:
-        self.device.queued.append(weakref.ref(self))
-        with _disable_current_modes():
-            for operation, args, kwargs, made in self.calls:
-                result = operation(*args, **kwargs)
-                if made:
-                    for kept, new in zip(made, _tensors([result]), strict=True):
-                        kept.copy_(new)
-
-
-def _is_view(operation) -> bool:
-    """Whether an operation returns a view of an argument. _unsafe_view does, though undeclared."""
-    aliases = any(each.alias_info is not None for each in operation._schema.returns)
-    return aliases or operation is aten._unsafe_view.default
-
-
-def _without_values(tensor: Tensor) -> Tensor:
-    return _forget(torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype))

@@ -9,18 +9,21 @@ from conftest import generate
 from experiments import bench
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    return bench.make_policies(str(tmp_path_factory.mktemp("bench")))
-
-
-def test_both_sides_give_the_same_log_probs(pair):
-    ours, stock = pair
-    prompts = bench.noise_prompts(ours.encoder, 60, 1)
+def test_both_sides_give_the_same_log_probs_and_decode_as_many_tokens(tmp_path):
+    ours, stock = bench.make_policies(str(tmp_path))
+    prompts = bench.noise_prompts(ours.encoder, tokens=60, count=2)
     with bench.random_stops(ours, mean=5):
-        [group] = generate(ours, prompts, 3, max_new_tokens=9)
+        [group, _] = generate(ours, prompts, 3, max_new_tokens=9)
     expected = bench.padded_log_probs(stock, group)
     torch.testing.assert_close(ours.log_probs([group]), expected, atol=1e-5, rtol=0)
+    with bench.random_stops(ours, math.inf), bench.random_stops(stock, math.inf):
+        lengths = bench.response_lengths(generate(ours, prompts, 2, max_new_tokens=12))
+        tokens = bench.stock_generate(stock, prompts, 2, 12)[:, max(map(len, prompts)) :]
+    assert (lengths == 12).all() and tokens.shape == (4, 12)
+    hidden = torch.randn(3, 1, 128, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), bench.random_stops(ours, mean=50):
+        ends = ours.model.lm_head(hidden).softmax(-1)[..., ours.eos_ids[0]]
+    assert ends.flatten().tolist() == pytest.approx([1 / 50] * 3)
 
 
 def test_one_step_runs_sharded(capsys):
@@ -31,17 +34,3 @@ def test_one_step_runs_sharded(capsys):
     printed = capsys.readouterr().out
     assert "mean length" in printed and "mean length 12" not in printed
     assert "papo_g: 2 updates" in printed and "papo_g over grpo at equal rollouts" in printed
-
-
-def test_responses_end_at_random_and_both_sides_decode_as_many_tokens(pair):
-    ours, stock = pair
-    prompts = bench.noise_prompts(ours.encoder, tokens=60, count=3)
-    with bench.random_stops(ours, math.inf), bench.random_stops(stock, math.inf):
-        lengths = bench.response_lengths(generate(ours, prompts, 2, max_new_tokens=12))
-        tokens = bench.stock_generate(stock, prompts, 2, 12)[:, max(map(len, prompts)) :]
-    assert (lengths == 12).all() and tokens.shape == (6, 12)
-    assert not torch.isin(tokens, torch.tensor(stock.eos_ids)).any()
-    hidden = torch.randn(3, 1, 128, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad(), bench.random_stops(ours, mean=50):
-        probabilities = ours.model.lm_head(hidden).softmax(-1)
-    torch.testing.assert_close(probabilities[..., ours.eos_ids[0]], torch.full((3, 1), 1 / 50))

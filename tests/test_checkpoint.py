@@ -1,57 +1,36 @@
-"""Saving, resuming and stopping: on full disks, with damaged files, after signals and crashes."""
+"""Saving, resuming and stopping: on full disks, with damaged files, after signals."""
 
 import copy
 import fcntl
 import itertools
 import json
 import os
-import re
-import resource
 import shutil
 import signal
 import weakref
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import Mock
 
-import faults
 import pytest
 import torch
 from conftest import (
     FINISHED,
     check_same_metrics,
     check_same_weights,
+    checkpoint_names,
+    full_disk,
     lines_with,
     metric_lines,
-    on_ranks,
     process_restored,
-    run_flags,
 )
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForImageTextToText
 
 import evaluate
 import train
-from support import checkpoint, distributed
-from support import run as run_module
+from support import checkpoint, distributed, run_folder
 from support.qwen_vl import Policy
-
-FAULTY_RANK = Path(__file__).parent / "faulty_rank.py"
-
-
-@contextmanager
-def full_disk(limit):
-    """No file may grow past `limit` bytes: writing fails as it does on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def checkpoint_names(run_folder):
-    return sorted(path.name for path in run_folder.glob("checkpoints/*"))
-
 
 # ----------------------------------------------------------------------------- checkpoints and logs
 
@@ -95,9 +74,8 @@ def test_the_newest_checkpoints_are_kept_and_leftovers_deleted(model_and_optimiz
         damaged_dir = shutil.copytree(newest, tmp_path / "copy", dirs_exist_ok=True)
         [file] = damaged_dir.glob(damaged)
         file.write_bytes(file.read_bytes()[:kept_bytes])
-        with pytest.raises(OSError, match="copy cannot be read: delete it") as error:
+        with pytest.raises(OSError, match="copy cannot be read: delete it"):
             checkpoint.load(damaged_dir, *model_and_optimizer)
-        assert "\n" not in str(error.value)
 
 
 def test_a_checkpoint_before_the_first_update_resumes_exactly(model_and_optimizer, tmp_path):
@@ -157,15 +135,14 @@ def test_the_export_gathers_one_tensor_at_a_time(one_rank, policy, monkeypatch):
 def test_log_lines_survive_a_full_disk_and_a_kill(tmp_path, capsys):
     path = tmp_path / "metrics.jsonl"
     lines = [{"step": step, "text": "x" * 50} for step in range(4)]
-    run_module.append(path, lines[:1])
+    run_folder.append(path, lines[:1])
     with full_disk(100):
-        run_module.append(path, lines[1:2])
-    assert run_module.read_log(path) == lines[:1]  # no half line is left behind
+        run_folder.append(path, lines[1:2])
+    assert run_folder.read_log(path) == lines[:1]  # no half line is left behind
     assert "error: a line of" in capsys.readouterr().err
-    run_module.append(path, lines[1:])
+    run_folder.append(path, lines[1:])
     path.write_text(path.read_text() + '{"step": 4, "te')  # killed in the middle of a line
-    assert run_module.rewind(path, 2) == lines[:3]
-    assert run_module.read_log(path) == lines[:3]
+    assert run_folder.rewind(path, 2) == run_folder.read_log(path) == lines[:3]
 
 
 # --------------------------------------------------------------------------------- runs on one rank
@@ -226,60 +203,22 @@ def test_out_of_memory_is_one_line(run, monkeypatch):
         run("oom", "--steps 1 --eval_every 0")
 
 
-def test_a_folder_in_use_or_without_a_checkpoint_is_kept(finished_copy, monkeypatch, capsys):
+def test_a_folder_in_use_or_without_a_checkpoint_is_kept(finished, tmp_path, monkeypatch, capsys):
     """A killed torchrun's workers may still hold it when the job is started again."""
-    before = (finished_copy / "metrics.jsonl").read_bytes()
+    folder = shutil.copytree(finished, tmp_path / "finished")
+    before = (folder / "metrics.jsonl").read_bytes()
 
     def check_refused(message):
         with process_restored(), pytest.raises(SystemExit, match="2"):
-            train.main(["--resume", str(finished_copy), "--steps", "4"])
+            train.main(["--resume", str(folder), "--steps", "4"])
         assert message in capsys.readouterr().err
-        assert (finished_copy / "metrics.jsonl").read_bytes() == before
+        assert (folder / "metrics.jsonl").read_bytes() == before
 
-    holder = run_module.lock(finished_copy)
-    check_refused(f"{finished_copy} is in use by process {os.getpid()} on ")
+    holder = run_folder.lock(folder)
+    check_refused(f"{folder} is in use by process {os.getpid()} on ")
     holder.close()  # as when the process ends
-    shutil.rmtree(finished_copy / "checkpoints")
-    check_refused(f"{finished_copy} has a model but no checkpoint: nothing to resume")
-
-    def no_locks(file, operation):
-        raise OSError(38, "Function not implemented")
-
-    monkeypatch.setattr(fcntl, "flock", no_locks)
-    run_module.lock(finished_copy).close()
-    assert f"{finished_copy} cannot be locked" in capsys.readouterr().err
-
-
-# ------------------------------------------------------------------------------------ several ranks
-
-
-@pytest.mark.slow
-def test_a_full_disk_on_one_rank_and_resuming_on_other_numbers(run, folder, tmp_path):
-    """Two ranks, then one, then two replicas: the numbers of one rank throughout."""
-    out, flags = tmp_path / "changing", "--eval_every 0 --save_every 1"
-    args = run_flags(folder, out, f"{flags} --steps 2")
-    done = on_ranks(2, *args, script=FAULTY_RANK, FAULT="full_disk")
-    assert done.returncode == 0, done.stderr[-3000:]
-    [error] = lines_with(done.stderr, "error:")
-    assert error.startswith("error: the checkpoint of step 1 is not written: ")
-    assert checkpoint_names(out) == ["step_000002"]
-    one_rank = run("one_rank", f"{flags} --steps 4")
-    train.main(["--resume", str(out), "--steps", "3"])
-    done = on_ranks(2, "--resume", str(out), "--steps", "4", "--shard_size", "1")
-    assert done.returncode == 0, done.stderr[-3000:]
-    check_same_metrics(one_rank, out, rel=1e-3, abs=1e-5)
-
-
-@pytest.mark.slow
-def test_a_crashed_rank_ends_the_job_with_its_own_error(folder, tmp_path):
-    args = run_flags(folder, tmp_path / "crashed", "--steps 3 --eval_every 0")
-    done = on_ranks(2, *args, script=FAULTY_RANK, FAULT="crash")
-    assert done.returncode != 0
-    error = re.compile(r"^(?:\[rank\d\]:? ?)?(\w*(?:Error|Exception)\b.*)", re.MULTILINE)
-    assert error.search(done.stderr)[1] == "ZeroDivisionError: something broke on rank 1"
-
-
-@pytest.mark.slow
-def test_kills_at_random_moments(folder, tmp_path):
-    """Three SIGKILLs and resumes, one of them during a save; tests/faults.py does twenty."""
-    assert faults.compare_with_killed(folder, tmp_path, kills=3, ranks=1)[0] == "saving"
+    shutil.rmtree(folder / "checkpoints")
+    check_refused(f"{folder} has a model but no checkpoint: nothing to resume")
+    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(38, "Function not implemented")))
+    run_folder.lock(folder).close()
+    assert f"{folder} cannot be locked" in capsys.readouterr().err

@@ -3,6 +3,9 @@
 test_rollout.py checks what is sampled, test_device.py that CUDA would sample the same.
 """
 
+from contextlib import nullcontext
+from unittest.mock import Mock
+
 import pytest
 import torch
 from conftest import generate, process_restored
@@ -17,18 +20,22 @@ from support.decoding import DecodingLoop
 
 
 class Recorder(TorchDispatchMode):
-    """Lists the operations: name, shapes of the tensors involved, bytes of new memory."""
+    """Lists the operations, with shapes, numbers and the addresses of what was there before."""
 
     def __init__(self):
         super().__init__()
-        self.calls = []
+        self.calls, self.made, self.largest = [], set(), 0
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         result = operation(*args, **(kwargs or {}))
-        before, after = tensors(args), tensors(result)
-        new = {x.untyped_storage() for x in after} - {x.untyped_storage() for x in before}
-        nbytes = sum(storage.nbytes() for storage in new)
-        self.calls.append((str(operation), [x.shape for x in before + after], nbytes))
+        given, out = tree_leaves((args, kwargs)), tensors(result)
+        numbers = [each for each in given if not isinstance(each, torch.Tensor)]
+        old = [x.data_ptr() for x in tensors(given) if x.untyped_storage() not in self.made]
+        shapes = [x.shape for x in tensors(given) + out]
+        self.calls.append((str(operation), shapes, numbers, old))
+        new = {x.untyped_storage() for x in out} - {x.untyped_storage() for x in tensors(given)}
+        self.made |= new
+        self.largest = max([self.largest, *(storage.nbytes() for storage in new)])
         return result
 
 
@@ -48,17 +55,16 @@ def sample_tokens(policy, prompts, **options):
     return pad_and_cat(groups, "tokens")
 
 
-def test_operations_of_a_step(endless_policy, encoder, monkeypatch):
-    """Within a block all steps have the same shapes, and none makes anything as large as the keys
-    of one layer. The prompts are longer than the vocabulary."""
+def test_a_step_can_be_replayed(endless_policy, encoder, monkeypatch):
+    """All steps of a block are the same operations on the same memory, and none makes anything as
+    large as the keys of one layer. The prompts are longer than the vocabulary."""
     original, steps = DecodingLoop.step, []
 
     def step(self):
         with Recorder() as recorder:
             original(self)
         steps.append(recorder.calls)
-        for operation, _, nbytes in recorder.calls:
-            assert nbytes < self.cache.layers[0][0].nbytes, operation
+        assert recorder.largest < self.cache.layers[0][0].nbytes
 
     monkeypatch.setattr(DecodingLoop, "step", step)
     monkeypatch.setitem(decoding.BLOCK, "cpu", 5)
@@ -67,6 +73,14 @@ def test_operations_of_a_step(endless_policy, encoder, monkeypatch):
     sample_tokens(endless_policy, prompts, max_new_tokens=10)
     assert len(steps) == 10
     assert steps[:5] == [steps[0]] * 5 and steps[5:] == [steps[5]] * 5
+
+
+def test_a_step_is_taken_once_then_recorded_and_replayed(monkeypatch):
+    graph, step = Mock(), Mock()
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **options: nullcontext())
+    assert decoding.repeat(step, 5, CUDA) is graph
+    assert (step.call_count, graph.replay.call_count) == (2, 4)
 
 
 def test_the_host_waits_once_per_block(endless_policy, prompts, device, monkeypatch):

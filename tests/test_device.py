@@ -1,7 +1,6 @@
 """What CUDA would do with the code, shown on a CPU by a pretend device (pretend_device.py).
 
-First the device itself; then a whole step, which gives what it gives on a CPU; then omissions
-planted in the code, which the device must notice.
+A whole step gives what it gives on a CPU; then omissions are planted, which the device must notice.
 """
 
 import copy
@@ -19,33 +18,6 @@ import rollout
 from papo import prepare, preset, update
 from support import decoding, qwen_vl
 from support.batch import mini_batches
-from support.decoding import repeat
-
-# -------------------------------------------------------------------------------- the device itself
-
-
-def test_a_captured_graph_runs_when_it_is_replayed(device):
-    """And must live until the host has waited for it. Memory that nobody has written is NaN."""
-    with device:
-        total, doubled = torch.ones(2, device=CUDA), None
-
-        def function():
-            nonlocal doubled
-            doubled = total + total
-            total.copy_(doubled)
-
-        graph = repeat(function, 1, CUDA)  # once as it is; the recording has not run
-        assert (total.tolist(), doubled.isnan().tolist()) == ([2, 2], [True, True])
-        graph.replay()
-        assert (total.tolist(), doubled.tolist()) == ([4, 4], [4, 4])
-        graph.replay()
-        del graph
-        with pytest.raises(RuntimeError, match="freed while its replays were queued"):
-            total.tolist()
-        device.queued.clear()
-        with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
-            repeat(lambda: total.sum().item(), 2, CUDA)
-
 
 # ---------------------------------------------------------------------------- the step, as on a CPU
 
@@ -74,7 +46,7 @@ def copied_indices(device):
 
 @pytest.mark.parametrize("block", [4, 128])
 def test_sampling_equals_the_cpus(policies, prompts, device, monkeypatch, block):
-    """Through captured graphs; with several images or none, and a last block of a single step."""
+    """With several images or none, and a last block of a single step."""
     policy, on_device = policies
     expected = sample(policy, prompts)
     monkeypatch.setitem(decoding.BLOCK, "cuda", block)

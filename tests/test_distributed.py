@@ -69,24 +69,29 @@ def test_cudnn_attention_is_off_and_each_process_has_a_gpu(monkeypatch):
 # ------------------------------------------------------------------------------ what CUDA will meet
 
 
-def test_a_gpu_that_torch_cannot_use_is_an_error(monkeypatch, tmp_path):
-    for built_for, driver, available, visible, is_error in [
+@pytest.mark.parametrize(
+    "built_for, driver, available, visible, is_error",
+    [
         ("13.0", True, False, None, True),
         ("13.0", True, False, "0", True),
         ("13.0", True, False, "", False),  # the user wants the CPU
         ("13.0", True, True, None, False),
         ("13.0", False, False, None, False),
         (None, True, False, None, False),
-    ]:
-        monkeypatch.setattr(torch.version, "cuda", built_for)
-        monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
-        monkeypatch.setattr(distributed, "NVIDIA_DRIVER", tmp_path / ("" if driver else "none"))
-        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-        if visible is not None:
-            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        message = "cannot use this machine's GPU"
-        with pytest.raises(ValueError, match=message) if is_error else nullcontext():
-            distributed.check_cuda()
+    ],
+)
+def test_a_gpu_that_torch_cannot_use_is_an_error(
+    monkeypatch, tmp_path, built_for, driver, available, visible, is_error
+):
+    monkeypatch.setattr(torch.version, "cuda", built_for)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    monkeypatch.setattr(distributed, "NVIDIA_DRIVER", tmp_path / ("" if driver else "none"))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    message = "cannot use this machine's GPU"
+    with pytest.raises(ValueError, match=message) if is_error else nullcontext():
+        distributed.check_cuda()
 
 
 def test_a_step_in_bf16(folder, encoder, groups):
@@ -139,22 +144,16 @@ def test_ranks_wait_for_the_longest_scoring(folder, tmp_path, record_calls):
 
 def test_evaluation_loads_one_rank_at_a_time(folder, monkeypatch):
     """Host memory holds one copy of the weights at a time."""
-    waiting, loaded_in_turn = [], []
-    original_turn, original_load = distributed.one_rank_at_a_time, Policy.load
+    events, load = [], Policy.load
 
     @contextmanager
     def turn():
-        with original_turn():
-            waiting.append("this rank's turn")
-            yield
-            waiting.pop()
-
-    def load(*args):
-        loaded_in_turn.append(bool(waiting))
-        return original_load(*args)
+        events.append("turn")
+        yield
+        events.append("over")
 
     monkeypatch.setattr(distributed, "one_rank_at_a_time", turn)
-    monkeypatch.setattr(Policy, "load", load)
+    monkeypatch.setattr(Policy, "load", lambda *args: events.append("load") or load(*args))
     with process_restored():
         evaluate.load(EvalConfig(folder, "toy", eval_rows=1))
-    assert loaded_in_turn == [True]
+    assert events == ["turn", "load", "over"]

@@ -51,8 +51,7 @@ def test_random_masks_have_the_ratio_and_the_seed(encoder, prompt):
 
 def test_noise_has_its_sigma_and_spares_the_other_patches(prompt):
     noisy, patch_mask = noise_patches(prompt.pixel_values, 0.5, 0.7, seeded(0))
-    again, _ = noise_patches(prompt.pixel_values, 0.5, 0.7, seeded(0))
-    assert torch.equal(noisy, again)
+    assert torch.equal(noisy, noise_patches(prompt.pixel_values, 0.5, 0.7, seeded(0))[0])
     assert torch.equal(noisy[~patch_mask], prompt.pixel_values[~patch_mask])
     assert 0.3 < patch_mask.float().mean() < 0.7
     noise = (noisy - prompt.pixel_values)[patch_mask].view(int(patch_mask.sum()), 3, 2, -1)
@@ -60,22 +59,20 @@ def test_noise_has_its_sigma_and_spares_the_other_patches(prompt):
     assert noise.std().item() == pytest.approx(0.7, rel=0.05)
 
 
-def brightness(image):
-    return torch.tensor(np.asarray(image.convert("L"), dtype=np.float32))
-
-
 def test_semantic_masks_the_most_salient_patches_of_each_image(encoder):
     """In each image the bright quarter goes first."""
     images = []
     for width, height in ((280, 224), (168, 112)):
-        pixels = np.zeros((height, width, 3), dtype=np.uint8)
-        pixels[: height // 2, : width // 2] = 255
-        images.append(Image.fromarray(pixels))
+        images.append(Image.new("RGB", (width, height)))
+        images[-1].paste((255, 255, 255), (0, 0, width // 2, height // 2))
     prompt = encoder.encode(Example("<image><image>?", "1", images))
     algo = replace(preset("papo_g"), mask_strategy="semantic", mask_ratio=0.25)
+
+    def brightness(image):
+        return torch.tensor(np.asarray(image.convert("L"), dtype=np.float32))
+
     masked, patch_mask = mask_prompt(prompt, algo, encoder, seeded(0), brightness)
-    is_white = (prompt.pixel_values > 1).all(-1)
-    assert torch.equal(patch_mask, is_white)
+    assert torch.equal(patch_mask, (prompt.pixel_values > 1).all(-1))
     assert patch_mask.float().mean() == 0.25
     torch.testing.assert_close(masked, encoder.black_patch.expand_as(masked), atol=1e-5, rtol=0)
 
@@ -108,19 +105,15 @@ def test_patch_order_is_the_processors(encoder):
 
 
 def test_dino_saliency_of_a_tiny_dino(tmp_path):
-    config = Dinov2Config(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14
-    )
     torch.manual_seed(0)
-    Dinov2Model(config).save_pretrained(tmp_path)
+    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 56}
+    Dinov2Model(Dinov2Config(**size, patch_size=14)).save_pretrained(tmp_path)
     sizes = {"size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}}
     BitImageProcessorPil(**sizes).save_pretrained(tmp_path)
     scores = dino_saliency(str(tmp_path))(random_image(300, 100))
     assert scores.shape == (16, 16)
-    assert torch.isfinite(scores).all()
     assert (scores > 0).all()
     assert scores.sum() < 1  # the class token attends to itself, too
-    assert to_patch_order(scores, 8, 22).shape == (176,)
 
 
 def test_wrong_ratios_shapes_and_strategies_are_errors(encoder, prompt):
@@ -128,10 +121,6 @@ def test_wrong_ratios_shapes_and_strategies_are_errors(encoder, prompt):
     for ratio in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match="between 0 and 1"):
             mask_patches(pixel_values, ratio, black)
-        with pytest.raises(ValueError, match="between 0 and 1"):
-            noise_patches(pixel_values, ratio, 1.0)
-        with pytest.raises(ValueError, match="between 0 and 1"):
-            mask_salient(pixel_values, ratio, black, torch.zeros(len(pixel_values)))
     with pytest.raises(ValueError, match="flattened"):
         mask_patches(torch.zeros(1, 3, 28, 28), 0.5, black)
     with pytest.raises(ValueError, match="saliency"):

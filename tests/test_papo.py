@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import generate, random_image
+from test_variants import gradient_of
 from torch.nn import functional as F
 
-from losses import count
 from masking import mask_prompt
-from papo import PRESETS, pack_loss, prepare, preset, record, update
-from support.batch import Example, has_image, mini_batches, pad_and_cat, seeded
+from papo import PRESETS, accumulate_gradients, pack_loss, prepare, preset, record, update
+from support.batch import Example, mini_batches, pad_and_cat, seeded
 from support.packing import make_packs
 from support.qwen_vl import Policy
 
@@ -19,46 +19,33 @@ from support.qwen_vl import Policy
 
 
 def padded_log_probs(policy, group):
-    """The straightforward forward: one left-padded row per response, each with its own image."""
-    model, prompt = policy.model, group.prompt
-    padding = torch.full((3,), policy.pad_id)
-    prompt_end = len(padding) + len(prompt)
+    """The straightforward forward: a row per response, padded on both sides, with its own image."""
+    prompt, (n, length) = group.prompt, group.tokens.shape
     vision = {}
     if group.has_image:
-        vision = {"pixel_values": prompt.pixel_values, "image_grid_thw": prompt.image_grid_thw}
-    rows = []
-    for tokens, mask in zip(group.tokens, group.response_mask, strict=True):
-        response = tokens[: int(mask.sum())]
-        ids = torch.cat([padding, prompt.input_ids, response])[None]
-        attention_mask = torch.ones_like(ids)
-        attention_mask[:, : len(padding)] = 0
-        token_types = torch.zeros_like(ids)
-        token_types[:, len(padding) : prompt_end] = prompt.is_image_token
-        logits = model(
-            input_ids=ids, attention_mask=attention_mask, mm_token_type_ids=token_types, **vision
-        ).logits[0]
-        all_log_probs = (logits.float() / policy.temperature).log_softmax(-1)
-        log_probs = all_log_probs[prompt_end - 1 : -1].gather(1, response[:, None])[:, 0]
-        rows.append(F.pad(log_probs, (0, len(tokens) - len(response))))
-    return torch.stack(rows)
+        vision["pixel_values"] = prompt.pixel_values.repeat(n, 1)
+        vision["image_grid_thw"] = prompt.image_grid_thw.repeat(n, 1)
+    padding = torch.full((n, 3), policy.pad_id)
+    is_token = F.pad(group.response_mask.long(), (len(prompt), 0), value=1)
+    logits = policy.model(
+        input_ids=torch.cat([padding, prompt.input_ids.expand(n, -1), group.tokens], 1),
+        attention_mask=F.pad(is_token, (3, 0)),
+        mm_token_type_ids=F.pad(prompt.is_image_token.long(), (3, length)).expand(n, -1),
+        **vision,
+    ).logits[:, 2 + len(prompt) : -1]
+    log_probs = (logits.float() / policy.temperature).log_softmax(-1)
+    return log_probs.gather(2, group.tokens[..., None])[..., 0] * group.response_mask
 
 
-def gradients(model):
-    """All parameters' gradients in one vector; 0 where there is none."""
-    parts = []
-    for parameter in model.parameters():
-        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        parts.append(gradient.flatten())
-    return torch.cat(parts)
+def weights_of(policy):
+    return torch.cat([parameter.detach().flatten() for parameter in policy.model.parameters()])
 
 
 def log_probs_and_gradients(policy, groups, forward):
     """forward(groups) and the gradients of a fixed random weighting of it."""
-    policy.model.zero_grad()
     log_probs = forward(groups)
     weights = torch.randn(log_probs.shape, generator=seeded("weights"))
-    (log_probs * weights).sum().backward()
-    return log_probs.detach(), gradients(policy.model)
+    return log_probs.detach(), gradient_of(policy, (log_probs * weights).sum())
 
 
 def check_packed_equals_padded(policy, groups, tolerance):
@@ -86,14 +73,15 @@ def test_packed_rows_equal_padded_rows(policy, groups, chosen):
     check_packed_equals_padded(policy, [groups[i] for i in chosen], tolerance=1e-5)
 
 
-def test_log_probs_equal_the_samplers(policy, prompts):
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
+def test_log_probs_equal_the_samplers(folder, encoder, prompts, dtype, tolerance):
     """The training forward recomputes the sampler's log-probs: before top-p and suppression."""
-    policy.temperature = 0.8
+    policy = Policy.load(folder, encoder, dtype, temperature=0.8)
     groups = generate(policy, prompts, 3, max_new_tokens=16, key=(1, 2), top_p=0.9, rollout_batch=5)
     with torch.no_grad():
         recomputed = policy.log_probs(groups)
     sampled = pad_and_cat(groups, "sample_log_probs")
-    torch.testing.assert_close(recomputed, sampled, atol=1e-4, rtol=0)
+    torch.testing.assert_close(recomputed, sampled, atol=tolerance, rtol=0)
     assert (sampled != 0).sum() == pad_and_cat(groups, "response_mask").sum()
 
 
@@ -121,28 +109,21 @@ def test_an_image_token_in_a_response_is_text(policy, groups):
 
 
 def test_packing_does_not_change_the_update(policy, groups):
-    """Any row length gives the same gradient: means are over the mini-batch, not the row."""
+    """Packs of any size give the same gradient: means are over the mini-batch, not the pack."""
+    for pack in make_packs(groups, 70):
+        assert len(pack) == 1 or sum(group.n_tokens for group in pack) <= 70
     algo = replace(preset("papo_g", "7b"), average="token")
     prepare(policy, copy.deepcopy(policy), mini_batches(groups, 2), algo, key=(0, 0))
-    counts = count(pad_and_cat(groups, "response_mask"), has_image(groups))
-    n_rows, losses, all_gradients = [], [], []
-    for max_tokens in (1, 100, 10_000):
+    results = []
+    for policy.tokens_per_forward in (1, 100, 10_000):
         policy.model.zero_grad()
-        rows = make_packs(groups, max_tokens)
-        assert [group.prompt.index for row in rows for group in row] == [0, 1, 2, 3]
-        total = 0.0
-        for row in rows:
-            assert len(row) == 1 or sum(group.n_tokens for group in row) <= max_tokens
-            loss, _ = pack_loss(policy, row, algo, counts)
-            loss.backward()
-            total += loss.item()
-        n_rows.append(len(rows))
-        losses.append(total)
-        all_gradients.append(gradients(policy.model))
-    assert n_rows[0] == 4 and n_rows[-1] == 1
-    for loss, gradient in zip(losses[1:], all_gradients[1:], strict=True):
-        assert loss == pytest.approx(losses[0], abs=1e-6)
-        assert (gradient - all_gradients[0]).norm() < 1e-5 * gradient.norm()
+        metrics = accumulate_gradients(policy, groups, algo)
+        gradient = torch.cat([parameter.grad.flatten() for parameter in policy.model.parameters()])
+        results.append((metrics, gradient))
+    (expected, expected_gradient), *others = results
+    for metrics, gradient in others:
+        assert metrics == pytest.approx(expected, abs=1e-6)
+        assert (gradient - expected_gradient).norm() < 1e-5 * gradient.norm()
 
 
 # ----------------------------------------------------------------------------------------- presets
@@ -171,9 +152,10 @@ def test_presets_are_the_papers():
 
 
 def test_bad_presets_name_the_choices():
-    for name, size, message in (("ppo", "3b", "grpo, dapo, papo_g"), ("grpo", "72b", "'3b' or")):
-        with pytest.raises(ValueError, match=message):
-            preset(name, size)
+    with pytest.raises(ValueError, match="grpo, dapo, papo_g"):
+        preset("ppo")
+    with pytest.raises(ValueError, match="'3b' or"):
+        preset("grpo", "72b")
 
 
 # ----------------------------------------------------------------------------------------- prepare
@@ -237,8 +219,7 @@ def test_the_first_update_needs_no_old_log_probs(policy, groups):
     for each in (batches, all_recorded):
         trained = copy.deepcopy(policy)
         optimizer = torch.optim.SGD(trained.model.parameters(), lr=1.0)
-        metrics = update(trained, optimizer, each, algo)
-        results.append((metrics, torch.cat([p.flatten() for p in trained.model.parameters()])))
+        results.append((update(trained, optimizer, each, algo), weights_of(trained)))
     (metrics, weights), (expected, expected_weights) = results
     assert metrics == pytest.approx(expected, abs=1e-6)
     torch.testing.assert_close(weights, expected_weights, atol=1e-6, rtol=0)
@@ -252,11 +233,9 @@ def test_masked_grad_gives_the_masked_entropy_a_gradient(policy, groups):
     for masked_grad in (False, True):
         algo = replace(only_masked_entropy, masked_grad=masked_grad)
         prepare(policy, None, mini_batches(groups, 2), algo, key=(0, 0))
-        policy.model.zero_grad()
         loss, metrics = pack_loss(policy, groups, algo)
-        loss.backward()
         assert metrics["masked_entropy"] > 0
-        assert (gradients(policy.model).norm() > 0) == masked_grad
+        assert (gradient_of(policy, loss).norm() > 0) == masked_grad
 
 
 def test_images_aug_is_the_masked_view(encoder):
@@ -286,19 +265,16 @@ def test_update_moves_the_policy_and_skips_a_gradient_that_is_not_finite(policy,
     policy.tokens_per_forward = 200
     batches = mini_batches(groups, 2)
     prepare(policy, copy.deepcopy(policy), batches, algo, key=(0, 0))
-
-    before = [p.clone() for p in policy.model.parameters()]
-    metrics = update(policy, optimizer, batches, algo)
+    before, metrics = weights_of(policy), update(policy, optimizer, batches, algo)
     assert metrics["skipped_updates"] == 0 and metrics["grad_norm"] > 0
     assert ("kl_prcp" in metrics) == ("mask" in algo.views())
     assert ("kl_ref" in metrics) == bool(algo.kl_ref_coef)
-    assert not all(map(torch.equal, before, policy.model.parameters()))
+    assert not torch.equal(before, weights_of(policy))
 
-    before = [p.clone() for p in policy.model.parameters()]
     groups[0].advantages = torch.full((3,), float("nan"))
-    metrics = update(policy, optimizer, [groups], algo)
+    before, metrics = weights_of(policy), update(policy, optimizer, [groups], algo)
     assert metrics["skipped_updates"] == 1 and "grad_norm" not in metrics
-    assert all(map(torch.equal, before, policy.model.parameters()))
+    assert torch.equal(before, weights_of(policy))
 
 
 def test_a_skipped_update_does_not_lower_the_mean_gradient_norm(policy, groups):

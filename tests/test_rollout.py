@@ -68,7 +68,7 @@ def test_chunks_order_and_blocks_change_nothing(varied_policy, prompts, monkeypa
     policy.eos_ids = list(range(0, 400, 4))  # unequal lengths, so groups are dropped
     options = {"max_new_tokens": 20, "key": (7, 3), "top_p": 0.95}
     one_chunk = generate(policy, prompts, 4, **options)
-    lengths = torch.cat([group.response_mask.sum(1) for group in one_chunk])
+    lengths = pad_and_cat(one_chunk, "response_mask").sum(1)
     assert len(set(lengths.tolist())) > 3
     others = [
         generate(policy, prompts, 4, rollout_batch=3, **options),  # less than a group
@@ -79,8 +79,9 @@ def test_chunks_order_and_blocks_change_nothing(varied_policy, prompts, monkeypa
         calls.clear()
         monkeypatch.setitem(decoding.BLOCK, "cpu", block)
         others.append(generate(policy, prompts, 4, **options))
-    longest = [int(group.response_mask.sum(1).max()) for group in one_chunk]
-    assert sum(len(scores) for (scores, *_), _ in calls) == 4 * sum(longest)  # groups are dropped
+    longest = lengths.view(-1, 4).amax(1)
+    n_sampled = sum(len(scores) for (scores, *_), _ in calls)
+    assert n_sampled == 4 * longest.sum()  # groups are dropped
     monkeypatch.setattr(decoding, "PREFILL_TOKENS", 2 * max(map(len, prompts)))
     others.append(generate(policy, prompts, 4, **options))
     for other in others:
@@ -120,15 +121,14 @@ def test_sampling_is_inverse_cdf():
 
 
 def test_the_key_and_the_number_seed_a_sample(varied_policy, prompts):
+    """A prompt's samples differ, and its second group counts its samples on."""
     first, other, again = (
         sample_tokens(varied_policy, prompts, 4, max_new_tokens=12, key=key)
         for key in ((0, 0), (0, 1), (0, 0))
     )
     assert not torch.equal(first, other)
     assert torch.equal(first, again)
-    different = {tuple(row.tolist()) for row in first}
-    assert len(different) > len(first) // 2  # a prompt's samples differ, too
-    # A prompt's second group counts its samples on.
+    assert len(first.unique(dim=0)) > len(first) // 2
     twice = sample_tokens(varied_policy, prompts + prompts, 2, max_new_tokens=12)
     two_halves = torch.stack(twice.view(2, -1, 2, 12).unbind(), 1)  # [prompts, groups, 2, T]
     assert torch.equal(two_halves.flatten(0, 2), first)
@@ -139,24 +139,21 @@ def test_a_response_ends_with_its_first_end_token(varied_policy, prompts):
     policy = varied_policy
     policy.eos_ids = sorted({*policy.eos_ids, *range(30)})
     groups = generate(policy, prompts, 6, max_new_tokens=10, key=(1, 1))
-    n_ended = 0
-    for prompt, group in zip(prompts, groups, strict=True):
-        assert group.prompt is prompt
-        fields = "tokens response_mask sample_log_probs truncated responses".split()
-        for tokens, mask, log_probs, truncated, text in zip(
-            *(getattr(group, name) for name in fields), strict=True
-        ):
-            n = int(mask.sum())
+    truncated = torch.cat([group.truncated for group in groups])
+    assert truncated.any() and not truncated.all()
+    for group in groups:
+        for number, mask in enumerate(group.response_mask):
+            n, tokens = int(mask.sum()), group.tokens[number]
             assert mask[:n].all()
             assert (tokens[n:] == policy.pad_id).all()
+            log_probs = group.sample_log_probs[number]
             assert (log_probs[:n] < 0).all() and (log_probs[n:] == 0).all()
             is_end = torch.isin(tokens[:n], torch.tensor(policy.eos_ids))
             assert not is_end[:-1].any()
-            assert bool(is_end[-1]) != bool(truncated)
-            assert not truncated or n == 10
-            assert text == policy.encoder.tokenizer.decode(tokens[:n], skip_special_tokens=True)
-            n_ended += int(is_end[-1])
-    assert 0 < n_ended < 6 * len(prompts)
+            assert is_end[-1] != group.truncated[number]
+            assert is_end[-1] or n == 10
+            text = policy.encoder.tokenizer.decode(tokens[:n], skip_special_tokens=True)
+            assert group.responses[number] == text
 
 
 def test_vision_tokens_are_never_sampled(policy, prompts):
@@ -174,11 +171,10 @@ def test_generation_config_is_ignored_except_for_its_end_tokens(folder, encoder,
     """Qwen's chat defaults (repetition_penalty 1.05, temperature 1e-6) must not reach a rollout."""
     assert GenerationConfig.from_pretrained(folder).repetition_penalty == 1.05
     chat, blank = Policy.load(folder, encoder), Policy.load(folder, encoder)
-    blank.model.generation_config = GenerationConfig()
-    tokens = sample_tokens(chat, prompts, 3, max_new_tokens=12)
-    assert torch.equal(tokens, sample_tokens(blank, prompts, 3, max_new_tokens=12))
-    assert torch.equal(tokens, sample_tokens(chat, prompts, 3, max_new_tokens=12, temperature=1.0))
     assert len(chat.eos_ids) == 2
+    blank.model.generation_config = GenerationConfig()
+    tokens = [sample_tokens(each, prompts, 3, max_new_tokens=12) for each in (chat, blank)]
+    assert torch.equal(*tokens)
 
 
 def test_out_of_memory_halves_the_chunk(varied_policy, prompts, monkeypatch):
@@ -187,7 +183,6 @@ def test_out_of_memory_halves_the_chunk(varied_policy, prompts, monkeypatch):
 
     def decode(model, input_ids, chunk, **options):
         sizes.append(len(chunk.prompts))
-        assert len(sizes) < 20, "asks for ever"
         if len(chunk.prompts) > limit:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return decoding.decode(model, input_ids, chunk=chunk, **options)
@@ -223,10 +218,9 @@ def test_a_tiny_model_takes_the_threads_that_are_idle(folder, encoder, monkeypat
     """Unless OMP_NUM_THREADS is set."""
     calls = []
     monkeypatch.setattr(torch, "set_num_threads", calls.append)
-    for idle in (1.9, 1.2, 0.0):
+    Policy.load(folder, encoder)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    for idle in (1.9, 1.2):
         monkeypatch.setattr(qwen_vl, "idle_cores", lambda idle=idle: idle)
-        monkeypatch.setenv("OMP_NUM_THREADS", "2")
         Policy.load(folder, encoder)
-        monkeypatch.delenv("OMP_NUM_THREADS")
-        Policy.load(folder, encoder)
-    assert calls == [2, 1, 1]
+    assert calls == [2, 1]
