@@ -318,7 +318,7 @@ def test_errors_are_one_line(folder, capsys, monkeypatch):
         ("--explain --row general:999", "choose one of general:0 to general:255, vision_dep"),
         ("--grade nowhere.jsonl", "No such file or directory: 'nowhere.jsonl'"),
         ("--baseline tests", "tests: one NAME.jsonl for general, vision_dependent expected"),
-        ("--compare nowhere", "no nowhere/metrics.jsonl"),
+        ("--compare nowhere", "nowhere: no config.json there"),
         ("--model tests", ""),
     ]:
         with process_restored(), pytest.raises(SystemExit, match="2"):

@@ -104,12 +104,11 @@ def test_a_browser_runs_the_page(varied_policy, tmp_path):
 
 
 def test_samples_show_the_first_middle_and_last_evaluation(tmp_path):
-    """Of each question that is still there, under the same id; hostile text is escaped."""
+    """Of each question that is still there; hostile text is escaped."""
     steps, hostile = (0, 10, 20, 30, 40), "<script>x</script>"
     of_row = {"set": "general", "row": 0, "id": "0", "label": "3", "predict": hostile}
     lines = [of_row | {"step": step, "accuracy": step / 40} for step in steps]
     lines.append(lines[-1] | {"row": 5, "predict": "lost"})
-    lines.insert(0, lines[0] | {"id": "another row's", "predict": "lost"})
     examples = {0: Example("<image>How many <b> \ud800?", "<3>", [random_image(28, 28)])}
 
     def show(found):

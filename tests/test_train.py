@@ -21,7 +21,7 @@ import train
 from papo import PRESETS, preset
 from support import checkpoint, curves, pages, run_folder, toy
 from support import run as run_module
-from support.batch import Example, Group
+from support.batch import Group
 from support.run import Run
 from support.sandbox import Grader
 from support.variants import variant_names
@@ -84,15 +84,6 @@ def test_what_is_printed_and_pictures_that_cannot_be_written(run, monkeypatch, c
     for name in ("curves.png", "samples.html"):
         assert f"{out / name} is not written: [Errno 28]" in text.err
     assert f"model: {out}/model" in text.out
-
-
-def test_samples_leave_out_what_the_data_no_longer_holds():
-    """A resumed run may find another row at the same number, or none."""
-    run = SimpleNamespace(eval_sets={"general": [Example("?", "3", [], id="a")]})
-    line = {"set": "general", "row": 0, "id": "a", "label": "3"}
-    assert Run._find_example(run, line).id == "a"
-    for change in ({"set": "other"}, {"row": 1}, {"id": "b"}, {"label": "4"}):
-        assert Run._find_example(run, line | change) is None
 
 
 @pytest.fixture()
