@@ -10,13 +10,14 @@ import pytest
 import torch
 from conftest import generate
 from pretend_device import CUDA, MIXED
+from test_packing import reference_varlen
 from test_pages import data_of
 
 import evaluate
 import papo
 import rollout
 from papo import prepare, preset, update
-from support import decoding, qwen_vl
+from support import decoding, packing, qwen_vl
 from support.batch import mini_batches
 
 # ---------------------------------------------------------------------------- the step, as on a CPU
@@ -83,6 +84,21 @@ def test_a_training_step_equals_the_cpus(policies, groups, device, name):
         found, weights = train_step(on_device, groups, name)
     assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
     torch.testing.assert_close(weights, expected_weights, atol=1e-5, rtol=0)
+
+
+def test_sequences_for_a_kernel_are_on_the_device(policies, groups, device, monkeypatch):
+    policy, on_device = policies
+    expected = policy.log_probs(groups).detach()
+
+    def kernel(*inputs, **options):
+        assert all(tensor.is_cuda for tensor in inputs[:5])  # q, k, v and both boundaries
+        return reference_varlen(*inputs, **options)
+
+    monkeypatch.setattr(packing, "varlen_kernel", lambda query: kernel)
+    with device:
+        on_device.model.to(CUDA)
+        found = on_device.log_probs(groups).detach().cpu()
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
 def test_an_explanation_runs(policies, prompts, device, tmp_path):

@@ -30,7 +30,7 @@ def reference_varlen(q, k, v, *lengths, scale, causal):
     for each in zip(q.split(q_lengths), k.split(k_lengths), v.split(k_lengths), strict=True):
         query, key, value = (x.transpose(0, 1) for x in each)  # [heads, length, D]
         n, m = query.shape[1], key.shape[1]
-        mask = torch.ones(n, m, dtype=torch.bool)
+        mask = torch.ones(n, m, dtype=torch.bool, device=q.device)
         out = F.scaled_dot_product_attention(
             query,
             key.repeat_interleave(len(query) // len(key), 0),
