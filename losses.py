@@ -90,18 +90,15 @@ def response_mean(
     """
     response_mask = response_mask.bool()
     denominator = denominator or count(response_mask)
-    values = _zero_padding(values, response_mask)
+    # Filled and not multiplied, since NaN * 0 is NaN, in the gradient too. What NaN leaves in the
+    # gradient of a term below is stopped by the clamp of its log-ratio.
+    values = values.masked_fill(~response_mask, 0.0)
     if average == "token":
         return values.sum() / max(denominator.tokens, 1.0)
     if average == "seq":
         per_response = values.sum(-1) / response_mask.sum(-1).clamp(min=1)
         return per_response.sum() / max(denominator.responses, 1.0)
     raise ValueError(f"average={average!r}: choose 'token' or 'seq'")
-
-
-def _zero_padding(values: Tensor, response_mask: Tensor) -> Tensor:
-    """0 at padding, before any arithmetic: NaN * 0 is NaN, in the gradient too."""
-    return values.masked_fill(~response_mask.bool(), 0.0)
 
 
 # --------------------------------------------------------------------------------------- advantages
@@ -161,8 +158,6 @@ def policy_loss(  # noqa: PLR0913  (one argument per symbol of the equation)
     Metrics: pg_loss; ppo_kl, the mean of log pi_old - log pi; clip_frac, the share of tokens whose
     clipped term is the larger; clip_frac_dual, the share where the dual clip decides.
     """
-    log_probs = _zero_padding(log_probs, response_mask)
-    old_log_probs = _zero_padding(old_log_probs, response_mask)
     advantages = advantages.to(log_probs.dtype)
     if advantages.dim() == 1:
         advantages = advantages.unsqueeze(-1)  # [B, 1]: the same for every token of a response
@@ -240,12 +235,10 @@ def papo_loss(  # noqa: PLR0913  (one argument per symbol of the equation)
         average=algo.average,
         denominator=denominator,
     )
-    log_probs = _zero_padding(log_probs, response_mask)
     entropy = mean(-log_probs)
     metrics["entropy"] = entropy.detach()
     kl_ref = kl_prcp = masked_entropy = kl_views = 0.0
     if ref_log_probs is not None:
-        ref_log_probs = _zero_padding(ref_log_probs, response_mask)
         kl_ref = mean(kl_k3(log_probs, ref_log_probs), average=algo.average)
         metrics["kl_ref"] = kl_ref.detach()
 
