@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
-from scipy import stats
 
 from experiments import run
 from experiments.run import CONFIRMING_SEEDS, EIGHT_SEEDS, NEW_SEEDS, SPLITS, TASKS, THREE_SEEDS
+from support.curves import mean_interval
 from support.run_folder import read_log
 
 HERE = Path(__file__).resolve().parent
@@ -146,13 +146,6 @@ QUESTIONS = {"how far": FAR._replace(of=None), "how fast": FAST._replace(of=None
 
 
 # --------------------------------------------------------------------------------------- statistics
-
-
-def mean_interval(values: list[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95% t interval; NaN for a single value."""
-    if len(values) < 2:
-        return values[0], math.nan
-    return fmean(values), float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
 
 
 def sign_flip_p(differences: list[float]) -> float:

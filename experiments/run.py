@@ -368,7 +368,8 @@ def plan_ideas(algos: list[str], seeds: int) -> dict[str, str]:
     ValueError for an algo that does not load. A variant's name has a hash of its code, so that
     changed code runs again.
     """
-    shared = sorted([*ROOT.glob("*.py"), *(ROOT / "support").glob("*.py")])
+    names = ("train", "papo", "losses", "masking", "rollout", "evaluate")
+    shared = [ROOT / f"{name}.py" for name in names] + sorted((ROOT / "support").glob("*.py"))
     variants = {}
     for algo in algos:
         algo_class(algo)
@@ -421,7 +422,7 @@ def main() -> None:
     results, ideas = (WORK, {}) if args.ideas else (RESULTS, {})
     with one_line_errors():
         if args.ideas:
-            from experiments import report  # now, because it needs scipy
+            from experiments import report  # here, because it imports this file
 
             ideas = plan_ideas(args.ideas, args.seeds)
             args.folders = ["ideas"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 
 from matplotlib import ticker
 from matplotlib.figure import Figure
@@ -37,8 +37,6 @@ COMPARED = "reward kl_prcp kl_ref entropy masked_entropy clip_frac response_leng
 
 # Fields of config.json that do not set two runs apart: they may differ between repetitions.
 NOT_SETTINGS = {*FREE_ON_RESUME, "seed", "out", "epochs", "eval_n", "eval_rows"}
-# 97.5% quantiles of Student's t for 1 to 9 degrees of freedom. No library we require has them.
-T_TABLE = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
 
 
 def read_metrics(run_folder) -> dict[str, Series]:
@@ -59,13 +57,12 @@ def read_metrics(run_folder) -> dict[str, Series]:
 
 def mean_interval(values) -> tuple[float, float]:
     """(mean, half width of its 95% t interval) of independent values; NaN wide for a single one."""
+    from scipy import stats  # slow to import
+
     values = list(values)
-    df = len(values) - 1
-    if df == 0:
+    if len(values) == 1:
         return values[0], math.nan
-    # Beyond the table the Cornish-Fisher expansion, within 0.2%.
-    t = T_TABLE[df - 1] if df <= len(T_TABLE) else 1.95996 + 2.37227 / df + 2.8225 / df**2
-    return fmean(values), t * stdev(values) / math.sqrt(len(values))
+    return fmean(values), float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
 
 
 # ------------------------------------------------------------------------------ one run or several

@@ -8,14 +8,12 @@ import pytest
 from conftest import ROOT
 
 import train
-from experiments import run
+from experiments import report, run
 from papo import algo_class, preset_settings
 from support import toy
 from support.config import parse_flags
 from support.run_folder import read_log
 from support.variants import variant_names
-
-report = pytest.importorskip("experiments.report", reason="the report needs scipy")
 
 
 def test_every_planned_run_has_its_flags():
