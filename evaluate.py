@@ -49,7 +49,7 @@ def predict(
 
     rows: data.Rows. indices: of rows (default: all), dealt to the ranks in turn. options: of
     rollout.generate. A Question is the list of the n records of a row. A record is a dict with
-    PAPO-Eval's keys (idx, id, prompt, predict, label), ours (row; loop, the sample's number) and
+    PAPO-Eval's keys (id, prompt, predict, label), ours (row; loop, the sample's number) and
     the scores. A row that cannot be encoded is skipped and named. Every rank gets all questions and
     must exhaust the iterator: a chunk is a collective.
     """
@@ -108,11 +108,12 @@ def evaluate(policy: Policy, sets: dict, config: EvalConfig) -> None:
     is_first = dist.get_rank() == 0
     for rows in sets.values() if is_first else ():
         print(rows.summary())
-    with make_grader(config) as grader:
-        with flags.one_line_errors():
-            distributed.on_first_rank(lambda: predictions.open_output(config))
-            if config.baseline and is_first:
-                baseline = predictions.grade_files([config.baseline], grader, sets)
+    with flags.one_line_errors():
+        distributed.on_first_rank(lambda: predictions.open_output(config))
+        grader = make_grader(config)
+        if config.baseline and is_first:
+            baseline = predictions.grade_files([config.baseline], grader, sets)
+    with grader:
         for name, rows in sets.items():
             results[name], skipped = evaluate_set(policy, name, rows, grader, config)
             if skipped:

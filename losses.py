@@ -90,8 +90,7 @@ def response_mean(
     """
     response_mask = response_mask.bool()
     denominator = denominator or count(response_mask)
-    # Filled and not multiplied, since NaN * 0 is NaN, in the gradient too. What NaN leaves in the
-    # gradient of a term below is stopped by the clamp of its log-ratio.
+    # Filled and not multiplied, since NaN * 0 is NaN, in the gradient too.
     values = values.masked_fill(~response_mask, 0.0)
     if average == "token":
         return values.sum() / max(denominator.tokens, 1.0)
@@ -162,7 +161,8 @@ def policy_loss(  # noqa: PLR0913  (one argument per symbol of the equation)
     if advantages.dim() == 1:
         advantages = advantages.unsqueeze(-1)  # [B, 1]: the same for every token of a response
 
-    log_ratio = (log_probs - old_log_probs).clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
+    log_ratio = (log_probs - old_log_probs).masked_fill(~response_mask.bool(), 0.0)
+    log_ratio = log_ratio.clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
     ratio = log_ratio.exp()
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)

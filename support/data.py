@@ -71,9 +71,11 @@ def parse_row(row: dict, number: int, columns: tuple[str, ...] = ()) -> Example:
     images = pop_images(row, image_columns(row))
     more_images = {}
     for column in ("images_aug", *columns):
-        more = pop_images(row, COLUMN_NAMES.get(column, (column,)))
+        names = COLUMN_NAMES.get(column, (column,))
+        more = pop_images(row, names)
         if len(more) != len(images) and (more or column in columns):
-            raise BadRowError(column, f"{len(more)} images there for {len(images)} images")
+            problem = f"{len(more)} images in {' or '.join(names)} for {len(images)} images"
+            raise BadRowError(column, problem)
         if more:
             more_images[column] = more
     unread = [name for name in row if looks_like_image(row[name])]
@@ -82,7 +84,8 @@ def parse_row(row: dict, number: int, columns: tuple[str, ...] = ()) -> Example:
         raise BadRowError("unread image", problem)
     markers = question.count("<image>")
     if markers not in (0, len(images)):
-        raise BadRowError("markers", f"{markers} <image> markers for {len(images)} images")
+        problem = f"{markers} <image> markers for {len(images)} images: {question}"
+        raise BadRowError("markers", problem)
     if not markers:
         question = "<image>" * len(images) + question
     row_id = number if row.get("id") is None else row["id"]

@@ -74,9 +74,12 @@ def open_output(config) -> None:
     if not any(out.glob("*.json*")):
         write_atomically(file, json.dumps(current, indent=1) + "\n")
     saved = json.loads(file.read_text()) if file.exists() else {}
-    other = ", ".join(name for name in current if current[name] != saved.get(name))
-    if other:
-        raise ValueError(f"--out {out} has results of other {other}: choose another folder")
+    if not saved:
+        raise ValueError(f"--out {out} holds JSON files and no evaluation: choose another folder")
+    changed = [f"{k} {str(saved.get(k))[:60]}" for k in current if current[k] != saved.get(k)]
+    if changed:
+        values = ", ".join(changed)
+        raise ValueError(f"--out {out} holds an evaluation with {values}: choose another folder")
 
 
 def file_stamps(path: Path) -> list[list]:

@@ -180,7 +180,7 @@ class Run(AbstractContextManager):
         """Make and lock the folder, before anything in it is read or written."""
         config = self.config
         if config.out and not config.resume and any(Path(config.out).glob("[!.]*")):
-            raise OSError(f"--out {config.out} exists: choose another folder, or --resume it")
+            raise OSError(f"--out {config.out} exists: choose another, delete it, or --resume it")
         folder = Path(config.resume or config.out or free_name(config))
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = lock(folder)
@@ -201,10 +201,10 @@ class Run(AbstractContextManager):
         """Write config.json, rewind the logs to the checkpoint; returns `evaluated_step`."""
         config = flags_of(self.config, self.algo) | {"steps": self.n_steps, "resume": ""}
         checkpoint.clean(self.folder)
-        sets = (self.rows, *self.eval_sets.values())
-        keep_checksums(self.folder, {rows.name: rows.checksums for rows in sets}, resuming)
         text = json.dumps(config, indent=1) + "\n"
         checkpoint.write_atomically(self.folder / "config.json", text)
+        sets = (self.rows, *self.eval_sets.values())
+        keep_checksums(self.folder, {rows.name: rows.checksums for rows in sets}, resuming)
         if self.config.algo.endswith(".py"):
             keep_copy(Path(self.config.algo), self.folder, resuming=bool(self.config.resume))
         last_kept = self.step if resuming else -1

@@ -95,9 +95,7 @@ def keep_checksums(folder: Path, checksums: dict[str, dict], resuming: bool) -> 
 
 
 def append(path: Path, lines: list[dict]) -> None:
-    """Append lines to a log, which is made for the first."""
-    if not lines:
-        return
+    """Append lines to a log."""
     size = path.stat().st_size if path.exists() else 0
     with survivable(f"a line of {path}"):
         try:

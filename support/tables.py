@@ -94,6 +94,8 @@ def read_json(file: Path) -> list:
     if file.suffix not in SUFFIXES:
         raise ValueError(f"unknown extension: choose one of {', '.join(SUFFIXES)}")
     text = file.read_text(encoding="utf-8-sig")
+    if text.startswith("version https://git-lfs"):
+        raise ValueError("a Git LFS pointer: `git lfs pull` fetches the content")
     if text.lstrip().startswith("["):
         return json.loads(text)
     # splitlines() would also split at U+2028, which JSON allows within a string.
@@ -164,7 +166,8 @@ def download(spec: str, patterns: list[str] | None = None) -> Path:
     try:
         return Path(snapshot_download(spec, repo_type="dataset", allow_patterns=patterns))
     except Exception as error:  # the hub client's classes differ by version
-        problem = f"data {spec!r}: no such file or folder, nor can the hub give it"
+        choices = f"toy, a file of {', '.join(SUFFIXES)}, a folder of such, or a hub id"
+        problem = f"data {spec!r} is none of {choices}"
         raise DataError(f"{problem}: {type(error).__name__}: {error}") from error
 
 

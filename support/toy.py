@@ -114,22 +114,22 @@ DEFAULT = Setting()
 def setting_of(spec: str | Path) -> Setting | None:
     """Parse the name of a model or data set: "toy" or "toy:grid=4,colours=4"; None for other names.
 
-    ValueError for a field that Setting does not have or a value of the wrong type.
+    ValueError for a field that Setting does not have or a value that does not fit it.
     """
     name, _, assignments = str(spec).partition(":")
     if name != "toy":
         return None
     kinds = {field.name: type(field.default) for field in fields(Setting)}
     values = {}
-    for assignment in filter(None, assignments.split(",")):
-        name, _, text = assignment.partition("=")
-        if name not in kinds:
-            raise ValueError(f"{spec}: no toy setting {name!r}: choose from {', '.join(kinds)}")
-        try:
+    try:
+        for assignment in filter(None, assignments.split(",")):
+            name, _, text = assignment.partition("=")
+            if name not in kinds:
+                raise ValueError(f"no toy setting {name!r}: choose from {', '.join(kinds)}")
             values[name] = kinds[name](text)
-        except ValueError:
-            raise ValueError(f"{spec}: {name}={text!r} is not {kinds[name].__name__}") from None
-    return Setting(**values)
+        return Setting(**values)
+    except ValueError as error:
+        raise ValueError(f"{spec}: {error}") from None
 
 
 def task_defaults(setting: Setting = DEFAULT) -> dict:

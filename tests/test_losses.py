@@ -237,15 +237,17 @@ def test_padding_changes_nothing(name, average):
     """
     algo = replace(preset(name, "7b"), average=average)
     batch = random_batch()
+    batch = batch._replace(advantages=batch.advantages[:, None] * torch.rand(batch.mask.shape))
     clean_loss, clean_grad, clean_metrics = loss_and_grad(algo, batch)
     for filler in (1e4, float("nan"), float("-inf")):
-        fields = ("log_probs", "old", "ref", "masked")
+        fields = ("log_probs", "old", "ref", "masked", "advantages")
         filled = {field: getattr(batch, field).masked_fill(~batch.mask, filler) for field in fields}
         loss, grad, metrics = loss_and_grad(algo, batch._replace(**filled))
         assert torch.equal(loss, clean_loss)
         assert torch.equal(grad, clean_grad)
         assert all(torch.equal(metrics[k], clean_metrics[k]) for k in metrics)
-    assert all(torch.equal(a, b) for a, b in zip(batch, random_batch(), strict=True))
+    untouched = random_batch()._replace(advantages=batch.advantages)
+    assert all(torch.equal(a, b) for a, b in zip(batch, untouched, strict=True))
 
 
 @pytest.mark.parametrize("average", ["token", "seq"])

@@ -201,13 +201,13 @@ def test_an_output_folder_is_one_evaluations(tmp_path):
 
     start()
     start()
-    with pytest.raises(ValueError, match="out has results of other seed: choose another"):
+    with pytest.raises(ValueError, match="out holds an evaluation with seed 0: choose another"):
         start(seed=1)
     (model / "weights").write_text("12")
-    with pytest.raises(ValueError, match="other files of model"):
+    with pytest.raises(ValueError, match="an evaluation with files of model"):
         start()
     (tmp_path / "rows.jsonl").write_text("")
-    with pytest.raises(ValueError, match="has results of other model, data, "):
+    with pytest.raises(ValueError, match="holds JSON files and no evaluation"):
         start(out=".")
 
 

@@ -204,12 +204,14 @@ def test_unusable_files_give_one_line(tmp_path, monkeypatch):
     Path("damaged.parquet").write_bytes(whole[:4] + bytes(60) + whole[64:])
     Path("cut.json").write_text('[{"problem": ')
     Path("latin.jsonl").write_bytes(b'{"problem": "\xe9"}')
+    Path("pointer.jsonl").write_text("version https://git-lfs.github.com/spec/v1\nsize 9\n")
     for name in ("table", "zip"):
         write_split(Path(name), "We_Math")
     Path("table/We_Math.json").write_bytes(b"[")
     Path("zip/We_Math_images.zip").write_bytes(b"PK\x03\x04 nothing")
     for name, words in [
-        ("nowhere.jsonl", "no such file or folder"),
+        ("nowhere.jsonl", "'nowhere.jsonl' is none of toy, a file of .json"),
+        ("pointer.jsonl", "pointer.jsonl cannot be read: ValueError: a Git LFS pointer"),
         ("table.csv", "unknown extension: choose one of .json"),
         ("empty", "no file of .json, .jsonl, .parquet in empty"),
         ("damaged.parquet", "damaged.parquet cannot be read: OSError: "),
@@ -301,5 +303,5 @@ def test_from_the_hub_cache(tmp_path, monkeypatch):
     assert colours(data.eval_sets("We_Math")["We_Math"]) == EXPECTED
     with pytest.raises(data.DataError, match="no benchmark hiyouga_geometry3k in .*PAPO_eval"):
         data.eval_sets("general")
-    with pytest.raises(data.DataError, match="'o/plain': no such file or folder, nor .*disabled"):
+    with pytest.raises(data.DataError, match="'o/plain' is none of .*disabled"):
         data.load("o/plain")

@@ -256,7 +256,7 @@ def test_errors_are_one_line(run, finished, capsys):
         (f"--model {finished}", f"is the folder of a run: its model is {finished}/model"),
         ("--resume /no/such/run", "no config.json there"),
         ("--group_size 1", "group_size=1: give at least 2"),
-        (f"--out {finished}", "exists: choose another folder, or --resume it"),
+        (f"--out {finished}", "exists: choose another, delete it, or --resume it"),
     ]:
         with pytest.raises(SystemExit, match="2"):
             run("run", f"--steps 1 {flags}")
