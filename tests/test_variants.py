@@ -95,12 +95,12 @@ def tor_groups():
             tokens=zeros,
             response_mask=torch.arange(3) < lengths[index][:, None],
             old_log_probs=zeros,
-            masked_log_probs=None,
+            view_log_probs={},
             entropies=entropies[index],
         )
         for index in range(2)
     ]
-    groups[0].masked_log_probs = torch.tensor([[-3.0, 2.0, 0.1], [0.0, 0.0, 99.0]])
+    groups[0].view_log_probs["mask"] = torch.tensor([[-3.0, 2.0, 0.1], [0.0, 0.0, 99.0]])
     return groups
 
 

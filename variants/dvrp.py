@@ -18,7 +18,7 @@ import torch
 
 from papo import Algo
 from support.config import flag
-from variants.noisy_rollout import DIFFUSION_STEPS, add_noise, falling
+from variants.noisy_rollout import add_noise, falling
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,7 @@ class DVRP(Algo):
     kl_prcp_coef: float = 0.01
     masked_entropy_coef: float = 0.05
     noised_coef: float = flag(0.01, "weight of KL(pi || pi_noised), which is minimised")
-    noise_steps: int = flag(
-        500, "diffusion steps of noise at first", low=0, high=DIFFUSION_STEPS - 1
-    )
+    noise_steps: int = flag(500, "diffusion steps of noise at first", low=0, high=999)
     noise_slope: float = flag(10.0, "how steeply the noise falls; half is left at half time")
 
     def at_step(self, step, n_steps):

@@ -21,8 +21,6 @@ from papo import Algo
 from support.batch import seeded
 from support.config import flag
 
-DIFFUSION_STEPS = 1000
-
 
 @dataclass(frozen=True)
 class NoisyRollout(Algo):
@@ -30,9 +28,7 @@ class NoisyRollout(Algo):
     kl_prcp_coef: float = 0.0
     clip_high: float = 0.2
     clip_dual: float = math.inf  # none
-    noise_steps: int = flag(
-        500, "diffusion steps of noise at first", low=0, high=DIFFUSION_STEPS - 1
-    )
+    noise_steps: int = flag(500, "diffusion steps of noise at first", low=0, high=999)
     noise_slope: float = flag(30.0, "how steeply the noise falls to 0")
     noise_middle: float = flag(40.0, "training step at which half of the noise is left")
 
@@ -61,9 +57,8 @@ def falling(steps: int, x: float) -> int:
 
 def add_noise(pixel_values: Tensor, steps: int, processor, generator: torch.Generator) -> Tensor:
     """pixel_values[N_patch, D_patch] after `steps` of the diffusion; processor: the Encoder's."""
-    mean, std = (
-        torch.tensor(x)[:, None, None] for x in (processor.image_mean, processor.image_std)
-    )
+    mean = torch.tensor(processor.image_mean)[:, None, None]
+    std = torch.tensor(processor.image_std)[:, None, None]
     n, copies = len(pixel_values), processor.temporal_patch_size
     pixels = pixel_values.view(n, 3, copies, -1) * std + mean  # in [0, 1]
     noise = torch.randn(n, 3, 1, pixels.shape[-1], generator=generator)  # copies over time share it
@@ -74,5 +69,5 @@ def add_noise(pixel_values: Tensor, steps: int, processor, generator: torch.Gene
 
 def share_kept(steps: int) -> Tensor:
     """abar_k: the share of the image's variance left after so many diffusion steps."""
-    betas = torch.linspace(-6, 6, DIFFUSION_STEPS).sigmoid() * (5e-3 - 1e-5) + 1e-5
+    betas = torch.linspace(-6, 6, 1000).sigmoid() * (5e-3 - 1e-5) + 1e-5
     return (1 - betas).cumprod(0)[steps]

@@ -31,9 +31,7 @@ class PGPO(Algo):
     clip_high: float = 0.28
     dynamic_sampling: bool = True
     mask_ratio: float = 1.0  # a black image
-    threshold: float = flag(
-        0.4, "tau: scaled dependency, or rank, with weight 1", low=0.01, high=0.99
-    )
+    threshold: float = flag(0.4, "tau: dependency, or rank, of weight 1", low=0.01, high=0.99)
     boost: float = flag(2.0, "beta: how much the weight rises from there to the largest dependency")
     form: Literal["paper", "development"] = flag("paper", "the rule of the weights")
 

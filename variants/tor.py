@@ -27,9 +27,7 @@ class ToR(Algo):
     kl_prcp_coef: float = 0.0
     clip_high: float = 0.2
     mask_ratio: float = 1.0  # a black image
-    token_share: float = flag(
-        0.3, "share of tokens that reason, and of tokens that see", low=0, high=1
-    )
+    token_share: float = flag(0.3, "share of tokens that reason, and that see", low=0, high=1)
     perception_weight: float = flag(0.5, "weight of tokens that see", low=0, high=1)
 
     def views(self):
@@ -38,15 +36,11 @@ class ToR(Algo):
     def weigh(self, groups, policy):
         entropies = policy.per_group(groups, policy.entropies)
         reason = top_of_batch(groups, entropies, self.token_share)
-        see = top_of_batch(groups, [image_gain(group) for group in groups], self.token_share)
+        under_black = [g.view_log_probs.get("mask", g.old_log_probs) for g in groups]  # else P = 0
+        gains = [(g.old_log_probs - x).abs() for g, x in zip(groups, under_black, strict=True)]
+        see = top_of_batch(groups, gains, self.token_share)
         pairs = zip(reason, see, strict=True)
         return [torch.where(a, 1.0, self.perception_weight * b.float()) for a, b in pairs]
-
-
-def image_gain(group):
-    """P[G, T]; 0 without an image."""
-    masked = group.masked_log_probs if group.has_image else group.old_log_probs
-    return (group.old_log_probs - masked).abs()
 
 
 def top_of_batch(groups, values, share):

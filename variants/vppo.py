@@ -7,8 +7,8 @@ m_t is 1 at the ceil(0.4 n) of a response's n tokens whose S is largest, else 0.
 response's mean S, min-max scaled over the mini-batch; w_i = 0.9 + 0.1 x_i / mean(x) has mean 1.
 
 Source: the authors' code, github.com/huaixuheqing/VPPO-RL; n = 8, reward accuracy alone.
-Differences: it masks per response, in 14-px tiles; here a prompt has one mask, of the model's
-patches. It scales over one device's share; here over all ranks'. Without an image the weight is 1.
+Differences: it masks per response, in 14-px tiles, and scales over one device's share; here a
+prompt has one mask, of the model's patches, and all ranks scale. Without an image the weight is 1.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,6 @@ from torch import Tensor
 
 from losses import kl_k3
 from papo import Algo
-from support.batch import Group
 from support.config import flag
 from support.distributed import concat_over_ranks
 
@@ -32,9 +31,7 @@ class VPPO(Algo):
     dynamic_sampling: bool = True
     mask_ratio: float = 0.5
     token_share: float = flag(0.4, "share of a response's tokens that are trained", low=0, high=1)
-    least_weight: float = flag(
-        0.9, "weight of the response that depends least on the image", low=0, high=1
-    )
+    least_weight: float = flag(0.9, "weight of the response that depends least", low=0, high=1)
 
     def views(self):
         return ("mask",)
@@ -52,13 +49,13 @@ class VPPO(Algo):
         return factors[:, None] * kept
 
 
-def visual_dependency(group: Group) -> Tensor:
+def visual_dependency(group) -> Tensor:
     """S[G, T] of each token; 0 at padding, and everywhere for a prompt without an image."""
     masked = group.masked_log_probs if group.has_image else group.old_log_probs
     return kl_k3(group.old_log_probs, masked)
 
 
-def response_dependency(group: Group) -> Tensor:
+def response_dependency(group) -> Tensor:
     """The mean S[G] of each response."""
     return visual_dependency(group).sum(1) / group.response_mask.sum(1).clamp(min=1)
 
