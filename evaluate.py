@@ -65,11 +65,8 @@ def predict(
     encoded = encode_ahead(rows, policy.encoder.encode, chunks)
     for prompts in tqdm(encoded, rows.name, len(chunks), leave=False, disable=rank > 0):
         groups = generate(policy, prompts, n, sampling, key=("eval", seed), **options)
-        responses = [text for group in groups for text in group.responses]
-        examples = [group.prompt.example for group in groups for _ in group.responses]
-        answers = [example.answer for example in examples]
         # No budget for all together, as in training; each response still has its deadline.
-        scores = grader(responses, answers, examples, budget=math.inf)
+        scores = grader.of_groups(groups, budget=math.inf)
         of_groups = [scores[start : start + n] for start in range(0, len(scores), n)]
         tokenizer = policy.encoder.tokenizer
         questions = [

@@ -130,14 +130,11 @@ def grade(run: Run, algo: Algo, groups: list[Group], sums: Counter) -> list[Grou
     """Grade the groups, set their rewards and advantages, and return those to train on. Adds counts
     to `sums`.
     """
-    responses = [text for group in groups for text in group.responses]
-    examples = [group.prompt.example for group in groups for _ in group.responses]
-    answers = [example.answer for example in examples]
     # All responses to a prompt are compared. A variant may spread them over two groups.
     index = torch.tensor([group.prompt.index for group in groups for _ in group.responses])
     # Per response: accuracy and format, 0 or 1, and overall = 0.9 accuracy + 0.1 format; "unscored"
     # where the time for scoring ran out.
-    scores = run.grader(responses, answers, examples)
+    scores = run.grader.of_groups(groups)
     run.raise_if_stopped()
 
     def column(name: str) -> torch.Tensor:

@@ -79,6 +79,12 @@ class Grader(AbstractContextManager):
             raise ValueError(f"reward {function!r}: {reply}")
         self._takes_row = reply
 
+    def of_groups(self, groups: list, budget=None) -> list[dict[str, float]]:
+        """The scores of all responses of some batch.Groups, one group after the other."""
+        responses = [text for group in groups for text in group.responses]
+        examples = [group.prompt.example for group in groups for _ in group.responses]
+        return self(responses, [example.answer for example in examples], examples, budget)
+
     def __call__(self, responses, answers, examples=None, budget=None) -> list[dict[str, float]]:
         """examples: the batch.Example of each response, for a function that takes its row.
         budget: replaces the Grader's."""

@@ -206,7 +206,8 @@ def test_groups_that_cannot_be_compared_have_no_advantage(prompts, dynamic_sampl
         Group(prompt, tokens, mask, ~mask[:, 0], torch.zeros(3, 2), ["x"] * 3)
         for prompt in prompts[:3]
     ]
-    grader = Mock(return_value=scores, timeouts=1, errors=2, unscored=3)
+    grader = Mock(timeouts=1, errors=2, unscored=3)
+    grader.of_groups.return_value = scores
     run = SimpleNamespace(grader=grader, raise_if_stopped=Mock())
     algo, sums = SimpleNamespace(dynamic_sampling=dynamic_sampling), Counter()
     kept = train.grade(run, algo, groups, sums)
