@@ -1,7 +1,7 @@
 r"""Evaluate by the paper's protocol, ask one question, or draw a response's image attribution.
 
     python evaluate.py --model runs/papo_g-toy-s0/model
-    torchrun --nproc_per_node 2 -- evaluate.py --model MODEL --data all --n 8  # -- ends its flags
+    torchrun --nproc_per_node 2 -- evaluate.py --model MODEL --data all --n 8  # -- or torchrun takes n
     python evaluate.py --grade predictions/*.jsonl
     python evaluate.py --model MODEL --ask "How many red dots are there?" --image dots.png
     python evaluate.py --model MODEL --explain --row SET:NUMBER
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
@@ -103,8 +104,8 @@ def evaluate(policy: Policy, sets: dict, config: EvalConfig) -> None:
     again. --baseline: prediction files to compare with."""
     results, baseline, notes = {}, None, [protocol_line(config)]
     is_first = dist.get_rank() == 0
-    for rows in sets.values() if is_first else ():
-        print(rows.summary())
+    if is_first:
+        print("\n".join(rows.summary() for rows in sets.values()))
     with flags.one_line_errors():
         distributed.on_first_rank(lambda: predictions.open_output(config))
         grader = make_grader(config)
@@ -132,7 +133,8 @@ def evaluate_set(policy: Policy, name: str, rows, grader: Grader, config: EvalCo
     questions.sort(key=lambda question: question[0]["row"])
     predictions.finish(out, name, questions)
     # skipped at loading, the same on all ranks; broken: found by this rank while encoding
-    return questions, sum(distributed.gather_over_ranks(rows.broken), rows.skipped)
+    broken = sum(distributed.gather_over_ranks(rows.broken), Counter())
+    return questions, rows.skipped + broken
 
 
 def make_grader(config: EvalConfig) -> Grader:
@@ -165,11 +167,12 @@ def explain(policy: Policy, prompt: Prompt, config: EvalConfig) -> None:
 
 def algo_of(model: str) -> Algo:
     """The algorithm and settings of the run that a model/ folder lies in, papo_g's where there is
-    none. A variant whose view needs further image columns, which evaluations do not read, counts as
-    Algo."""
+    none. Algo replaces a variant whose view needs further image columns, which evaluations do not
+    read."""
     run = Path(model).parent
     saved = flags.saved_config(run) if (run / "config.json").is_file() else {}
     name = saved.get("algo", "papo_g")
+    # A run keeps a copy of its method's file.
     variant = algo_class(str(run / Path(name).name) if name.endswith(".py") else name)
     kind = Algo if variant.columns else variant
     return kind(**{field.name: saved[field.name] for field in fields(kind) if field.name in saved})

@@ -8,8 +8,9 @@ KL_ref and KL_prcp are means of k3, which estimates KL(pi || pi_other) at a samp
 
     k3 = exp(d) - d - 1,   d = log pi_other - log pi
 
-with pi_other = pi_ref, the reference, or pi_mask, the policy under the masked image. The paper
-calls -KL_prcp the Implicit Perception Loss, and eta1 H + eta2 H_mask the Double Entropy Loss.
+with pi_other = pi_ref, the reference, or pi_mask, the policy under the masked image. H and H_mask
+are minus the means of log pi and log pi_mask at the sampled tokens. The paper calls -KL_prcp the
+Implicit Perception Loss, and eta1 H + eta2 H_mask the Double Entropy Loss.
 
 Shapes: B responses, T response positions, padded on the right. Tensors are [B, T] unless said
 otherwise. `response_mask` is True on a response's tokens, up to and including its first end token.
@@ -18,7 +19,7 @@ Padding is never read: whatever stands there, even NaN, changes no loss, no metr
 What the terms do to the policy:
 
     gradient of k3 = (1 - exp(d)) grad log pi
-    gradient of H  = - mean grad log pi,   H = - mean log pi
+    gradient of H  = - mean grad log pi
 
 1. k3 is an unbiased estimate of KL(pi || pi_other) if samples come from pi and nothing is clamped.
 2. Its gradient is in expectation that of KL(pi_other || pi), not that of KL(pi || pi_other), since
@@ -27,21 +28,24 @@ What the terms do to the policy:
    likely (d < 0), with a weight of at most 1, and less likely where the masked view finds it
    likelier (d > 0), with weight exp(d) - 1. Run too far, the latter drives pi off all text that is
    plausible without the image: probability spreads, and both entropies grow. That is the paper's
-   collapse, against which it penalises both. (As released, only H has a gradient: see c.)
+   collapse, against which the paper penalises both. (As released, only H has a gradient: see c.)
 4. Descent on H makes every sampled token likelier. For samples from pi itself its gradient is 0 on
-   average, as in 2; samples from pi_old, cut by top-p, make it a pull towards them.
+   average, as in 2; samples from pi_old, cut by top-p, make it a pull towards them. As released,
+   this pull is all that the Double Entropy Loss does.
 5. H_mask estimates the cross-entropy of pi and pi_mask, which is H + KL(pi || pi_mask).
 
 Where the paper, the released code and this file differ:
 a. KL_prcp: the paper prints r - log r - 1 with r = pi / pi_mask, the released code has
    r = pi_mask / pi. Samples come from pi, so the code's form is the unbiased k3 estimate and the
    paper's is not. Default: the code's form; `kl_prcp_estimator="paper"` selects the printed one,
-   whose gradient is (exp(-d) - 1) grad log pi.
-b. As released, H and H_mask are minus the mean log-prob of the sampled tokens, always averaged over
-   tokens; the paper writes entropies.
-c. The masked log-probs normally carry no gradient (as released). So H_mask changes the value of the
-   loss but not its gradient. With `--masked_grad` it has one, and that of k3 gains (exp(d) - 1)
-   grad log pi_mask; by 5, H_mask then works against KL_prcp.
+   whose gradient is (exp(-d) - 1) grad log pi, with d as above.
+b. H and H_mask are means over sampled tokens (as released), whatever `average` says; the paper
+   writes entropies.
+c. The masked log-probs are recorded before a step's first update, without gradient (as released).
+   So in its later updates pi_mask is still the old policy's, and H_mask changes the value of the
+   loss but not its gradient. With `--masked_grad` they are computed in every update: H_mask has a
+   gradient, and that of k3 gains (exp(d) - 1) grad log pi_mask; by 5, H_mask then works against
+   KL_prcp.
 d. The release averages within each micro-batch, then over micro-batches. Here every mean divides by
    a count over the whole mini-batch on all ranks. So the losses of any split add up to the loss of
    the whole.
@@ -208,13 +212,12 @@ def papo_loss(  # noqa: PLR0913  (one argument per symbol of the equation)
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The objective L of the header: a scalar, and each term's value as a metric.
 
-    advantages: [B], or [B, T] where a variant weights tokens.
     algo: papo.Algo, whose coefficients and clips are used.
     ref_log_probs, masked_log_probs: ValueError if their coefficient is not 0 and they are missing.
         Without a coefficient they only become metrics.
     denominator: Counts of the whole mini-batch over all ranks; None: of this batch.
-    has_image[B]: whether a response's prompt has an image; None: all have. Without one there is no
-        masked view: its tokens count in KL_prcp's mean as 0, without gradient, and not in H_mask's.
+    has_image[B]: whether a response's prompt has an image; None: all have. Without one KL_prcp is
+        0 at its tokens, which count in the mean; H_mask is the mean over the other tokens only.
     views: a variant's further views, name -> (coefficient, log-probs). Each adds
         coefficient * KL(pi || pi_view): a negative coefficient maximises it.
     """

@@ -84,9 +84,9 @@ class Algo(Flags):
         """A round's groups. generate(prompts) samples G responses to each, as a group.
 
         A variant may pass each prompt twice, say once under another image: all responses of the
-        same Prompt.index are compared. A group is trained under the images of group.prompt; set it
-        back to the original prompt to train under the original image. Call generate once: a second
-        call repeats its random numbers. A variant's own come from batch.seeded(NAME, *key, index).
+        same Prompt.index are compared. A group is trained under the images of group.prompt, so set
+        it back to the original prompt to train under the original image. Call generate once: a
+        second call repeats its random numbers. Draw others by batch.seeded(NAME, *key, index).
         """
         return generate(prompts)
 
@@ -115,7 +115,8 @@ class Algo(Flags):
 
 _DAPO = {"kl_ref_coef": 0.0, "clip_high": 0.28, "dynamic_sampling": True}
 _PRCP_AND_ENTROPY = {"kl_prcp_coef": 0.01, "entropy_coef": 0.03, "masked_entropy_coef": 0.03}
-# The released scripts' settings. What a line does not list keeps Algo's default.
+# The released scripts' settings. What a line does not list keeps Algo's default, such as GRPO's
+# clip_high of 0.3.
 PRESETS: dict[str, dict] = {
     "grpo": {"kl_prcp_coef": 0.0},
     "dapo": {"kl_prcp_coef": 0.0, **_DAPO},
@@ -158,8 +159,7 @@ def prepare(
     changed in each, over all ranks, such as {"mask_ratio": 0.6}.
     """
     groups = list(itertools.chain.from_iterable(batches))
-    # In a step's first update pi_old = pi, so pack_loss takes pi's own log-probs there. `weigh`, if
-    # a variant replaces it, may need them of all groups.
+    # The first update needs none: pi_old is pi there (see pack_loss). A variant's `weigh` may.
     has_weights = type(algo).weigh is not Algo.weigh
     need_old = groups if has_weights else list(itertools.chain.from_iterable(batches[1:]))
     record(policy, need_old, "old_log_probs", policy.log_probs)
@@ -185,8 +185,8 @@ def prepare(
 def record(policy: Policy, groups: list[Group], field: str, values_of: Callable) -> None:
     """Set a field [G, T] of the groups to values_of(packed groups).
 
-    policy.per_group puts the groups into packs, as many on every rank, calls values_of under
-    no_grad, and returns each group's share on the CPU.
+    policy.per_group puts the groups into packs, the same number of packs on every rank, calls
+    values_of under no_grad, and returns each group's share on the CPU.
     """
     for group, values in zip(groups, policy.per_group(groups, values_of), strict=True):
         setattr(group, field, values)
@@ -263,7 +263,8 @@ def accumulate_gradients(policy: Policy, batch: list[Group], algo: Algo) -> dict
     # A pack divides by the counts of the whole mini-batch, so sums over packs and ranks are means.
     sums = sum_over_ranks(sum(values).tolist())
     largest_gap = max_over_ranks(torch.stack(largest_gaps).max())
-    return dict(zip(metrics, sums, strict=True)) | {"sampler_gap_max": largest_gap}
+    names = metrics.keys()  # the last pack's, as all packs'
+    return dict(zip(names, sums, strict=True)) | {"sampler_gap_max": largest_gap}
 
 
 def pack_loss(policy: Policy, pack: list[Group], algo: Algo, denominator: Counts | None = None):
@@ -282,7 +283,7 @@ def pack_loss(policy: Policy, pack: list[Group], algo: Algo, denominator: Counts
         advantages = advantages[:, None] * recorded("weights")  # [B, T]
 
     def under(view: str) -> Tensor:
-        if view == "mask" and algo.masked_grad:  # (papo_loss ignores those of text-only prompts)
+        if view == "mask" and algo.masked_grad:  # (papo_loss ignores prompts without an image)
             return policy.log_probs(pack, view)
         return view_log_probs(pack, view, policy.device)
 

@@ -10,9 +10,10 @@
 Differences from the released code, which samples with vLLM:
 1. Up to rounding, a response depends only on the weights and (seed, step, prompt, sample), not on
    its chunk or on the number of ranks.
-2. Sampling ignores the model's generation_config except for its end-of-sequence tokens (Policy
-   replaces it). generate() would apply Qwen's repetition penalty of 1.05, and samples would come
-   from another policy than the one trained. (Top-p 0.99, the paper's, is the one such difference.)
+2. Sampling ignores the model's generation_config (Policy replaces it) except for its end tokens.
+   generate() would apply Qwen's repetition penalty of 1.05, and samples would come from another
+   policy than the one trained. Two such differences remain: top-p 0.99, which is the paper's, and
+   the suppressed vision tokens.
 3. The sampler's log-probs are those of the full softmax at the sampling temperature, before top-p,
    top-k and suppression: what the training forward computes. They are used only for the metric
    sampler_gap; training recomputes the old log-probs.
@@ -124,8 +125,8 @@ def _sample_chunk(
     options = {"do_sample": False}  # temperature 0: `decode` takes the likeliest token
     if sampling.temperature:
         options = {"do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k}
-    # `decode` encodes the prompts itself; for generate() their last tokens stand in. Top-p, too, is
-    # left to `decode`, because generate()'s processor for it sorts the whole vocabulary.
+    # `decode` feeds the prompts to the model; for generate() their last tokens stand in. Top-p, too,
+    # is left to `decode`, because generate()'s processor for it sorts the whole vocabulary.
     last_tokens = torch.stack([prompt.input_ids[-1:] for prompt in prompts]).to(device)
     last_tokens = last_tokens.repeat_interleave(uniforms.shape[1], 0)
     # What `decode` returns: [prompts, G, steps] each, on the CPU.
@@ -160,7 +161,7 @@ def _make_group(
         )
 
     def to_text(token_ids: Tensor) -> str:
-        """With the <think> that a chat template may write for the model: it is graded too."""
+        """The response, after the <think> that a chat template may have written for the model."""
         text = policy.encoder.tokenizer.decode(token_ids, skip_special_tokens=True)
         return policy.encoder.opening + text
 

@@ -3,7 +3,7 @@ r"""Train a vision-language model with PAPO, GRPO or DAPO, on one or more device
     torchrun train.py --algo papo_g                 a toy on a laptop: a tiny model counts dots
     torchrun --nproc_per_node 2 train.py --algo papo_g --model Qwen/Qwen2.5-VL-3B-Instruct
 
-`train` is the paper's loop. PAPO adds one term to GRPO or DAPO:
+`train` is the paper's loop. PAPO adds one term to GRPO or DAPO, and two entropies in some presets:
 
     KL_prcp = KL(pi(. | image) || pi(. | masked image))
 
@@ -12,7 +12,7 @@ thinks, then boxes its answer: <think> ... </think> \boxed{3}. Every rank sample
 own prompts; no batch travels between ranks. What travels through a step is a list of Groups
 (support/batch.py), a prompt and its G responses each:
 
-    group.prompt             input_ids [P], pixel_values [N_patch, D_patch] of its images
+    group.prompt             index in the step, input_ids [P], pixel_values [N_patch, D_patch]
     group.tokens             [G, T] sampled; response_mask [G, T], up to the first end token
     group.rewards            [G], then advantages [G]: set by `grade`
     group.old_log_probs      [G, T], and ref_log_probs: set by papo.prepare where needed
@@ -65,7 +65,8 @@ def train(run: Run) -> None:
         batches = mini_batches(groups, config.mini_batch)
 
         # 2. Before the first update changes the policy: mask the images, and record the old,
-        #    reference and masked log-probs that the objective needs.
+        #    reference and masked log-probs that the objective needs. (run.reference is the frozen
+        #    start model, None without KL_ref.)
         start = time.time()
         metrics |= prepare(policy, run.reference, batches, algo, key)
 
@@ -141,8 +142,8 @@ def grade(run: Run, algo: Algo, groups: list[Group], sums: Counter) -> list[Grou
         return torch.tensor([score.get(name, 0.0) for score in scores], dtype=torch.float64)
 
     rewards, accuracy = column("overall"), column("accuracy")
-    # An unscored response has reward 0, which distorts the mean: its prompt gets no advantages (but
-    # the other terms of the loss).
+    # An unscored response has reward 0, which distorts its group's mean. So all responses to its
+    # prompt get advantage 0; the loss's other terms still train on them.
     is_graded = ~torch.isin(index, index[column("unscored") > 0])
     advantages = group_advantages(rewards, index).where(is_graded, 0.0).float()
     sizes = [len(group.responses) for group in groups]
@@ -150,7 +151,7 @@ def grade(run: Run, algo: Algo, groups: list[Group], sums: Counter) -> list[Grou
     for group, own_rewards, own_advantages in of_groups:
         group.rewards, group.advantages = own_rewards, own_advantages
 
-    has_advantage = index[advantages.abs() > 1e-6].unique()  # equal ones leave 1e-10
+    has_advantage = index[advantages.abs() > 1e-6].unique()  # not of equal rewards: 1e-10
     sums.update(  # a Counter adds
         responses=len(scores),
         reward=float(rewards.sum()),
@@ -165,7 +166,7 @@ def grade(run: Run, algo: Algo, groups: list[Group], sums: Counter) -> list[Grou
     )
     if not algo.dynamic_sampling:
         return groups
-    mean_accuracy = {i: accuracy[index == i].mean() for i in index[is_graded].tolist()}
+    mean_accuracy = {i: accuracy[index == i].mean() for i in index[is_graded].unique().tolist()}
     mixed = {i for i, mean in mean_accuracy.items() if 0.01 < mean < 0.99}
     return [group for group in groups if group.prompt.index in mixed]
 
@@ -240,8 +241,8 @@ class Config(flags.Flags):
 def build_run(argv=None) -> Run:
     """Load what the command line names; `start` then opens the folder.
 
-    Precedence: given flags, the resumed run's, the toy's defaults, the learning rate of adapters,
-    the preset's, the dataclasses'.
+    The later wins: the dataclasses' defaults, the preset's, the learning rate of adapters, the
+    toy's defaults, the resumed run's flags, those given.
     """
     # Algo and model decide which flags there are and their defaults, so they are read beforehand.
     given = flags.early_flags("algo", "model", "data", "resume", "lora_rank", argv=argv)
@@ -252,7 +253,7 @@ def build_run(argv=None) -> Run:
     defaults |= toy.defaults(model, early.get("data", "")) | saved
     classes = (Config, algo_class(name))
     config, algo = flags.parse_flags(__doc__, *classes, defaults=defaults, argv=argv)
-    config.val_data = toy.data_of(model, config.val_data)  # a split of the toy, say
+    config.val_data = toy.data_of(model, config.val_data)  # of a toy, its own rows
     flags.check_resumed(flags.flags_of(config, algo), saved)  # few may change: FREE_ON_RESUME
     if algo.dynamic_sampling and MAX_ROUNDS * config.mini_batch < config.prompts_per_step:
         limit = f"{MAX_ROUNDS} rounds of mini_batch={config.mini_batch} prompts"
