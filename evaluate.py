@@ -1,7 +1,7 @@
 r"""Evaluate by the paper's protocol, ask one question, or draw a response's image attribution.
 
     python evaluate.py --model runs/papo_g-toy-s0/model
-    torchrun --nproc_per_node 2 -- evaluate.py --model MODEL --data all --n 8  # -- or torchrun takes n
+    torchrun --nproc_per_node 2 -- evaluate.py --model MODEL --data all --n 8  # torchrun has --n
     python evaluate.py --grade predictions/*.jsonl
     python evaluate.py --model MODEL --ask "How many red dots are there?" --image dots.png
     python evaluate.py --model MODEL --explain --row SET:NUMBER

@@ -125,7 +125,7 @@ def _sample_chunk(
     options = {"do_sample": False}  # temperature 0: `decode` takes the likeliest token
     if sampling.temperature:
         options = {"do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k}
-    # `decode` feeds the prompts to the model; for generate() their last tokens stand in. Top-p, too,
+    # `decode` feeds the prompts to the model; for generate() their last tokens stand in. Top-p too
     # is left to `decode`, because generate()'s processor for it sorts the whole vocabulary.
     last_tokens = torch.stack([prompt.input_ids[-1:] for prompt in prompts]).to(device)
     last_tokens = last_tokens.repeat_interleave(uniforms.shape[1], 0)
