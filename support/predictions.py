@@ -19,7 +19,6 @@ import json
 import math
 import sys
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 from statistics import multimode
 
@@ -28,6 +27,7 @@ import numpy as np
 from support.batch import Group
 from support.checkpoint import write_atomically
 from support.reward import boxed
+from support.run_folder import read_log
 from support.sandbox import Grader
 from support.tables import ALIASES, BENCHMARKS, GENERAL, VISION
 
@@ -101,15 +101,10 @@ def answered(out: str, name: str) -> list[Question]:
     """The questions of a set that the folder holds already."""
     if not out:
         return []
-    finished, partial = Path(out, f"{name}.jsonl"), Path(out, f"{name}.partial")
+    finished = Path(out, f"{name}.jsonl")
     if finished.exists():
         return into_questions(name, read_predictions(finished))
-    questions = []
-    if partial.exists():
-        for line in partial.read_text(errors="replace").split("\n"):
-            with suppress(json.JSONDecodeError):  # blank or incomplete, see `append`
-                questions.append(json.loads(line))
-    return questions
+    return read_log(Path(out, f"{name}.partial"))
 
 
 def finish(out: str, name: str, questions: list[Question]) -> None:

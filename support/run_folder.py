@@ -107,7 +107,7 @@ def append(path: Path, lines: list[dict]) -> None:
 
 
 def read_log(path: Path) -> list[dict]:
-    """The lines of a log, without a torn last one; none if there is no file."""
+    """The lines of a log, without blank or torn ones; none if there is no file."""
     lines: list[dict] = []
     if not path.exists():
         return lines
