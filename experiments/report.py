@@ -422,6 +422,19 @@ def on_the_dots(found: Results) -> list[str]:
     ]
 
 
+def adapters(found: Results) -> list[str]:
+    every, small = ((f"lora/semantic_0.17{rank}", f"lora/grpo{rank}") for rank in ("", "_r8"))
+    others = {"all weights": [every], "adapters minus all weights": [small + every]}
+    levels = {name.removeprefix("lora/"): [(name,)] for name in every + small}
+    return [
+        "## With adapters",
+        "semantic_0.17 minus grpo, at rank 8 and with all weights:",
+        table(found, {"adapters": [small]}, QUESTIONS, EIGHT_SEEDS, QUESTIONS),
+        table(found, others, QUESTIONS, EIGHT_SEEDS),
+        table(found, levels, WITH_TRAINING, EIGHT_SEEDS),
+    ]
+
+
 def difficulty(found: Results) -> list[str]:
     levels = {
         f"{task}, {level}": task if level == "middle" else f"{task}_{level}"
@@ -527,6 +540,7 @@ def main() -> None:
         "sign-flip p. [README.md](README.md) says how to read them.",
         *two_tasks(found),
         *on_the_dots(found),
+        *adapters(found),
         *difficulty(found),
         *seed_by_seed(found),
         *relatives(found),
