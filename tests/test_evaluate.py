@@ -12,9 +12,18 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from conftest import ROOT, generate, metric_lines, on_ranks, process_restored, random_image
+from conftest import (
+    ROOT,
+    error_line,
+    generate,
+    metric_lines,
+    on_ranks,
+    process_restored,
+    random_image,
+    write_jsonl,
+)
 from PIL import Image
-from test_predictions import its_rule, papo_eval_file, write_jsonl
+from test_predictions import its_rule, papo_eval_file
 from test_tables import row, split_rows, write_split
 
 import evaluate
@@ -23,18 +32,9 @@ from support.batch import Example
 from support.protocol import configure
 from support.qwen_vl import Encoder, Policy
 from support.reward import boxed
+from support.run_folder import read_log
 
 SMALL = "--min_pixels 3136 --max_pixels 200704 --max_new_tokens 6 --n 3 --rollout_batch 6".split()
-
-
-def read_jsonl(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def error_line(capsys):
-    """The one error line a command printed."""
-    [line] = [line for line in capsys.readouterr().err.splitlines() if ": error: " in line]
-    return line
 
 
 # ------------------------------------------------------------------------ evaluation and resumption
@@ -73,7 +73,7 @@ def test_evaluation(uninterrupted, capsys):
     out, stdout, stderr = uninterrupted
     results = {"We_Math.jsonl", "lscpku_LogicVista.jsonl", "table.json", "table.txt"}
     assert set(read_files(out)) == results | {"evaluation.json"}
-    records = read_jsonl(out / "We_Math.jsonl")
+    records = read_log(out / "We_Math.jsonl")
     assert list(records[0])[:5] == ["idx", "id", "prompt", "predict", "label"]
     assert [record["id"] for record in records] == ["0", "1", "2", "own"] * 3  # loop after loop
     assert records[1]["prompt"] == (
@@ -90,7 +90,7 @@ def test_evaluation(uninterrupted, capsys):
     evaluate.main(["--grade", str(out)])  # the files know n
     assert table[:4] == capsys.readouterr().out.splitlines()[:4]
     for name in ("We_Math", "lscpku_LogicVista"):
-        records = read_jsonl(out / f"{name}.jsonl")
+        records = read_log(out / f"{name}.jsonl")
         accuracy = 100 * np.mean([record["accuracy"] for record in records])
         assert its_rule(records, 3) == pytest.approx(accuracy)
 
@@ -138,7 +138,7 @@ def test_a_reward_sees_the_row_in_training_and_evaluation(
     out = tmp_path / "out"
     sizes = f"--eval_rows 2 --n 2 --max_new_tokens 5 --out {out}".split()
     evaluate.main(["--model", folder, *flags, *sizes])
-    assert {each["accuracy"] for each in read_jsonl(out / "general.jsonl")} == {1.0}
+    assert {each["accuracy"] for each in read_log(out / "general.jsonl")} == {1.0}
     with pytest.raises(SystemExit, match="2"):
         evaluate.main(["--grade", str(out), *flags])
     assert "mine.py:score takes a row, which files of responses (--grade," in error_line(capsys)

@@ -1,14 +1,15 @@
 """support/predictions.py: Table 1 of the paper, PAPO-Eval's rule, files that survive a kill."""
 
-import json
 import math
 import re
 
 import mathruler.grader
 import pytest
+from conftest import write_jsonl
 
 from support import predictions, tables
 from support.protocol import EvalConfig
+from support.run_folder import read_log
 from support.sandbox import Grader
 
 # ---------------------------------------------------------------------------------------- the table
@@ -106,11 +107,6 @@ def its_rule(records, n):
         assert len(group) % n == 0
         means += [sum(group) / len(group)] * (len(group) // n)
     return 100 * sum(means) / len(means)
-
-
-def write_jsonl(path, records):
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-    path.write_text("".join(lines), encoding="utf-8")
 
 
 def papo_eval_file(path, n=8, repeated=True):
@@ -225,7 +221,7 @@ def test_a_torn_line_costs_its_question(tmp_path):
     assert predictions.answered(out, "a") == of_set
     predictions.finish(out, "a", of_set)
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
-    records = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    records = read_log(tmp_path / "a.jsonl")
     assert [(each["idx"], each["row"]) for each in records] == list(enumerate([0, 1, 2] * 2))
     found = predictions.answered(out, "a")
     assert [[(x["row"], x["loop"]) for x in question] for question in found] == [

@@ -1,6 +1,5 @@
 """train.py, with a tiny model: full runs, dynamic sampling, rewards, bad rows, errors."""
 
-import io
 import itertools
 import json
 import re
@@ -10,11 +9,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock, Mock
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 import torch
-from conftest import ROOT, check_same_metrics, lines_with, metric_lines, on_ranks, run_flags
+from conftest import (
+    ROOT,
+    check_same_metrics,
+    error_line,
+    image_bytes,
+    lines_with,
+    metric_lines,
+    on_ranks,
+    run_flags,
+    write_parquet,
+)
 from transformers import AutoModelForImageTextToText
 
 import train
@@ -236,8 +243,7 @@ def test_a_reward_that_never_works_ends_the_run(run, tmp_path, capsys, body, mes
     file.write_text(f"def score(response, answer):\n    {body}\n")
     with pytest.raises(SystemExit, match="2"):
         run("never", f"--steps 1 --eval_every 0 --reward {file}:score --reward_deadline 0.2")
-    [error] = lines_with(capsys.readouterr().err, "error:")
-    assert message in error
+    assert message in error_line(capsys)
 
 
 def test_a_new_run_overwrites_none(tmp_path, monkeypatch):
@@ -261,26 +267,23 @@ def test_errors_are_one_line(run, finished, capsys):
     ]:
         with pytest.raises(SystemExit, match="2"):
             run("run", f"--steps 1 {flags}")
-        [error] = lines_with(capsys.readouterr().err, "error:")
-        assert message in error
+        assert message in error_line(capsys)
 
 
 # ----------------------------------------------------------------------------------------- bad rows
 
 
-# What is odd about a row -> its images, from the usual image, and the kind it is counted under, or
-# "" if it is usable. Only decoding the pixels finds a truncated JPEG.
 def test_bad_rows_are_counted_and_skipped(run, tmp_path, capsys):
     """One that is found when the data are loaded, and one whose image breaks when it is read."""
     rows = []
     for i in range(12):
-        example, file = toy.example("train", i), io.BytesIO()
-        example.images[0].save(file, "JPEG")
-        image = {"bytes": file.getvalue()[: -300 if i == 3 else None], "path": None}
-        answer = " " if i == 11 else example.answer
-        rows.append({"problem": example.question, "answer": answer, "images": [image]})
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
-    flags = f"--data {tmp_path / 'rows.parquet'} --val_data none --steps 5 --min_pixels 3136"
+        example = toy.example("train", i)
+        image = {"bytes": image_bytes(example.images[0], "JPEG"), "path": None}
+        rows.append({"problem": example.question, "answer": example.answer, "images": [image]})
+    rows[3]["images"][0]["bytes"] = rows[3]["images"][0]["bytes"][:-300]
+    rows[11]["answer"] = " "
+    file = write_parquet(tmp_path / "rows.parquet", rows)
+    flags = f"--data {file} --val_data none --steps 5 --min_pixels 3136"
     lines = metric_lines(run("rows", flags))
     assert [line["unusable_rows"] for line in lines] == [1] * 5
     skipped = sum(line["skipped_rows"] for line in lines)
