@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import examples, generate, random_image, truncate
+from conftest import examples, generate, gradient_of, random_image, truncate
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_papo import check_packed_equals_padded
 from test_rollout import check_equals_stock_greedy
-from test_variants import gradient_of
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from experiments import start_model

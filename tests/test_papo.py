@@ -5,8 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import generate, random_image
-from test_variants import gradient_of
+from conftest import generate, gradient_of, random_image
 from torch.nn import functional as F
 
 from masking import mask_prompt

@@ -2,7 +2,6 @@
 
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import warnings
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, random_image
+from conftest import ROOT, random_image, readme_example
 from test_reward import ORDINARY, attacks, boxed, released
 
 from support import StepError
@@ -214,9 +213,7 @@ def test_a_function_may_see_the_row(write):
 
 def test_the_reward_in_the_readme_compares_units(tmp_path):
     """As it stands there."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    [block] = [block for block in blocks if "row: dict" in block]
-    (tmp_path / "units.py").write_text(block)
+    (tmp_path / "units.py").write_text(readme_example("row: dict"))
     example = Example("How long?", "3", [], columns={"unit": "hours"})
     responses = [boxed("3 hours"), boxed("3 minutes"), boxed("4 hours"), boxed("3"), "3 hours"]
     with Grader(f"{tmp_path}/units.py:score", workers=1) as grader:
