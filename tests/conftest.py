@@ -265,8 +265,10 @@ def lines_with(text, word):
 
 
 def error_line(capsys):
-    """The one error line a command printed."""
-    [line] = lines_with(capsys.readouterr().err, "error: ")
+    """The one error line a command printed, without argparse's usage."""
+    text = capsys.readouterr().err
+    assert "usage:" not in text
+    [line] = lines_with(text, "error: ")
     return line
 
 

@@ -95,20 +95,6 @@ class Flags:
     quick: bool = flag(False, "be quick")
 
 
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        ("--sise 3", "unknown flag --sise: the flags are"),
-        ("--size three", "argument --size: invalid int value: 'three'"),
-    ],
-)
-def test_a_wrong_flag_is_one_line(capsys, flags, message):
-    with pytest.raises(SystemExit, match="2"):
-        parse_flags("A test.", Flags, defaults={}, argv=flags.split())
-    [error] = capsys.readouterr().err.splitlines()
-    assert message in error
-
-
 def test_values_out_of_range_are_named():
     for make, setting, value, message in [
         (train.Config, "rollout_batch", 0, "must be at least 1"),

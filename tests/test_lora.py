@@ -4,11 +4,7 @@ import copy
 from pathlib import Path
 
 import torch
-from conftest import (
-    check_same_metrics,
-    check_same_weights,
-    process_restored,
-)
+from conftest import check_same_metrics, check_same_weights, process_restored
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 

@@ -161,22 +161,14 @@ def test_a_built_folder_has_the_shipped_files(folder):
         assert (Path(folder) / name).read_bytes() == (toy.MODEL / name).read_bytes(), name
 
 
-def test_the_shipped_folder_is_in_the_hubs_form_and_loads_with_the_auto_classes():
+def test_the_shipped_folder_is_in_the_hubs_form_and_complete():
     config = json.loads((toy.MODEL / "config.json").read_text())
     assert "text_config" not in config and "hidden_size" in config  # flat, as on the hub
     model, report = AutoModelForImageTextToText.from_pretrained(toy.MODEL, output_loading_info=True)
-    tokenizer = AutoTokenizer.from_pretrained(toy.MODEL)
     assert not any(report.values()), report
-    assert 0.5e6 < sum(p.numel() for p in model.parameters()) < 2e6
+    tokenizer = AutoTokenizer.from_pretrained(toy.MODEL)
     assert model.config.image_token_id == tokenizer.convert_tokens_to_ids("<|image_pad|>")
-    assert model.config.text_config.vocab_size == len(tokenizer)
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
-    user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "b"}]}
-    chat = tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
-    assert chat == (
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
-        "<|vision_start|><|image_pad|><|vision_end|>b<|im_end|>\n<|im_start|>assistant\n"
-    )
 
 
 @pytest.mark.parametrize("grid", [1, 7])
@@ -239,16 +231,6 @@ def test_a_build_depends_on_its_arguments_alone_and_leaves_no_half_model(
     torch.set_num_threads(threads)
     weights = [Path(each) / start_model.WEIGHTS for each in (folder, again)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
-
-
-@pytest.mark.parametrize(("name", "billions"), [("qwen2.5-vl-3b", 3.75), ("qwen2.5-vl-7b", 8.29)])
-def test_published_sizes_have_the_published_number_of_parameters(name, billions):
-    config = start_model.random_config(name)
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config)
-    parameters = sum(p.numel() for p in model.parameters())
-    assert parameters / 1e9 == pytest.approx(billions, abs=0.01)
-    assert (config.image_token_id, config.text_config.eos_token_id) == (151655, 151645)
 
 
 @pytest.mark.slow

@@ -22,7 +22,6 @@ from conftest import (
     run_flags,
     write_parquet,
 )
-from transformers import AutoModelForImageTextToText
 
 import train
 from papo import PRESETS, preset
@@ -41,8 +40,8 @@ def training_lines(run_folder):
 # ---------------------------------------------------------------------------------------- full runs
 
 
-def test_a_run_writes_its_folder(finished, folder):
-    """Its model loads with transformers alone, and its processor files are the source's."""
+def test_a_run_writes_its_folder(finished):
+    """test_hub_shapes.py has its model."""
     config = json.loads((finished / "config.json").read_text())
     assert (config["algo"], config["steps"]) == ("papo_g", 3)
     assert (config["kl_prcp_coef"], config["group_size"]) == (0.02, 3)
@@ -59,12 +58,6 @@ def test_a_run_writes_its_folder(finished, folder):
     assert re.findall(r"<b>step (\d+) ", page) == ["0", "2", "3"] * 8  # four questions per set
     assert page.count("<img ") == 8
     assert [path.name for path in checkpoint.complete(finished)] == ["step_000003"]
-    model, source = (
-        AutoModelForImageTextToText.from_pretrained(each) for each in (finished / "model", folder)
-    )
-    assert not all(map(torch.equal, model.parameters(), source.parameters()))
-    for name in ("generation_config.json", "preprocessor_config.json", "tokenizer.json"):
-        assert (finished / "model" / name).read_bytes() == (Path(folder) / name).read_bytes()
 
 
 def test_the_glossary_lists_exactly_the_metrics_of_a_run(finished):
@@ -257,7 +250,6 @@ def test_a_new_run_overwrites_none(tmp_path, monkeypatch):
 def test_errors_are_one_line(run, finished, capsys):
     for flags, message in [
         ("--algo ppo", "'ppo': choose one of grpo, dapo, papo_g"),
-        ("--mask_strategy blur", "'random', 'semantic', 'noise'"),
         ("--model /no/such/folder", "/no/such/folder"),
         ("--model toy:grid=4", "build it with `python -m experiments.start_model toy:grid=4 --out"),
         (f"--model {finished}", f"is the folder of a run: its model is {finished}/model"),
