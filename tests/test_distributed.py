@@ -66,9 +66,6 @@ def test_cudnn_attention_is_off_and_each_process_has_a_gpu(monkeypatch):
         distributed.init_distributed()
 
 
-# ------------------------------------------------------------------------------ what CUDA will meet
-
-
 def test_a_gpu_that_torch_cannot_use_is_an_error(monkeypatch, tmp_path):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
@@ -121,9 +118,6 @@ def test_a_step_in_bf16(folder, encoder, groups):
     moments = [x for state in optimizer.state.values() for x in state.values()]
     for tensor in (log_probs, *policy.model.parameters(), *gradients, *moments):
         assert tensor.dtype == torch.float32
-
-
-# ------------------------------------------------------------------------------------------ loading
 
 
 def test_ranks_wait_for_the_longest_scoring(folder, tmp_path, record_calls):

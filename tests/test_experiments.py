@@ -92,9 +92,6 @@ def test_changed_code_is_another_idea(tmp_path):
     assert second["grpo"] == first["grpo"] and second[str(idea)] != first[str(idea)]
 
 
-# --------------------------------------------------------------------------------------- the report
-
-
 def test_intervals_and_p_are_those_computed_by_hand():
     # Mean 5, standard deviation sqrt(200), t(7) = 2.365: 2.365 * 14.142 / sqrt(8) = 11.82.
     values = [10.0] * 7 + [-30.0]

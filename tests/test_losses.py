@@ -204,18 +204,6 @@ def test_each_term_alone_has_a_gradient(coef, term, sign, average):
     assert grad[~batch.mask].abs().sum() == 0
 
 
-def test_masked_entropy_is_a_constant_unless_its_log_probs_carry_gradient():
-    batch = random_batch().without_advantages()
-    algo = replace(POLICY_GRADIENT, masked_entropy_coef=0.5)
-    loss, grad, metrics = loss_and_grad(algo, batch)
-    assert loss.item() == pytest.approx(0.5 * metrics["masked_entropy"].item())
-    assert loss > 0 and grad.norm() == 0
-    leaf = batch.masked.clone().requires_grad_()
-    loss, _, _ = loss_and_grad(algo, batch._replace(masked=leaf))
-    assert leaf.grad[batch.mask].abs().sum() > 0
-    assert leaf.grad[~batch.mask].abs().sum() == 0
-
-
 def test_coefficients_of_zero_give_exactly_the_policy_loss():
     """The other terms are still measured, but they add nothing, to the last bit."""
     batch = random_batch()

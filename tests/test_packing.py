@@ -110,9 +110,6 @@ def test_faster_forwards_equal_transformers(policy, kind):
         torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
 
 
-# ----------------------------------------------------------------------------------- CUDA's kernels
-
-
 def test_which_kernel_is_chosen(monkeypatch):
     """None on a CPU or in fp32; flash-attn where it can be imported, else torch's."""
     on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)

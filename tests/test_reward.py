@@ -63,9 +63,6 @@ ORDINARY = [  # boxed, answer, accuracy
 ]
 
 
-# ---- the rule
-
-
 def test_ordinary_answers_score_as_released():
     for given, answer, accuracy in ORDINARY:
         score = compute_score(boxed(given), answer)
@@ -115,9 +112,6 @@ def test_only_formulas_are_evaluated_and_built_in_functions_are_out_of_reach():
             reward._parse_formula(text)
     formula = "max(1, 2.5) + 2x - x"
     assert reward._parse_formula(formula) == unguarded._sympy_parse(formula)
-
-
-# ---- nothing in a response runs
 
 
 def attacks(path):
