@@ -87,7 +87,7 @@ def test_evaluation(uninterrupted, capsys):
         assert its_rule(records, 3) == pytest.approx(accuracy)
 
 
-def test_grading_against_a_baseline(tmp_path, capsys):
+def test_grading_against_a_baseline(tmp_path):
     ours, theirs, out = tmp_path / "ours", tmp_path / "theirs", tmp_path / "out"
     for folder in (ours, theirs):
         folder.mkdir()
@@ -95,16 +95,11 @@ def test_grading_against_a_baseline(tmp_path, capsys):
     for record in records[1::2]:
         record["predict"] = "?"
     write_jsonl(theirs / "PAPO_MMK12.jsonl", records)
-    command = ["--grade", str(ours), "--baseline", str(theirs), "--out", str(out)]
-    evaluate.main(command)
+    evaluate.main(["--grade", str(ours), "--baseline", str(theirs), "--out", str(out)])
     [line] = json.loads((out / "table.json").read_text())
     assert line["delta"] == pytest.approx(100 * (line["accuracy"] / its_rule(records, 8) - 1))
     assert line["delta"] > 10 and line["truncated"] is None
     assert "Delta_rel %" in (out / "table.txt").read_text()
-    fewer = [record for record in records if record["label"] != "4"]
-    write_jsonl(theirs / "PAPO_MMK12.jsonl", fewer)
-    evaluate.main(command)
-    assert "PAPO_MMK12: no Delta_rel, the baseline has other" in capsys.readouterr().err
 
 
 REWARD = """

@@ -258,19 +258,16 @@ def test_qwen3_greedy_equals_stock_generate(policy, prompts):
         assert not torch.allclose(before, policy.log_probs(groups[:1]), atol=1e-4)
 
 
-@pytest.mark.parametrize("strategy", ["random", "noise", "semantic"])
+@pytest.mark.parametrize("strategy", ["random", "semantic"])
 def test_qwen3_masks_16_pixel_patches(policy, strategy):
     encoder = policy.encoder
     images = [random_image(128, 96), random_image(64, 96, 1)]
     prompt = encoder.encode(Example("<image><image>?", "1", images))
     assert prompt.image_grid_thw.tolist() == [[1, 6, 8], [1, 6, 4]]
-    assert encoder.black_patch.unique().tolist() == [-1.0]
     algo = replace(preset("papo_g"), mask_strategy=strategy, mask_ratio=0.5)
     masked, patch_mask = mask_prompt(prompt, algo, encoder, seeded(0), toy.saliency)
     assert masked.shape == prompt.pixel_values.shape == (72, 3 * 2 * 16 * 16)
     assert 20 < int(patch_mask.sum()) < 52
     assert torch.equal(masked[~patch_mask], prompt.pixel_values[~patch_mask])
-    if strategy != "noise":
-        image = Image.new("RGB", (64, 64))
-        black = encoder.images(images=[image], return_tensors="pt")["pixel_values"]
-        torch.testing.assert_close(masked[patch_mask], black[:1].expand(int(patch_mask.sum()), -1))
+    black = encoder.images(images=[Image.new("RGB", (64, 64))], return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(masked[patch_mask], black[:1].expand(int(patch_mask.sum()), -1))

@@ -1,14 +1,13 @@
 """losses.py: the value of every equation, and the gradient of every term."""
 
 import math
-from collections import Counter
 from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
 import torch
 
-from losses import count, group_advantages, kl_k3, papo_loss, policy_loss, response_mean
+from losses import group_advantages, kl_k3, papo_loss, policy_loss, response_mean
 from papo import PRESETS, preset
 
 POLICY_GRADIENT = replace(preset("grpo"), kl_ref_coef=0.0)  # no other term
@@ -126,17 +125,6 @@ def test_averages_by_hand():
 # ----------------------------------------------------------------------------------------------- k3
 
 
-def test_k3_is_an_unbiased_estimate_of_the_kl():
-    """Averaged over samples from pi, k3 is KL(pi || ref). The paper's form is not."""
-    generator = torch.Generator().manual_seed(0)
-    pi, ref = ((0.5 * torch.randn(50, generator=generator)).log_softmax(-1) for _ in range(2))
-    exact = (pi.exp() * (pi - ref)).sum().item()
-    tokens = torch.multinomial(pi.exp(), 400_000, replacement=True, generator=generator)
-    ours, papers = kl_k3(pi[tokens], ref[tokens]), kl_k3(ref[tokens], pi[tokens])
-    assert abs(ours.mean().item() - exact) < 0.02 * exact
-    assert abs(papers.mean().item() - exact) > 0.1 * exact
-
-
 def test_k3_by_hand_and_clamped():
     log_probs = torch.tensor([[-1.0, -1.0, -1.0, -30.0]], requires_grad=True)
     values = kl_k3(log_probs, torch.tensor([[-1.0, -2.0, 3.0, -1.0]]))
@@ -251,30 +239,6 @@ def test_empty_responses_give_zero(average):
     loss, grad, _ = loss_and_grad(algo, batch._replace(mask=mask))
     assert torch.isfinite(loss) and torch.isfinite(grad).all()
     assert grad[2:].abs().sum() == 0
-
-
-@pytest.mark.parametrize("average", ["token", "seq"])
-@pytest.mark.parametrize("size", [1, 4])
-def test_micro_batches_add_up(average, size):
-    """Any split into rows, some without an image, adds up to the full batch."""
-    algo = replace(preset("papo_g", "7b"), average=average)
-    batch = random_batch()
-    has_image = torch.tensor([True, False, True, True, False, True])
-    full_loss, full_grad, full_metrics = loss_and_grad(algo, batch, has_image=has_image)
-    counts = count(batch.mask, has_image)
-    loss, grad, metrics = 0.0, 0.0, Counter()
-    for start in range(0, 6, size):
-        rows = slice(start, start + size)
-        part_loss, part_grad, part_metrics = loss_and_grad(
-            algo, batch, rows, denominator=counts, has_image=has_image[rows]
-        )
-        loss += part_loss
-        grad += part_grad
-        metrics.update({name: value.item() for name, value in part_metrics.items()})
-    torch.testing.assert_close(loss, full_loss)
-    torch.testing.assert_close(grad, full_grad)
-    expected = {name: value.item() for name, value in full_metrics.items()}
-    assert metrics == pytest.approx(expected, rel=1e-5)
 
 
 def test_rows_without_an_image():

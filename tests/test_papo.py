@@ -97,11 +97,12 @@ def test_an_image_token_in_a_response_is_text(policy, groups):
     assert torch.equal(*results)
 
 
-def test_packing_does_not_change_the_update(policy, groups):
+@pytest.mark.parametrize("average", ["token", "seq"])
+def test_packing_does_not_change_the_update(policy, groups, average):
     """Packs of any size give the same gradient: means are over the mini-batch, not the pack."""
     for pack in make_packs(groups, 70):
         assert len(pack) == 1 or sum(group.n_tokens for group in pack) <= 70
-    algo = replace(preset("papo_g", "7b"), average="token")
+    algo = replace(preset("papo_g", "7b"), average=average)
     prepare(policy, copy.deepcopy(policy), mini_batches(groups, 2), algo, key=(0, 0))
     results = []
     for policy.tokens_per_forward in (1, 100, 10_000):

@@ -27,7 +27,6 @@ import train
 from papo import PRESETS, preset
 from support import checkpoint, curves, pages, run_folder, toy
 from support import run as run_module
-from support.batch import Group
 from support.run import Run
 from support.sandbox import Grader
 from support.variants import variant_names
@@ -195,28 +194,21 @@ def test_steps_without_an_advantage_are_warned_of_once(run, monkeypatch, capsys,
 
 
 @pytest.mark.parametrize("dynamic_sampling", [False, True])
-def test_groups_that_cannot_be_compared_have_no_advantage(prompts, dynamic_sampling):
+def test_groups_that_cannot_be_compared_have_no_advantage(groups, dynamic_sampling):
     """Those with equal rewards, and those with a response that the grader had no time for."""
+    equal, incomplete, comparable = groups = groups[:3]
     good = {"overall": 1.0, "format": 0.0, "accuracy": 1.0}
     bad = {"overall": 0.0, "format": 0.0, "accuracy": 0.0}
-    formatted = {"overall": 0.1, "format": 1.0, "accuracy": 0.0}
-    scores = [formatted] * 3 + [good, bad, bad | {"unscored": 1.0}] + [good, bad, bad]
-    tokens, mask = torch.ones(3, 2, dtype=torch.long), torch.ones(3, 2, dtype=torch.bool)
-    groups = [
-        Group(prompt, tokens, mask, ~mask[:, 0], torch.zeros(3, 2), ["x"] * 3)
-        for prompt in prompts[:3]
-    ]
-    grader = Mock(timeouts=1, errors=2, unscored=3)
-    grader.of_groups.return_value = scores
-    run = SimpleNamespace(grader=grader, raise_if_stopped=Mock())
-    algo, sums = SimpleNamespace(dynamic_sampling=dynamic_sampling), Counter()
-    kept = train.grade(run, algo, groups, sums)
+    scores = [bad] * 3 + [good, bad, bad | {"unscored": 1.0}] + [good, bad, bad]
+    run, sums = Mock(grader=Mock(timeouts=1, errors=2, unscored=3)), Counter()
+    run.grader.of_groups.return_value = scores
+    kept = train.grade(run, SimpleNamespace(dynamic_sampling=dynamic_sampling), groups, sums)
     metrics = train.rollout_metrics(sums)
-    assert (metrics["zero_advantage_groups"], metrics["response_length"]) == (2, 2)
+    n_tokens = sum(int(group.response_mask.sum()) for group in groups)
+    assert (metrics["zero_advantage_groups"], metrics["response_length"]) == (2, n_tokens / 9)
     assert metrics["accuracy"] == pytest.approx(2 / 9)
     counts = [metrics[f"reward_{name}"] for name in ("timeouts", "errors", "unscored")]
     assert counts == [1, 2, 3]
-    equal, incomplete, comparable = groups
     assert equal.advantages.abs().max() < 1e-6
     assert incomplete.advantages.eq(0).all()
     assert comparable.advantages.tolist() == pytest.approx([1.1547, -0.5774, -0.5774], abs=1e-3)

@@ -221,7 +221,7 @@ WEIGHING = {"vppo": {}, "pgpo": {}, "dyco_rl": {"shortest_response": 0}}  # and 
 
 @pytest.mark.parametrize("name", WEIGHING)
 def test_weights_do_not_depend_on_padding(varied_policy, groups, name):
-    """They are those of the rules above, and 1 without an image."""
+    """And are 1 without an image."""
     padded = copy.deepcopy(groups)
     for group in padded:
         for field in ("tokens", "response_mask", "sample_log_probs"):
@@ -236,18 +236,15 @@ def test_weights_do_not_depend_on_padding(varied_policy, groups, name):
             assert (group.weights[mask] == 1).all()
             continue
         assert (group.weights - 1).abs().max() > 0.01
-        if name == "vppo":
-            expected = vppo.top_tokens(vppo.visual_dependency(group), mask, 0.4)
-            assert torch.equal((group.weights * mask) > 0, expected > 0)
-        if name == "pgpo":
-            expected = pgpo.token_weights(vppo.visual_dependency(group), mask, 0.4, 2.0)
-            assert torch.equal(group.weights, expected)
-            assert (group.view_pixel_values["mask"] == varied_policy.encoder.black_patch).all()
 
 
-def test_the_loss_is_that_of_weighted_advantages(varied_policy, groups):
+def test_pgpos_loss_is_that_of_weighted_advantages(varied_policy, groups):
     """In value and gradient: the weights have none."""
     algo, _ = prepared("pgpo", varied_policy, groups)
+    dependency = vppo.visual_dependency(groups[0])
+    weights = pgpo.token_weights(dependency, groups[0].response_mask, 0.4, 2.0)
+    assert torch.equal(groups[0].weights, weights)
+    assert (groups[0].view_pixel_values["mask"] == varied_policy.encoder.black_patch).all()
     loss, _ = pack_loss(varied_policy, groups, algo)
     log_probs = varied_policy.log_probs(groups)
     mask = pad_and_cat(groups, "response_mask").bool()
@@ -287,13 +284,14 @@ def test_dyco_uses_the_attention_of_transformers_eager_forward(folder, varied_po
     assert alignments.std() > 0.01
 
 
-def test_each_mini_batch_is_scaled_by_itself(varied_policy, groups):
-    """Over its groups, not within each."""
+def test_vppo_scales_over_each_mini_batch(varied_policy, groups):
+    """Not within each group, nor over both mini-batches."""
     prepared("vppo", varied_policy, groups, n_batches=2)
-    both = torch.cat([vppo.response_dependency(group) for group in groups[:2]])
-    found = torch.cat([group.weights.amax(1) for group in groups[:2]])
-    close(found, vppo.response_weights(both, both, 0.9), atol=1e-5)
-    assert found.max() - found.min() > 0.05
+    of_batch = torch.cat([vppo.response_dependency(group) for group in groups[:2]])
+    for group in groups[:2]:
+        chosen = vppo.top_tokens(vppo.visual_dependency(group), group.response_mask, 0.4)
+        scales = vppo.response_weights(vppo.response_dependency(group), of_batch, 0.9)
+        close(group.weights, scales[:, None] * chosen, atol=1e-5)
 
 
 def test_dyco_gives_short_responses_its_lowest_weight(varied_policy, groups):
