@@ -26,14 +26,6 @@ def twelve_ranks():
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("shard_size, shape", [(12, (12,)), (4, (3, 4)), (1, (12, 1))])
-def test_shard_size_divides_the_ranks_into_replicas(twelve_ranks, shard_size, shape):
-    mesh = distributed.make_mesh("cpu", shard_size)
-    assert mesh.shape == shape
-    first_replica = mesh.mesh.view(-1, shard_size)[0].tolist()
-    assert first_replica == list(range(shard_size))  # consecutive ranks: of one machine
-
-
 @pytest.mark.parametrize("machines, shape", [([12], (12,)), ([8, 4], (3, 4)), ([7, 5], (12, 1))])
 def test_weights_are_sharded_within_machines_by_default(twelve_ranks, monkeypatch, machines, shape):
     """`machines`: the number of ranks on each."""

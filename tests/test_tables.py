@@ -182,7 +182,6 @@ def test_unusable_files_give_one_line(tmp_path, monkeypatch):
     Path("empty").mkdir()
     whole = write_parquet(Path("parts/a.parquet"), [question(0)]).read_bytes()
     Path("parts/b.parquet").write_bytes(whole[:-20])
-    Path("damaged.parquet").write_bytes(whole[:4] + bytes(60) + whole[64:])
     Path("latin.jsonl").write_bytes(b'{"problem": "\xe9"}')
     Path("pointer.jsonl").write_text("version https://git-lfs.github.com/spec/v1\nsize 9\n")
     for name in ("table", "zip"):
@@ -194,7 +193,6 @@ def test_unusable_files_give_one_line(tmp_path, monkeypatch):
         ("pointer.jsonl", "pointer.jsonl cannot be read: ValueError: a Git LFS pointer"),
         ("table.csv", "unknown extension: choose one of .json"),
         ("empty", "no file of .json, .jsonl, .parquet in empty"),
-        ("damaged.parquet", "damaged.parquet cannot be read: OSError: "),
         ("parts", "parts/b.parquet cannot be read: ArrowInvalid: Parquet magic bytes"),
         ("latin.jsonl", "latin.jsonl cannot be read: UnicodeDecodeError"),
         ("table", "table/We_Math.json cannot be read: JSONDecodeError"),
