@@ -30,6 +30,7 @@ import rollout
 import train
 from experiments import start_model
 from rollout import Sampling
+from support import distributed
 from support.batch import Example
 from support.qwen_vl import Encoder, Policy
 from support.run_folder import read_log
@@ -180,6 +181,14 @@ def process_restored():
             signal.signal(number, handler)
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+@pytest.fixture()
+def one_rank():
+    """This process as the only rank."""
+    with process_restored():
+        distributed.init_distributed()
+        yield
 
 
 @pytest.fixture()

@@ -35,13 +35,6 @@ from support.qwen_vl import Policy
 # ----------------------------------------------------------------------------- checkpoints and logs
 
 
-@pytest.fixture()
-def one_rank():
-    with process_restored():
-        distributed.init_distributed()
-        yield
-
-
 def step(model, optimizer):
     model(torch.ones(1, 64)).square().sum().backward()
     optimizer.step()

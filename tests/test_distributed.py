@@ -79,7 +79,7 @@ def test_a_gpu_that_torch_cannot_use_is_an_error(monkeypatch, tmp_path):
     distributed.check_cuda()
 
 
-def test_a_step_in_bf16(folder, encoder, groups):
+def test_a_step_in_bf16(one_rank, folder, encoder, groups):
     """Layers compute in bf16, also when recomputed, and round no more than a model stored in bf16:
     FSDP2 would also round what is passed to its units, such as the angles of the vision tower.
     Weights, gradients, moments and log-probs are fp32. (test_ranks.py sums gradients in fp32.)"""
@@ -91,20 +91,18 @@ def test_a_step_in_bf16(folder, encoder, groups):
     def note(module, args, out):
         seen.append({x.dtype for x in [*args, out] if isinstance(x, torch.Tensor)})
 
-    with process_restored():
-        distributed.init_distributed()
-        distributed.shard(policy.model, distributed.make_mesh("cpu"), torch.bfloat16)
-        for block in distributed.fsdp_blocks(policy.model):
-            for module in block.modules():
-                if not list(module.children()):
-                    module.register_forward_hook(note)
-        log_probs = policy.log_probs(groups[:1])
-        n_forward = len(seen)
-        with torch.no_grad():
-            assert torch.equal(log_probs, plain.log_probs(groups[:1]))
-        log_probs.sum().backward()
-        optimizer = torch.optim.AdamW(policy.model.parameters())
-        optimizer.step()
+    distributed.shard(policy.model, distributed.make_mesh("cpu"), torch.bfloat16)
+    for block in distributed.fsdp_blocks(policy.model):
+        for module in block.modules():
+            if not list(module.children()):
+                module.register_forward_hook(note)
+    log_probs = policy.log_probs(groups[:1])
+    n_forward = len(seen)
+    with torch.no_grad():
+        assert torch.equal(log_probs, plain.log_probs(groups[:1]))
+    log_probs.sum().backward()
+    optimizer = torch.optim.AdamW(policy.model.parameters())
+    optimizer.step()
     assert len(seen) > 1.5 * n_forward and all(each == {torch.bfloat16} for each in seen)
     gradients = [parameter.grad.to_local() for parameter in policy.model.parameters()]
     moments = [x for state in optimizer.state.values() for x in state.values()]

@@ -171,9 +171,8 @@ def test_errors_of_a_users_function(write):
             assert accuracies(grader(["2", "0", "4"], ["0.5"] * 3)) == [1.0, 0.0, 0.0]
         assert grader.errors == 1
         for word, value in [("number", "1.0"), ("partly", "{'overall': 1.0}"), ("nan", ".*nan,")]:
-            with pytest.raises(
-                StepError, match=f"2 returned {value}.* no dict with finite overall"
-            ):
+            message = f"2 returned {value}.* no dict with finite overall"
+            with pytest.raises(StepError, match=message):
                 grader([word] * 2, ["1"] * 2)
 
 
