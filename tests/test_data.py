@@ -237,9 +237,6 @@ def test_the_toy():
     assert list(map(len, data.eval_sets("toy").values())) == [256, 256]
 
 
-# ------------------------------------------------------------------------------- ranks and resuming
-
-
 def test_the_first_rank_checks_the_rows_for_all(monkeypatch):
     monkeypatch.setattr(data, "on_first_rank", lambda task: (2, ([1], 0)))
     assert usable([text(0), text(1)]).numbers == [1]

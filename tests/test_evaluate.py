@@ -276,9 +276,6 @@ def test_explain_masks_as_in_training_and_bounds_its_forwards(
     assert example.question.removeprefix("<image>") in capsys.readouterr().out
 
 
-# -------------------------------------------------------------------------------- --compare, errors
-
-
 def test_compare(finished, tmp_path, capsys):
     evaluate.main(["--compare", str(finished), "--out", str(tmp_path)])
     text = capsys.readouterr().out

@@ -59,9 +59,6 @@ def loss_and_grad(algo, batch, rows=slice(None), **more):
     return loss.detach(), leaf.grad, metrics
 
 
-# --------------------------------------------------------------------------------------- advantages
-
-
 def test_advantages_by_hand():
     """Groups of three, of two and of one, whose responses lie in any order."""
     rewards = torch.tensor([1.0, 5.0, 0.0, 7.0, 0.0, 1.0])
@@ -79,9 +76,6 @@ def test_equal_rewards_have_no_advantage():
     """In fp32 the mean of six 0.9s is not 0.9; divided by eps, the residue would be 0.06."""
     index = torch.arange(3).repeat_interleave(6)
     assert group_advantages(torch.full((18,), 0.9), index).abs().max() < 1e-8
-
-
-# ---------------------------------------------------------------------------------- policy gradient
 
 
 @pytest.mark.parametrize(
@@ -122,9 +116,6 @@ def test_averages_by_hand():
         policy_loss(*args, average="batch")
 
 
-# ----------------------------------------------------------------------------------------------- k3
-
-
 def test_k3_by_hand_and_clamped():
     log_probs = torch.tensor([[-1.0, -1.0, -1.0, -30.0]], requires_grad=True)
     values = kl_k3(log_probs, torch.tensor([[-1.0, -2.0, 3.0, -1.0]]))
@@ -132,9 +123,6 @@ def test_k3_by_hand_and_clamped():
     values.sum().backward()
     expected = [0.0, 1 - math.exp(-1), 0.0, 0.0]  # 1 - exp(d), and 0 where k3 is clamped
     assert log_probs.grad.tolist()[0] == pytest.approx(expected)
-
-
-# ------------------------------------------------------------------------------------ the full loss
 
 
 def test_papo_loss_of_two_tokens_by_hand():

@@ -116,9 +116,6 @@ def test_packing_does_not_change_the_update(policy, groups, average):
         assert (gradient - expected_gradient).norm() < 1e-5 * gradient.norm()
 
 
-# ----------------------------------------------------------------------------------------- presets
-
-
 def test_presets_are_the_papers():
     table = {  # beta, gamma, eta1 = eta2, clip_low, clip_high, dynamic sampling
         ("grpo", "3b"): (0.01, 0, 0, 0.2, 0.3, False),
@@ -231,9 +228,6 @@ def test_images_aug_is_the_masked_view(encoder):
     assert patch_mask[0]
 
 
-# ------------------------------------------------------------------------------------------ update
-
-
 def test_mini_batches_contain_every_group_once(groups):
     for size, expected in ((1, [[0], [1], [2], [3]]), (3, [[2, 1, 0], [3]]), (9, [[3, 2, 1, 0]])):
         batches = mini_batches(groups[::-1], size)
@@ -270,9 +264,6 @@ def test_a_skipped_update_does_not_lower_the_mean_gradient_norm(policy, groups):
     # A step without groups is not an error.
     assert update(policy, None, [], preset("papo_d")) == {"skipped_updates": 0}
     assert prepare(policy, None, [], preset("papo_d"), key=(0, 0)) == {"mask_ratio": 0.0}
-
-
-# ----------------------------------------------------------------------------------------- encoder
 
 
 def test_encode(encoder, prompts):

@@ -12,8 +12,6 @@ from support.protocol import EvalConfig
 from support.run_folder import read_log
 from support.sandbox import Grader
 
-# ---------------------------------------------------------------------------------------- the table
-
 # Accuracy on the nine sets, their averages over general, vision-dependent and all, and Delta_rel.
 GRPO_3B = [28.72, 59.34, 58.90, 57.24, 55.25, 38.14, 55.81, 25.66, 52.26]
 PAPO_3B = [30.95, 61.38, 60.09, 57.39, 57.14, 38.67, 62.56, 27.11, 53.95]
@@ -70,9 +68,6 @@ def test_intervals_match_the_known_distribution():
     [(low, high)] = once[["low", "high"]].to_numpy()
     assert (low, high) == pytest.approx((20 - half, 20 + half), abs=0.5)
     assert once["low"].equals(again["low"])  # the seed is fixed
-
-
-# ----------------------------------------------------------------------------------- grading again
 
 
 def its_rule(records, n):
@@ -163,9 +158,6 @@ def test_repeated_questions_are_separated():
     of_set = predictions.into_questions("x", [*records, *others])
     accuracies = [[record["accuracy"] for record in question] for question in of_set]
     assert accuracies == [[1.0] * 4, [0.0] * 4, [0.5] * 4, [0.5] * 4]
-
-
-# ----------------------------------------------------------------------------------- --out's folder
 
 
 def test_an_output_folder_is_one_evaluations(tmp_path):

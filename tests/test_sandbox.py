@@ -63,9 +63,6 @@ def gone(pid):
         return True
 
 
-# ---------------------------------------------------------------------------------------- batches
-
-
 @pytest.mark.filterwarnings("ignore:.*took longer")
 def test_hostile_and_ordinary_responses_in_one_batch(tmp_path, grader):
     """Each costs its deadline at most, and no code of a response runs in a worker."""
@@ -149,9 +146,6 @@ def test_crashes_memory_and_prints_stay_in_the_worker(write, capfd):
     assert "noise" in printed.err and "noise" not in printed.out
 
 
-# ------------------------------------------------------------------------------- a user's function
-
-
 ERRORS = """
 def f(response, answer):
     if response == "number":
@@ -185,9 +179,6 @@ def test_a_function_that_does_not_load_is_named(write):
             Grader(write(text), workers=1)
 
 
-# ----------------------------------------------------------------------------------- the whole row
-
-
 ROW = """
 def f(response, answer, row):
     sizes = [image.size for image in row["images"]]
@@ -219,9 +210,6 @@ def test_the_reward_in_the_readme_compares_units(tmp_path):
         scores = grader(responses, ["3"] * 5, [example] * 5)
     assert accuracies(scores) == [1.0, 0.0, 0.0, 0.0, 0.0]
     assert [score["overall"] for score in scores] == [1.0, 0.1, 0.1, 0.1, 0.0]
-
-
-# ------------------------------------------------------------------------------ no process is left
 
 
 def test_a_dead_server_is_noticed_while_a_worker_hangs(write):

@@ -29,9 +29,6 @@ def make_encoder(folder: Path) -> Encoder:
     return Encoder(str(folder), *pixels, toy.SUFFIX)
 
 
-# ------------------------------------------------------------------------------- settings and rows
-
-
 def test_a_setting_has_one_spec_which_names_it():
     for setting, spec in [
         (toy.DEFAULT, "toy"),
@@ -147,9 +144,6 @@ def test_the_toys_positive_and_negative_images():
         assert example.images == toy.example("train", row).images
 
 
-# ------------------------------------------------------------------------------------ the folder
-
-
 def test_a_built_folder_has_the_shipped_files(folder):
     """But for the weights: configs, tokenizer and chat template."""
     files = {path.name for path in toy.MODEL.iterdir()}
@@ -191,9 +185,6 @@ def test_the_command_builds_a_model_whose_folder_names_a_task_that_fits(tmp_path
     assert len(encoder.tokenizer(response)["input_ids"]) <= limits["max_new_tokens"]
     with pytest.raises(SystemExit, match="2"):
         start_model.main([spec, "--out", str(out)])
-
-
-# ------------------------------------------------------------------------------------ the weights
 
 
 def test_warm_batches_hold_the_trainers_prompt_and_a_response(folder):

@@ -216,9 +216,6 @@ def test_groups_that_cannot_be_compared_have_no_advantage(groups, dynamic_sampli
     assert [id(group) for group in kept] == [id(group) for group in expected]
 
 
-# ---------------------------------------------------------------------------------- rewards, errors
-
-
 @pytest.mark.parametrize(
     "body, message",
     [("import time; time.sleep(60)", "--reward_deadline"), ("raise KeyError('none')", "none")],
@@ -252,9 +249,6 @@ def test_errors_are_one_line(run, finished, capsys):
         with pytest.raises(SystemExit, match="2"):
             run("run", f"--steps 1 {flags}")
         assert message in error_line(capsys)
-
-
-# ----------------------------------------------------------------------------------------- bad rows
 
 
 def test_bad_rows_are_counted_and_skipped(run, tmp_path, capsys):
