@@ -186,7 +186,8 @@ def test_groups_that_cannot_be_compared_have_no_advantage(groups, dynamic_sampli
     equal, incomplete, comparable = groups = groups[:3]
     good = {"overall": 1.0, "format": 0.0, "accuracy": 1.0}
     bad = {"overall": 0.0, "format": 0.0, "accuracy": 0.0}
-    scores = [bad] * 3 + [good, bad, bad | {"unscored": 1.0}] + [good, bad, bad]
+    formatted = {"overall": 0.1, "format": 1.0, "accuracy": 0.0}
+    scores = [formatted] * 3 + [good, bad, bad | {"unscored": 1.0}] + [good, bad, bad]
     run, sums = Mock(grader=Mock(timeouts=1, errors=2, unscored=3)), Counter()
     run.grader.of_groups.return_value = scores
     kept = train.grade(run, SimpleNamespace(dynamic_sampling=dynamic_sampling), groups, sums)
