@@ -2,8 +2,10 @@
 
 # ruff: noqa: E402  (libraries read the environment when they are imported)
 import copy
+import io
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -15,6 +17,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may touch a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # not as many as are idle: the same numbers each time
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 import torch.distributed as dist
@@ -26,8 +30,10 @@ import rollout
 import train
 from experiments import start_model
 from rollout import Sampling
+from support import distributed
 from support.batch import Example
 from support.qwen_vl import Encoder, Policy
+from support.run_folder import read_log
 
 torch.set_num_threads(1)  # a tiny model is fastest on one thread
 
@@ -72,6 +78,13 @@ def random_image(width, height, seed=0):
     return Image.fromarray(pixels.numpy())
 
 
+def image_bytes(image, form="PNG", **options):
+    """An image as the content of a file."""
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
 def examples():
     """Questions with one image, with two, with none, and with an oblong one."""
     two = [random_image(56, 84, 1), random_image(112, 56, 2)]
@@ -111,6 +124,12 @@ def truncate(groups):
     for i, group in enumerate(groups):
         lengths = torch.tensor([12, 1 + i, 7 - i])
         group.response_mask &= torch.arange(group.tokens.shape[1])[None] < lengths[:, None]
+
+
+def gradient_of(policy, loss):
+    parameters = [*policy.model.parameters()]
+    gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
+    return torch.cat([gradient.flatten() for gradient in gradients])
 
 
 @pytest.fixture()
@@ -165,6 +184,14 @@ def process_restored():
 
 
 @pytest.fixture()
+def one_rank():
+    """This process as the only rank."""
+    with process_restored():
+        distributed.init_distributed()
+        yield
+
+
+@pytest.fixture()
 def run(folder, tmp_path):
     """run(name, flags) trains in this process, on one rank, and returns the run's folder."""
 
@@ -203,20 +230,16 @@ def on_ranks(n, *args, script=ROOT / "train.py", **environment):
 
 
 def metric_lines(run_folder):
-    return [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def untimed(line):
-    """A line of metrics without those that a clock decides."""
-    return {k: v for k, v in line.items() if not k.startswith(("seconds", "tokens_per"))}
+    return read_log(run_folder / "metrics.jsonl")
 
 
 def check_same_metrics(run_folder, other, **tolerance):
     """Both runs logged the same numbers: exactly, or within pytest.approx's tolerance."""
     for ours, theirs in zip(metric_lines(run_folder), metric_lines(other), strict=True):
-        ours, theirs = untimed(ours), untimed(theirs)
         assert ours.keys() == theirs.keys()
         for key in ours:
+            if key.startswith(("seconds", "tokens_per")):  # a clock decides
+                continue
             expected = pytest.approx(theirs[key], **tolerance) if tolerance else theirs[key]
             assert ours[key] == expected, (ours["step"], key)
 
@@ -248,3 +271,38 @@ def checkpoint_names(run_folder):
 
 def lines_with(text, word):
     return [line for line in text.splitlines() if word in line]
+
+
+def error_line(capsys):
+    """The one error line a command printed, without argparse's usage."""
+    text = capsys.readouterr().err
+    assert "usage:" not in text
+    [line] = lines_with(text, "error: ")
+    return line
+
+
+def readme_example(word):
+    """The block of Python in the README that holds the word."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    [block] = [block for block in blocks if word in block]
+    return block
+
+
+# --------------------------------------------------------------------------------------------- data
+
+
+def write_jsonl(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+def write_parquet(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
+
+
+def answers(rows):
+    return [example.answer for example in rows]

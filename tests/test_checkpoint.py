@@ -32,15 +32,6 @@ import train
 from support import checkpoint, distributed, run_folder
 from support.qwen_vl import Policy
 
-# ----------------------------------------------------------------------------- checkpoints and logs
-
-
-@pytest.fixture()
-def one_rank():
-    with process_restored():
-        distributed.init_distributed()
-        yield
-
 
 def step(model, optimizer):
     model(torch.ones(1, 64)).square().sum().backward()
@@ -143,9 +134,6 @@ def test_log_lines_survive_a_full_disk_and_a_kill(tmp_path, capsys):
     run_folder.append(path, lines[1:])
     path.write_text(path.read_text() + '{"step": 4, "te')  # killed in the middle of a line
     assert run_folder.rewind(path, 2) == run_folder.read_log(path) == lines[:3]
-
-
-# --------------------------------------------------------------------------------- runs on one rank
 
 
 def test_training_continues_when_a_save_fails(run, monkeypatch, capsys):

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +9,6 @@ import pytest
 import evaluate
 import train
 from support import toy
-from support.config import early_flags, flag, parse_flags
 from support.protocol import configure
 
 HARDER = "toy:grid=4,colours=4"
@@ -33,9 +31,6 @@ def other_model(folder, tmp_path):
     """A model that is no toy's: its folder names no task."""
     shutil.copytree(folder, tmp_path / "other", ignore=shutil.ignore_patterns("task.json"))
     return tmp_path / "other"
-
-
-# ---------------------------------------------------------------------------------------- defaults
 
 
 def test_the_task_follows_the_data_and_the_learning_rate_the_model(resolve, other_model):
@@ -84,31 +79,6 @@ def test_the_task_travels_with_an_export(run, folder, other_model):
     assert toy.defaults("some/hub-id", "PAPOGalaxy/PAPO_ViRL39K_train") == {}
 
 
-# ------------------------------------------------------------------------------------------- flags
-
-
-@dataclass
-class Flags:
-    name: str = flag("a", "a name")
-    size: int = flag(1, "a size")
-    files: list[str] = flag([], "files")
-    quick: bool = flag(False, "be quick")
-
-
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        ("--sise 3", "unknown flag --sise: the flags are"),
-        ("--size three", "argument --size: invalid int value: 'three'"),
-    ],
-)
-def test_a_wrong_flag_is_one_line(capsys, flags, message):
-    with pytest.raises(SystemExit, match="2"):
-        parse_flags("A test.", Flags, defaults={}, argv=flags.split())
-    [error] = capsys.readouterr().err.splitlines()
-    assert message in error
-
-
 def test_values_out_of_range_are_named():
     for make, setting, value, message in [
         (train.Config, "rollout_batch", 0, "must be at least 1"),
@@ -119,15 +89,3 @@ def test_values_out_of_range_are_named():
     ]:
         with pytest.raises(ValueError, match=f"{setting}={value}: {message}"):
             make(**{setting: value})
-
-
-def test_lists_switches_and_early_flags():
-    def parse(line, **defaults):
-        [flags] = parse_flags("A test.\n\nMore.", Flags, defaults=defaults, argv=line.split())
-        return flags
-
-    assert parse("", size=3, unheard=1) == Flags(size=3)
-    assert parse("--files a b --quick", size=3) == Flags(size=3, files=["a", "b"], quick=True)
-    assert parse("--quick false --size 2", size=3, quick=True) == Flags(size=2)
-    line = "--algo grpo --lr 3 --algo=dapo --model"
-    assert early_flags("algo", "model", "data", argv=line.split()) == {"algo": "dapo", "model": ""}

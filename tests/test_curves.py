@@ -3,17 +3,14 @@
 import json
 import math
 
-import numpy as np
 import pytest
+from conftest import write_jsonl
 
 from support import curves
 
-SCIPYS_T = {1: 12.7062047, 4: 2.7764451, 9: 2.2621572, 10: 2.2281388, 30: 2.0422724}
-
 
 def write_log(folder, lines, **config):
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_jsonl(folder / "metrics.jsonl", lines)
     if config:
         (folder / "config.json").write_text(json.dumps(config))
     return folder
@@ -36,14 +33,6 @@ def test_a_resumed_run_repeats_steps_and_a_killed_one_leaves_half_a_line(tmp_pat
     assert curves.read_metrics(run) == {"reward": {1: 0.1, 2: 0.3}, "eval/general": {2: 0.5}}
     with pytest.raises(FileNotFoundError, match="give the folder of a run"):
         curves.read_metrics(tmp_path / "none")
-
-
-def test_the_interval_is_students_t():
-    for df, t in SCIPYS_T.items():
-        values = np.random.default_rng(df).normal(size=df + 1)
-        mean, half = curves.mean_interval(values.tolist())
-        assert mean == pytest.approx(values.mean())
-        assert half == pytest.approx(t * values.std(ddof=1) / math.sqrt(df + 1), rel=0.002)
 
 
 def test_compare_keeps_settings_apart(tmp_path):

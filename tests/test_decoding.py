@@ -8,7 +8,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import generate, process_restored
+from conftest import generate
 from pretend_device import CUDA
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -114,15 +114,13 @@ def test_cudas_attention_is_allowed_for(varied_policy, prompts, groups, monkeypa
     assert all(map(torch.equal, found, expected))
 
 
-def test_no_unit_of_fsdp_is_called_while_decoding(endless_policy, prompts):
+def test_no_unit_of_fsdp_is_called_while_decoding(one_rank, endless_policy, prompts):
     """Each one runs once per prefill, and its hooks with it; responses stay the same."""
     policy, calls = endless_policy, []
     expected = sample_tokens(policy, prompts)
-    with process_restored():
-        distributed.init_distributed()
-        distributed.shard(policy.model, distributed.make_mesh("cpu"), torch.float32)
-        units = distributed.fsdp_blocks(policy.model)
-        for unit in units:
-            unit.register_forward_pre_hook(lambda unit, args: calls.append(unit))
-        assert torch.equal(sample_tokens(policy, prompts), expected)
+    distributed.shard(policy.model, distributed.make_mesh("cpu"), torch.float32)
+    units = distributed.fsdp_blocks(policy.model)
+    for unit in units:
+        unit.register_forward_pre_hook(lambda unit, args: calls.append(unit))
+    assert torch.equal(sample_tokens(policy, prompts), expected)
     assert calls == units

@@ -1,11 +1,10 @@
 """Experiments: what is run and kept, how runs are paired and tested, what the README quotes."""
 
-import json
 import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, write_jsonl
 
 import train
 from experiments import report, run
@@ -76,8 +75,7 @@ def test_an_answer_is_misread_where_the_cells_read_have_another_answer(tmp_path)
         "no reading at all",
     ]
     rows = [{"row": 3, "predict": text, "accuracy": 0.0, "unboxed": 0} for text in texts]
-    (tmp_path / "general.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    result = run.measure("dots", tmp_path / "general.jsonl")
+    result = run.measure("dots", write_jsonl(tmp_path / "general.jsonl", rows))
     unread = scene.cells.count(scene.asked) > 0
     assert (result["wrong"], result["misread"], result["responses"]) == (3, 1 + unread, 3)
     assert result["cells_right"] == pytest.approx((1 + 15 / 16) / 3)
@@ -92,9 +90,6 @@ def test_changed_code_is_another_idea(tmp_path):
     idea.write_text(idea.read_text().replace("0.1", "0.2"))
     second = run.plan_ideas([str(idea), "grpo"], seeds=2)
     assert second["grpo"] == first["grpo"] and second[str(idea)] != first[str(idea)]
-
-
-# --------------------------------------------------------------------------------------- the report
 
 
 def test_intervals_and_p_are_those_computed_by_hand():

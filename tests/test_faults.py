@@ -32,8 +32,6 @@ from support.run_folder import read_log
 pytestmark = pytest.mark.slow
 KILLS = 3  # per run; takes a minute. 28 were tried
 
-# --------------------------------------------------------------------------------------------- kill
-
 
 def launch(ranks, *flags):
     """Start a run as a user would: plain Python for one rank, torchrun for more."""
@@ -90,9 +88,6 @@ def test_a_killed_run_resumes_exactly(folder, tmp_path, ranks):
     assert all((path / ".metadata").exists() for path in killed.glob("checkpoints/step_*"))
     check_same_metrics(untouched, killed)
     check_same_weights(untouched, killed)
-
-
-# ----------------------------------------------------------------------------- a fault on rank 1
 
 
 def test_a_full_disk_on_one_rank_and_resuming_on_other_numbers(run, folder, tmp_path):

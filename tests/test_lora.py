@@ -4,11 +4,7 @@ import copy
 from pathlib import Path
 
 import torch
-from conftest import (
-    check_same_metrics,
-    check_same_weights,
-    process_restored,
-)
+from conftest import check_same_metrics, check_same_weights
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
@@ -67,18 +63,16 @@ def test_only_adapters_train_and_the_reference_stays(folder, encoder, groups):
             assert torch.equal(parameter, frozen[name]) and parameter.grad is None, name
 
 
-def test_fp32_adapters_beside_sharded_bf16_weights(folder, encoder, groups):
+def test_fp32_adapters_beside_sharded_bf16_weights(one_rank, folder, encoder, groups):
     """FSDP2 refuses two dtypes in one unit, so it must not see the adapters."""
     plain, sharded = (with_adapters(folder, encoder, torch.bfloat16) for _ in range(2))
     adapters = [lora.adapter_parameters(each.model) for each in (plain, sharded)]
-    with process_restored():
-        distributed.init_distributed()
-        mesh = distributed.make_mesh("cpu")
-        distributed.shard(sharded.model, mesh, torch.bfloat16, ignored=set(adapters[1].values()))
-        log_probs = [each.log_probs(groups) for each in (plain, sharded)]
-        assert torch.equal(*log_probs)
-        for each in log_probs:
-            each.sum().backward()
+    mesh = distributed.make_mesh("cpu")
+    distributed.shard(sharded.model, mesh, torch.bfloat16, ignored=set(adapters[1].values()))
+    log_probs = [each.log_probs(groups) for each in (plain, sharded)]
+    assert torch.equal(*log_probs)
+    for each in log_probs:
+        each.sum().backward()
     for name, parameter in adapters[0].items():
         assert parameter.dtype == parameter.grad.dtype == torch.float32
         assert torch.equal(parameter.grad, adapters[1][name].grad), name

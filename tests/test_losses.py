@@ -1,14 +1,13 @@
 """losses.py: the value of every equation, and the gradient of every term."""
 
 import math
-from collections import Counter
 from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
 import torch
 
-from losses import count, group_advantages, kl_k3, papo_loss, policy_loss, response_mean
+from losses import group_advantages, kl_k3, papo_loss, policy_loss, response_mean
 from papo import PRESETS, preset
 
 POLICY_GRADIENT = replace(preset("grpo"), kl_ref_coef=0.0)  # no other term
@@ -60,9 +59,6 @@ def loss_and_grad(algo, batch, rows=slice(None), **more):
     return loss.detach(), leaf.grad, metrics
 
 
-# --------------------------------------------------------------------------------------- advantages
-
-
 def test_advantages_by_hand():
     """Groups of three, of two and of one, whose responses lie in any order."""
     rewards = torch.tensor([1.0, 5.0, 0.0, 7.0, 0.0, 1.0])
@@ -80,9 +76,6 @@ def test_equal_rewards_have_no_advantage():
     """In fp32 the mean of six 0.9s is not 0.9; divided by eps, the residue would be 0.06."""
     index = torch.arange(3).repeat_interleave(6)
     assert group_advantages(torch.full((18,), 0.9), index).abs().max() < 1e-8
-
-
-# ---------------------------------------------------------------------------------- policy gradient
 
 
 @pytest.mark.parametrize(
@@ -123,20 +116,6 @@ def test_averages_by_hand():
         policy_loss(*args, average="batch")
 
 
-# ----------------------------------------------------------------------------------------------- k3
-
-
-def test_k3_is_an_unbiased_estimate_of_the_kl():
-    """Averaged over samples from pi, k3 is KL(pi || ref). The paper's form is not."""
-    generator = torch.Generator().manual_seed(0)
-    pi, ref = ((0.5 * torch.randn(50, generator=generator)).log_softmax(-1) for _ in range(2))
-    exact = (pi.exp() * (pi - ref)).sum().item()
-    tokens = torch.multinomial(pi.exp(), 400_000, replacement=True, generator=generator)
-    ours, papers = kl_k3(pi[tokens], ref[tokens]), kl_k3(ref[tokens], pi[tokens])
-    assert abs(ours.mean().item() - exact) < 0.02 * exact
-    assert abs(papers.mean().item() - exact) > 0.1 * exact
-
-
 def test_k3_by_hand_and_clamped():
     log_probs = torch.tensor([[-1.0, -1.0, -1.0, -30.0]], requires_grad=True)
     values = kl_k3(log_probs, torch.tensor([[-1.0, -2.0, 3.0, -1.0]]))
@@ -144,9 +123,6 @@ def test_k3_by_hand_and_clamped():
     values.sum().backward()
     expected = [0.0, 1 - math.exp(-1), 0.0, 0.0]  # 1 - exp(d), and 0 where k3 is clamped
     assert log_probs.grad.tolist()[0] == pytest.approx(expected)
-
-
-# ------------------------------------------------------------------------------------ the full loss
 
 
 def test_papo_loss_of_two_tokens_by_hand():
@@ -204,18 +180,6 @@ def test_each_term_alone_has_a_gradient(coef, term, sign, average):
     assert grad[~batch.mask].abs().sum() == 0
 
 
-def test_masked_entropy_is_a_constant_unless_its_log_probs_carry_gradient():
-    batch = random_batch().without_advantages()
-    algo = replace(POLICY_GRADIENT, masked_entropy_coef=0.5)
-    loss, grad, metrics = loss_and_grad(algo, batch)
-    assert loss.item() == pytest.approx(0.5 * metrics["masked_entropy"].item())
-    assert loss > 0 and grad.norm() == 0
-    leaf = batch.masked.clone().requires_grad_()
-    loss, _, _ = loss_and_grad(algo, batch._replace(masked=leaf))
-    assert leaf.grad[batch.mask].abs().sum() > 0
-    assert leaf.grad[~batch.mask].abs().sum() == 0
-
-
 def test_coefficients_of_zero_give_exactly_the_policy_loss():
     """The other terms are still measured, but they add nothing, to the last bit."""
     batch = random_batch()
@@ -263,30 +227,6 @@ def test_empty_responses_give_zero(average):
     loss, grad, _ = loss_and_grad(algo, batch._replace(mask=mask))
     assert torch.isfinite(loss) and torch.isfinite(grad).all()
     assert grad[2:].abs().sum() == 0
-
-
-@pytest.mark.parametrize("average", ["token", "seq"])
-@pytest.mark.parametrize("size", [1, 4])
-def test_micro_batches_add_up(average, size):
-    """Any split into rows, some without an image, adds up to the full batch."""
-    algo = replace(preset("papo_g", "7b"), average=average)
-    batch = random_batch()
-    has_image = torch.tensor([True, False, True, True, False, True])
-    full_loss, full_grad, full_metrics = loss_and_grad(algo, batch, has_image=has_image)
-    counts = count(batch.mask, has_image)
-    loss, grad, metrics = 0.0, 0.0, Counter()
-    for start in range(0, 6, size):
-        rows = slice(start, start + size)
-        part_loss, part_grad, part_metrics = loss_and_grad(
-            algo, batch, rows, denominator=counts, has_image=has_image[rows]
-        )
-        loss += part_loss
-        grad += part_grad
-        metrics.update({name: value.item() for name, value in part_metrics.items()})
-    torch.testing.assert_close(loss, full_loss)
-    torch.testing.assert_close(grad, full_grad)
-    expected = {name: value.item() for name, value in full_metrics.items()}
-    assert metrics == pytest.approx(expected, rel=1e-5)
 
 
 def test_rows_without_an_image():

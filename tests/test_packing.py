@@ -110,9 +110,6 @@ def test_faster_forwards_equal_transformers(policy, kind):
         torch.testing.assert_close(*results, atol=1e-4, rtol=1e-4)
 
 
-# ----------------------------------------------------------------------------------- CUDA's kernels
-
-
 def test_which_kernel_is_chosen(monkeypatch):
     """None on a CPU or in fp32; flash-attn where it can be imported, else torch's."""
     on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)
@@ -128,7 +125,7 @@ def test_which_kernel_is_chosen(monkeypatch):
     assert call == ((1, 2), {"softmax_scale": 0.5, "causal": True})
 
 
-def check_kernel(kernel, device="cpu", dtype=torch.float32):
+def check_kernel(kernel, device, dtype):
     """Output and gradients are SDPA's: 3 queries on 7 keys, 2 on 2; 4 heads on 2."""
     shapes = (5, 4, 64), (9, 2, 64), (9, 2, 64), (5, 4, 64)
     *inputs, weight = (torch.randn(shape, generator=seeded(0, i)) for i, shape in enumerate(shapes))

@@ -60,10 +60,7 @@ def test_the_page_carries_the_policys_log_probs(varied_policy, tmp_path):
 
 def test_large_images_have_cells_of_several_tokens(varied_policy, tmp_path):
     """5 x 7 image tokens in at most 6 cells of 3 x 3; those at the edge are smaller."""
-    grids = [(5, 7)]
-    assert pages.cell_side(grids, 6) == 3 and pages.cell_side(grids, 35) == 1
-    assert pages.cell_side([(5, 7), (2, 2)], 1) == 7
-    cells = pages.cells_of(grids, 3)
+    cells = pages.cells_of([(5, 7)], 3)
     assert [len(cell) for cell in cells] == [9, 9, 3, 6, 6, 2]
     assert cells[5].tolist() == [27, 34]
     example = Example("<image>?", "1", [random_image(28 * 7, 28 * 5)])
@@ -81,8 +78,6 @@ def test_the_masked_image_is_the_one_the_model_gets(varied_policy):
     torch.testing.assert_close(pixel_values, masked)
 
 
-# ------------------------------------------------------------------------------------ in a browser
-
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
@@ -98,9 +93,6 @@ def test_a_browser_runs_the_page(varied_policy, tmp_path):
     dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     assert dom.count('class="shown"') == 1
     assert len(re.findall("<i [^>]*background: rgba", dom)) == len(data["images"][0]["drops"])
-
-
-# --------------------------------------------------------------------------------- a run's samples
 
 
 def test_samples_show_the_first_middle_and_last_evaluation(tmp_path):

@@ -1,37 +1,22 @@
 """support/predictions.py: Table 1 of the paper, PAPO-Eval's rule, files that survive a kill."""
 
-import json
 import math
 import re
 
 import mathruler.grader
 import pytest
+from conftest import write_jsonl
 
 from support import predictions, tables
 from support.protocol import EvalConfig
+from support.run_folder import read_log
 from support.sandbox import Grader
 
-# ---------------------------------------------------------------------------------------- the table
-
-# Accuracy on the nine sets | averages over general, vision-dependent, all | their Delta_rel.
-TABLE_1 = {
-    "GRPO-3B": "28.72 59.34 58.90 57.24 55.25 38.14 55.81 25.66 52.26 | 51.89 42.97 47.92",
-    "PAPO_G-3B": "30.95 61.38 60.09 57.39 57.14 38.67 62.56 27.11 53.95 | 53.39 45.57 49.92"
-    " | 3.38 5.60 4.36",
-    "GRPO-7B": "40.18 65.48 68.12 72.26 66.51 45.62 73.94 35.17 61.71 | 62.51 54.11 58.78",
-    "PAPO_G-7B": "40.25 69.53 66.79 72.52 68.43 46.07 89.81 36.63 64.97 | 63.50 59.37 61.66"
-    " | 1.53 7.96 4.39",
-    "DAPO-3B": "31.20 60.89 59.95 66.83 56.25 40.69 74.25 28.42 53.09 | 55.02 49.11 52.40",
-    "PAPO_D-3B": "35.65 62.53 62.67 64.09 60.51 41.67 83.56 28.76 57.72 | 57.09 52.93 55.24"
-    " | 5.00 6.22 5.54",  # printed is 5.97, which its own row does not give
-    "DAPO-7B": "35.92 61.91 58.51 75.93 55.64 37.05 90.05 29.02 51.04 | 57.58 51.79 55.01",
-    "PAPO_D-7B": "44.11 67.53 68.30 80.61 68.58 46.70 91.38 36.34 64.87 | 65.83 59.82 63.16"
-    " | 15.61 19.96 17.54",  # printed is 19.09
-}
-
-
-def table_row(name):
-    return [[float(number) for number in part.split()] for part in TABLE_1[name].split("|")]
+# Accuracy on the nine sets, their averages over general, vision-dependent and all, and Delta_rel.
+GRPO_3B = [28.72, 59.34, 58.90, 57.24, 55.25, 38.14, 55.81, 25.66, 52.26]
+PAPO_3B = [30.95, 61.38, 60.09, 57.39, 57.14, 38.67, 62.56, 27.11, 53.95]
+GRPO_AVERAGES, PAPO_AVERAGES = [51.89, 42.97, 47.92], [53.39, 45.57, 49.92]
+DELTAS = [3.38, 5.60, 4.36]
 
 
 def questions(percent, n_questions=1250, n=8):
@@ -41,24 +26,20 @@ def questions(percent, n_questions=1250, n=8):
     return [[{"accuracy": each} for each in correct[i::n_questions]] for i in range(n_questions)]
 
 
-def results_of(name):
-    splits, scores = tables.BENCHMARKS["all"], table_row(name)[0]
-    return {split: questions(score) for split, score in zip(splits, scores, strict=True)}
-
-
-@pytest.mark.parametrize("baseline", ["GRPO-3B", "GRPO-7B", "DAPO-3B", "DAPO-7B"])
-def test_table_1(baseline, monkeypatch, capsys):
+def test_table_1(monkeypatch, capsys):
     monkeypatch.setattr(predictions, "RESAMPLES", 3)
-    papo = f"PAPO_{baseline[0]}{baseline[4:]}"
-    _, averages, deltas = table_row(papo)
-    predictions.report(results_of(papo), results_of(baseline), [], "")
+    baseline, papo = (
+        dict(zip(tables.BENCHMARKS["all"], map(questions, scores), strict=True))
+        for scores in (GRPO_3B, PAPO_3B)
+    )
+    predictions.report(papo, baseline, [], "")
     lines = capsys.readouterr().out.splitlines()
     cells = [line.split() for line in lines if " average" in line]
     assert [line[0] for line in cells] == ["general", "vision-dependent", "overall"]
-    assert [float(line[3]) for line in cells] == pytest.approx(averages, abs=0.02)
-    assert [float(line[-1]) for line in cells] == pytest.approx(deltas, abs=0.02)
-    alone = predictions.summarise(results_of(baseline))["accuracy"][-3:]
-    assert list(alone) == pytest.approx(table_row(baseline)[1], abs=0.02)
+    assert [float(line[3]) for line in cells] == pytest.approx(PAPO_AVERAGES, abs=0.02)
+    assert [float(line[-1]) for line in cells] == pytest.approx(DELTAS, abs=0.02)
+    alone = predictions.summarise(baseline)["accuracy"][-3:]
+    assert list(alone) == pytest.approx(GRPO_AVERAGES, abs=0.02)
 
 
 def test_measures_by_hand():
@@ -89,9 +70,6 @@ def test_intervals_match_the_known_distribution():
     assert once["low"].equals(again["low"])  # the seed is fixed
 
 
-# ----------------------------------------------------------------------------------- grading again
-
-
 def its_rule(records, n):
     """PAPO-Eval's average accuracy @ n, written down independently: the mean of question means."""
     groups = {}
@@ -106,11 +84,6 @@ def its_rule(records, n):
         assert len(group) % n == 0
         means += [sum(group) / len(group)] * (len(group) // n)
     return 100 * sum(means) / len(means)
-
-
-def write_jsonl(path, records):
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-    path.write_text("".join(lines), encoding="utf-8")
 
 
 def papo_eval_file(path, n=8, repeated=True):
@@ -168,7 +141,6 @@ def test_files_that_are_not_as_they_should_be(tmp_path, grader):
     for name in ("b", "other/a"):
         (tmp_path / f"{name}.jsonl").write_text("")
     find = predictions.find_predictions
-    assert list(find([tmp_path], [])) == ["a", "b"]
     assert find([tmp_path], ["b"]) == {"b": tmp_path / "b.jsonl"}
     for paths, names, message in [
         ([tmp_path], ["c", "a"], "one NAME.jsonl for c, a expected, found a.jsonl, b.json"),
@@ -186,9 +158,6 @@ def test_repeated_questions_are_separated():
     of_set = predictions.into_questions("x", [*records, *others])
     accuracies = [[record["accuracy"] for record in question] for question in of_set]
     assert accuracies == [[1.0] * 4, [0.0] * 4, [0.5] * 4, [0.5] * 4]
-
-
-# ----------------------------------------------------------------------------------- --out's folder
 
 
 def test_an_output_folder_is_one_evaluations(tmp_path):
@@ -225,9 +194,8 @@ def test_a_torn_line_costs_its_question(tmp_path):
     assert predictions.answered(out, "a") == of_set
     predictions.finish(out, "a", of_set)
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
-    records = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    records = read_log(tmp_path / "a.jsonl")
     assert [(each["idx"], each["row"]) for each in records] == list(enumerate([0, 1, 2] * 2))
     found = predictions.answered(out, "a")
-    assert [[(x["row"], x["loop"]) for x in question] for question in found] == [
-        [(i, 0), (i, 1)] for i in range(3)
-    ]
+    numbers = [[(record["row"], record["loop"]) for record in question] for question in found]
+    assert numbers == [[(i, 0), (i, 1)] for i in range(3)]

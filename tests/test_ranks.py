@@ -27,8 +27,8 @@ from support.batch import Example, Group, mini_batches, seeded  # noqa: E402
 from support.qwen_vl import Encoder, Policy  # noqa: E402
 
 # Every term: the entropies; a reference, and weights from attention; a second view; weights scaled
-# over the mini-batch.
-OBJECTIVES = {name: preset(name) for name in ("papo_d", "dyco_rl", "dvrp", "vppo")}
+# over the mini-batch; tokens chosen from it.
+OBJECTIVES = {name: preset(name) for name in ("papo_d", "dyco_rl", "dvrp", "vppo", "tor")}
 OBJECTIVES["dyco_rl"] = replace(preset("dyco_rl"), shortest_response=0)
 OBJECTIVES["masked_grad"] = replace(
     preset("papo_d"), masked_grad=True, masked_entropy_coef=0.05, entropy_coef=0.05, average="seq"

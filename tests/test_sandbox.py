@@ -2,7 +2,6 @@
 
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import warnings
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, random_image
+from conftest import ROOT, random_image, readme_example
 from test_reward import ORDINARY, attacks, boxed, released
 
 from support import StepError
@@ -62,9 +61,6 @@ def gone(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except (FileNotFoundError, ProcessLookupError):
         return True
-
-
-# ---------------------------------------------------------------------------------------- batches
 
 
 @pytest.mark.filterwarnings("ignore:.*took longer")
@@ -150,9 +146,6 @@ def test_crashes_memory_and_prints_stay_in_the_worker(write, capfd):
     assert "noise" in printed.err and "noise" not in printed.out
 
 
-# ------------------------------------------------------------------------------- a user's function
-
-
 ERRORS = """
 def f(response, answer):
     if response == "number":
@@ -172,9 +165,8 @@ def test_errors_of_a_users_function(write):
             assert accuracies(grader(["2", "0", "4"], ["0.5"] * 3)) == [1.0, 0.0, 0.0]
         assert grader.errors == 1
         for word, value in [("number", "1.0"), ("partly", "{'overall': 1.0}"), ("nan", ".*nan,")]:
-            with pytest.raises(
-                StepError, match=f"2 returned {value}.* no dict with finite overall"
-            ):
+            message = f"2 returned {value}.* no dict with finite overall"
+            with pytest.raises(StepError, match=message):
                 grader([word] * 2, ["1"] * 2)
 
 
@@ -185,9 +177,6 @@ def test_a_function_that_does_not_load_is_named(write):
     ]:
         with pytest.raises(ValueError, match=message):
             Grader(write(text), workers=1)
-
-
-# ----------------------------------------------------------------------------------- the whole row
 
 
 ROW = """
@@ -214,18 +203,13 @@ def test_a_function_may_see_the_row(write):
 
 def test_the_reward_in_the_readme_compares_units(tmp_path):
     """As it stands there."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    [block] = [block for block in blocks if "row: dict" in block]
-    (tmp_path / "units.py").write_text(block)
+    (tmp_path / "units.py").write_text(readme_example("row: dict"))
     example = Example("How long?", "3", [], columns={"unit": "hours"})
     responses = [boxed("3 hours"), boxed("3 minutes"), boxed("4 hours"), boxed("3"), "3 hours"]
     with Grader(f"{tmp_path}/units.py:score", workers=1) as grader:
         scores = grader(responses, ["3"] * 5, [example] * 5)
     assert accuracies(scores) == [1.0, 0.0, 0.0, 0.0, 0.0]
     assert [score["overall"] for score in scores] == [1.0, 0.1, 0.1, 0.1, 0.0]
-
-
-# ------------------------------------------------------------------------------ no process is left
 
 
 def test_a_dead_server_is_noticed_while_a_worker_hangs(write):

@@ -29,17 +29,11 @@ def make_encoder(folder: Path) -> Encoder:
     return Encoder(str(folder), *pixels, toy.SUFFIX)
 
 
-# ------------------------------------------------------------------------------- settings and rows
-
-
 def test_a_setting_has_one_spec_which_names_it():
     for setting, spec in [
         (toy.DEFAULT, "toy"),
         (toy.Setting(grid=4, colours=4), "toy:grid=4,colours=4"),
-        (
-            toy.Setting(misread=1, plain_share=0.1 + 0.2),
-            "toy:plain_share=0.30000000000000004,misread=1.0",
-        ),
+        (toy.Setting(misread=1, plain_share=0.3), "toy:plain_share=0.3,misread=1.0"),
     ]:
         assert toy.setting_of(spec) == setting
     assert toy.setting_of("toys") is toy.setting_of("Qwen/toy:3B") is None
@@ -150,9 +144,6 @@ def test_the_toys_positive_and_negative_images():
         assert example.images == toy.example("train", row).images
 
 
-# ------------------------------------------------------------------------------------ the folder
-
-
 def test_a_built_folder_has_the_shipped_files(folder):
     """But for the weights: configs, tokenizer and chat template."""
     files = {path.name for path in toy.MODEL.iterdir()}
@@ -161,15 +152,13 @@ def test_a_built_folder_has_the_shipped_files(folder):
         assert (Path(folder) / name).read_bytes() == (toy.MODEL / name).read_bytes(), name
 
 
-def test_the_shipped_folder_is_in_the_hubs_form_and_loads_with_the_auto_classes():
+def test_the_shipped_folder_is_in_the_hubs_form_and_complete():
     config = json.loads((toy.MODEL / "config.json").read_text())
     assert "text_config" not in config and "hidden_size" in config  # flat, as on the hub
     model, report = AutoModelForImageTextToText.from_pretrained(toy.MODEL, output_loading_info=True)
-    tokenizer = AutoTokenizer.from_pretrained(toy.MODEL)
     assert not any(report.values()), report
-    assert 0.5e6 < sum(p.numel() for p in model.parameters()) < 2e6
+    tokenizer = AutoTokenizer.from_pretrained(toy.MODEL)
     assert model.config.image_token_id == tokenizer.convert_tokens_to_ids("<|image_pad|>")
-    assert model.config.text_config.vocab_size == len(tokenizer)
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
     user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "b"}]}
     chat = tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
@@ -196,9 +185,6 @@ def test_the_command_builds_a_model_whose_folder_names_a_task_that_fits(tmp_path
     assert len(encoder.tokenizer(response)["input_ids"]) <= limits["max_new_tokens"]
     with pytest.raises(SystemExit, match="2"):
         start_model.main([spec, "--out", str(out)])
-
-
-# ------------------------------------------------------------------------------------ the weights
 
 
 def test_warm_batches_hold_the_trainers_prompt_and_a_response(folder):
@@ -239,16 +225,6 @@ def test_a_build_depends_on_its_arguments_alone_and_leaves_no_half_model(
     torch.set_num_threads(threads)
     weights = [Path(each) / start_model.WEIGHTS for each in (folder, again)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
-
-
-@pytest.mark.parametrize(("name", "billions"), [("qwen2.5-vl-3b", 3.75), ("qwen2.5-vl-7b", 8.29)])
-def test_published_sizes_have_the_published_number_of_parameters(name, billions):
-    config = start_model.random_config(name)
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config)
-    parameters = sum(p.numel() for p in model.parameters())
-    assert parameters / 1e9 == pytest.approx(billions, abs=0.01)
-    assert (config.image_token_id, config.text_config.eos_token_id) == (151655, 151645)
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-import re
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,7 +10,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import ROOT, examples, generate, metric_lines
+from conftest import examples, generate, gradient_of, metric_lines, readme_example
 from transformers import AutoModelForImageTextToText
 
 import papo
@@ -217,13 +216,12 @@ def prepared(name, policy, groups, n_batches=1, **changes):
     return algo, metrics
 
 
-# and changed settings
-WEIGHING = {"vppo": {}, "pgpo": {}, "dyco_rl": {"shortest_response": 0, "average": "token"}}
+WEIGHING = {"vppo": {}, "pgpo": {}, "dyco_rl": {"shortest_response": 0}}  # and changed settings
 
 
 @pytest.mark.parametrize("name", WEIGHING)
 def test_weights_do_not_depend_on_padding(varied_policy, groups, name):
-    """They are those of the rules above, and 1 without an image."""
+    """And are 1 without an image."""
     padded = copy.deepcopy(groups)
     for group in padded:
         for field in ("tokens", "response_mask", "sample_log_probs"):
@@ -238,19 +236,15 @@ def test_weights_do_not_depend_on_padding(varied_policy, groups, name):
             assert (group.weights[mask] == 1).all()
             continue
         assert (group.weights - 1).abs().max() > 0.01
-        if name == "vppo":
-            expected = vppo.top_tokens(vppo.visual_dependency(group), mask, 0.4)
-            assert torch.equal((group.weights * mask) > 0, expected > 0)
-        if name == "pgpo":
-            expected = pgpo.token_weights(vppo.visual_dependency(group), mask, 0.4, 2.0)
-            assert torch.equal(group.weights, expected)
-            assert (group.view_pixel_values["mask"] == varied_policy.encoder.black_patch).all()
 
 
-@pytest.mark.parametrize("name", WEIGHING)
-def test_the_loss_is_that_of_weighted_advantages(varied_policy, groups, name):
+def test_pgpos_loss_is_that_of_weighted_advantages(varied_policy, groups):
     """In value and gradient: the weights have none."""
-    algo, _ = prepared(name, varied_policy, groups, **WEIGHING[name])
+    algo, _ = prepared("pgpo", varied_policy, groups)
+    dependency = vppo.visual_dependency(groups[0])
+    weights = pgpo.token_weights(dependency, groups[0].response_mask, 0.4, 2.0)
+    assert torch.equal(groups[0].weights, weights)
+    assert (groups[0].view_pixel_values["mask"] == varied_policy.encoder.black_patch).all()
     loss, _ = pack_loss(varied_policy, groups, algo)
     log_probs = varied_policy.log_probs(groups)
     mask = pad_and_cat(groups, "response_mask").bool()
@@ -258,16 +252,9 @@ def test_the_loss_is_that_of_weighted_advantages(varied_policy, groups, name):
     weighted = advantages * pad_and_cat(groups, "weights")
     clips = (algo.clip_low, algo.clip_high)
     expected, _ = policy_loss(log_probs, log_probs.detach(), weighted, mask, *clips)
-    expected = expected + algo.entropy_coef * response_mean(-log_probs, mask)
     assert loss.item() == pytest.approx(expected.item(), abs=1e-6) != 0
     gradients = (gradient_of(varied_policy, each) for each in (loss, expected))
     close(*gradients)
-
-
-def gradient_of(policy, loss):
-    parameters = [*policy.model.parameters()]
-    gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
-    return torch.cat([gradient.flatten() for gradient in gradients])
 
 
 def test_dyco_uses_the_attention_of_transformers_eager_forward(folder, varied_policy, groups):
@@ -297,20 +284,14 @@ def test_dyco_uses_the_attention_of_transformers_eager_forward(folder, varied_po
     assert alignments.std() > 0.01
 
 
-@pytest.mark.parametrize("name", ["vppo", "dyco_rl"])
-def test_each_mini_batch_is_scaled_by_itself(varied_policy, groups, name):
-    """Over its groups, not within each."""
-    prepared(name, varied_policy, groups, n_batches=2, **WEIGHING[name])
-    alone = copy.deepcopy(groups)
-    for half in (alone[:2], alone[2:]):
-        prepared(name, varied_policy, half, **WEIGHING[name])
-    for group, other in zip(groups, alone, strict=True):
-        close(group.weights, other.weights, atol=1e-5)
-    if name == "vppo":
-        both = torch.cat([vppo.response_dependency(group) for group in groups[:2]])
-        found = torch.cat([group.weights.amax(1) for group in groups[:2]])
-        close(found, vppo.response_weights(both, both, 0.9), atol=1e-5)
-        assert found.max() - found.min() > 0.05
+def test_vppo_scales_over_each_mini_batch(varied_policy, groups):
+    """Not within each group, nor over both mini-batches."""
+    prepared("vppo", varied_policy, groups, n_batches=2)
+    of_batch = torch.cat([vppo.response_dependency(group) for group in groups[:2]])
+    for group in groups[:2]:
+        chosen = vppo.top_tokens(vppo.visual_dependency(group), group.response_mask, 0.4)
+        scales = vppo.response_weights(vppo.response_dependency(group), of_batch, 0.9)
+        close(group.weights, scales[:, None] * chosen, atol=1e-5)
 
 
 def test_dyco_gives_short_responses_its_lowest_weight(varied_policy, groups):
@@ -417,23 +398,20 @@ def test_noisy_rollout_trains_the_noised_half_under_the_clean_image(varied_polic
             assert differ.abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("name", ["tapo", "noisy_rollout"])
-def test_both_halves_form_one_group(varied_policy, triplets, name):
+def test_both_halves_form_one_group(varied_policy, triplets):
     """Advantages, dynamic sampling and mini-batches take all 2n responses of a prompt together."""
-    algo = replace(preset(name), dynamic_sampling=True)
+    algo = preset("tapo")
     groups = sample(varied_policy, triplets, algo, group_size=2)
     right = [1, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 1, 1]  # of 4 prompts' 4 responses each
     scores = [{"overall": float(r), "accuracy": float(r), "format": 1.0} for r in right]
-    run, sums = Mock(), Counter()
-    run.grader = Mock(return_value=scores, timeouts=0, errors=0, unscored=0)
+    run, sums = Mock(grader=Mock(timeouts=0, errors=0, unscored=0)), Counter()
+    run.grader.of_groups.return_value = scores
     kept = train.grade(run, algo, groups, sums)
     assert [group.prompt.index for group in kept] == [0, 0, 3, 3]
     assert sums["zero_advantage_groups"] == 2
     expected = group_advantages(torch.tensor(right).double(), torch.arange(16) // 4).float()
     close(torch.cat([group.advantages for group in groups]), expected)
-    batches = mini_batches(groups, 3)
-    indices = [[group.prompt.index for group in batch] for batch in batches]
-    assert indices == [[0, 0, 1, 1, 2, 2], [3, 3]]
+    assert [len(batch) for batch in mini_batches(groups, 3)] == [6, 2]
 
 
 # ------------------------------------------------------------------------- --algo finds a file
@@ -470,8 +448,9 @@ def test_a_wrong_file_is_one_line(write_variant):
     ]:
         with pytest.raises(ValueError, match=message):
             papo.algo_class(write_variant(text))
-    with pytest.raises(ValueError, match="^threshold=1.0: must be between"):
-        replace(preset("pgpo"), threshold=1.0)
+    for name, setting, value in [("pgpo", "threshold", 1.0), ("vppo", "mask_ratio", 2.0)]:
+        with pytest.raises(ValueError, match=f"^{setting}={value}: must be between"):
+            replace(preset(name), **{setting: value})
 
 
 def test_a_wrong_result_of_a_step_is_one_line(policy, groups, write_variant):
@@ -516,14 +495,6 @@ def test_a_variant_of_a_variant_and_a_neighbouring_file(tmp_path, write_variant)
     assert (parsed.token_share, parsed.kl_prcp_coef, parsed.own) == (0.5, 0.5, 2.0)
 
 
-def test_a_variants_settings_are_in_help(capsys):
-    with pytest.raises(SystemExit):
-        train.main(["--algo", "vppo", "--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    assert "share of a response's tokens that are trained (default: 0.4)" in text
-    assert "random and noise: a probability (default: 0.5)" in text  # of the class above
-
-
 def test_every_variant_has_the_originals_defaults():
     table = {  # beta, gamma, eta1, eta2, clips, dynamic sampling, mask ratio, average
         "vppo": (0, 0, 0.06, 0, 0.2, 0.28, True, 0.5, "token"),
@@ -543,8 +514,7 @@ def test_every_variant_has_the_originals_defaults():
 
 def test_the_example_in_the_readme_runs_and_resumes(run, tmp_path, capsys):
     """As it stands there. The run keeps a copy, and a changed file is named."""
-    text = (ROOT / "README.md").read_text()
-    [block] = [each for each in re.findall(r"```python\n(.*?)```", text, re.S) if "(Algo)" in each]
+    block = readme_example("(Algo)")
     assert len([line for line in block.splitlines() if line.strip()]) <= 22
     file = tmp_path / "my_idea.py"
     file.write_text(block)
