@@ -4,8 +4,8 @@
     w = 1 at the ceil(0.3 N) tokens of largest H, else 0.5 at those of largest P, else 0
     L = GRPO's, with A_i w_t in place of A_i, still a mean over all N tokens of the mini-batch
 
-Ties, such as P = 0 without an image, go by lot. Source: a third party's code; n = 12, reward accuracy
-alone. Differences: its H is over the renormalised top-p 0.95 set, ours over the vocabulary; its P
+Ties, such as P = 0 without an image, go by lot. Source: a third party's code; n = 12, accuracy as
+reward. Differences: its H is over the renormalised top-p 0.95 set, ours over the vocabulary; its P
 compares with a prompt of text alone, ours with a black image; it ranks within a rollout batch.
 """
 
