@@ -261,8 +261,7 @@ def train_model(
 ) -> Path:
     """Make a tiny model and train it on lessons (see warm_start).
 
-    The folder is written at the end, its weights last: a killed build leaves nothing, or a folder
-    without weights.
+    The folder appears at the end, whole: a killed build leaves none.
     """
     with tempfile.TemporaryDirectory() as scratch:
         config = write_configs(Path(scratch), tokenizer, task or {})
@@ -271,11 +270,14 @@ def train_model(
         encoder = Encoder(scratch, *sizes, SUFFIX)
         torch.set_num_threads(1)  # the order in which threads add up decides the last digits
         warm_start(model, encoder, steps, lessons_of, words)
-        shutil.copytree(scratch, folder, dirs_exist_ok=True)
         # In a folder of its own, because its config.json is not in the hub's shape.
-        model.save_pretrained(folder / "saved")
-    os.replace(folder / "saved" / WEIGHTS, folder / WEIGHTS)
-    shutil.rmtree(folder / "saved")
+        saved = Path(scratch, "saved")
+        model.save_pretrained(saved)
+        os.replace(saved / WEIGHTS, Path(scratch, WEIGHTS))
+        shutil.rmtree(saved)
+        partial = folder.with_name(f".{folder.name}")
+        shutil.copytree(scratch, partial, dirs_exist_ok=True)
+    os.replace(partial, folder)
     return folder
 
 

@@ -210,7 +210,7 @@ def test_warm_batches_hold_the_trainers_prompt_and_a_response(folder):
 def test_a_build_depends_on_its_arguments_alone_and_leaves_no_half_model(
     folder, tmp_path, monkeypatch
 ):
-    """Not on the number of threads; and it leaves the caller's generator as it was."""
+    """Not on the number of threads."""
 
     def die(*args):
         raise KeyboardInterrupt
