@@ -3,8 +3,9 @@
 import copy
 from pathlib import Path
 
+import pytest
 import torch
-from conftest import check_same_metrics, check_same_weights
+from conftest import check_same_metrics, check_same_weights, metric_lines, on_ranks
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
@@ -113,3 +114,12 @@ def test_a_checkpoint_holds_adapters_and_resumes_exactly(run):
     train.main(["--resume", str(half), "--steps", "3"])
     check_same_metrics(whole, half)
     check_same_weights(whole, half)
+
+
+@pytest.mark.slow
+def test_the_toy_learns_with_adapters(tmp_path):
+    flags = "--algo papo_g --lora_rank 8 --steps 60 --eval_every 60"
+    done = on_ranks(1, *flags.split(), "--out", str(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, last = (line for line in metric_lines(tmp_path / "run") if "eval/general" in line)
+    assert last["eval/general"] > first["eval/general"] + 0.1
