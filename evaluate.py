@@ -1,7 +1,7 @@
 r"""Evaluate by the paper's protocol, ask one question, or draw a response's image attribution.
 
     python evaluate.py --model runs/papo_g-toy-s0/model
-    torchrun --nproc_per_node 2 -- evaluate.py --model MODEL --data all --n 8  # torchrun has --n
+    torchrun --nproc_per_node 2 evaluate.py --model MODEL --data all
     python evaluate.py --grade predictions/*.jsonl
     python evaluate.py --model MODEL --ask "How many red dots are there?" --image dots.png
     python evaluate.py --model MODEL --explain --row SET:NUMBER
@@ -11,7 +11,7 @@ The paper's protocol: 8 samples per question at temperature 1, and their average
 graded on the boxed answer alone. support/protocol.py has its other settings, predictions.py the
 table. PAPO-Eval, the authors' program, samples with vLLM, truncates prompts at 9,216 tokens, aborts
 at a broken image, and accepts a response without a box if the answer is "None". Here overlong and
-broken rows are skipped and counted.
+broken rows are skipped and counted. Under torchrun, --n needs a `--` before evaluate.py.
 """
 
 from __future__ import annotations

@@ -263,8 +263,8 @@ def accumulate_gradients(policy: Policy, batch: list[Group], algo: Algo) -> dict
     # A pack divides by the counts of the whole mini-batch, so sums over packs and ranks are means.
     sums = sum_over_ranks(sum(values).tolist())
     largest_gap = max_over_ranks(torch.stack(largest_gaps).max())
-    names = metrics.keys()  # the last pack's, as all packs'
-    return dict(zip(names, sums, strict=True)) | {"sampler_gap_max": largest_gap}
+    # metrics: the last pack's; all packs have the same names.
+    return dict(zip(metrics, sums, strict=True)) | {"sampler_gap_max": largest_gap}
 
 
 def pack_loss(policy: Policy, pack: list[Group], algo: Algo, denominator: Counts | None = None):

@@ -3,7 +3,7 @@ r"""Train a vision-language model with PAPO, GRPO or DAPO, on one or more device
     torchrun train.py --algo papo_g                 a toy on a laptop: a tiny model counts dots
     torchrun --nproc_per_node 2 train.py --algo papo_g --model Qwen/Qwen2.5-VL-3B-Instruct
 
-`train` is the paper's loop. PAPO adds one term to GRPO or DAPO, and two entropies in some presets:
+`train` is the paper's loop. PAPO adds one term to GRPO or DAPO (and two entropies in some presets):
 
     KL_prcp = KL(pi(. | image) || pi(. | masked image))
 
@@ -151,7 +151,8 @@ def grade(run: Run, algo: Algo, groups: list[Group], sums: Counter) -> list[Grou
     for group, own_rewards, own_advantages in of_groups:
         group.rewards, group.advantages = own_rewards, own_advantages
 
-    has_advantage = index[advantages.abs() > 1e-6].unique()  # not of equal rewards: 1e-10
+    # Rounding may leave advantages of 1e-10 where all rewards of a group are equal.
+    has_advantage = index[advantages.abs() > 1e-6].unique()
     sums.update(  # a Counter adds
         responses=len(scores),
         reward=float(rewards.sum()),

@@ -31,24 +31,24 @@ rollout_batch shard_size reward_budget reward_memory""".split()
 def flag(default, help: str, low: float = -math.inf, high: float = math.inf):
     """A dataclass field that is a command-line flag, from low to high; a list takes several
     values."""
-    metadata = {"help": help, "range": (low, high)}
+    metadata = {"help": help, "limits": (low, high)}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
 def metadata_of(kind: type, name: str) -> dict:
-    """A flag's help and range; a subclass that changes a default keeps those of its parent."""
+    """A flag's help and limits; a subclass that changes a default keeps those of its parent."""
     declared = (vars(each).get("__dataclass_fields__", {}).get(name) for each in kind.__mro__)
     return next((field.metadata for field in declared if field and field.metadata), {})
 
 
 class Flags:
-    """Base class of the dataclasses of flags. ValueError for a value outside a flag's range."""
+    """Base class of the dataclasses of flags. ValueError for a value outside a flag's limits."""
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            low, high = metadata_of(type(self), name).get("range", (-math.inf, math.inf))
+            low, high = metadata_of(type(self), name).get("limits", (-math.inf, math.inf))
             if isinstance(value, (int, float)) and not low <= value <= high:
                 allowed = f"at least {low}" if high == math.inf else f"between {low} and {high}"
                 raise ValueError(f"{name}={value}: must be {allowed}")
@@ -57,8 +57,8 @@ class Flags:
 class Parser(HfArgumentParser):
     """argparse whose errors are one line, printed by one rank."""
 
-    def add_argument(self, *names, range=None, **options):
-        return super().add_argument(*names, **options)  # which knows no range of numbers
+    def add_argument(self, *names, limits=None, **options):
+        return super().add_argument(*names, **options)  # which knows no limits
 
     def error(self, message: str):
         exit_with_error(message)
