@@ -8,12 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from itertools import product
-from operator import itemgetter
 from pathlib import Path
-from statistics import fmean, median
-from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 
 from experiments import run
@@ -22,248 +20,215 @@ from support.curves import mean_interval
 from support.run_folder import read_log
 
 HERE = Path(__file__).resolve().parent
-Results = dict[str, dict[int, dict]]  # variant -> seed -> the line of results/
-Rows = dict[str, list[tuple[str, ...]]]  # see `table`
+Rows = dict[str, pd.DataFrame]  # label -> a line per seed, a column per number
+
+# ------------------------------------------------------------------------------- what is compared
+
+# What the variants of a folder are compared with: the other one -> their names.
+BASELINES = {"grpo": "papo_g papo_g_0.1", "dapo": "papo_d papo_d_0.1"}
+FURTHER = {"grpo": "dapo", "papo_g": "papo_g_0.1", "papo_d": "papo_d_0.1"}
+ON_THE_DOTS = {  # a correction for the comparisons of each
+    "Which gamma": {"grpo": "papo_g papo_g_0.05 papo_g_0.1 papo_g_0.2 papo_g_0.5 papo_g_1.0"},
+    "Which patches": {"random_0.17": "papo_g_0.1 semantic_0.17"},
+    "What prevents collapse": {
+        "large": "large_no_kl_ref large_kl_ref_0.1 large_single large_double_grad"
+    },
+}
+FURTHER_ON_THE_DOTS = {
+    "grpo": "semantic_0.17 random_0.17",
+    "papo_g": "papo_g_1.0",
+    "papo_g_0.1": "semantic_0.17",
+    "large_single": "large_double_grad",
+    "large_kl_ref_0.1": "large_double_grad large_single",
+}
+RELATIVES = {  # what they are built on
+    "grpo": "papo_g dyco_rl tor noisy_rollout dapo",
+    "dapo": "papo_d vppo pgpo",
+    "papo_g": "dvrp",
+    "papo_d": "tapo",
+    "noisy_rollout": "noisy_rollout_papo",
+}
+THREE_SEEDS_EACH = {
+    "grpo": "papo_g gamma_0.1 gamma_0.2 gamma_0.5 gamma_1.0 masked_grad"
+    " grpo_no_kl_ref papo_g_no_kl_ref",
+    "papo_g": "mask_0.4 mask_0.8 mask_1.0 mask_semantic mask_noise estimator_paper masked_grad",
+    "large": "large_no_kl_ref large_kl_ref_0.1 large_single large_double large_double_grad",
+}
 
 
-def load(folder: Path) -> Results:
-    found: Results = {}
-    for file in sorted(folder.glob("*.jsonl")):
-        for line in read_log(file):
-            found.setdefault(line["variant"], {})[line["seed"]] = line
-    for variant, lines in found.items():
-        starts = found.get(f"{variant.partition('/')[0]}/start", {})
-        for seed in lines.keys() & starts.keys():
-            lines[seed]["start"] = starts[seed]["final"]
-    return found
+def pairs_of(folder: str, compared: dict[str, str]) -> list[tuple[str, str]]:
+    return [
+        (f"{folder}/{name}", f"{folder}/{base}")
+        for base, names in compared.items()
+        for name in names.split()
+    ]
 
 
-# ----------------------------------------------------------------------------------------- measures
+def planned(folder: str, seeds: range) -> list[str]:
+    """The variants of a folder that the protocols run at these seeds."""
+    jobs = [variant for variant, seed in run.JOBS if seed == seeds[-1]]
+    return [variant for variant in jobs if variant.startswith(f"{folder}/")]
 
 
-class Measure(NamedTuple):
-    """A number of a run, and of a run beside another one; None: not shown."""
+# ------------------------------------------------------------------------------------------ numbers
 
-    of: Callable | None  # line -> number, None where there is none
-    gain: Callable | None = None  # line, line of the other run -> number
-    show: Callable | None = None  # list of numbers -> text, instead of an interval
+STEPS = list(range(0, 61, 10))  # of evaluations during training
+AFTER = [f"after step {step}" for step in STEPS]
+LAST = ["gain in the last 20 steps", "gain in the last 10 steps"]
+VISION = "vision_dependent minus general"
+EVALUATED = [*SPLITS, "both"]
 
+QUESTIONS = ["overall", "mean over training"]  # how far, how fast
+ENDS = ["overall", *SPLITS, "mean over training"]
 
-def minus(of: Callable) -> Callable:
-    def difference(line: dict, base: dict) -> float | None:
-        own, other = of(line), of(base)
-        return None if own is None or other is None else own - other
-
-    return difference
-
-
-def accuracy(*splits: str) -> Callable:
-    """Accuracy at the end in %, the mean of the splits."""
-    return lambda line: 100 * fmean(line["final"][split]["accuracy"] for split in splits)
-
-
-def overall_curve(line: dict) -> dict[int, float]:
-    """Step -> mean accuracy of both splits in % of the evaluations during training."""
-    curve = line.get("curve", {})
-    return {int(step): 100 * fmean(scores.values()) for step, scores in curve.items()}
+# Columns of a section: of runs, and of pairs of runs.
+ACCURACY = [*ENDS, *LAST], [*ENDS, *LAST, VISION, "Delta_rel %"]
+TRAINING = AFTER, AFTER
+READING = (
+    [f"{what} %, {of}" for of in EVALUATED for what in ("wrong", "misread of these", "cells read")],
+    [f"{what} %, {of}: change in %" for of in EVALUATED for what in ("wrong", "misread")],
+)
 
 
-def at(step: int) -> Callable:
-    return lambda line: overall_curve(line)[step]
+def load(folder: Path) -> pd.DataFrame:
+    """The lines of results, by variant and seed, with the numbers that the tables show."""
+    lines = [line for file in sorted(folder.glob("*.jsonl")) for line in read_log(file)]
+    runs = pd.json_normalize(lines).drop_duplicates(["variant", "seed"], keep="last")
+    runs = runs.set_index(["variant", "seed"]).sort_index()
+    numbers = at_the_end(runs) | in_training(runs)
+    return runs.assign(**numbers, collapsed=is_collapsed(runs, numbers["overall"]))
 
 
-def over_training(line: dict) -> float | None:
-    """Mean accuracy in % of the evaluations during training, without the one before it."""
-    scores = list(overall_curve(line).values())[1:]
-    return fmean(scores) if scores else None
+def at_the_end(runs: pd.DataFrame) -> dict:
+    """Accuracy in %, wrong answers, and how many of those rest on a misread image."""
+    numbers = {split: 100 * runs[f"final.{split}.accuracy"] for split in SPLITS}
+    general, vision_dependent = numbers.values()
+    numbers["overall"] = (general + vision_dependent) / 2
+    numbers[VISION] = vision_dependent - general
+    for of in EVALUATED:
+        splits = SPLITS if of == "both" else [of]
+        responses, wrong, misread, cells_right = (
+            sum(runs[f"final.{split}.{what}"] for split in splits)
+            for what in ("responses", "wrong", "misread", "cells_right")
+        )
+        numbers |= {
+            f"wrong %, {of}": 100 * wrong / responses,
+            f"misread %, {of}": 100 * misread / responses,
+            f"misread of these %, {of}": 100 * misread / wrong.clip(lower=1),
+            f"cells read %, {of}": 100 * cells_right / len(splits),
+        }
+    return numbers
 
 
-def last_gain(evaluations: int) -> Callable:
-    """What accuracy gains over the last evaluations of a run."""
+def in_training(runs: pd.DataFrame) -> dict:
+    """Accuracy in % of the evaluations during training, both splits; and the time of a step.
 
-    def gained(line: dict) -> float | None:
-        scores = list(overall_curve(line).values())
-        return scores[-1] - scores[-1 - evaluations] if scores else None
+    A step's time is the 10% quantile of a run's: other work made most steps of some runs slower.
+    """
+    curve = pd.DataFrame(index=runs.index)
+    for step, name in zip(STEPS, AFTER, strict=True):
+        general, vision = (runs.get(f"curve.{step}.{split}", math.nan) for split in SPLITS)
+        curve[name] = 50 * (general + vision)
+    numbers = dict(curve.items()) | {"mean over training": curve[AFTER[1:]].mean(axis=1)}
+    for name, before in zip(LAST, (AFTER[-3], AFTER[-2]), strict=True):
+        numbers[name] = curve[AFTER[-1]] - curve[before]
+    fast = runs["seconds"].map(lambda steps: np.quantile(steps, 0.1), na_action="ignore")
+    return numbers | {"seconds per step": fast}
 
-    return gained
 
-
-def delta_rel(line: dict, base: dict) -> float:
-    """The paper's: the mean over splits of the relative gain, in %."""
-    ratios = [accuracy(split)(line) / accuracy(split)(base) for split in SPLITS]
-    return 100 * (fmean(ratios) - 1)
-
-
-def collapsed(line: dict) -> bool:
+def is_collapsed(runs: pd.DataFrame, overall: pd.Series) -> pd.Series:
     """Whether a run ends below its start model."""
-    return OVERALL(line) < OVERALL({"final": line["start"]})
+    is_start = runs.index.get_level_values("variant").str.endswith("/start")
+    of_start = overall[is_start].groupby(runs["start_model"][is_start]).first()
+    return overall < runs["start_model"].map(of_start)
 
 
-def time_ratio(line: dict, base: dict) -> float:
-    """Of their steps' 10% quantiles: other work made most steps of the relatives' runs slower."""
-    return np.quantile(line["seconds"], 0.1) / np.quantile(base["seconds"], 0.1)
+def levels(runs: pd.DataFrame, variants: Iterable[str], seeds: Iterable[int]) -> Rows:
+    return {variant: runs.loc[variant].loc[list(seeds)] for variant in variants}
 
 
-def vision_gap(line: dict, base: dict) -> float:
-    """How much more is gained on vision_dependent than on general, in points."""
-    on_general, on_vision = (minus(accuracy(split))(line, base) for split in SPLITS)
-    return on_vision - on_general
+def differences(runs: pd.DataFrame, pairs: Iterable[tuple[str, str]], seeds: Iterable) -> Rows:
+    return {f"{own} minus {base}": gains(runs, own, base, seeds) for own, base in pairs}
 
 
-def measured(of: Callable) -> Measure:
-    return Measure(of, minus(of))
+def gains(runs: pd.DataFrame, variant: str, base: str, seeds: Iterable[int]) -> pd.DataFrame:
+    """A variant's numbers minus another one's at the same seeds, and their changes in %.
 
-
-def reading(*splits: str) -> dict[str, Measure]:
-    """How many answers are wrong, and how many of those rest on a misread image."""
-
-    def total(line: dict, what: str) -> float:
-        return sum(line["final"][split][what] for split in splits)
-
-    def share(what: str, whole: str) -> Measure:
-        return Measure(lambda line: 100 * total(line, what) / max(total(line, whole), 1))
-
-    def change(what: str) -> Measure:
-        return Measure(None, lambda line, base: 100 * (total(line, what) / total(base, what) - 1))
-
-    return {
-        "wrong %": share("wrong", "responses"),
-        "of these misread %": share("misread", "wrong"),
-        "cells read right %": Measure(lambda line: 100 * total(line, "cells_right") / len(splits)),
-        "wrong answers, relative to baseline %": change("wrong"),
-        "misread answers, relative to baseline %": change("misread"),
-    }
-
-
-OVERALL = accuracy(*SPLITS)
-FAR, FAST = measured(OVERALL), measured(over_training)
-ENDS = {"overall": FAR} | {split: measured(accuracy(split)) for split in SPLITS}
-WITH_TRAINING = ENDS | {"mean over training": FAST}
-DELTA_REL = {"Delta_rel %": Measure(None, delta_rel)}
-VISION = {"gain on vision_dependent minus gain on general": Measure(None, vision_gap)}
-LAST = {f"gain in the last {10 * n} steps": Measure(last_gain(n)) for n in (2, 1)}
-QUESTIONS = {"how far": FAR._replace(of=None), "how fast": FAST._replace(of=None)}
+    ValueError if the runs of a pair began from different start models.
+    """
+    own, other = levels(runs, (variant, base), seeds).values()
+    differ = own["start_model"].fillna("") != other["start_model"].fillna("")
+    if differ.any():
+        raise ValueError(f"{variant} and {base}: two start models at seeds {[*own.index[differ]]}")
+    own, other = (each.select_dtypes(["number", "bool"]).astype(float) for each in (own, other))
+    changes = 100 * (own / other - 1)
+    gained = (own - other).join(changes.add_suffix(": change in %"))
+    gained["Delta_rel %"] = changes[[*SPLITS]].mean(axis=1)  # the paper's
+    return gained
 
 
 # --------------------------------------------------------------------------------------- statistics
 
 
-def sign_flip_p(differences: list[float]) -> float:
+def sign_flip_p(differences: Iterable[float]) -> float:
     """Two-sided exact p: the share of sign patterns whose mean is at least as far from 0."""
     values = np.array(differences)
     patterns = np.array(list(product((1, -1), repeat=len(values))))
     return float(np.mean(np.abs(patterns @ values) >= abs(values.sum()) - 1e-9))
 
 
-def holm(ps: list[float]) -> list[float]:
+def holm(ps: dict) -> dict:
     """The p corrected by Holm's method: the smallest times their number, the next times one less,
     and none below the one before it."""
-    corrected, least = [0.0] * len(ps), 0.0
-    for rank, index in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
-        least = max(least, min(1.0, (len(ps) - rank) * ps[index]))
-        corrected[index] = least
-    return corrected
+    rising = pd.Series(ps, dtype=float).sort_values()
+    return (rising * np.arange(len(rising), 0, -1)).cummax().clip(upper=1).to_dict()
 
 
-def interval(values: list[float | None], sign: str = "") -> str:
+def interval(values: pd.Series, sign: str = "") -> str:
     """Mean +- half the width of the 95% t interval."""
-    known = [value for value in values if value is not None]
-    if not known:
+    if values.isna().all():
         return "-"
-    mean, half = mean_interval(known)
+    mean, half = mean_interval(values.dropna())
     return f"{mean:{sign}.1f}" + ("" if math.isnan(half) else f" +- {half:.1f}")
 
 
-def tested(values: list[float]) -> str:
+def tested(values: pd.Series) -> str:
     """The mean difference, how many of the differences are above 0, and p."""
-    above = sum(value > 0 for value in values)
-    shown = [interval(values, "+"), f"{above} of {len(values)}"]
-    return ", ".join([*shown, f"p {sign_flip_p(values):.{3 if len(values) < 9 else 5}f}"])
+    above = sum(values > 0)
+    p = f"p {sign_flip_p(values):.{3 if len(values) < 9 else 5}f}"
+    return f"{interval(values, '+')}, {above} of {len(values)}, {p}"
 
 
-def each(values: list[float]) -> str:
+def counted(values: pd.Series) -> str:
+    return f"{values.sum()} of {len(values)}"
+
+
+def median_ratio(changes: pd.Series) -> str:
+    return f"{1 + changes.median() / 100:.2f}"
+
+
+def each(values: pd.Series) -> str:
     return " ".join(f"{value:.1f}" for value in values)
 
 
 # ---------------------------------------------------------------------------------------- the table
 
 
-def table(
-    found: Results,
-    rows: Rows,
-    measures: dict[str, Measure],
-    seeds: Iterable[int],
-    corrected: Iterable[str] = (),
-) -> str:
-    """Variants down, measures across: the number, then its difference to a baseline.
+def table(rows: Rows, columns: Iterable[str], show: Callable, corrected: Iterable[str] = ()) -> str:
+    """Rows down, numbers across; a column that no row has is left out.
 
-    rows: label -> comparisons, whose seeds are pooled: (variant,), (variant, baseline), or
-    (variant, baseline, other, its baseline) for the difference of two differences. A row that lacks
-    a run is left out. corrected: measures whose p are corrected together by Holm's method.
+    show: the numbers of a cell, one per seed -> its text. corrected: columns whose p are corrected
+    together by Holm's method.
     """
-    cells, ps = {}, {}
-    shown = [label for label in rows if is_complete(found, rows[label], seeds)]
-    for name, measure in measures.items():
-        column = f"{name}, difference" if measure.of else name
-        for label in shown:
-            if measure.of:
-                lines = [found[names[0]][seed] for names in rows[label] for seed in seeds]
-                cells[label, name] = (measure.show or interval)([measure.of(x) for x in lines])
-            differences = gains(found, rows[label], measure.gain, seeds)
-            if differences:
-                show = tested if measure.of else measure.show or tested
-                cells[label, column] = show(differences)
-                if name in corrected:
-                    ps[label, column] = sign_flip_p(differences)
-    for key, p in zip(ps, holm(list(ps.values())), strict=True):
-        cells[key] += f", corrected p {p:.5f}"
-    columns = list(dict.fromkeys(column for _, column in cells))
-    body = [[label, *(cells.get((label, column), "") for column in columns)] for label in shown]
-    return markdown([["", *columns], *body])
-
-
-def is_complete(found: Results, comparisons: list[tuple[str, ...]], seeds: Iterable[int]) -> bool:
-    variants = {name for names in comparisons for name in names}
-    return all(seed in found.get(name, {}) for name in variants for seed in seeds)
-
-
-def gains(
-    found: Results, comparisons: list[tuple[str, ...]], gain: Callable | None, seeds: Iterable[int]
-) -> list:
-    """gain(line, baseline's line) of each comparison and seed; [] where there is no baseline.
-
-    ValueError if the runs of a pair began from different start models.
-    """
-    if gain is None:
-        return []
-    result = []
-    for names, seed in product(comparisons, seeds):
-        lines = [found[name][seed] for name in names]
-        pairs = list(zip(lines[::2], lines[1::2], strict=False))
-        if any(line.get("start_model") != base.get("start_model") for line, base in pairs):
-            raise ValueError(f"{' and '.join(names)}: two start models at seed {seed}")
-        values = [gain(line, base) for line, base in pairs]
-        if values and values[0] is not None:
-            result.append(values[0] if len(values) == 1 else values[0] - values[1])
-    return result
-
-
-def markdown(rows: list[list[str]]) -> str:
-    """A table of a header and rows; a note if there are none."""
-    if len(rows) < 2:
-        return "(not complete)"
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
-
-
-def named(folder: str, names: str, bases: dict[str, str] | str) -> Rows:
-    """Rows of a folder's variants. bases: what each is compared with, or one for all."""
-    rows = {}
-    for name in names.split():
-        base = bases if isinstance(bases, str) else bases.get(name, name)
-        pair = (name,) if base == name else (name, base)
-        rows[name] = [tuple(f"{folder}/{each}" for each in pair)]
-    return rows
+    known = {name for frame in rows.values() for name in frame.columns[frame.notna().any()]}
+    columns = [name for name in columns if name in known]
+    ps = {(row, name): sign_flip_p(rows[row][name]) for row, name in product(rows, corrected)}
+    corrections = {cell: f", corrected p {p:.5f}" for cell, p in holm(ps).items()}
+    lines = [["", *columns], ["---"] * (len(columns) + 1)]
+    for row, frame in rows.items():
+        cells = [show(frame[name]) + corrections.get((row, name), "") for name in columns]
+        lines.append([row, *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 # ----------------------------------------------------------------------------------- at equal cost
@@ -271,238 +236,166 @@ def named(folder: str, names: str, bases: dict[str, str] | str) -> Rows:
 SHARES = (0.25, 0.5, 0.75, 1.0)  # of the budget, what the cheapest of the compared runs spends
 
 
-def at_equal_cost(found: Results, pairs: dict[str, tuple[str, str]], seeds: range) -> str:
+def at_equal_cost(runs: pd.DataFrame, pairs: Iterable[tuple[str, str]], seeds: range) -> str:
     """Accuracy minus the baseline's when both have spent as much.
 
     Seconds are those of cost.jsonl: one run per method, alone on the machine. Tokens are each run's
     own, without prompts.
     """
-    rows, paid = {}, {}
-    for (name, pair), unit in product(pairs.items(), ("seconds", "sampled tokens")):
-        clocks = [found.get(f"cost/{each}", {}).get(seeds[0]) for each in pair]
-        if unit == "seconds" and None in clocks:
+    rows = {}
+    for pair, unit in product(pairs, ("seconds", "sampled tokens")):
+        clocks = [(f"cost/{variant}", seeds[0]) for variant in pair]
+        if unit == "seconds" and not all(clock in runs.index for clock in clocks):
             continue
-        spent = {
-            (each, seed): spending(found[each][seed], clock if unit == "seconds" else None)
-            for each, clock in zip(pair, clocks, strict=True)
-            for seed in seeds
+        spent = {}  # at each evaluation
+        for (variant, clock), seed in product(zip(pair, clocks, strict=True), seeds):
+            line = runs.loc[variant, seed]
+            tokens = np.multiply(line["seconds"], line["tokens_per_second"])
+            of_steps = runs.loc[clock]["seconds"] if unit == "seconds" else tokens
+            spent[variant, seed] = np.cumsum([0.0, *of_steps])[STEPS]
+        budget = min(costs[-1] for costs in spent.values())
+        points = np.multiply(SHARES, budget)
+        scores = {
+            key: np.interp(points, costs, runs.loc[key][AFTER].astype(float))
+            for key, costs in spent.items()
         }
-        budget = min(spendings[-1] for spendings in spent.values())
-        label = f"{name}, {unit} (of {budget:.0f})"
-        for (each, seed), spendings in spent.items():
-            line = found[each][seed]
-            scores = list(overall_curve(line).values())
-            at_shares = {x: np.interp(x * budget, spendings, scores) for x in SHARES}
-            at_shares["start_model"] = line["start_model"]
-            paid.setdefault(f"{label} {each}", {})[seed] = at_shares
-        rows[label] = [tuple(f"{label} {each}" for each in pair)]
-    measures = {f"{x:.0%} spent": Measure(None, minus(itemgetter(x))) for x in SHARES}
-    return table(paid, rows, measures, seeds)
-
-
-def spending(line: dict, clock: dict | None) -> np.ndarray:
-    """What a run had spent at each of its evaluations: seconds of `clock`, else its tokens."""
-    tokens = np.multiply(line["seconds"], line["tokens_per_second"])
-    of_steps = clock["seconds"] if clock else tokens
-    return np.cumsum([0.0, *of_steps])[list(overall_curve(line))]
+        gained = [scores[pair[0], seed] - scores[pair[1], seed] for seed in seeds]
+        label = f"{' minus '.join(pair)}, {unit} (of {budget:.0f})"
+        rows[label] = pd.DataFrame(gained, columns=[f"{share:.0%} spent" for share in SHARES])
+    return table(rows, [f"{share:.0%} spent" for share in SHARES], tested)
 
 
 # ----------------------------------------------------------------------------------------- figures
 
 
-def draw_curves(found: Results, file: Path) -> None:
+def draw_curves(runs: pd.DataFrame, file: Path) -> None:
     """Mean accuracy over the steps, and the difference to the baseline; a row per task."""
     figure = Figure(figsize=(11, 6.8), layout="constrained")
-    steps = range(0, 61, 10)
     for task, (left, right) in zip(TASKS, figure.subplots(2, 2), strict=True):
         left.set_title(f"{task}: overall accuracy in %, mean", fontsize=9.5)
         right.set_title("minus its baseline, points; mean and 95% interval", fontsize=9.5)
         right.axhline(0, color="black", linewidth=0.8)
-        rows = named(task, " ".join(run.METHODS), BASELINES)
-        for index, (name, row) in enumerate(rows.items()):
-            style = {"color": f"C{index}", "label": name}
-            curves = [overall_curve(found[row[0][0]][seed]) for seed in NEW_SEEDS]
-            left.plot(steps, [fmean(curve[step] for curve in curves) for step in steps], **style)
-            if name in BASELINES:
-                gained = [gains(found, row, minus(at(step)), NEW_SEEDS) for step in steps]
-                means, halves = np.transpose([mean_interval(values) for values in gained])
-                right.plot(steps, means, **style)
-                right.fill_between(steps, means - halves, means + halves, alpha=0.15, **style)
+        colours = {f"{task}/{name}": f"C{index}" for index, name in enumerate(run.METHODS)}
+        for variant, line in levels(runs, colours, NEW_SEEDS).items():
+            name = variant.partition("/")[2]
+            left.plot(STEPS, line[AFTER].mean(), color=colours[variant], label=name)
+        for variant, base in pairs_of(task, BASELINES):
+            gained = gains(runs, variant, base, NEW_SEEDS)
+            means, halves = np.transpose([mean_interval(gained[name]) for name in AFTER])
+            right.plot(STEPS, means, color=colours[variant])
+            band = means - halves, means + halves
+            right.fill_between(STEPS, *band, alpha=0.15, color=colours[variant])
         left.legend(fontsize=8)
     figure.savefig(file, dpi=110)
 
 
 # ---------------------------------------------------------------------------------------- sections
 
-BASELINES = {"papo_g": "grpo", "papo_g_0.1": "grpo", "papo_d": "dapo", "papo_d_0.1": "dapo"}
-BASES = BASELINES | {  # what a relative is built on
-    "dyco_rl": "grpo",
-    "noisy_rollout": "grpo",
-    "tor": "grpo",
-    "vppo": "dapo",
-    "pgpo": "dapo",
-    "dvrp": "papo_g",
-    "noisy_rollout_papo": "noisy_rollout",
-    "tapo": "papo_d",
-}
-FIRST = {  # of the first protocol: names, what they are compared with
-    "gamma": ("grpo papo_g gamma_0.1 gamma_0.2 gamma_0.5 gamma_1.0", "grpo"),
-    "regularisation": (" ".join([*run.COLLAPSING, "large_double"]), "large"),
-    "no_kl_ref": ("grpo grpo_no_kl_ref papo_g papo_g_no_kl_ref", "grpo"),
-    "masking": ("papo_g mask_0.4 mask_0.8 mask_1.0 mask_semantic mask_noise", "papo_g"),
-    "estimator": ("papo_g estimator_paper masked_grad grpo", "papo_g"),
-}
-FURTHER = {  # what the README quotes beside the sections' tables: variant, what it is compared with
-    NEW_SEEDS: [
-        "dots/dapo dots/grpo",
-        "digits/dapo digits/grpo",
-        "dots/papo_g_0.1 dots/papo_g",
-        "digits/papo_g_0.1 digits/papo_g",
-        "dots/papo_d_0.1 dots/papo_d",
-        "digits/papo_d_0.1 digits/papo_d",
-        "dots/papo_g_1.0 dots/papo_g",
-        "dots/semantic_0.17 dots/grpo",
-        "dots/random_0.17 dots/grpo",
-        "dots/semantic_0.17 dots/papo_g_0.1",
-        "dots/large_double_grad dots/large_single",
-        "dots/large_double_grad dots/large_kl_ref_0.1",
-        "dots/large_single dots/large_kl_ref_0.1",
-    ],
-    EIGHT_SEEDS: [
-        "variants/dapo variants/grpo",
-        "compare/papo_g variants/grpo",
-        "first/dapo first/papo_g",
-    ],
-    THREE_SEEDS: ["first/masked_grad first/grpo"],
-}
+
+def section(
+    runs: pd.DataFrame, title: str, variants: list[str], pairs: list, seeds: range, *columns: tuple
+) -> list[str]:
+    """Tables of runs and of their differences in pairs: these columns, then seed by seed."""
+    own, between = levels(runs, variants, seeds), differences(runs, pairs, seeds)
+    parts = [f"## {title}"]
+    for of_runs, of_pairs in columns:
+        parts += [table(own, of_runs, interval), table(between, of_pairs, tested)]
+    return [*parts, table(own, QUESTIONS, each), table(between, QUESTIONS, each)]
 
 
-def two_tasks(found: Results) -> list[str]:
-    pooled = [(f"{task}/papo_g_0.1", f"{task}/grpo") for task in TASKS]
-    parts = ["## Both tasks"]
-    parts += [table(found, {"papo_g_0.1 minus grpo": pooled}, QUESTIONS, NEW_SEEDS, QUESTIONS)]
-    parts += ["![accuracy over the steps of both tasks](figures/both_tasks.png)"]
+def two_tasks(runs: pd.DataFrame) -> list[str]:
+    pairs = [(f"{task}/papo_g_0.1", f"{task}/grpo") for task in TASKS]
+    pooled = pd.concat(differences(runs, pairs, NEW_SEEDS).values())
+    parts = [
+        "## Both tasks",
+        table({"papo_g_0.1 minus grpo": pooled}, QUESTIONS, tested, QUESTIONS),
+        "![accuracy over the steps of both tasks](figures/both_tasks.png)",
+    ]
     for task in TASKS:
-        rows = named(task, " ".join(["start", *run.METHODS]), BASELINES)
-        parts += [
-            f"## {task}",
-            table(found, rows, WITH_TRAINING | DELTA_REL | VISION | LAST, NEW_SEEDS),
-        ]
-        for split in SPLITS:
-            parts += [f"Reading, {split}:", table(found, rows, reading(split), NEW_SEEDS)]
-        pairs = {name: pair for name, [pair] in rows.items() if len(pair) == 2}
-        parts += ["At equal cost:", at_equal_cost(found, pairs, NEW_SEEDS)]
+        variants, pairs = planned(task, NEW_SEEDS), pairs_of(task, BASELINES)
+        compared = pairs + pairs_of(task, FURTHER)
+        parts += section(runs, task, variants, compared, NEW_SEEDS, ACCURACY, READING)
+        parts += ["At equal cost:", at_equal_cost(runs, pairs, NEW_SEEDS)]
     return parts
 
 
-def on_the_dots(found: Results) -> list[str]:
-    measures = WITH_TRAINING | {
-        "collapsed": Measure(
-            collapsed, minus(collapsed), lambda values: f"{sum(values)} of {len(values)}"
-        )
-    }
-    tried = {
-        "Which gamma": named("dots", " ".join(["grpo", "papo_g", *run.GAMMAS]), "grpo"),
-        "What prevents collapse": named("dots", " ".join(run.COLLAPSING), "large"),
-        "Which patches": named("dots", "papo_g_0.1 random_0.17 semantic_0.17", "random_0.17"),
-    }
-    parts = []
-    for title, rows in tried.items():
-        parts += [f"## {title}", table(found, rows, measures, NEW_SEEDS, ["overall"])]
-    pair = "dots/semantic_0.17", "dots/grpo"
-    rows = {"semantic_0.17": [pair], "grpo": [pair[1:]]}
-    at_20 = {"overall after step 20": measured(at(20))}
-    secondary = WITH_TRAINING | at_20 | DELTA_REL | reading(*SPLITS)
+def on_the_dots(runs: pd.DataFrame) -> list[str]:
+    variants = levels(runs, planned("dots", NEW_SEEDS), NEW_SEEDS)
+    parts = ["## Further questions on the dots", table(variants, ["collapsed"], counted)]
+    for title, compared in ON_THE_DOTS.items():
+        between = differences(runs, pairs_of("dots", compared), NEW_SEEDS)
+        parts += [f"{title}:", table(between, [*ENDS, "collapsed"], tested, ["overall"])]
+        parts += [table(between, QUESTIONS, each)]
+    further = differences(runs, pairs_of("dots", FURTHER_ON_THE_DOTS), NEW_SEEDS)
+    parts += ["Not corrected:", table(further, QUESTIONS, tested), table(further, QUESTIONS, each)]
+    return parts
+
+
+def confirmed(runs: pd.DataFrame) -> list[str]:
+    pairs = [("dots/semantic_0.17", "dots/grpo")]
+    title, variants = "Which patches, at new seeds", planned("dots", CONFIRMING_SEEDS)
+    columns = ACCURACY, READING, TRAINING
+    primary = differences(runs, pairs, CONFIRMING_SEEDS)
     return [
-        *parts,
-        "## Which patches, at new seeds",
-        table(found, {"semantic_0.17 minus grpo": [pair]}, QUESTIONS, CONFIRMING_SEEDS, QUESTIONS),
-        table(found, rows, secondary, CONFIRMING_SEEDS),
-        at_equal_cost(found, {"semantic_0.17": pair}, CONFIRMING_SEEDS),
+        *section(runs, title, variants, pairs, CONFIRMING_SEEDS, *columns),
+        "Corrected:",
+        table(primary, QUESTIONS, tested, QUESTIONS),
+        "At equal cost:",
+        at_equal_cost(runs, pairs, CONFIRMING_SEEDS),
     ]
 
 
-def adapters(found: Results) -> list[str]:
+def adapters(runs: pd.DataFrame) -> list[str]:
     every, small = ((f"lora/semantic_0.17{rank}", f"lora/grpo{rank}") for rank in ("", "_r8"))
-    others = {"all weights": [every], "adapters minus all weights": [small + every]}
-    levels = {name.removeprefix("lora/"): [(name,)] for name in every + small}
+    with_all, with_adapters = (gains(runs, *pair, EIGHT_SEEDS) for pair in (every, small))
+    lost = {"adapters minus all weights": with_adapters - with_all}
+    variants = planned("lora", EIGHT_SEEDS)
     return [
-        "## With adapters",
-        "semantic_0.17 minus grpo, at rank 8 and with all weights:",
-        table(found, {"adapters": [small]}, QUESTIONS, EIGHT_SEEDS, QUESTIONS),
-        table(found, others, QUESTIONS, EIGHT_SEEDS),
-        table(found, levels, WITH_TRAINING, EIGHT_SEEDS),
+        *section(runs, "With adapters", variants, [every, small], EIGHT_SEEDS, ACCURACY),
+        "The gain with adapters, corrected:",
+        table({"adapters": with_adapters}, QUESTIONS, tested, QUESTIONS),
+        table(lost, QUESTIONS, tested),
     ]
 
 
-def difficulty(found: Results) -> list[str]:
-    levels = {
-        f"{task}, {level}": task if level == "middle" else f"{task}_{level}"
-        for task in TASKS
-        for level in run.MISREAD
-    }
-    pairs = {label: [(f"{name}/papo_g_0.1", f"{name}/grpo")] for label, name in levels.items()}
-    trends = {task: [pairs[f"{task}, hard"][0] + pairs[f"{task}, easy"][0]] for task in TASKS}
-    both = {"gain from hard minus gain from easy": [trends[task][0] for task in TASKS]}
-    leads = {f"after step {n}": Measure(None, minus(at(n))) for n in range(10, 61, 10)}
-    leads["change in the last 20 steps"] = Measure(None, minus(last_gain(2)))
-    starts = {label: [(f"{name}/start",)] for label, name in levels.items()}
-    of_grpo = {label: [(f"{name}/grpo",)] for label, name in levels.items()}
+def difficulty(runs: pd.DataFrame) -> list[str]:
+    folders = [each for task in TASKS for each in (f"{task}_easy", task, f"{task}_hard")]
+    variants = [f"{folder}/{name}" for folder in folders for name in ("start", *run.PAIR)]
+    pairs = [(f"{folder}/papo_g_0.1", f"{folder}/grpo") for folder in folders]
+    gained = dict(zip(folders, differences(runs, pairs, NEW_SEEDS).values(), strict=True))
+    trends = {task: gained[f"{task}_hard"] - gained[f"{task}_easy"] for task in TASKS}
+    both = {"gain from hard minus gain from easy": pd.concat(trends.values())}
+    columns = ACCURACY, READING, TRAINING
     return [
-        "## When does it help",
-        table(found, both, QUESTIONS, NEW_SEEDS, QUESTIONS),
-        table(found, trends, QUESTIONS, NEW_SEEDS),
-        "papo_g_0.1 minus grpo:",
-        table(found, pairs, QUESTIONS | DELTA_REL, NEW_SEEDS),
-        "The start models:",
-        table(found, starts, {"overall": Measure(OVERALL)} | reading(*SPLITS), NEW_SEEDS),
-        "grpo:",
-        table(found, of_grpo, {"overall": Measure(OVERALL)} | LAST, NEW_SEEDS),
-        "papo_g_0.1 minus grpo, evaluations during training:",
-        table(found, pairs, leads, NEW_SEEDS),
+        *section(runs, "When does it help", variants, pairs, NEW_SEEDS, *columns),
+        "The gain from hard start models minus that from easy ones:",
+        table(both, QUESTIONS, tested, QUESTIONS),
+        table(trends, QUESTIONS, tested),
     ]
 
 
-def seed_by_seed(found: Results) -> list[str]:
-    """The second protocol's runs and their differences to the baselines, a number per seed."""
-    names = [*run.METHODS, *run.GAMMAS, *run.MASKS, *run.COLLAPSING]
-    bases = dict.fromkeys(names, "grpo") | {"dapo": "dapo"} | BASELINES
-    bases |= dict.fromkeys(run.COLLAPSING, "large")
-    rows, measures = {}, {}
-    for folder in (*TASKS, *run.LEVELS):
-        compared = named(folder, " ".join(names), bases)
-        rows |= {f"{folder}/{name}": row for name, row in compared.items()}
-    for name, of in {"at the end": OVERALL, "mean over training": over_training}.items():
-        measures[name] = Measure(of, None, each)
-        measures[f"{name}, difference"] = Measure(None, minus(of), each)
-    both = (NEW_SEEDS, CONFIRMING_SEEDS)
-    return ["## Seed by seed", *(table(found, rows, measures, seeds) for seeds in both)]
-
-
-def relatives(found: Results) -> list[str]:
-    rows = named("variants", " ".join(run.PUBLISHED), BASES)
-    measures = ENDS | {
-        "seconds per step, relative": Measure(
-            None, time_ratio, lambda values: f"{median(values):.2f}"
-        )
-    }
+def relatives(runs: pd.DataFrame) -> list[str]:
+    variants, pairs = planned("variants", EIGHT_SEEDS), pairs_of("variants", RELATIVES)
+    changes = differences(runs, pairs, EIGHT_SEEDS)
+    further = differences(runs, [("compare/papo_g", "variants/grpo")], EIGHT_SEEDS)
     return [
-        "## Relatives",
-        "Each method beside the one it is built on. The p are not corrected for their number. "
-        "A step's time is the 10% quantile of a run's, because other work shared the machine; the "
-        "median of the eight ratios is shown.",
-        table(found, rows, measures, EIGHT_SEEDS),
+        *section(runs, "Relatives", variants, pairs, EIGHT_SEEDS, ACCURACY),
+        "Each method is beside the one it is built on. The p are not corrected for their number.",
+        table(changes, ["seconds per step: change in %"], median_ratio),
+        "At gamma 0.2:",
+        table(further, QUESTIONS, tested),
     ]
 
 
-def first_protocol(found: Results) -> list[str]:
-    rows = named("first", "start grpo papo_g dapo papo_d", BASELINES)
-    parts = ["## Table 1", table(found, rows, WITH_TRAINING | DELTA_REL, EIGHT_SEEDS)]
-    parts += [table(found, rows, VISION | reading(*SPLITS), EIGHT_SEEDS)]
-    for title, (names, base) in FIRST.items():
-        rows = named("first", names, base)
-        parts += [f"## {title}", table(found, rows, WITH_TRAINING, THREE_SEEDS)]
-    return parts
+def first_protocol(runs: pd.DataFrame) -> list[str]:
+    variants = planned("first", EIGHT_SEEDS)
+    pairs = pairs_of("first", {"grpo": "papo_g", "dapo": "papo_d", "papo_g": "dapo"})
+    tried = planned("first", THREE_SEEDS)
+    others = pairs_of("first", THREE_SEEDS_EACH)
+    return [
+        *section(runs, "Table 1", variants, pairs, EIGHT_SEEDS, ACCURACY, READING),
+        *section(runs, "Three seeds each", tried, others, THREE_SEEDS, ACCURACY),
+    ]
 
 
 def ideas_table(variants: dict[str, str], results: Path) -> str:
@@ -510,44 +403,38 @@ def ideas_table(variants: dict[str, str], results: Path) -> str:
 
     An algo without any result, because all of its runs failed, is left out.
     """
-    found = load(results)
-    *_, (last, base) = variants.items()
-    with_results = {algo: variant for algo, variant in variants.items() if variant in found}
-    if last not in with_results:
-        return f"{last}, which the others are compared with, has no result"
-    seeds = sorted(set.intersection(*(set(found[name]) for name in with_results.values())))
-    rows = {algo: [(variant, base)] for algo, variant in with_results.items()}
-    rows[last] = [(base,)]
-    title = f"Overall accuracy at the end in %, seeds {seeds}; difference to {last}:"
-    return f"{title}\n\n{table(found, rows, {'overall': FAR}, seeds)}"
+    runs = load(results)
+    *_, base = variants.values()
+    seeds_of = {name: {*runs.loc[name].index} for name in variants.values() if name in runs.index}
+    if base not in seeds_of:
+        return f"{base}, which the others are compared with, has no result"
+    seeds = sorted(set.intersection(*seeds_of.values()))
+    pairs = [(name, base) for name in seeds_of if name != base]
+    return "\n\n".join(
+        [
+            f"Accuracy at the end in %, seeds {seeds}, and differences:",
+            table(levels(runs, seeds_of, seeds), ENDS, interval),
+            table(differences(runs, pairs, seeds), ENDS, tested),
+        ]
+    )
 
 
 def main() -> None:
-    found = load(HERE / "results")
+    runs = load(HERE / "results")
     (HERE / "figures").mkdir(exist_ok=True)
-    draw_curves(found, HERE / "figures" / "both_tasks.png")
-    further = {
-        seeds: {
-            f"{names.split()[0]} minus {names.split()[1]}": [tuple(names.split())]
-            for names in pairs
-        }
-        for seeds, pairs in FURTHER.items()
-    }
+    draw_curves(runs, HERE / "figures" / "both_tasks.png")
     parts = [
         "# Results",
         "Drawn by `python -m experiments.report` from results/. Mean +- 95% interval over seeds; "
-        "accuracies in %. A difference is to the baseline at the same seed: mean, seeds above 0, "
+        "accuracies in %. A difference is to the other run at the same seed: mean, seeds above 0, "
         "sign-flip p. [README.md](README.md) says how to read them.",
-        *two_tasks(found),
-        *on_the_dots(found),
-        *adapters(found),
-        *difficulty(found),
-        *seed_by_seed(found),
-        *relatives(found),
-        *first_protocol(found),
-        "## Further differences",
-        "Seeds 20 to 27, then 10 to 17, then 10 to 12:",
-        *(table(found, rows, QUESTIONS, seeds) for seeds, rows in further.items()),
+        *two_tasks(runs),
+        *on_the_dots(runs),
+        *confirmed(runs),
+        *adapters(runs),
+        *difficulty(runs),
+        *relatives(runs),
+        *first_protocol(runs),
     ]
     (HERE / "report.md").write_text("\n\n".join(parts) + "\n")
     print(HERE / "report.md")

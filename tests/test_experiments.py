@@ -3,6 +3,7 @@
 import re
 from concurrent.futures import ThreadPoolExecutor
 
+import pandas as pd
 import pytest
 from conftest import ROOT, write_jsonl
 
@@ -94,22 +95,42 @@ def test_changed_code_is_another_idea(tmp_path):
 
 def test_intervals_and_p_are_those_computed_by_hand():
     # Mean 5, standard deviation sqrt(200), t(7) = 2.365: 2.365 * 14.142 / sqrt(8) = 11.82.
-    values = [10.0] * 7 + [-30.0]
+    values = pd.Series([10.0] * 7 + [-30.0])
     assert report.interval(values, "+") == "+5.0 +- 11.8"
     # Sign patterns of 7 x 10 and 30 whose sum is at least 40 away from 0: 130 of 256.
     assert report.sign_flip_p(values) == 130 / 256
     assert report.sign_flip_p([1.0] * 8) == 2 / 256
     assert report.sign_flip_p([3.0, 1.0]) == 0.5 and report.sign_flip_p([3.0, -1.0]) == 1.0
     assert report.tested(values) == "+5.0 +- 11.8, 7 of 8, p 0.508"
-    assert report.holm([0.03, 0.01, 0.2]) == pytest.approx([0.06, 0.03, 0.2])
-    assert report.holm([0.04, 0.03]) == pytest.approx([0.06, 0.06])
+    assert report.holm({"a": 0.03, "b": 0.01, "c": 0.2}) == pytest.approx(
+        dict(a=0.06, b=0.03, c=0.2)
+    )
+    assert report.holm({"a": 0.04, "b": 0.03}) == pytest.approx({"a": 0.06, "b": 0.06})
 
 
-def test_runs_from_different_start_models_are_not_paired():
-    line = {"final": dict.fromkeys(run.SPLITS, {"accuracy": 0.5})}
-    found = {f"a/{name}": {1: line | {"start_model": name}} for name in ("base", "new")}
-    with pytest.raises(ValueError, match="a/new and a/base: two start models at seed 1"):
-        report.table(found, {"new": [("a/new", "a/base")]}, {"end": report.FAR}, [1])
+def ideas(tmp_path, **starts):
+    """Two ideas at seed 1 with these start models; new reads three of four answers, base two."""
+    for name, start in starts.items():
+        right = {"new": 0.75, "base": 0.5}[name]
+        final = {"accuracy": right, "responses": 4, "wrong": 4 - 4 * right, "misread": 1}
+        final = dict.fromkeys(run.SPLITS, final | {"cells_right": 0.9})
+        line = {"variant": f"ideas/{name}", "seed": 1, "start_model": start, "seconds": [2.0, 1.0]}
+        run.append(tmp_path / "ideas.jsonl", line | {"curve": {}, "final": final})
+    return report.ideas_table({"new": "ideas/new", "base": "ideas/base"}, tmp_path)
+
+
+def test_ideas_are_shown_beside_the_last_one(tmp_path):
+    printed = ideas(tmp_path, new="same", base="same")
+    assert "seeds [1]" in printed and "| ideas/new | 75.0 | 75.0 | 75.0 |" in printed
+    assert "| ideas/new minus ideas/base | +25.0, 1 of 1, p 1.000 |" in printed
+    assert ideas(tmp_path / "other", new="same") == (
+        "ideas/base, which the others are compared with, has no result"
+    )
+
+
+def test_runs_from_different_start_models_are_not_paired(tmp_path):
+    with pytest.raises(ValueError, match="new and ideas/base: two start models at seeds .1."):
+        ideas(tmp_path, new="new", base="base")
 
 
 def test_the_report_is_drawn_from_the_committed_results(tmp_path, monkeypatch):
