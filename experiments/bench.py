@@ -8,9 +8,10 @@ image. A ratio is the median over the repeats, followed by the lowest and the hi
     python -m experiments.bench                            every part, a tiny model on a CPU
     python -m experiments.bench --only rollouts forwards   some parts
 
-With --model, one step as train.py runs it is measured instead, phase by phase (docs/on-gpus.md):
+With --model, one step as train.py runs it is measured instead, phase by phase, on CUDA where torch
+finds it (docs/on-gpus.md):
 
-    python -m experiments.bench --device cuda --model random:qwen2.5-vl-3b
+    python -m experiments.bench --model random:qwen2.5-vl-3b
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
-import json
 import math
 import tempfile
 import time
@@ -43,8 +43,10 @@ from support.batch import Example, Group, Prompt, mini_batches, seeded
 from support.distributed import init_distributed, make_mesh, shard
 from support.qwen_vl import Encoder, Policy
 from support.reward import compute_score
+from support.run_folder import read_log
 
 SIZES = ("random:qwen2.5-vl-3b", "random:qwen2.5-vl-7b", "random:tiny")
+REPEATS = 3  # of a comparison
 
 # ------------------------------------------------------------------- models, prompts and responses
 
@@ -55,7 +57,7 @@ def make_policy(name: str, folder: str, device="cpu") -> Policy:
     The tokenizer is the toy's, so the special tokens get the ids they have there; the vocabulary
     keeps its published size. The encoder's files are written to `folder`.
     """
-    fields = start_model.write_configs(Path(folder), start_model.make_tokenizer(), {})
+    fields = start_model.write_configs(Path(folder), start_model.make_tokenizer())
     config = Qwen2_5_VLConfig(**fields)
     if name != "tiny":
         config = start_model.random_config(name, fields["bos_token_id"])
@@ -113,11 +115,6 @@ def random_stops(policy: Policy, mean: float) -> Iterator[None]:
         handle.remove()
 
 
-def response_lengths(groups: list[Group]) -> Tensor:
-    """[number of groups, G]"""
-    return torch.stack([group.response_mask.sum(1) for group in groups])
-
-
 # ------------------------------------------------------------------------------------ the baseline
 
 
@@ -162,9 +159,9 @@ def padded_log_probs(policy: Policy, group: Group) -> Tensor:
 # --------------------------------------------------------------------------------------- measuring
 
 
-def timed(call: Callable, device="cpu") -> tuple[float, float]:
+def timed(call: Callable) -> tuple[float, float]:
     """Seconds, the device's work included, and on CUDA the highest memory in GiB."""
-    cuda = torch.device(device).type == "cuda"
+    cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -172,8 +169,8 @@ def timed(call: Callable, device="cpu") -> tuple[float, float]:
     call()
     if cuda:
         torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
-    return time.perf_counter() - start, peak
+    seconds = time.perf_counter() - start
+    return seconds, torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
 
 
 def print_row(what: str, *cells: str) -> None:
@@ -181,16 +178,16 @@ def print_row(what: str, *cells: str) -> None:
     print(f"| {what:<64} | {' | '.join(padded)} |", flush=True)
 
 
-def compare(what: str, repeats: int, ours: Callable, baseline: Callable) -> None:
+def compare(what: str, ours: Callable, baseline: Callable) -> None:
     """Run both in turns, after a first call of each, and print a row."""
-    times = [(timed(ours)[0], timed(baseline)[0]) for _ in range(repeats + 1)][1:]
+    times = [(timed(ours)[0], timed(baseline)[0]) for _ in range(REPEATS + 1)][1:]
     ratios = [slow / fast for fast, slow in times]
     cells = [f"{median(side):.3g} s" for side in zip(*times, strict=True)]
-    spread = f"[{min(ratios):.2f}, {max(ratios):.2f}] over {repeats}"
+    spread = f"[{min(ratios):.2f}, {max(ratios):.2f}] over {REPEATS}"
     print_row(what, *cells, f"{median(ratios):.2f} {spread}")
 
 
-def rollouts(folder: str, repeats: int) -> None:
+def rollouts(folder: str) -> None:
     """Sampling against stock generate: 16 prompts x 8 responses of 50 tokens."""
     ours, stock = make_policies(folder)
     for tokens in (50, 400, 1200):
@@ -198,10 +195,10 @@ def rollouts(folder: str, repeats: int) -> None:
         sample = partial(generate, ours, prompts, 8, Sampling(50), key=(0, 0))
         baseline = partial(stock_generate, stock, prompts, 8, 50)
         with random_stops(ours, math.inf), random_stops(stock, math.inf):
-            compare(f"rollout, {tokens}-token prompts, 16 x 8 of 50", repeats, sample, baseline)
+            compare(f"rollout, {tokens}-token prompts, 16 x 8 of 50", sample, baseline)
 
 
-def forwards(folder: str, repeats: int) -> None:
+def forwards(folder: str) -> None:
     """Log-probs and their gradient against padded rows, for one group."""
     ours, stock = make_policies(folder)
     for tokens in (64, 400, 1200):
@@ -210,13 +207,12 @@ def forwards(folder: str, repeats: int) -> None:
             [group] = generate(ours, prompts, 5, Sampling(60), key=(0, 0))
         compare(
             f"forward + backward, {tokens}-token prompt, 5 responses",
-            repeats,
             lambda group=group: ours.log_probs([group]).sum().backward(),
             lambda group=group: padded_log_probs(stock, group).sum().backward(),
         )
 
 
-def beside_trl(folder: str, repeats: int) -> None:
+def beside_trl(folder: str) -> None:
     """A step of GRPO by train.py, then by TRL's GRPOTrainer: model, prompts, reward and sizes are
     the same."""
     missing = [name for name in ("trl", "torchvision") if not importlib.util.find_spec(name)]
@@ -225,13 +221,13 @@ def beside_trl(folder: str, repeats: int) -> None:
         return
     import train  # here, because the other parts do not need it
 
-    flags = f"--algo=grpo --eval_every=0 --save_every=0 --steps={repeats + 1} --out={folder}/ours"
+    flags = f"--algo=grpo --eval_every=0 --save_every=0 --steps={REPEATS + 1} --out={folder}/ours"
     train.main(flags.split())
-    lines = (Path(folder) / "ours" / "metrics.jsonl").read_text().splitlines()
-    steps = [step for step in map(json.loads, lines) if "reward" in step]
+    lines = read_log(Path(folder, "ours", "metrics.jsonl"))
+    steps = [line for line in lines if "reward" in line]
     ours = median(step["seconds"] for step in steps[1:])  # the first step warms up
-    theirs = median(trl_seconds(f"{folder}/trl", repeats + 1)[1:])
-    cells = f"{ours:.3g} s", f"{theirs:.3g} s", f"{theirs / ours:.2f} over {repeats}"
+    theirs = median(trl_seconds(f"{folder}/trl", REPEATS + 1)[1:])
+    cells = f"{ours:.3g} s", f"{theirs:.3g} s", f"{theirs / ours:.2f} over {REPEATS}"
     print_row("GRPO step beside TRL, 16 x 8", *cells)
 
 
@@ -276,7 +272,7 @@ PARTS = {"rollouts": rollouts, "forwards": forwards, "trl": beside_trl}
 
 
 def one_step(args, folder: str) -> None:
-    """One step of --algo and one of grpo as train.py runs them, on the same rollouts, by phase."""
+    """A step of papo_g and one of grpo as train.py runs them, on the same rollouts, by phase."""
     _, _, device = init_distributed()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     policy = make_policy(args.model.removeprefix("random:"), folder, device)
@@ -295,7 +291,7 @@ def one_step(args, folder: str) -> None:
     print_row(f"attention: {attention}", f"torch {torch.__version__}")
 
     def phase(what: str, call: Callable) -> float:
-        seconds, peak = timed(call, device)
+        seconds, peak = timed(call)
         print_row(what, f"{seconds:.2f} s", f"{peak:.1f} GiB")
         return seconds
 
@@ -306,22 +302,23 @@ def one_step(args, folder: str) -> None:
     with random_stops(policy, args.mean):
         what = f"rollout, {args.prompts} x {args.group_size}"
         rolled = phase(what, lambda: groups.extend(sample(progress=True)))
-    lengths = response_lengths(groups).float()
-    print_row(f"mean length {lengths.mean():.0f}", f"{lengths.sum() / rolled:.0f} tokens/s")
+    tokens = sum(int(group.response_mask.sum()) for group in groups)
+    mean_length = tokens / (args.prompts * args.group_size)
+    print_row(f"mean length {mean_length:.0f}", f"{tokens / rolled:.0f} tokens/s")
     for group in groups:
         group.advantages = torch.randn(args.group_size)
     first, batches = [groups[:1]], mini_batches(groups, args.mini_batch)
-    prepare(policy, reference, first, preset(args.algo), key=(0, 0))  # a kernel's first call
-    update(policy, optimizer, first, preset(args.algo))
+    prepare(policy, reference, first, preset("papo_g"), key=(0, 0))  # a kernel's first call
+    update(policy, optimizer, first, preset("papo_g"))
     totals = []
-    for name in ("grpo", args.algo):
+    for name in ("grpo", "papo_g"):
         prepared = partial(prepare, policy, reference, batches, preset(name), key=(0, 0))
         total = rolled + phase(f"{name}: log-probs", prepared)
         updated = partial(update, policy, optimizer, batches, preset(name))
         total += phase(f"{name}: {len(batches)} updates", updated)
         print_row(f"{name}: the step", f"{total:.1f} s")
         totals.append(total)
-    print_row(f"{args.algo} over grpo at equal rollouts", f"{totals[1] / totals[0] - 1:+.1%}")
+    print_row("papo_g over grpo at equal rollouts", f"{totals[1] / totals[0] - 1:+.1%}")
     torch.distributed.destroy_process_group()
 
 
@@ -329,10 +326,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure speed and memory.")
     add = parser.add_argument
     add("--only", nargs="+", default=list(PARTS), choices=PARTS, help="parts of the table")
-    add("--repeats", type=int, default=3, help="per comparison")
-    add("--device", default="cpu", choices=("cpu", "cuda"), help="where --model runs")
     add("--model", default="", choices=SIZES, help="measure one step of such a model instead")
-    add("--algo", default="papo_g", help="with --model: the preset to compare with grpo")
     add("--optimizer", default="adamw", choices=("adamw", "sgd"), help="sgd has no moments")
     sizes = {
         "prompts": (192, "prompts per step"),
@@ -346,13 +340,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     }
     for name, (value, meaning) in sizes.items():
         add(f"--{name}", type=int, default=value, help=f"with --model: {meaning}")
-    args = parser.parse_args(argv)
-    if args.device == "cuda" and not args.model:
-        parser.error(f"--device cuda: needs --model, one of {', '.join(SIZES)}")
-    if args.model and torch.cuda.is_available() != (args.device == "cuda"):
-        found = "no" if args.device == "cuda" else "a"
-        parser.error(f"--device {args.device}: torch sees {found} CUDA device here")
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv=None) -> None:
@@ -364,7 +352,7 @@ def main(argv=None) -> None:
         print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
         print_row("what", "this code", "baseline", "baseline / this code")
         for name in args.only:
-            PARTS[name](folder, args.repeats)
+            PARTS[name](folder)
 
 
 if __name__ == "__main__":

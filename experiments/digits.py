@@ -4,7 +4,7 @@ r"""A second task, with real images: questions about handwritten digits.
 
 writes what a user would bring: FOLDER/model, a Hugging Face folder, train.jsonl and, in held_out/,
 general.jsonl and vision_dependent.jsonl, all with their images. Training takes them by public flags
-alone (training_flags has the others):
+alone (`flags` has the others):
 
     torchrun train.py --model FOLDER/model --data FOLDER/train.jsonl --val_data FOLDER/held_out
 
@@ -141,7 +141,8 @@ def scene_of(split: str, row: int) -> tuple[list[str], Callable[[list[str]], int
     scene = make_scene(split, row)
 
     def answer(cells: list[str]) -> int:
-        return scene.question.answer([WORDS.index(word) if word else None for word in cells])
+        digits = [WORDS.index(word) if word in WORDS else None for word in cells]
+        return scene.question.answer(digits)
 
     return [WORDS[digit] for digit in scene.digits], answer
 
@@ -202,17 +203,13 @@ def build(
     start_model.train_model(folder / "model", tokenizer, seed, steps, lessons, list(WORDS))
 
 
-def evaluation_flags(folder: Path) -> dict:
-    """Flags of evaluate.py; its defaults are made for photographs and long responses."""
+def flags(folder: Path) -> tuple[dict, dict]:
+    """Of train.py and evaluate.py, whose defaults are made for photographs and long responses."""
     sizes = {"min_pixels": 56 * 56, "max_pixels": 336 * 336, "max_new_tokens": 40}
-    return {"data": folder / "held_out", "prompt_suffix": toy.SUFFIX} | sizes
-
-
-def training_flags(folder: Path) -> dict:
-    """Flags of train.py."""
-    files = {"model": folder / "model", "data": folder / "train.jsonl"}
+    shared = {"prompt_suffix": toy.SUFFIX} | sizes
+    data = {"data": folder / "train.jsonl", "val_data": folder / "held_out"}
     steps = {"prompts_per_step": 16, "group_size": 8, "mini_batch": 16}
-    return evaluation_flags(folder) | files | {"val_data": folder / "held_out"} | steps
+    return shared | data | steps, shared | {"data": folder / "held_out"}
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -25,6 +26,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from statistics import fmean
+from typing import NamedTuple
 
 import torch
 import transformers
@@ -33,7 +35,7 @@ from experiments import digits
 from experiments.start_model import WEIGHTS
 from papo import algo_class
 from support import toy
-from support.config import one_line_errors
+from support.config import one_line_errors, saved_config
 from support.run_folder import read_log
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,6 +52,43 @@ SAME_ON_EVERY_CPU = {
     "ONEDNN_MAX_CPU_ISA": "AVX2",
     "ATEN_CPU_CAPABILITY": "avx2",
 }
+
+# -------------------------------------------------------------------------------------------- tasks
+
+SPLITS = toy.EVAL_SPLITS
+SPEC = "toy:grid=4,colours=4,most=6,warm_steps=400,plain_share=0"  # the dots
+SETTING = toy.setting_of(SPEC)
+MISREAD = {"easy": 0.04, "middle": 0.12, "hard": 0.2}  # of a cell, in labels of a warm start
+
+
+def scene_of_dots(split: str, row: int) -> tuple[list[str], Callable[[list[str]], int]]:
+    """What the cells of an evaluation image hold, and the answer as a function of the cells."""
+    scene = toy.make_scene(split, row, setting=SETTING)
+    return scene.cells, lambda cells: cells.count(scene.asked)
+
+
+class Task(NamedTuple):
+    """What its runs need. A folder holds a start model, in FOLDER/model, and the task's data."""
+
+    start: str  # the command that makes a {folder}
+    flags: Callable[[Path], tuple[dict, dict]]  # folder -> flags of train.py and evaluate.py
+    scene_of: Callable  # as scene_of_dots
+
+
+BUILD_DOTS = f"experiments.start_model {SPEC},misread={{misread}} --out={{folder}}/model"
+BUILD_DIGITS = "experiments.digits {folder} --misread={misread}"
+TASKS = {
+    "dots": Task(BUILD_DOTS, lambda folder: ({}, {}), scene_of_dots),  # a toy's model has its task
+    "digits": Task(BUILD_DIGITS, digits.flags, digits.scene_of),
+}
+WORDS = (*toy.COLOURS, toy.NO_DOT, *digits.WORDS)  # what a cell may hold
+
+
+def task_of(variant: str) -> str:
+    """dots or digits, with the level of its start model: "digits_hard"."""
+    task = variant.removeprefix("cost/").partition("/")[0]
+    return task if task.partition("_")[0] in TASKS else "dots"
+
 
 # ------------------------------------------------------------------------------------ the protocols
 
@@ -111,9 +150,8 @@ plan("compare", EIGHT_SEEDS, {"papo_g": NO_CURVE | {"kl_prcp_coef": 0.2}})
 
 # The second protocol: two tasks, 60 steps, start models that misread a cell more or less often, and
 # the choices of gamma and steps.
-TASKS, GAMMA, STEPS = ("dots", "digits"), 0.1, {"steps": 60}
+GAMMA, STEPS = 0.1, {"steps": 60}
 LEVELS = [f"{task}_{level}" for task in TASKS for level in ("easy", "hard")]
-MISREAD = {"easy": 0.04, "middle": 0.12, "hard": 0.2}
 METHODS = {
     "grpo": STEPS | {"algo": "grpo"},
     "papo_g": STEPS | {"algo": "papo_g"},
@@ -149,59 +187,24 @@ plan("cost", NEW_SEEDS[:1], TIMED)
 plan("cost", CONFIRMING_SEEDS[:1], {f"dots/{name}": flags for name, flags in CONFIRMED.items()})
 
 
-# -------------------------------------------------------------------------------------------- tasks
-
-SPLITS = toy.EVAL_SPLITS
-SPEC = "toy:grid=4,colours=4,most=6,warm_steps=400,plain_share=0"  # the dots
-SETTING = toy.setting_of(SPEC)
+# ------------------------------------------------------------------------------------------ results
 
 
-def task_of(variant: str) -> str:
-    """dots or digits, with the level of its start model: "digits_hard"."""
-    task = variant.removeprefix("cost/").partition("/")[0]
-    return task if task.startswith(TASKS) else "dots"
+def read_cells(response: str, count: int) -> list[str]:
+    """The word that a response names for each of these cells, "" where it names none."""
+    named = dict(re.findall(rf"\b([a-i][1-9])\s+({'|'.join(WORDS)})\b", response))
+    grid = toy.Setting(grid=math.isqrt(count))
+    return [named.get(name, "") for name in toy.cell_names(grid)]
 
 
-def start_command(task: str, folder: Path) -> list[str]:
-    name, _, level = task.partition("_")
-    misread = MISREAD[level or "middle"]
-    if name == "digits":
-        return ["-m", "experiments.digits", str(folder), f"--misread={misread}"]
-    return ["-m", "experiments.start_model", f"{SPEC},misread={misread}", f"--out={folder}"]
-
-
-def inputs(task: str, folder: Path) -> tuple[dict, dict]:
-    """Flags of train.py and evaluate.py that name model and data. folder: a start model's."""
-    if task.startswith("digits"):
-        return digits.training_flags(folder), digits.evaluation_flags(folder)
-    return {"model": folder}, {"data": SPEC}
-
-
-def scene_of(task: str, split: str, row: int) -> tuple[list[str], Callable[[list[str]], int]]:
-    """What the cells of an evaluation image hold, and the answer as a function of the cells."""
-    if task.startswith("digits"):
-        return digits.scene_of(split, row)
-    scene = toy.make_scene(split, row, setting=SETTING)
-    return scene.cells, lambda cells: cells.count(scene.asked)
-
-
-def read_cells(task: str, response: str) -> list[str]:
-    """The word that a response names for each cell, "" where it names none."""
-    words, names = (*toy.COLOURS, toy.NO_DOT), toy.cell_names(SETTING)
-    if task.startswith("digits"):
-        words, names = digits.WORDS, digits.NAMES
-    named = dict(re.findall(rf"\b([a-i][1-9])\s+({'|'.join(words)})\b", response))
-    return [named.get(name, "") for name in names]
-
-
-def measure(task: str, predictions: Path) -> dict:
+def measure(task: Task, predictions: Path) -> dict:
     """Accuracy on a split, and how many wrong answers rest on a misread image: their cells, as the
     response names them, have another answer than the image's."""
     records = read_log(predictions)
     wrong, misread, shares = 0, 0, []
     for record in records:
-        cells, answer = scene_of(task, predictions.stem, record["row"])
-        read = read_cells(task, record["predict"])
+        cells, answer = task.scene_of(predictions.stem, record["row"])
+        read = read_cells(record["predict"], len(cells))
         shares.append(fmean(a == b for a, b in zip(cells, read, strict=True)))
         if not record["accuracy"]:
             wrong += 1
@@ -215,9 +218,6 @@ def measure(task: str, predictions: Path) -> dict:
     }
 
 
-# ------------------------------------------------------------------------------------------ results
-
-
 def append(file: Path, record: dict) -> None:
     """Add a line, in one write: others may do so at the same time."""
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -225,18 +225,15 @@ def append(file: Path, record: dict) -> None:
         results.write(json.dumps(record, separators=(",", ":")).encode() + b"\n")
 
 
-def result_file(variant: str, results: Path) -> Path:
-    return results / f"{variant.partition('/')[0]}.jsonl"
-
-
-def has_result(variant: str, seed: int, results: Path) -> bool:
-    """ValueError if there is one that other flags made."""
-    file = result_file(variant, results)
-    for record in read_log(file):
-        if (record["variant"], record["seed"]) == (variant, seed):
-            check_flags(record["flags"], variant, f"{file}: {variant}, seed {seed}")
-            return True
-    return False
+def missing_of(folders: list[str], results: Path) -> list[tuple[str, int]]:
+    """Planned runs of these folders without a result. ValueError if other flags made one."""
+    lines = [line for folder in folders for line in read_log(results / f"{folder}.jsonl")]
+    found = {(line["variant"], line["seed"]): line["flags"] for line in lines}
+    jobs = [job for job in JOBS if job[0].partition("/")[0] in folders]
+    for variant, seed in found.keys() & {*jobs}:
+        where = f"{results}: {variant}, seed {seed}"
+        check_flags(found[variant, seed], flags_of(variant), where)
+    return [job for job in jobs if job not in found]
 
 
 def flags_of(variant: str) -> dict:
@@ -245,9 +242,8 @@ def flags_of(variant: str) -> dict:
     return (VARIANTS[variant] and TRAINING | VARIANTS[variant]) | evaluation
 
 
-def check_flags(found: dict, variant: str, where: str) -> None:
+def check_flags(found: dict, wanted: dict, where: str) -> None:
     """ValueError if a run had other flags than the protocol has now."""
-    wanted = flags_of(variant)
     for name in found | wanted:
         if found.get(name) != wanted.get(name):
             made = f"was made with {name}={found.get(name)}"
@@ -260,10 +256,13 @@ def check_flags(found: dict, variant: str, where: str) -> None:
 def build_start(task: str, seed: int) -> None:
     """Make the start model that all runs of a task and seed share, unless it exists."""
     folder = WORK / "start" / f"{task}-s{seed}"
-    if (inputs(task, folder)[0]["model"] / WEIGHTS).exists():
+    if (folder / "model" / WEIGHTS).exists():
         return
+    name, _, level = task.partition("_")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    command = [*start_command(task, folder), f"--seed={seed}"]
+    # Split before the folder, which may have spaces, is put in.
+    words = f"-m {TASKS[name].start} --seed={seed}".split()
+    command = [word.format(folder=folder, misread=MISREAD[level or "middle"]) for word in words]
     run_python(command, folder.with_suffix(".log"), SAME_ON_EVERY_CPU)
 
 
@@ -271,32 +270,18 @@ def run(variant: str, seed: int, results: Path) -> None:
     """Train, evaluate, add the result. RuntimeError with the log's last line if a command fails."""
     out, task = WORK / f"{variant}-s{seed}", task_of(variant)
     out.mkdir(parents=True, exist_ok=True)
-    for_training, for_evaluation = inputs(task, WORK / "start" / f"{task}-s{seed}")
-    model = for_training["model"]
-    record = origin(variant, seed, model, out / "origin.json")
+    start, needs = WORK / "start" / f"{task}-s{seed}", TASKS[task.partition("_")[0]]
+    for_training, for_evaluation = needs.flags(start)
+    model = start / "model"
+    record = {"variant": variant, "seed": seed, "flags": flags_of(variant)} | machine()
+    record["start_model"] = hashlib.sha256((model / WEIGHTS).read_bytes()).hexdigest()
     if VARIANTS[variant]:
-        model = train(variant, for_training | {"seed": seed}, out)
+        model = train(variant, for_training | {"model": model, "seed": seed}, out)
         record |= training_record(out / "train")
     flags = {"model": model, "seed": seed, "out": out / "eval"} | for_evaluation | EVALUATION
     run_python(["evaluate.py", *words_of(flags)], out / "log.txt")
-    record["final"] = {split: measure(task, out / "eval" / f"{split}.jsonl") for split in SPLITS}
-    append(result_file(variant, results), record)
-
-
-def origin(variant: str, seed: int, model: Path, file: Path) -> dict:
-    """What a run depends on, as it was when the run began; kept in `file`.
-
-    ValueError if its flags or its start model have changed since.
-    """
-    start_model = hashlib.sha256((model / WEIGHTS).read_bytes()).hexdigest()
-    if not file.exists():
-        facts = {"variant": variant, "seed": seed, "flags": flags_of(variant)} | machine()
-        file.write_text(json.dumps(facts | {"start_model": start_model}))
-    facts = json.loads(file.read_text())
-    check_flags(facts["flags"], variant, str(file.parent))
-    if facts["start_model"] != start_model:
-        raise ValueError(f"{file.parent} began from another start model: remove it")
-    return facts
+    record["final"] = {split: measure(needs, out / "eval" / f"{split}.jsonl") for split in SPLITS}
+    append(results / f"{variant.partition('/')[0]}.jsonl", record)
 
 
 def machine() -> dict:
@@ -316,14 +301,17 @@ def machine() -> dict:
 
 
 def train(variant: str, given: dict, out: Path) -> Path:
-    """The trained model; continues an interrupted run."""
+    """The trained model; continues an interrupted run. ValueError if that had other flags."""
     folder, flags = out / "train", TRAINING | VARIANTS[variant]
     model = folder / "model"
-    if (model / WEIGHTS).exists():
-        return model
-    is_begun = (folder / "config.json").exists()
-    flags = {"resume": folder} if is_begun else given | {"out": folder} | flags
-    run_python(["train.py", *words_of(flags)], out / "log.txt")
+    if (folder / "config.json").exists():
+        begun = saved_config(folder)
+        check_flags({name: begun.get(name) for name in flags}, flags, str(out))
+        command = {"resume": folder}
+    else:
+        command = given | {"out": folder} | flags
+    if not (model / WEIGHTS).exists():
+        run_python(["train.py", *words_of(command)], out / "log.txt")
     if not (model / WEIGHTS).exists():
         raise RuntimeError(f"training stopped early: run the same command to continue ({out})")
     return model
@@ -426,9 +414,8 @@ def main() -> None:
 
             ideas = plan_ideas(args.ideas, args.seeds)
             args.folders = ["ideas"]
-        jobs = [job for job in JOBS if job[0].partition("/")[0] in args.folders]
-        missing = [job for job in jobs if not has_result(*job, results)]
-    print(f"{len(missing)} of {len(jobs)} runs are missing", flush=True)
+        missing = missing_of(args.folders, results)
+    print(f"{len(missing)} runs are missing", flush=True)
     if args.list:
         print("\n".join(f"{variant} seed {seed}" for variant, seed in missing))
         return

@@ -16,7 +16,6 @@ import json
 import math
 import os
 import random
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -113,18 +112,22 @@ def tokenizer_of(words: list[str], largest: int, questions: list[str]) -> PreTra
     )
 
 
-def write_configs(folder: Path, tokenizer: PreTrainedTokenizerFast, task: dict) -> dict:
+def write_configs(
+    folder: Path, tokenizer: PreTrainedTokenizerFast, task: dict | None = None
+) -> dict:
     """Write every file of the tiny model but its weights. Returns the content of config.json."""
     pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
-    ids = {"bos_token_id": pad, "pad_token_id": pad, "eos_token_id": [end, pad]}
-    config = hub_config(len(tokenizer), special=pad)
-    generation = shipped("generation_config.json") | ids
-    names = ["config.json", "generation_config.json", "preprocessor_config.json", "task.json"]
+    files = {
+        "config.json": hub_config(len(tokenizer), special=pad),
+        "generation_config.json": shipped("generation_config.json")
+        | {"bos_token_id": pad, "pad_token_id": pad, "eos_token_id": [end, pad]},
+        "preprocessor_config.json": PREPROCESSOR,
+        **({"task.json": task} if task else {}),
+    }
     tokenizer.save_pretrained(folder)
-    for name, content in zip(names, (config, generation, PREPROCESSOR, task), strict=True):
-        if content:
-            (folder / name).write_text(json.dumps(content, indent=2) + "\n")
-    return config
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+    return files["config.json"]
 
 
 # -------------------------------------------------------------------------------------- the weights
@@ -246,8 +249,8 @@ def build(seed: int, folder: Path, spec: str = "toy", steps: int = 0) -> Path:
     setting = toy.setting_of(spec)
     lessons_of = partial(make_lessons, seed=seed, setting=setting)
     words, steps = [*COLOURS, NO_DOT], steps or setting.warm_steps
-    task = {"data": spec}
-    return train_model(folder, make_tokenizer(setting), seed, steps, lessons_of, words, task)
+    tokenizer, task = make_tokenizer(setting), {"data": spec}
+    return train_model(folder, tokenizer, seed, steps, lessons_of, words, task)
 
 
 def train_model(
@@ -263,21 +266,18 @@ def train_model(
 
     The folder appears at the end, whole: a killed build leaves none.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        config = write_configs(Path(scratch), tokenizer, task or {})
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as scratch:
+        made = Path(scratch, folder.name)
+        config = write_configs(made, tokenizer, task)
         model = make_model(config, seed)
         sizes = toy.TASK_DEFAULTS["min_pixels"], toy.TASK_DEFAULTS["max_pixels"]
-        encoder = Encoder(scratch, *sizes, SUFFIX)
+        encoder = Encoder(made, *sizes, SUFFIX)
         torch.set_num_threads(1)  # the order in which threads add up decides the last digits
         warm_start(model, encoder, steps, lessons_of, words)
-        # In a folder of its own, because its config.json is not in the hub's shape.
-        saved = Path(scratch, "saved")
-        model.save_pretrained(saved)
-        os.replace(saved / WEIGHTS, Path(scratch, WEIGHTS))
-        shutil.rmtree(saved)
-        partial = folder.with_name(f".{folder.name}")
-        shutil.copytree(scratch, partial, dirs_exist_ok=True)
-    os.replace(partial, folder)
+        model.save_pretrained(made)
+        write_configs(made, tokenizer, task)  # again: save_pretrained's are not in hub's shape
+        os.replace(made, folder)
     return folder
 
 

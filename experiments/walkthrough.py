@@ -1,7 +1,6 @@
 r"""Run the walkthrough's two pages: Python blocks top to bottom, figures, printed numbers.
 
     python -m experiments.walkthrough              run both pages, draw their figures
-    python -m experiments.walkthrough --first      the first alone, docs/walkthrough.md
     python -m experiments.walkthrough --write      put what the blocks print into the pages
 
 A page is Markdown. The ```python blocks, folded ones too, run in order and share one namespace; the
@@ -20,7 +19,6 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "docs" / "walkthrough.md", ROOT / "docs" / "walkthrough-training.md")
@@ -29,102 +27,61 @@ PAGES = (ROOT / "docs" / "walkthrough.md", ROOT / "docs" / "walkthrough-training
 # were 2 to 4% off.
 TOLERANCES = {"text": 0.05, "text roughly": 0.25}
 NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?")
-FENCE = re.compile(r"^```(python|text|text roughly)\n(.*?)^```\n", re.M | re.S)
+BLOCK = re.compile(r"^```(python|text|text roughly)\n(.*?)^```\n", re.M | re.S)
 
 
-class Part(NamedTuple):
-    """A piece of a page: prose, code, or the output of the code before it."""
+def run(page: str, path: Path, namespace: dict) -> tuple[str, list[str]]:
+    """Run a page's Python blocks in `namespace`.
 
-    kind: str  # "prose", "python", "text" or "text roughly"
-    text: str  # without the fences
-    line: int  # where it starts in the page, from 1
-
-
-def parse(page: str) -> list[Part]:
-    """The page in parts. ValueError for a fence that is not closed."""
-    parts, end = [], 0
-    for block in FENCE.finditer(page):
-        parts.append(Part("prose", page[end : block.start()], page.count("\n", 0, end) + 1))
-        line = page.count("\n", 0, block.start()) + 2
-        parts.append(Part(block[1], block[2], line))
-        end = block.end()
-    parts.append(Part("prose", page[end:], page.count("\n", 0, end) + 1))
-    for part in parts:
-        if part.kind == "prose" and re.search(r"^```(python|text)", part.text, re.M):
-            raise ValueError(f"line {part.line}: a block is not closed")
-    return parts
-
-
-def run(parts: list[Part], page: Path, namespace: dict) -> list[str]:
-    """Run a page's Python parts in `namespace`; returns per part what the last of them printed.
-
-    A block that fails raises its own error, with the line of the page in the traceback.
+    Returns the page with the outputs that came out, and a line for every one that is not the
+    page's. A block that fails raises its own error, with the line of the page in the traceback.
     """
-    out, printed = io.StringIO(), []
-    for part in parts:
-        if part.kind == "python":
-            print(f"{page.name}:{part.line}: {part.text.splitlines()[0]}", file=sys.stderr)
-            above = "\n" * (part.line - 1)  # so that a traceback names the page's lines
-            code = compile(above + part.text, str(page), "exec")
+    if re.search(r"^```(python|text)", BLOCK.sub("", page), re.M):
+        raise ValueError(f"{path.name}: a block is not closed")
+    printed, problems = "", []
+
+    def rerun(block: re.Match) -> str:
+        nonlocal printed
+        kind, text = block.groups()
+        line = page.count("\n", 0, block.start()) + 2
+        if kind == "python":
+            print(f"{path.name}:{line}: {text.splitlines()[0]}", file=sys.stderr)
+            code = compile("\n" * (line - 1) + text, str(path), "exec")  # with the page's lines
             with contextlib.redirect_stdout(io.StringIO()) as out:
                 exec(code, namespace)
-        printed.append(out.getvalue())
-    return printed
+            printed = out.getvalue()
+            return block[0]
+        problem = difference(text, printed, TOLERANCES[kind])
+        problems.extend([f"{path.name}:{line}: {problem}"] if problem else [])
+        return f"```{kind}\n{printed}```\n"
+
+    return BLOCK.sub(rerun, page), problems
 
 
 def difference(expected: str, found: str, tolerance: float) -> str:
-    """The first line in which two outputs differ by more than the tolerance, or ""."""
-    expected_lines, found_lines = expected.splitlines(), found.splitlines()
-    for theirs, ours in zip(expected_lines, found_lines, strict=False):
-        same_words = NUMBER.sub("#", theirs).split() == NUMBER.sub("#", ours).split()
-        numbers = zip(NUMBER.findall(theirs), NUMBER.findall(ours), strict=False)
-        close = all(
-            math.isclose(float(a), float(b), rel_tol=tolerance, abs_tol=tolerance)
-            for a, b in numbers
-        )
-        if not same_words or not close:
-            return f"the page says {theirs!r}, the code {ours!r}"
-    if len(expected_lines) != len(found_lines):
-        return f"the page has {len(expected_lines)} lines, the code prints {len(found_lines)}"
+    """In which words or numbers two outputs differ by more than the tolerance, or ""."""
+    expected_words, found_words = (NUMBER.sub("#", text).split() for text in (expected, found))
+    if expected_words != found_words:
+        return f"the page says {expected!r}, the code {found!r}"
+    for ours, theirs in zip(NUMBER.findall(expected), NUMBER.findall(found), strict=True):
+        if not math.isclose(float(ours), float(theirs), rel_tol=tolerance, abs_tol=tolerance):
+            return f"the page says {ours}, the code {theirs}"
     return ""
-
-
-def differences(parts: list[Part], printed: list[str], page: Path) -> list[str]:
-    """A line for every output that is not the page's."""
-    problems = []
-    for part, found in zip(parts, printed, strict=True):
-        if part.kind in TOLERANCES:
-            problem = difference(part.text, found, TOLERANCES[part.kind])
-            problems += [f"{page.name}:{part.line}: {problem}"] if problem else []
-    return problems
-
-
-def write(parts: list[Part], printed: list[str]) -> str:
-    """The page with the outputs that came out."""
-    page = ""
-    for part, found in zip(parts, printed, strict=True):
-        text = found if part.kind in TOLERANCES else part.text
-        page += text if part.kind == "prose" else f"```{part.kind}\n{text}```\n"
-    return page
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Run the walkthrough's pages.")
-    parser.add_argument("--first", action="store_true", help="the first page alone")
     parser.add_argument("--write", action="store_true", help="put what comes out into the pages")
     args = parser.parse_args()
-    pages = {page: parse(page.read_text()) for page in PAGES[: 1 if args.first else None]}
     os.chdir(ROOT)
     namespace, problems = {"__name__": "walkthrough"}, []
-    for page, parts in pages.items():
-        printed = run(parts, page, namespace)
+    for path in PAGES:
+        page, differing = run(path.read_text(), path, namespace)
+        problems += differing
         if args.write:
-            page.write_text(write(parts, printed))
-        else:
-            problems += differences(parts, printed, page)
-    if not args.write:
-        print("\n".join(problems) or "every printed number is the page's")
-    sys.exit(1 if problems else 0)
+            path.write_text(page)
+    print("\n".join(problems) or "every printed number is the page's")
+    sys.exit(bool(problems) and not args.write)
 
 
 if __name__ == "__main__":

@@ -27,10 +27,9 @@ def test_the_labels_of_the_warm_start_misread_as_often_as_asked():
     right = sum((digits.make_scene("warm", row).digits for row in rows), [])
     for chance in (0.04, 0.2):
         lessons = digits.make_lessons(rows, flawed=True, seed=0, misread=chance)
-        read = sum((run.read_cells("digits", lesson.response) for lesson in lessons), [])
+        read = sum((run.read_cells(lesson.response, 9) for lesson in lessons), [])
         wrong = [a != digits.WORDS[b] for a, b in zip(read, right, strict=True)]
         assert abs(np.mean(wrong) - chance) < 0.02  # three standard errors of 3,600 cells
-    assert run.start_command("digits_hard", "folder")[-1] == "--misread=0.2"
 
 
 def test_the_task_trains_with_public_flags(tmp_path, monkeypatch):
@@ -38,8 +37,9 @@ def test_the_task_trains_with_public_flags(tmp_path, monkeypatch):
     digits.build(tmp_path / "task", seed=3, steps=2)
     rows = data.load(str(tmp_path / "task" / "train.jsonl"))
     assert rows[0].question == digits.example_of(digits.make_scene("train", 0, seed=3)).question
-    flags, _ = run.inputs("digits", tmp_path / "task")
-    flags |= {"out": tmp_path / "run", "steps": 1, "prompts_per_step": 4}
+    flags, _ = digits.flags(tmp_path / "task")
+    flags |= {"model": tmp_path / "task" / "model", "out": tmp_path / "run"}
+    flags |= {"steps": 1, "prompts_per_step": 4}
     with process_restored():
         train.main(run.words_of(flags))
     assert {"eval/general", "eval/vision_dependent"} <= metric_lines(tmp_path / "run")[0].keys()
@@ -51,12 +51,31 @@ def test_notes_scans_and_images_that_are_read_correctly():
     for split in right:
         for row in range(100):
             made = digits.make_scene(split, row)
-            cells, answer = run.scene_of("digits", split, row)
+            cells, answer = digits.scene_of(split, row)
             assert str(answer(cells)) == digits.example_of(made).answer
-            assert run.read_cells("digits", digits.write_response(*made[:2])) == cells
+            assert run.read_cells(digits.write_response(*made[:2]), 9) == cells
             right[split] += made.note == answer(cells)
     assert right["vision_dependent"] == 0 and 35 < right["general"] < 65
     trained, held_out = digits.scans(held_out=False), digits.scans(held_out=True)
     for digit in trained:
         seen, new = ({scan.tobytes() for scan in side[digit]} for side in (trained, held_out))
         assert len(seen) > 100 and len(new) > 50 and not seen & new
+
+
+def test_a_start_model_of_a_level_is_built_by_its_command(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "WORK", tmp_path)
+    commands = []
+    monkeypatch.setattr(run, "run_python", lambda words, *rest: commands.append(words))
+    for task in ("digits_hard", "dots"):
+        run.build_start(task, seed=3)
+    digits_folder, dots_folder = (
+        tmp_path / "start" / "digits_hard-s3",
+        tmp_path / "start" / "dots-s3",
+    )
+    assert commands[0] == [
+        *"-m experiments.digits".split(),
+        str(digits_folder),
+        "--misread=0.2",
+        "--seed=3",
+    ]
+    assert commands[1][2:] == [f"{run.SPEC},misread=0.12", f"--out={dots_folder}/model", "--seed=3"]

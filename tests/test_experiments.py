@@ -1,5 +1,6 @@
 """Experiments: what is run and kept, how runs are paired and tested, what the README quotes."""
 
+import json
 import re
 from concurrent.futures import ThreadPoolExecutor
 
@@ -32,7 +33,7 @@ def test_the_stored_results_are_the_plans():
     assert len(set(pairs)) == len(pairs) > 500
     for line in stored:
         if line["variant"] in run.VARIANTS:
-            run.check_flags(line["flags"], line["variant"], "stored")
+            run.check_flags(line["flags"], run.flags_of(line["variant"]), line["variant"])
     missing = {variant for variant, _ in run.JOBS.keys() - set(pairs)}
     assert {variant.partition("/")[0] for variant in missing} <= {"variants", "lora"}  # being run
 
@@ -45,24 +46,21 @@ def test_lines_added_at_once_are_all_there(tmp_path):
     assert sorted(line["n"] for line in read_log(file)) == list(range(40))
 
 
-def test_a_result_is_kept_with_its_flags_origin_and_start_model(tmp_path, monkeypatch):
+def test_runs_with_other_flags_are_refused(tmp_path):
+    """Results, and those that were interrupted."""
     flags = run.flags_of("first/grpo")
     line = {"variant": "first/grpo", "seed": 10, "flags": flags}
     run.append(tmp_path / "first.jsonl", line)
+    missing = run.missing_of(["first"], tmp_path)
+    assert ("first/grpo", 10) not in missing and ("first/grpo", 12) in missing
     run.append(tmp_path / "first.jsonl", line | {"seed": 11, "flags": flags | {"steps": 31}})
-    assert [run.has_result("first/grpo", seed, tmp_path) for seed in (10, 12)] == [True, False]
     with pytest.raises(ValueError, match="grpo, seed 11 was made with steps=31, .* has 30"):
-        run.has_result("first/grpo", 11, tmp_path)
-
-    def origin(weights):
-        (tmp_path / run.WEIGHTS).write_text(weights)
-        return run.origin("dots/grpo", 20, tmp_path, tmp_path / "origin.json")
-
-    first = origin("weights")
-    monkeypatch.setattr(run, "machine", lambda: {"commit": "later"})
-    assert origin("weights") == first and first["commit"] != "later"
-    with pytest.raises(ValueError, match="another start model"):
-        origin("others")
+        run.missing_of(["first"], tmp_path)
+    begun = run.TRAINING | {"algo": "grpo", "steps": 31, "seed": 10}
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "config.json").write_text(json.dumps(begun))
+    with pytest.raises(ValueError, match="was made with steps=31, .* has 30"):
+        run.train("first/grpo", {}, tmp_path)
 
 
 def test_an_answer_is_misread_where_the_cells_read_have_another_answer(tmp_path):
@@ -76,7 +74,7 @@ def test_an_answer_is_misread_where_the_cells_read_have_another_answer(tmp_path)
         "no reading at all",
     ]
     rows = [{"row": 3, "predict": text, "accuracy": 0.0, "unboxed": 0} for text in texts]
-    result = run.measure("dots", write_jsonl(tmp_path / "general.jsonl", rows))
+    result = run.measure(run.TASKS["dots"], write_jsonl(tmp_path / "general.jsonl", rows))
     unread = scene.cells.count(scene.asked) > 0
     assert (result["wrong"], result["misread"], result["responses"]) == (3, 1 + unread, 3)
     assert result["cells_right"] == pytest.approx((1 + 15 / 16) / 3)

@@ -34,16 +34,23 @@ done
 
 
 def test_a_page_runs_and_its_numbers_are_compared_within_their_tolerance():
-    parts = walkthrough.parse(PAGE)
-    printed = walkthrough.run(parts, NAME, {})
-    assert walkthrough.differences(parts, printed, NAME) == []
-    assert walkthrough.write(parts, printed) == PAGE.replace("accuracy 0.9", "accuracy 0.8")
-    wrong = walkthrough.parse(PAGE.replace("x is 2.0\n", "x is 2.2\n"))
-    [problem] = walkthrough.differences(wrong, printed, NAME)
-    assert problem == "page.md:8: the page says 'x is 2.2', the code 'x is 2.0'"
-    for old, new in (("0.9", "0.5"), ("done\n```", "gone\n```"), ("done\n```", "```")):
-        other = walkthrough.parse(PAGE.replace(old, new))
-        assert len(walkthrough.differences(other, printed, NAME)) == 1, (old, new)
+    assert walkthrough.run(PAGE, NAME, {}) == (PAGE.replace("accuracy 0.9", "accuracy 0.8"), [])
+    for old, new, problem in (
+        ("x is 2.0\n", "x is 2.2\n", "page.md:8: the page says 2.2, the code 2.0"),
+        ("0.9", "0.5", "page.md:17: the page says 0.5, the code 0.8"),
+        ("done\n```", "gone\n```", "page.md:17: the page says 'accuracy 0.9\\ngone\\n', the code"),
+        ("done\n```", "```", "page.md:17: the page says 'accuracy 0.9\\n', the code"),
+    ):
+        _, [found] = walkthrough.run(PAGE.replace(old, new), NAME, {})
+        assert found.startswith(problem)
+
+
+def test_a_failing_block_names_its_line_of_the_page():
+    with pytest.raises(ZeroDivisionError) as error:
+        walkthrough.run(PAGE.replace("x / 2.5", "x / 0"), NAME, {})
+    with pytest.raises(ValueError, match="page.md: a block is not closed"):
+        walkthrough.run(PAGE.removesuffix("```\n"), NAME, {})
+    assert (str(error.traceback[-1].path), error.traceback[-1].lineno + 1) == ("page.md", 12)
 
 
 @pytest.mark.slow
