@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, TrainerCallback
+from transformers import Qwen2_5_VLForConditionalGeneration, TrainerCallback
 
 from experiments import start_model
 from papo import prepare, preset, update
@@ -45,35 +45,33 @@ from support.qwen_vl import Encoder, Policy
 from support.reward import compute_score
 from support.run_folder import read_log
 
-SIZES = ("random:qwen2.5-vl-3b", "random:qwen2.5-vl-7b", "random:tiny")
+SIZES = ("random:qwen2.5-vl-3b", "random:qwen2.5-vl-7b")
 REPEATS = 3  # of a comparison
 
 # ------------------------------------------------------------------- models, prompts and responses
 
 
-def make_policy(name: str, folder: str, device="cpu") -> Policy:
-    """Random fp32 weights made on the device: "tiny", or a size of start_model.random_config.
+def toy_policies() -> tuple[Policy, Policy]:
+    """The toy's start model, and the same weights with stock attention."""
+    encoder = Encoder(str(toy.MODEL), 3136, 10_000_000)
+    ours, stock = Policy.load(toy.MODEL, encoder), Policy.load(toy.MODEL, encoder)
+    stock.model.set_attn_implementation({"text_config": "sdpa", "vision_config": "sdpa"})
+    return ours, stock
+
+
+def random_policy(name: str, folder: str, device: torch.device) -> Policy:
+    """A published size with random fp32 weights, made on the device.
 
     The tokenizer is the toy's, so the special tokens get the ids they have there; the vocabulary
     keeps its published size. The encoder's files are written to `folder`.
     """
     fields = start_model.write_configs(Path(folder), start_model.make_tokenizer())
-    config = Qwen2_5_VLConfig(**fields)
-    if name != "tiny":
-        config = start_model.random_config(name, fields["bos_token_id"])
-        config.save_pretrained(folder)
-    encoder = Encoder(folder, 3136, 10_000_000, "Box it.")
+    config = start_model.random_config(name, fields["bos_token_id"])
+    config.save_pretrained(folder)
     torch.manual_seed(0)
     with torch.device(device):
         model = Qwen2_5_VLForConditionalGeneration(config)
-    return Policy(model, encoder)
-
-
-def make_policies(folder: str) -> tuple[Policy, Policy]:
-    """The tiny policy, and one of the same weights with stock attention."""
-    ours, stock = make_policy("tiny", folder), make_policy("tiny", folder)
-    stock.model.set_attn_implementation({"text_config": "sdpa", "vision_config": "sdpa"})
-    return ours, stock
+    return Policy(model, Encoder(folder, 3136, 10_000_000))
 
 
 def noise_prompts(encoder: Encoder, tokens: int, count: int) -> list[Prompt]:
@@ -187,9 +185,9 @@ def compare(what: str, ours: Callable, baseline: Callable) -> None:
     print_row(what, *cells, f"{median(ratios):.2f} {spread}")
 
 
-def rollouts(folder: str) -> None:
+def rollouts() -> None:
     """Sampling against stock generate: 16 prompts x 8 responses of 50 tokens."""
-    ours, stock = make_policies(folder)
+    ours, stock = toy_policies()
     for tokens in (50, 400, 1200):
         prompts = noise_prompts(ours.encoder, tokens, 16)
         sample = partial(generate, ours, prompts, 8, Sampling(50), key=(0, 0))
@@ -198,9 +196,9 @@ def rollouts(folder: str) -> None:
             compare(f"rollout, {tokens}-token prompts, 16 x 8 of 50", sample, baseline)
 
 
-def forwards(folder: str) -> None:
+def forwards() -> None:
     """Log-probs and their gradient against padded rows, for one group."""
-    ours, stock = make_policies(folder)
+    ours, stock = toy_policies()
     for tokens in (64, 400, 1200):
         prompts = noise_prompts(ours.encoder, tokens, 1)
         with random_stops(ours, 40):
@@ -212,7 +210,7 @@ def forwards(folder: str) -> None:
         )
 
 
-def beside_trl(folder: str) -> None:
+def beside_trl() -> None:
     """A step of GRPO by train.py, then by TRL's GRPOTrainer: model, prompts, reward and sizes are
     the same."""
     missing = [name for name in ("trl", "torchvision") if not importlib.util.find_spec(name)]
@@ -221,12 +219,12 @@ def beside_trl(folder: str) -> None:
         return
     import train  # here, because the other parts do not need it
 
-    flags = f"--algo=grpo --eval_every=0 --save_every=0 --steps={REPEATS + 1} --out={folder}/ours"
-    train.main(flags.split())
-    lines = read_log(Path(folder, "ours", "metrics.jsonl"))
-    steps = [line for line in lines if "reward" in line]
-    ours = median(step["seconds"] for step in steps[1:])  # the first step warms up
-    theirs = median(trl_seconds(f"{folder}/trl", REPEATS + 1)[1:])
+    flags = f"--algo=grpo --eval_every=0 --save_every=0 --steps={REPEATS + 1}".split()
+    with tempfile.TemporaryDirectory() as folder:
+        train.main([*flags, f"--out={folder}/ours"])
+        lines = read_log(Path(folder, "ours", "metrics.jsonl"))
+        theirs = median(trl_seconds(f"{folder}/trl", REPEATS + 1)[1:])  # the first step warms up
+    ours = median([line["seconds"] for line in lines if "reward" in line][1:])
     cells = f"{ours:.3g} s", f"{theirs:.3g} s", f"{theirs / ours:.2f} over {REPEATS}"
     print_row("GRPO step beside TRL, 16 x 8", *cells)
 
@@ -275,7 +273,7 @@ def one_step(args, folder: str) -> None:
     """A step of papo_g and one of grpo as train.py runs them, on the same rollouts, by phase."""
     _, _, device = init_distributed()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    policy = make_policy(args.model.removeprefix("random:"), folder, device)
+    policy = random_policy(args.model.removeprefix("random:"), folder, device)
     reference = Policy(copy.deepcopy(policy.model), policy.encoder)
     for parameter in reference.model.parameters():  # not the frequencies of RoPE, which stay fp32
         parameter.data = parameter.data.to(dtype)
@@ -345,14 +343,14 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def main(argv=None) -> None:
     args = parse_args(argv)
-    with tempfile.TemporaryDirectory() as folder:
-        if args.model:
+    if args.model:
+        with tempfile.TemporaryDirectory() as folder:
             one_step(args, folder)
-            return
-        print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
-        print_row("what", "this code", "baseline", "baseline / this code")
-        for name in args.only:
-            PARTS[name](folder)
+        return
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print_row("what", "this code", "baseline", "baseline / this code")
+    for name in args.only:
+        PARTS[name]()
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from experiments import start_model
 from support import toy
 from support.batch import Example
 
-WORDS = ("zero", "one", "two", "three", "four")  # a digit's name
+WORDS = ("zero", "one", "two", "three", "four")  # what a cell holds
 NAMES = toy.cell_names()
 GRID = 3
 FIRST_HELD_OUT = 1157  # where a block of writers begins
@@ -52,29 +52,29 @@ class Question(NamedTuple):
     kind: str  # of QUESTIONS
     subject: int  # the digit to count, or the row to look at
 
-    def results(self, digits: list[int | None]) -> list[int]:
-        """The running result after each cell, for these readings of the cells; None: no digit."""
+    def results(self, cells: list[str]) -> list[int]:
+        """The running result after each cell; one that holds none of WORDS adds nothing."""
         running, result = [], 0
-        for position, digit in enumerate(digits):
-            in_row = digit is not None and position // GRID == self.subject
+        for position, word in enumerate(cells):
+            in_row = word in WORDS and position // GRID == self.subject
             if self.kind == "count":
-                result += digit == self.subject
+                result += word == WORDS[self.subject]
             elif self.kind == "sum" and in_row:
-                result += digit
+                result += WORDS.index(word)
             elif self.kind == "largest" and in_row:
-                result = max(result, digit)
+                result = max(result, WORDS.index(word))
             running.append(result)
         return running
 
-    def answer(self, digits: list[int | None]) -> int:
-        return self.results(digits)[-1]
+    def answer(self, cells: list[str]) -> int:
+        return self.results(cells)[-1]
 
 
 class Scene(NamedTuple):
     """What a row is made of."""
 
     question: Question
-    digits: list[int]  # of the cells, in reading order
+    cells: list[str]  # in reading order
     note: int
     image: Image.Image
 
@@ -83,14 +83,14 @@ class Scene(NamedTuple):
 
 
 @cache
-def scans(held_out: bool) -> dict[int, np.ndarray]:
-    """Digit -> its scans [n, 8, 8], ink from 0 to 1, of one side of the split."""
+def scans(held_out: bool) -> dict[str, np.ndarray]:
+    """Word -> scans of its digit [n, 8, 8], ink from 0 to 1, of one side of the split."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
     side = slice(FIRST_HELD_OUT, None) if held_out else slice(FIRST_HELD_OUT)
     images, digits = data.images[side] / 16, data.target[side]
-    return {digit: images[digits == digit] for digit in range(len(WORDS))}
+    return {word: images[digits == digit] for digit, word in enumerate(WORDS)}
 
 
 def make_scene(split: str, row: int, seed: int = 0) -> Scene:
@@ -98,32 +98,33 @@ def make_scene(split: str, row: int, seed: int = 0) -> Scene:
     rng = random.Random(f"digits {split} {seed} {row}")
     kind = rng.choice(list(QUESTIONS))
     question = Question(kind, rng.randrange(len(QUESTIONS[kind])))
-    digits = draw_digits(question, rng)
-    note = question.answer(digits)
+    cells = draw_cells(question, rng)
+    note = question.answer(cells)
     if split == "vision_dependent" or rng.random() >= toy.NOTE_RIGHT:
-        while note == question.answer(digits):  # take another image's answer
-            note = question.answer(draw_digits(question, rng))
-    image = render(digits, rng, scans(held_out=split in toy.EVAL_SPLITS))
-    return Scene(question, digits, note, image)
+        while note == question.answer(cells):  # take another image's answer
+            note = question.answer(draw_cells(question, rng))
+    image = render(cells, rng, scans(held_out=split in toy.EVAL_SPLITS))
+    return Scene(question, cells, note, image)
 
 
-def draw_digits(question: Question, rng: random.Random) -> list[int]:
-    """The digits of the cells; a digit to count occurs 0 to 4 times, equally likely."""
+def draw_cells(question: Question, rng: random.Random) -> list[str]:
+    """Digits for the cells; one to count occurs 0 to 4 times, equally likely."""
     if question.kind != "count":
-        return [rng.randrange(len(WORDS)) for _ in NAMES]
-    others = [digit for digit in range(len(WORDS)) if digit != question.subject]
+        return [rng.choice(WORDS) for _ in NAMES]
+    counted = WORDS[question.subject]
     times = rng.randrange(5)
-    digits = [question.subject] * times + rng.choices(others, k=len(NAMES) - times)
-    rng.shuffle(digits)
-    return digits
+    others = [word for word in WORDS if word != counted]
+    cells = [counted] * times + rng.choices(others, k=len(NAMES) - times)
+    rng.shuffle(cells)
+    return cells
 
 
-def render(digits: list[int], rng: random.Random, choices: dict[int, np.ndarray]) -> Image.Image:
+def render(cells: list[str], rng: random.Random, choices: dict[str, np.ndarray]) -> Image.Image:
     """A scan of each digit, as dark ink on its cell's tint."""
     image = toy.render([toy.NO_DOT] * len(NAMES), rng)  # the tints alone
-    for position, digit in enumerate(digits):
+    for position, word in enumerate(cells):
         row, column = divmod(position, GRID)
-        scan = choices[digit][rng.randrange(len(choices[digit]))]
+        scan = choices[word][rng.randrange(len(choices[word]))]
         ink = Image.fromarray((255 * scan).astype(np.uint8))
         ink = ink.resize((toy.CELL, toy.CELL), Image.Resampling.BILINEAR)
         image.paste((0, 0, 0), (column * toy.CELL, row * toy.CELL), ink)
@@ -132,19 +133,14 @@ def render(digits: list[int], rng: random.Random, choices: dict[int, np.ndarray]
 
 def example_of(scene: Scene) -> Example:
     text = QUESTIONS[scene.question.kind][scene.question.subject]
-    answer = str(scene.question.answer(scene.digits))
+    answer = str(scene.question.answer(scene.cells))
     return Example(f"<image>{toy.NOTE.format(note=scene.note)} {text}", answer, [scene.image])
 
 
 def scene_of(split: str, row: int) -> tuple[list[str], Callable[[list[str]], int]]:
-    """The words of an evaluation image's cells, and the answer as a function of the cells."""
+    """What the cells of an evaluation image hold, and the answer as a function of the cells."""
     scene = make_scene(split, row)
-
-    def answer(cells: list[str]) -> int:
-        digits = [WORDS.index(word) if word in WORDS else None for word in cells]
-        return scene.question.answer(digits)
-
-    return [WORDS[digit] for digit in scene.digits], answer
+    return scene.cells, scene.question.answer
 
 
 def write_rows(path: Path, split: str, seed: int) -> None:
@@ -164,34 +160,30 @@ def write_rows(path: Path, split: str, seed: int) -> None:
 # -------------------------------------------------------------------------------------------- model
 
 
-def write_response(question: Question, digits: list[int], box: int | None = None) -> str:
+def write_response(question: Question, cells: list[str], box: int | None = None) -> str:
     """The response that reads these digits and boxes `box`, or its own result if None."""
-    words = [WORDS[digit] for digit in digits]
-    return toy.spell_out(NAMES, words, question.results(digits), box)
+    return toy.spell_out(NAMES, cells, question.results(cells), box)
 
 
 def make_lessons(rows: range, flawed: bool, seed: int, misread: float) -> list[start_model.Lesson]:
-    """flawed: some digits are misread, with chance `misread`, and the result follows; some boxes
-    copy the note."""
+    """flawed: some digits are misread, with chance `misread`, and some boxes copy the note."""
     rng = random.Random(f"digits labels {seed} {rows.start}")
-    choices, lessons = range(len(WORDS)), []
+    lessons = []
     for row in rows:
         scene = make_scene("warm", row, seed)
-        digits, box = scene.digits, None
+        cells, box = scene.cells, None
         if flawed:
-            digits = [start_model.misread(digit, choices, misread, rng) for digit in digits]
+            cells = [start_model.misread(cell, WORDS, misread, rng) for cell in cells]
             box = scene.note if rng.random() < toy.COPY_NOTE else None
-        response = write_response(scene.question, digits, box)
+        response = write_response(scene.question, cells, box)
         lessons.append(start_model.Lesson(example_of(scene), response))
     return lessons
 
 
-def build(
-    folder: Path, seed: int, steps: int = WARM_STEPS, misread: float = toy.DEFAULT.misread
-) -> None:
-    """Write the model and its data. Held-out rows are those of seed 0.
+def build(folder: Path, seed: int, misread: float) -> None:
+    """Write the data, then the model. Held-out rows are those of seed 0.
 
-    steps: of the warm start. misread: how often its labels misread a digit. The model comes last.
+    misread: how often the labels of the warm start misread a digit.
     """
     write_rows(folder / "train.jsonl", "train", seed)
     for split in toy.EVAL_SPLITS:
@@ -200,7 +192,7 @@ def build(
     largest_sum = GRID * (len(WORDS) - 1)
     tokenizer = start_model.tokenizer_of([*NAMES, *WORDS], largest_sum, [toy.NOTE, *texts])
     lessons = partial(make_lessons, seed=seed, misread=misread)
-    start_model.train_model(folder / "model", tokenizer, seed, steps, lessons, list(WORDS))
+    start_model.train_model(folder / "model", tokenizer, seed, WARM_STEPS, lessons, WORDS)
 
 
 def flags(folder: Path) -> tuple[dict, dict]:
@@ -216,13 +208,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write the digits task and its start model.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--misread", type=float, default=toy.DEFAULT.misread, help="chance per label"
-    )
+    parser.add_argument("--misread", type=float, default=0.12, help="chance per label")
     args = parser.parse_args()
     if (args.folder / "model" / start_model.WEIGHTS).exists():
         parser.error(f"{args.folder} exists: choose another folder")
-    build(args.folder, args.seed, misread=args.misread)
+    build(args.folder, args.seed, args.misread)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 
 import numpy as np
@@ -21,54 +21,48 @@ from support.run_folder import read_log
 
 HERE = Path(__file__).resolve().parent
 Rows = dict[str, pd.DataFrame]  # label -> a line per seed, a column per number
+Pairs = list[tuple[str, str]]  # a variant, and the one that it is compared with
 
 # ------------------------------------------------------------------------------- what is compared
 
-# What the variants of a folder are compared with: the other one -> their names.
-BASELINES = {"grpo": "papo_g papo_g_0.1", "dapo": "papo_d papo_d_0.1"}
-FURTHER = {"grpo": "dapo", "papo_g": "papo_g_0.1", "papo_d": "papo_d_0.1"}
-ON_THE_DOTS = {  # a correction for the comparisons of each
-    "Which gamma": {"grpo": "papo_g papo_g_0.05 papo_g_0.1 papo_g_0.2 papo_g_0.5 papo_g_1.0"},
-    "Which patches": {"random_0.17": "papo_g_0.1 semantic_0.17"},
-    "What prevents collapse": {
-        "large": "large_no_kl_ref large_kl_ref_0.1 large_single large_double_grad"
-    },
+
+def against(base: str, names: Iterable[str]) -> Pairs:
+    return [(name, base) for name in names if name != base]
+
+
+def within(folder: str, pairs: Pairs) -> Pairs:
+    return [(f"{folder}/{name}", f"{folder}/{base}") for name, base in pairs]
+
+
+BASELINES = against("grpo", ["papo_g", "papo_g_0.1"]) + against("dapo", ["papo_d", "papo_d_0.1"])
+METHODS = [*BASELINES, ("dapo", "grpo"), ("papo_g_0.1", "papo_g"), ("papo_d_0.1", "papo_d")]
+
+# On the dots. The p of each of these questions are corrected together.
+QUESTIONS = {
+    "Which gamma": against("grpo", ["papo_g", *run.GAMMAS]),
+    "What prevents collapse": against("large", run.COLLAPSING),
+    "Which patches": against("random_0.17", ["papo_g_0.1", "semantic_0.17"]),
 }
-FURTHER_ON_THE_DOTS = {
-    "grpo": "semantic_0.17 random_0.17",
-    "papo_g": "papo_g_1.0",
-    "papo_g_0.1": "semantic_0.17",
-    "large_single": "large_double_grad",
-    "large_kl_ref_0.1": "large_double_grad large_single",
-}
-RELATIVES = {  # what they are built on
-    "grpo": "papo_g dyco_rl tor noisy_rollout dapo",
-    "dapo": "papo_d vppo pgpo",
-    "papo_g": "dvrp",
-    "papo_d": "tapo",
-    "noisy_rollout": "noisy_rollout_papo",
-}
-THREE_SEEDS_EACH = {
-    "grpo": "papo_g gamma_0.1 gamma_0.2 gamma_0.5 gamma_1.0 masked_grad"
-    " grpo_no_kl_ref papo_g_no_kl_ref",
-    "papo_g": "mask_0.4 mask_0.8 mask_1.0 mask_semantic mask_noise estimator_paper masked_grad",
-    "large": "large_no_kl_ref large_kl_ref_0.1 large_single large_double large_double_grad",
-}
-
-
-def pairs_of(folder: str, compared: dict[str, str]) -> list[tuple[str, str]]:
-    return [
-        (f"{folder}/{name}", f"{folder}/{base}")
-        for base, names in compared.items()
-        for name in names.split()
-    ]
-
-
-def planned(folder: str, seeds: range) -> list[str]:
-    """The variants of a folder that the protocols run at these seeds."""
-    jobs = [variant for variant, seed in run.JOBS if seed == seeds[-1]]
-    return [variant for variant in jobs if variant.startswith(f"{folder}/")]
-
+FURTHER = [
+    ("papo_g_1.0", "papo_g"),
+    *against("grpo", run.MASKS),
+    ("semantic_0.17", "papo_g_0.1"),
+    ("large_double_grad", "large_single"),
+    *against("large_kl_ref_0.1", ["large_double_grad", "large_single"]),
+]
+RELATIVES = [  # and what they are built on
+    *against("grpo", ["papo_g", "dyco_rl", "tor", "noisy_rollout", "dapo"]),
+    *against("dapo", ["papo_d", "vppo", "pgpo"]),
+    ("dvrp", "papo_g"),
+    ("tapo", "papo_d"),
+    ("noisy_rollout_papo", "noisy_rollout"),
+]
+TABLE1 = [("papo_g", "grpo"), ("papo_d", "dapo"), ("dapo", "papo_g")]
+THREE_SEEDS_EACH = [
+    *against("grpo", ["papo_g", *run.OTHER_GAMMAS, *run.WITHOUT_KL_REF, "masked_grad"]),
+    *against("papo_g", [*run.OTHER_MASKS, *run.OTHER_KLS]),
+    *against("large", [*run.COLLAPSING, "large_double"]),
+]
 
 # ------------------------------------------------------------------------------------------ numbers
 
@@ -78,11 +72,12 @@ LAST = ["gain in the last 20 steps", "gain in the last 10 steps"]
 VISION = "vision_dependent minus general"
 EVALUATED = [*SPLITS, "both"]
 
-QUESTIONS = ["overall", "mean over training"]  # how far, how fast
+PRIMARY = ["overall", "mean over training"]  # how far, how fast
 ENDS = ["overall", *SPLITS, "mean over training"]
 
 # Columns of a section: of runs, and of pairs of runs.
 ACCURACY = [*ENDS, *LAST], [*ENDS, *LAST, VISION, "Delta_rel %"]
+FALLS = [*ENDS, "collapsed"], [*ENDS, "collapsed"]
 TRAINING = AFTER, AFTER
 READING = (
     [f"{what} %, {of}" for of in EVALUATED for what in ("wrong", "misread of these", "cells read")],
@@ -147,7 +142,7 @@ def levels(runs: pd.DataFrame, variants: Iterable[str], seeds: Iterable[int]) ->
     return {variant: runs.loc[variant].loc[list(seeds)] for variant in variants}
 
 
-def differences(runs: pd.DataFrame, pairs: Iterable[tuple[str, str]], seeds: Iterable) -> Rows:
+def differences(runs: pd.DataFrame, pairs: Pairs, seeds: Iterable[int]) -> Rows:
     return {f"{own} minus {base}": gains(runs, own, base, seeds) for own, base in pairs}
 
 
@@ -185,7 +180,9 @@ def holm(ps: dict) -> dict:
 
 
 def interval(values: pd.Series, sign: str = "") -> str:
-    """Mean +- half the width of the 95% t interval."""
+    """Mean +- half the width of the 95% t interval; of facts, how many hold."""
+    if values.dtype == bool:
+        return f"{values.sum()} of {len(values)}"
     if values.isna().all():
         return "-"
     mean, half = mean_interval(values.dropna())
@@ -197,10 +194,6 @@ def tested(values: pd.Series) -> str:
     above = sum(values > 0)
     p = f"p {sign_flip_p(values):.{3 if len(values) < 9 else 5}f}"
     return f"{interval(values, '+')}, {above} of {len(values)}, {p}"
-
-
-def counted(values: pd.Series) -> str:
-    return f"{values.sum()} of {len(values)}"
 
 
 def median_ratio(changes: pd.Series) -> str:
@@ -236,7 +229,7 @@ def table(rows: Rows, columns: Iterable[str], show: Callable, corrected: Iterabl
 SHARES = (0.25, 0.5, 0.75, 1.0)  # of the budget, what the cheapest of the compared runs spends
 
 
-def at_equal_cost(runs: pd.DataFrame, pairs: Iterable[tuple[str, str]], seeds: range) -> str:
+def at_equal_cost(runs: pd.DataFrame, pairs: Pairs, seeds: range) -> str:
     """Accuracy minus the baseline's when both have spent as much.
 
     Seconds are those of cost.jsonl: one run per method, alone on the machine. Tokens are each run's
@@ -279,7 +272,7 @@ def draw_curves(runs: pd.DataFrame, file: Path) -> None:
         for variant, line in levels(runs, colours, NEW_SEEDS).items():
             name = variant.partition("/")[2]
             left.plot(STEPS, line[AFTER].mean(), color=colours[variant], label=name)
-        for variant, base in pairs_of(task, BASELINES):
+        for variant, base in within(task, BASELINES):
             gained = gains(runs, variant, base, NEW_SEEDS)
             means, halves = np.transpose([mean_interval(gained[name]) for name in AFTER])
             right.plot(STEPS, means, color=colours[variant])
@@ -293,14 +286,17 @@ def draw_curves(runs: pd.DataFrame, file: Path) -> None:
 
 
 def section(
-    runs: pd.DataFrame, title: str, variants: list[str], pairs: list, seeds: range, *columns: tuple
+    runs: pd.DataFrame, title: str, pairs: Pairs, seeds: range, *columns: tuple[list, list]
 ) -> list[str]:
     """Tables of runs and of their differences in pairs: these columns, then seed by seed."""
+    starts = [f"{variant.partition('/')[0]}/start" for pair in pairs for variant in pair]
+    variants = [start for start in starts if (start, seeds[0]) in runs.index]
+    variants += [variant for pair in pairs for variant in reversed(pair)]
     own, between = levels(runs, variants, seeds), differences(runs, pairs, seeds)
     parts = [f"## {title}"]
     for of_runs, of_pairs in columns:
         parts += [table(own, of_runs, interval), table(between, of_pairs, tested)]
-    return [*parts, table(own, QUESTIONS, each), table(between, QUESTIONS, each)]
+    return [*parts, table(own, PRIMARY, each), table(between, PRIMARY, each)]
 
 
 def two_tasks(runs: pd.DataFrame) -> list[str]:
@@ -308,93 +304,67 @@ def two_tasks(runs: pd.DataFrame) -> list[str]:
     pooled = pd.concat(differences(runs, pairs, NEW_SEEDS).values())
     parts = [
         "## Both tasks",
-        table({"papo_g_0.1 minus grpo": pooled}, QUESTIONS, tested, QUESTIONS),
+        table({"papo_g_0.1 minus grpo": pooled}, PRIMARY, tested, PRIMARY),
         "![accuracy over the steps of both tasks](figures/both_tasks.png)",
     ]
     for task in TASKS:
-        variants, pairs = planned(task, NEW_SEEDS), pairs_of(task, BASELINES)
-        compared = pairs + pairs_of(task, FURTHER)
-        parts += section(runs, task, variants, compared, NEW_SEEDS, ACCURACY, READING)
-        parts += ["At equal cost:", at_equal_cost(runs, pairs, NEW_SEEDS)]
-    return parts
-
-
-def on_the_dots(runs: pd.DataFrame) -> list[str]:
-    variants = levels(runs, planned("dots", NEW_SEEDS), NEW_SEEDS)
-    parts = ["## Further questions on the dots", table(variants, ["collapsed"], counted)]
-    for title, compared in ON_THE_DOTS.items():
-        between = differences(runs, pairs_of("dots", compared), NEW_SEEDS)
-        parts += [f"{title}:", table(between, [*ENDS, "collapsed"], tested, ["overall"])]
-        parts += [table(between, QUESTIONS, each)]
-    further = differences(runs, pairs_of("dots", FURTHER_ON_THE_DOTS), NEW_SEEDS)
-    parts += ["Not corrected:", table(further, QUESTIONS, tested), table(further, QUESTIONS, each)]
+        parts += section(runs, task, within(task, METHODS), NEW_SEEDS, ACCURACY, READING)
+        parts += ["At equal cost:", at_equal_cost(runs, within(task, BASELINES), NEW_SEEDS)]
+    further = within("dots", [*chain(*QUESTIONS.values()), *FURTHER])
+    parts += section(runs, "More on the dots", further, NEW_SEEDS, FALLS)
+    for title, pairs in QUESTIONS.items():
+        between = differences(runs, within("dots", pairs), NEW_SEEDS)
+        parts += [f"## {title}", table(between, ["overall"], tested, ["overall"])]
     return parts
 
 
 def confirmed(runs: pd.DataFrame) -> list[str]:
-    pairs = [("dots/semantic_0.17", "dots/grpo")]
-    title, variants = "Which patches, at new seeds", planned("dots", CONFIRMING_SEEDS)
-    columns = ACCURACY, READING, TRAINING
-    primary = differences(runs, pairs, CONFIRMING_SEEDS)
+    title, pairs = "Which patches, at new seeds", [("dots/semantic_0.17", "dots/grpo")]
+    between = differences(runs, pairs, CONFIRMING_SEEDS)
     return [
-        *section(runs, title, variants, pairs, CONFIRMING_SEEDS, *columns),
+        *section(runs, title, pairs, CONFIRMING_SEEDS, ACCURACY, READING, TRAINING),
         "Corrected:",
-        table(primary, QUESTIONS, tested, QUESTIONS),
+        table(between, PRIMARY, tested, PRIMARY),
         "At equal cost:",
         at_equal_cost(runs, pairs, CONFIRMING_SEEDS),
     ]
 
 
 def adapters(runs: pd.DataFrame) -> list[str]:
-    every, small = ((f"lora/semantic_0.17{rank}", f"lora/grpo{rank}") for rank in ("", "_r8"))
-    with_all, with_adapters = (gains(runs, *pair, EIGHT_SEEDS) for pair in (every, small))
+    pairs = within("lora", [("semantic_0.17", "grpo"), ("semantic_0.17_r8", "grpo_r8")])
+    with_all, with_adapters = differences(runs, pairs, EIGHT_SEEDS).values()
     lost = {"adapters minus all weights": with_adapters - with_all}
-    variants = planned("lora", EIGHT_SEEDS)
     return [
-        *section(runs, "With adapters", variants, [every, small], EIGHT_SEEDS, ACCURACY),
+        *section(runs, "With adapters", pairs, EIGHT_SEEDS, ACCURACY),
         "The gain with adapters, corrected:",
-        table({"adapters": with_adapters}, QUESTIONS, tested, QUESTIONS),
-        table(lost, QUESTIONS, tested),
+        table({"adapters": with_adapters}, PRIMARY, tested, PRIMARY),
+        table(lost, PRIMARY, tested),
     ]
 
 
 def difficulty(runs: pd.DataFrame) -> list[str]:
-    folders = [each for task in TASKS for each in (f"{task}_easy", task, f"{task}_hard")]
-    variants = [f"{folder}/{name}" for folder in folders for name in ("start", *run.PAIR)]
-    pairs = [(f"{folder}/papo_g_0.1", f"{folder}/grpo") for folder in folders]
-    gained = dict(zip(folders, differences(runs, pairs, NEW_SEEDS).values(), strict=True))
+    folders = [folder for task in TASKS for folder in (f"{task}_easy", task, f"{task}_hard")]
+    pairs = {folder: (f"{folder}/papo_g_0.1", f"{folder}/grpo") for folder in folders}
+    gained = {folder: gains(runs, *pair, NEW_SEEDS) for folder, pair in pairs.items()}
     trends = {task: gained[f"{task}_hard"] - gained[f"{task}_easy"] for task in TASKS}
     both = {"gain from hard minus gain from easy": pd.concat(trends.values())}
     columns = ACCURACY, READING, TRAINING
     return [
-        *section(runs, "When does it help", variants, pairs, NEW_SEEDS, *columns),
+        *section(runs, "When does it help", [*pairs.values()], NEW_SEEDS, *columns),
         "The gain from hard start models minus that from easy ones:",
-        table(both, QUESTIONS, tested, QUESTIONS),
-        table(trends, QUESTIONS, tested),
+        table(both, PRIMARY, tested, PRIMARY),
+        table(trends, PRIMARY, tested),
     ]
 
 
 def relatives(runs: pd.DataFrame) -> list[str]:
-    variants, pairs = planned("variants", EIGHT_SEEDS), pairs_of("variants", RELATIVES)
-    changes = differences(runs, pairs, EIGHT_SEEDS)
-    further = differences(runs, [("compare/papo_g", "variants/grpo")], EIGHT_SEEDS)
+    pairs = within("variants", RELATIVES) + [("compare/papo_g", "variants/grpo")]
+    between = differences(runs, pairs, EIGHT_SEEDS)
     return [
-        *section(runs, "Relatives", variants, pairs, EIGHT_SEEDS, ACCURACY),
-        "Each method is beside the one it is built on. The p are not corrected for their number.",
-        table(changes, ["seconds per step: change in %"], median_ratio),
-        "At gamma 0.2:",
-        table(further, QUESTIONS, tested),
-    ]
-
-
-def first_protocol(runs: pd.DataFrame) -> list[str]:
-    variants = planned("first", EIGHT_SEEDS)
-    pairs = pairs_of("first", {"grpo": "papo_g", "dapo": "papo_d", "papo_g": "dapo"})
-    tried = planned("first", THREE_SEEDS)
-    others = pairs_of("first", THREE_SEEDS_EACH)
-    return [
-        *section(runs, "Table 1", variants, pairs, EIGHT_SEEDS, ACCURACY, READING),
-        *section(runs, "Three seeds each", tried, others, THREE_SEEDS, ACCURACY),
+        *section(runs, "Relatives", pairs, EIGHT_SEEDS, ACCURACY),
+        "Each method is beside the one it is built on; compare/papo_g has gamma 0.2. The p are not "
+        "corrected for their number. The time of a step, divided by the other one's:",
+        table(between, ["seconds per step: change in %"], median_ratio),
     ]
 
 
@@ -404,37 +374,36 @@ def ideas_table(variants: dict[str, str], results: Path) -> str:
     An algo without any result, because all of its runs failed, is left out.
     """
     runs = load(results)
-    *_, base = variants.values()
-    seeds_of = {name: {*runs.loc[name].index} for name in variants.values() if name in runs.index}
-    if base not in seeds_of:
-        return f"{base}, which the others are compared with, has no result"
-    seeds = sorted(set.intersection(*seeds_of.values()))
-    pairs = [(name, base) for name in seeds_of if name != base]
-    return "\n\n".join(
-        [
-            f"Accuracy at the end in %, seeds {seeds}, and differences:",
-            table(levels(runs, seeds_of, seeds), ENDS, interval),
-            table(differences(runs, pairs, seeds), ENDS, tested),
-        ]
-    )
+    found = {algo: runs.loc[name] for algo, name in variants.items() if name in runs.index}
+    *_, (last, base) = variants.items()
+    if last not in found:
+        return f"{last}, which the others are compared with, has no result"
+    seeds = sorted(set.intersection(*({*lines.index} for lines in found.values())))
+    own = {algo: lines.loc[seeds] for algo, lines in found.items()}
+    between = {
+        f"{algo} minus {last}": gains(runs, variants[algo], base, seeds) for algo in [*found][:-1]
+    }
+    title = f"Accuracy at the end in %, seeds {seeds}; differences to {last}:"
+    return "\n\n".join([title, table(own, ENDS, interval), table(between, ENDS, tested)])
 
 
 def main() -> None:
     runs = load(HERE / "results")
     (HERE / "figures").mkdir(exist_ok=True)
     draw_curves(runs, HERE / "figures" / "both_tasks.png")
+    first, tried = within("first", TABLE1), within("first", THREE_SEEDS_EACH)
     parts = [
         "# Results",
         "Drawn by `python -m experiments.report` from results/. Mean +- 95% interval over seeds; "
         "accuracies in %. A difference is to the other run at the same seed: mean, seeds above 0, "
         "sign-flip p. [README.md](README.md) says how to read them.",
         *two_tasks(runs),
-        *on_the_dots(runs),
         *confirmed(runs),
         *adapters(runs),
         *difficulty(runs),
         *relatives(runs),
-        *first_protocol(runs),
+        *section(runs, "Table 1", first, EIGHT_SEEDS, ACCURACY, READING),
+        *section(runs, "Three seeds each", tried, THREE_SEEDS, ACCURACY),
     ]
     (HERE / "report.md").write_text("\n\n".join(parts) + "\n")
     print(HERE / "report.md")

@@ -130,12 +130,15 @@ COLLAPSING = {
 }
 plan("first", EIGHT_SEEDS, {"start": {}} | TABLE1)
 plan("first", THREE_SEEDS, COLLAPSING | {"large_double": DOUBLE})
-plan("first", THREE_SEEDS, {f"gamma_{x}": {"kl_prcp_coef": x} for x in (0.1, 0.2, 0.5, 1.0)})
-plan("first", THREE_SEEDS, {f"mask_{x}": {"mask_ratio": x} for x in (0.4, 0.8, 1.0)})
-plan("first", THREE_SEEDS, {f"mask_{x}": {"mask_strategy": x} for x in ("semantic", "noise")})
-plan("first", THREE_SEEDS, {x: {"algo": x} for x in ("grpo_no_kl_ref", "papo_g_no_kl_ref")})
-plan("first", THREE_SEEDS, {"estimator_paper": {"kl_prcp_estimator": "paper"}})
-plan("first", THREE_SEEDS, {"masked_grad": {"masked_grad": True}})
+WITHOUT_KL_REF = {name: {"algo": name} for name in ("grpo_no_kl_ref", "papo_g_no_kl_ref")}
+OTHER_GAMMAS = {f"gamma_{x}": {"kl_prcp_coef": x} for x in (0.1, 0.2, 0.5, 1.0)}
+OTHER_MASKS = {f"mask_{x}": {"mask_ratio": x} for x in (0.4, 0.8, 1.0)}
+OTHER_MASKS |= {f"mask_{x}": {"mask_strategy": x} for x in ("semantic", "noise")}
+OTHER_KLS = {
+    "estimator_paper": {"kl_prcp_estimator": "paper"},
+    "masked_grad": {"masked_grad": True},
+}
+plan("first", THREE_SEEDS, OTHER_GAMMAS | OTHER_MASKS | WITHOUT_KL_REF | OTHER_KLS)
 
 # The relatives as published. Who samples under two images takes half of the responses under each.
 HALVES = NO_CURVE | {"group_size": 4}

@@ -175,11 +175,11 @@ def make_lessons(rows: range, flawed: bool, seed: int, setting: Setting) -> list
     return lessons
 
 
-def misread(true, choices: Iterable, chance: float, rng: random.Random):
-    """What a label gives for a cell: one of the other choices with probability `chance`."""
+def misread(true: str, words: Iterable[str], chance: float, rng: random.Random) -> str:
+    """What a label gives for a cell: one of the other words with probability `chance`."""
     if rng.random() >= chance:
         return true
-    return rng.choice([choice for choice in choices if choice != true])
+    return rng.choice([word for word in words if word != true])
 
 
 def warm_batch(encoder: Encoder, lessons: list[Lesson]) -> tuple[dict, Tensor]:
@@ -203,7 +203,9 @@ def warm_batch(encoder: Encoder, lessons: list[Lesson]) -> tuple[dict, Tensor]:
     return inputs, pad_sequence(is_response, batch_first=True)
 
 
-def warm_start(model, encoder: Encoder, steps: int, lessons_of: Callable, words: list[str]) -> None:
+def warm_start(
+    model, encoder: Encoder, steps: int, lessons_of: Callable, words: Iterable[str]
+) -> None:
     """Supervised training, in place: the first half teaches seeing, the second half carelessness.
 
     lessons_of: rows, whether they are flawed -> lessons. words: those that name what is seen count
@@ -259,7 +261,7 @@ def train_model(
     seed: int,
     steps: int,
     lessons_of: Callable[[range, bool], list[Lesson]],
-    words: list[str],
+    words: Iterable[str],
     task: dict | None = None,
 ) -> Path:
     """Make a tiny model and train it on lessons (see warm_start).

@@ -13,7 +13,7 @@ from experiments import digits, run  # noqa: E402
 
 
 def test_the_running_result():
-    cells = [1, 2, 3, 4, 0, 4, 1, 1, 2]
+    cells = [digits.WORDS[digit] for digit in (1, 2, 3, 4, 0, 4, 1, 1, 2)]
     for question, expected in {
         ("count", 1): [1, 1, 1, 1, 1, 1, 2, 3, 3],
         ("sum", 1): [0, 0, 0, 4, 4, 8, 8, 8, 8],
@@ -22,19 +22,26 @@ def test_the_running_result():
         assert digits.Question(*question).results(cells) == expected
 
 
+def test_a_cell_that_is_not_named_adds_nothing():
+    cells = ["four", "", "none", "one", "", "two", "two", "", "four"]
+    expected = {("count", 2): 2, ("count", 0): 0, ("sum", 1): 3, ("largest", 0): 4}
+    assert {key: digits.Question(*key).answer(cells) for key in expected} == expected
+
+
 def test_the_labels_of_the_warm_start_misread_as_often_as_asked():
     rows = range(400)
-    right = sum((digits.make_scene("warm", row).digits for row in rows), [])
+    right = sum((digits.make_scene("warm", row).cells for row in rows), [])
     for chance in (0.04, 0.2):
         lessons = digits.make_lessons(rows, flawed=True, seed=0, misread=chance)
         read = sum((run.read_cells(lesson.response, 9) for lesson in lessons), [])
-        wrong = [a != digits.WORDS[b] for a, b in zip(read, right, strict=True)]
+        wrong = [a != b for a, b in zip(read, right, strict=True)]
         assert abs(np.mean(wrong) - chance) < 0.02  # three standard errors of 3,600 cells
 
 
 def test_the_task_trains_with_public_flags(tmp_path, monkeypatch):
     monkeypatch.setattr(digits, "ROWS", {"train": 16, "general": 4, "vision_dependent": 4})
-    digits.build(tmp_path / "task", seed=3, steps=2)
+    monkeypatch.setattr(digits, "WARM_STEPS", 2)
+    digits.build(tmp_path / "task", seed=3, misread=0.2)
     rows = data.load(str(tmp_path / "task" / "train.jsonl"))
     assert rows[0].question == digits.example_of(digits.make_scene("train", 0, seed=3)).question
     flags, _ = digits.flags(tmp_path / "task")
@@ -53,7 +60,7 @@ def test_notes_scans_and_images_that_are_read_correctly():
             made = digits.make_scene(split, row)
             cells, answer = digits.scene_of(split, row)
             assert str(answer(cells)) == digits.example_of(made).answer
-            assert run.read_cells(digits.write_response(*made[:2]), 9) == cells
+            assert run.read_cells(digits.write_response(made.question, cells), 9) == made.cells
             right[split] += made.note == answer(cells)
     assert right["vision_dependent"] == 0 and 35 < right["general"] < 65
     trained, held_out = digits.scans(held_out=False), digits.scans(held_out=True)
