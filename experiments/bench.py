@@ -223,25 +223,22 @@ def beside_trl() -> None:
     with tempfile.TemporaryDirectory() as folder:
         train.main([*flags, f"--out={folder}/ours"])
         lines = read_log(Path(folder, "ours", "metrics.jsonl"))
-        theirs = median(trl_seconds(f"{folder}/trl", REPEATS + 1)[1:])  # the first step warms up
-    ours = median([line["seconds"] for line in lines if "reward" in line][1:])
+        theirs = median(trl_seconds(f"{folder}/trl", REPEATS + 1))
+    ours = median([line["seconds"] for line in lines if "reward" in line][1:])  # after a warm-up
     cells = f"{ours:.3g} s", f"{theirs:.3g} s", f"{theirs / ours:.2f} over {REPEATS}"
     print_row("GRPO step beside TRL, 16 x 8", *cells)
 
 
 def trl_seconds(out: str, steps: int) -> list[float]:
-    """Seconds of each step of TRL's GRPOTrainer on the toy."""
+    """Seconds of each step after the first of TRL's GRPOTrainer on the toy."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
-    marks = [0.0]
+    ends = []
 
-    class Marks(TrainerCallback):
-        def on_train_begin(self, *args, **kwargs):
-            marks[0] = time.perf_counter()
-
+    class StepEnds(TrainerCallback):
         def on_step_end(self, *args, **kwargs):
-            marks.append(time.perf_counter())
+            ends.append(time.perf_counter())
 
     rows = []
     for example in (toy.example("train", i) for i in range(16 * steps)):
@@ -258,10 +255,9 @@ def trl_seconds(out: str, steps: int) -> list[float]:
     quiet = {"use_cpu": True, "bf16": False, "report_to": [], "save_strategy": "no"}
     quiet |= {"gradient_checkpointing": False}
     config = GRPOConfig(out, **sizes, **quiet)
-    GRPOTrainer(
-        str(toy.MODEL), reward, config, Dataset.from_list(rows), callbacks=[Marks()]
-    ).train()
-    return [after - before for before, after in pairwise(marks)]
+    data = Dataset.from_list(rows)
+    GRPOTrainer(str(toy.MODEL), reward, config, data, callbacks=[StepEnds()]).train()
+    return [after - before for before, after in pairwise(ends)]
 
 
 PARTS = {"rollouts": rollouts, "forwards": forwards, "trl": beside_trl}

@@ -86,12 +86,17 @@ READING = (
 
 
 def load(folder: Path) -> pd.DataFrame:
-    """The lines of results, by variant and seed, with the numbers that the tables show."""
+    """The lines of results, by variant and seed, with the numbers that the tables show.
+
+    A run that ends below its start model has collapsed.
+    """
     lines = [line for file in sorted(folder.glob("*.jsonl")) for line in read_log(file)]
     runs = pd.json_normalize(lines).drop_duplicates(["variant", "seed"], keep="last")
     runs = runs.set_index(["variant", "seed"]).sort_index()
-    numbers = at_the_end(runs) | in_training(runs)
-    return runs.assign(**numbers, collapsed=is_collapsed(runs, numbers["overall"]))
+    runs = runs.assign(**at_the_end(runs), **in_training(runs))
+    is_start = runs.index.get_level_values("variant").str.endswith("/start")
+    of_start = runs[is_start].groupby("start_model")["overall"].first()
+    return runs.assign(collapsed=runs["overall"] < runs["start_model"].map(of_start))
 
 
 def at_the_end(runs: pd.DataFrame) -> dict:
@@ -129,13 +134,6 @@ def in_training(runs: pd.DataFrame) -> dict:
         numbers[name] = curve[AFTER[-1]] - curve[before]
     fast = runs["seconds"].map(lambda steps: np.quantile(steps, 0.1), na_action="ignore")
     return numbers | {"seconds per step": fast}
-
-
-def is_collapsed(runs: pd.DataFrame, overall: pd.Series) -> pd.Series:
-    """Whether a run ends below its start model."""
-    is_start = runs.index.get_level_values("variant").str.endswith("/start")
-    of_start = overall[is_start].groupby(runs["start_model"][is_start]).first()
-    return overall < runs["start_model"].map(of_start)
 
 
 def levels(runs: pd.DataFrame, variants: Iterable[str], seeds: Iterable[int]) -> Rows:
@@ -183,9 +181,7 @@ def interval(values: pd.Series, sign: str = "") -> str:
     """Mean +- half the width of the 95% t interval; of facts, how many hold."""
     if values.dtype == bool:
         return f"{values.sum()} of {len(values)}"
-    if values.isna().all():
-        return "-"
-    mean, half = mean_interval(values.dropna())
+    mean, half = mean_interval(values)
     return f"{mean:{sign}.1f}" + ("" if math.isnan(half) else f" +- {half:.1f}")
 
 
@@ -194,10 +190,6 @@ def tested(values: pd.Series) -> str:
     above = sum(values > 0)
     p = f"p {sign_flip_p(values):.{3 if len(values) < 9 else 5}f}"
     return f"{interval(values, '+')}, {above} of {len(values)}, {p}"
-
-
-def median_ratio(changes: pd.Series) -> str:
-    return f"{1 + changes.median() / 100:.2f}"
 
 
 def each(values: pd.Series) -> str:
@@ -219,8 +211,8 @@ def table(rows: Rows, columns: Iterable[str], show: Callable, corrected: Iterabl
     corrections = {cell: f", corrected p {p:.5f}" for cell, p in holm(ps).items()}
     lines = [["", *columns], ["---"] * (len(columns) + 1)]
     for row, frame in rows.items():
-        cells = [show(frame[name]) + corrections.get((row, name), "") for name in columns]
-        lines.append([row, *cells])
+        shown = {name: "-" if frame[name].isna().all() else show(frame[name]) for name in columns}
+        lines.append([row, *(shown[name] + corrections.get((row, name), "") for name in columns)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -364,7 +356,7 @@ def relatives(runs: pd.DataFrame) -> list[str]:
         *section(runs, "Relatives", pairs, EIGHT_SEEDS, ACCURACY),
         "Each method is beside the one it is built on; compare/papo_g has gamma 0.2. The p are not "
         "corrected for their number. The time of a step, divided by the other one's:",
-        table(between, ["seconds per step: change in %"], median_ratio),
+        table(between, ["seconds per step: change in %"], lambda x: f"{1 + x.median() / 100:.2f}"),
     ]
 
 
@@ -373,17 +365,14 @@ def ideas_table(variants: dict[str, str], results: Path) -> str:
 
     An algo without any result, because all of its runs failed, is left out.
     """
-    runs = load(results)
-    found = {algo: runs.loc[name] for algo, name in variants.items() if name in runs.index}
-    *_, (last, base) = variants.items()
+    runs = load(results).rename({name: algo for algo, name in variants.items()})
+    *_, last = variants
+    found = [algo for algo in variants if algo in runs.index]
     if last not in found:
         return f"{last}, which the others are compared with, has no result"
-    seeds = sorted(set.intersection(*({*lines.index} for lines in found.values())))
-    own = {algo: lines.loc[seeds] for algo, lines in found.items()}
-    between = {
-        f"{algo} minus {last}": gains(runs, variants[algo], base, seeds) for algo in [*found][:-1]
-    }
+    seeds = sorted(set.intersection(*({*runs.loc[algo].index} for algo in found)))
     title = f"Accuracy at the end in %, seeds {seeds}; differences to {last}:"
+    own, between = levels(runs, found, seeds), differences(runs, against(last, found), seeds)
     return "\n\n".join([title, table(own, ENDS, interval), table(between, ENDS, tested)])
 
 

@@ -102,15 +102,16 @@ def plan(folder: str, seeds: Iterable[int], variants: dict[str, dict]) -> None:
     JOBS.update({(f"{folder}/{name}", seed): None for seed in seeds for name in variants})
 
 
-def papo(gamma: float, **flags) -> dict:
-    return {"algo": "papo_g", "kl_prcp_coef": gamma} | flags
-
-
 # Flags of every run, unless its variant changes them, and of its evaluation.
-TRAINING = {"steps": 30, "lr": 1e-4, "eval_every": 10, "eval_rows": 128}
-TRAINING |= {"save_every": 10, "keep": 1}
+TRAINING = {
+    "steps": 30,
+    "lr": 1e-4,
+    "eval_every": 10,
+    "eval_rows": 128,
+    "save_every": 10,
+    "keep": 1,
+}
 EVALUATION = {"n": 2, "eval_rows": 512, "protocol": "training", "rollout_batch": 256}
-NO_CURVE = {"eval_every": 0}
 
 # The development seeds made the protocols' choices. The others are reported.
 DEVELOPMENT_SEEDS, THREE_SEEDS, EIGHT_SEEDS = range(3), range(10, 13), range(10, 18)
@@ -141,40 +142,37 @@ OTHER_KLS = {
 plan("first", THREE_SEEDS, OTHER_GAMMAS | OTHER_MASKS | WITHOUT_KL_REF | OTHER_KLS)
 
 # The relatives as published. Who samples under two images takes half of the responses under each.
-HALVES = NO_CURVE | {"group_size": 4}
-PUBLISHED = TABLE1 | {name: {"algo": name} for name in ("vppo", "pgpo", "dvrp", "dyco_rl", "tor")}
-PUBLISHED = {name: NO_CURVE | flags for name, flags in PUBLISHED.items()} | {
-    "noisy_rollout": HALVES | {"algo": "noisy_rollout"},
-    "noisy_rollout_papo": HALVES | {"algo": "noisy_rollout", "kl_prcp_coef": 0.02},
-    "tapo": HALVES | {"algo": "tapo"},
+RELATIVES = TABLE1 | {name: {"algo": name} for name in ("vppo", "pgpo", "dvrp", "dyco_rl", "tor")}
+RELATIVES |= {
+    "noisy_rollout": {"algo": "noisy_rollout", "group_size": 4},
+    "noisy_rollout_papo": {"algo": "noisy_rollout", "group_size": 4, "kl_prcp_coef": 0.02},
+    "tapo": {"algo": "tapo", "group_size": 4},
 }
-plan("variants", EIGHT_SEEDS, PUBLISHED)
+NO_CURVE = {"eval_every": 0}
+plan("variants", EIGHT_SEEDS, {name: flags | NO_CURVE for name, flags in RELATIVES.items()})
 plan("compare", EIGHT_SEEDS, {"papo_g": NO_CURVE | {"kl_prcp_coef": 0.2}})
 
 # The second protocol: two tasks, 60 steps, start models that misread a cell more or less often, and
 # the choices of gamma and steps.
-GAMMA, STEPS = 0.1, {"steps": 60}
-LEVELS = [f"{task}_{level}" for task in TASKS for level in ("easy", "hard")]
-METHODS = {
-    "grpo": STEPS | {"algo": "grpo"},
-    "papo_g": STEPS | {"algo": "papo_g"},
-    "papo_g_0.1": STEPS | {"algo": "papo_g", "kl_prcp_coef": GAMMA},
-    "dapo": STEPS | {"algo": "dapo"},
-    "papo_d": STEPS | {"algo": "papo_d"},
-    "papo_d_0.1": STEPS | {"algo": "papo_d", "kl_prcp_coef": GAMMA},
-}
+GAMMA = 0.1
+
+
+def longer(algo: str, **flags) -> dict:
+    return {"algo": algo, "steps": 60} | flags
+
+
+METHODS = {name: longer(name) for name in TABLE1}
+METHODS |= {f"{name}_0.1": longer(name, kl_prcp_coef=GAMMA) for name in ("papo_g", "papo_d")}
+GAMMAS = {f"papo_g_{x}": longer("papo_g", kl_prcp_coef=x) for x in (0.05, 0.1, 0.2, 0.5, 1.0)}
+SMALL_MASKS = longer("papo_g", kl_prcp_coef=GAMMA, mask_ratio=0.17)  # as much as dots cover
+MASKS = {"random_0.17": SMALL_MASKS, "semantic_0.17": SMALL_MASKS | {"mask_strategy": "semantic"}}
 PAIR = {name: METHODS[name] for name in ("grpo", "papo_g_0.1")}
-GAMMAS = {f"papo_g_{gamma}": papo(gamma) | STEPS for gamma in (0.05, 0.1, 0.2, 0.5, 1.0)}
-MASKS = {  # as many patches as dots cover
-    "random_0.17": papo(GAMMA, mask_ratio=0.17) | STEPS,
-    "semantic_0.17": papo(GAMMA, mask_ratio=0.17, mask_strategy="semantic") | STEPS,
-}
 for _task in TASKS:
     plan(_task, NEW_SEEDS, {"start": {}} | METHODS)
     plan(_task, DEVELOPMENT_SEEDS, {"start": {}, "grpo_long": {"algo": "grpo", "steps": 100}})
     plan(_task, DEVELOPMENT_SEEDS, {name: GAMMAS[name] for name in [*GAMMAS][:3]})
-for _level in LEVELS:
-    plan(_level, NEW_SEEDS, {"start": {}} | PAIR)
+    for _level in ("easy", "hard"):
+        plan(f"{_task}_{_level}", NEW_SEEDS, {"start": {}} | PAIR)
 plan("dots", NEW_SEEDS, GAMMAS | MASKS | COLLAPSING)
 CONFIRMED = {"grpo": METHODS["grpo"], "semantic_0.17": MASKS["semantic_0.17"]}
 plan("dots", CONFIRMING_SEEDS, CONFIRMED)
@@ -392,7 +390,7 @@ def run_all(what: str, function: Callable, jobs: list[tuple], at_a_time: int) ->
     return failures
 
 
-def parse_args(argv=None) -> argparse.Namespace:
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Run experiments at toy scale.")
     folders = dict.fromkeys(variant.partition("/")[0] for variant in VARIANTS)
     add = parser.add_argument
@@ -400,9 +398,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     add("--seeds", type=int, default=3, help="how many, of ideas; a protocol has its own")
     add("--jobs", type=int, default=2, help="runs at a time, one core each")
     add("--list", action="store_true", help="list the missing runs and stop")
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     args.ideas = [name for name in args.names if name not in (*folders, "all")]
-    args.folders = [name for name in folders if name in args.names or "all" in args.names]
+    args.folders = [*folders] if "all" in args.names else [*folders.keys() & args.names]
     if args.folders and args.ideas:
         parser.error(f"{args.folders[0]} is a protocol's, {args.ideas[0]} is not: give one kind")
     return args
@@ -410,14 +408,10 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    results, ideas = (WORK, {}) if args.ideas else (RESULTS, {})
     with one_line_errors():
-        if args.ideas:
-            from experiments import report  # here, because it imports this file
-
-            ideas = plan_ideas(args.ideas, args.seeds)
-            args.folders = ["ideas"]
-        missing = missing_of(args.folders, results)
+        ideas = plan_ideas(args.ideas, args.seeds)
+        results = WORK if ideas else RESULTS
+        missing = missing_of(args.folders or ["ideas"], results)
     print(f"{len(missing)} runs are missing", flush=True)
     if args.list:
         print("\n".join(f"{variant} seed {seed}" for variant, seed in missing))
@@ -426,6 +420,8 @@ def main() -> None:
     run_all("start model", build_start, list(starts), args.jobs)
     failures = run_all("run", run, [(*job, results) for job in missing], args.jobs)
     if ideas:
+        from experiments import report  # here, because it imports this file
+
         print(report.ideas_table(ideas, results))
     sys.exit(bool(failures))
 

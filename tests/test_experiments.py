@@ -119,15 +119,15 @@ def ideas(tmp_path, **starts):
 
 def test_ideas_are_shown_beside_the_last_one(tmp_path):
     printed = ideas(tmp_path, new="same", base="same")
-    assert "seeds [1]" in printed and "| ideas/new | 75.0 | 75.0 | 75.0 |" in printed
-    assert "| ideas/new minus ideas/base | +25.0, 1 of 1, p 1.000 |" in printed
+    assert "seeds [1]" in printed and "| new | 75.0 | 75.0 | 75.0 |" in printed
+    assert "| new minus base | +25.0, 1 of 1, p 1.000 |" in printed
     assert ideas(tmp_path / "other", new="same") == (
-        "ideas/base, which the others are compared with, has no result"
+        "base, which the others are compared with, has no result"
     )
 
 
 def test_runs_from_different_start_models_are_not_paired(tmp_path):
-    with pytest.raises(ValueError, match="new and ideas/base: two start models at seeds .1."):
+    with pytest.raises(ValueError, match="new and base: two start models at seeds .1."):
         ideas(tmp_path, new="new", base="base")
 
 
