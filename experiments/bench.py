@@ -1,17 +1,14 @@
 r"""Speed: rollouts and training forwards beside stock Hugging Face, a step beside TRL's, one step.
 
-Nothing imports this file. Each comparison runs this code and a baseline in turns, in one process,
-on the same weights, images and response lengths. The baseline is stock `generate` on left-padded
-prompts for rollouts; for training, one padded row per response, each with its own copy of the
-image. A ratio is the median over the repeats, followed by the lowest and the highest.
+    python -m experiments.bench                                 every comparison, on the toy
+    python -m experiments.bench --only rollouts forwards        some
+    python -m experiments.bench --model random:qwen2.5-vl-3b    one step of training, by phase
 
-    python -m experiments.bench                            every part, a tiny model on a CPU
-    python -m experiments.bench --only rollouts forwards   some parts
-
-With --model, one step as train.py runs it is measured instead, phase by phase, on CUDA where torch
-finds it (docs/on-gpus.md):
-
-    python -m experiments.bench --model random:qwen2.5-vl-3b
+A comparison runs this code and a baseline in turns, in one process, on the same weights, images and
+response lengths. The baseline is stock `generate` on left-padded prompts for rollouts; for
+training, one padded row per response, each with its own copy of the image. A ratio is the median
+over the repeats, followed by the lowest and the highest. One step is as train.py runs it, on CUDA
+where torch finds it (docs/on-gpus.md).
 """
 
 from __future__ import annotations
@@ -51,27 +48,28 @@ REPEATS = 3  # of a comparison
 # ------------------------------------------------------------------- models, prompts and responses
 
 
+def toy_encoder() -> Encoder:
+    return Encoder(str(toy.MODEL), 3136, 10_000_000)
+
+
 def toy_policies() -> tuple[Policy, Policy]:
     """The toy's start model, and the same weights with stock attention."""
-    encoder = Encoder(str(toy.MODEL), 3136, 10_000_000)
-    ours, stock = Policy.load(toy.MODEL, encoder), Policy.load(toy.MODEL, encoder)
+    ours, stock = (Policy.load(toy.MODEL, toy_encoder()) for _ in range(2))
     stock.model.set_attn_implementation({"text_config": "sdpa", "vision_config": "sdpa"})
     return ours, stock
 
 
-def random_policy(name: str, folder: str, device: torch.device) -> Policy:
+def random_policy(name: str, device: torch.device) -> Policy:
     """A published size with random fp32 weights, made on the device.
 
-    The tokenizer is the toy's, so the special tokens get the ids they have there; the vocabulary
-    keeps its published size. The encoder's files are written to `folder`.
+    Tokenizer and special tokens are the toy's; the vocabulary keeps its published size.
     """
-    fields = start_model.write_configs(Path(folder), start_model.make_tokenizer())
-    config = start_model.random_config(name, fields["bos_token_id"])
-    config.save_pretrained(folder)
+    encoder = toy_encoder()
+    special = encoder.tokenizer.convert_tokens_to_ids(start_model.SPECIAL[0])
     torch.manual_seed(0)
     with torch.device(device):
-        model = Qwen2_5_VLForConditionalGeneration(config)
-    return Policy(model, Encoder(folder, 3136, 10_000_000))
+        config = start_model.random_config(name, special)
+        return Policy(Qwen2_5_VLForConditionalGeneration(config), encoder)
 
 
 def noise_prompts(encoder: Encoder, tokens: int, count: int) -> list[Prompt]:
@@ -265,11 +263,11 @@ PARTS = {"rollouts": rollouts, "forwards": forwards, "trl": beside_trl}
 # ---------------------------------------------------------------------------------------- one step
 
 
-def one_step(args, folder: str) -> None:
+def one_step(args) -> None:
     """A step of papo_g and one of grpo as train.py runs them, on the same rollouts, by phase."""
     _, _, device = init_distributed()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    policy = random_policy(args.model.removeprefix("random:"), folder, device)
+    policy = random_policy(args.model.removeprefix("random:"), device)
     reference = Policy(copy.deepcopy(policy.model), policy.encoder)
     for parameter in reference.model.parameters():  # not the frequencies of RoPE, which stay fp32
         parameter.data = parameter.data.to(dtype)
@@ -340,8 +338,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 def main(argv=None) -> None:
     args = parse_args(argv)
     if args.model:
-        with tempfile.TemporaryDirectory() as folder:
-            one_step(args, folder)
+        one_step(args)
         return
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     print_row("what", "this code", "baseline", "baseline / this code")

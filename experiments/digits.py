@@ -9,13 +9,11 @@ alone (`flags` has the others):
     torchrun train.py --model FOLDER/model --data FOLDER/train.jsonl --val_data FOLDER/held_out
 
 An image is a 3 x 3 grid of scans of the digits 0 to 4 (scikit-learn ships 1,797 of them, 8 x 8
-pixels each), enlarged to one image token per cell and drawn as ink on the tints of the toy's cells.
-A question asks how often a digit occurs, what a row adds up to, or which digit of a row is the
-largest. Its note offers a shortcut, as in the toy: it is right half the time in `train` and
-`general`, and never in `vision_dependent`.
+pixels each), one image token per cell, as ink on the tints of the toy's cells. A question offers
+the toy's shortcut, a note that is right half the time, and never in `vision_dependent`.
 
-Scans 0 to 1156 serve the warm start and training, the others evaluation. They come in blocks, one
-per group of writers, and a block begins at 1157, so accuracy is about hands that were not seen.
+The scans come in blocks, one per group of writers. Those from 1157 on, where a block begins, serve
+the evaluation alone, so accuracy is about hands that were not seen.
 """
 
 from __future__ import annotations
