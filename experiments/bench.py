@@ -66,10 +66,11 @@ def random_policy(name: str, device: torch.device) -> Policy:
     """
     encoder = toy_encoder()
     special = encoder.tokenizer.convert_tokens_to_ids(start_model.SPECIAL[0])
+    config = start_model.random_config(name, special)
     torch.manual_seed(0)
     with torch.device(device):
-        config = start_model.random_config(name, special)
-        return Policy(Qwen2_5_VLForConditionalGeneration(config), encoder)
+        model = Qwen2_5_VLForConditionalGeneration(config)
+    return Policy(model, encoder)
 
 
 def noise_prompts(encoder: Encoder, tokens: int, count: int) -> list[Prompt]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from itertools import chain, product
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +50,7 @@ FURTHER = [
     ("large_double_grad", "large_single"),
     *against("large_kl_ref_0.1", ["large_double_grad", "large_single"]),
 ]
+CONFIRMED = [("semantic_0.17", "grpo")]
 RELATIVES = [  # and what they are built on
     *against("grpo", ["papo_g", "dyco_rl", "tor", "noisy_rollout", "dapo"]),
     *against("dapo", ["papo_d", "vppo", "pgpo"]),
@@ -160,7 +161,7 @@ def gains(runs: pd.DataFrame, variant: str, base: str, seeds: Iterable[int]) -> 
     return gained
 
 
-# --------------------------------------------------------------------------------------- statistics
+# ------------------------------------------------------------------------------------------- tables
 
 
 def sign_flip_p(differences: Iterable[float]) -> float:
@@ -196,9 +197,6 @@ def each(values: pd.Series) -> str:
     return " ".join(f"{value:.1f}" for value in values)
 
 
-# ---------------------------------------------------------------------------------------- the table
-
-
 def table(rows: Rows, columns: Iterable[str], show: Callable, corrected: Iterable[str] = ()) -> str:
     """Rows down, numbers across; a column that no row has is left out.
 
@@ -207,7 +205,8 @@ def table(rows: Rows, columns: Iterable[str], show: Callable, corrected: Iterabl
     """
     known = {name for frame in rows.values() for name in frame.columns[frame.notna().any()]}
     columns = [name for name in columns if name in known]
-    ps = {(row, name): sign_flip_p(rows[row][name]) for row, name in product(rows, corrected)}
+    tests = product(rows, [name for name in columns if name in corrected])
+    ps = {(row, name): sign_flip_p(rows[row][name]) for row, name in tests}
     corrections = {cell: f", corrected p {p:.5f}" for cell, p in holm(ps).items()}
     lines = [["", *columns], ["---"] * (len(columns) + 1)]
     for row, frame in rows.items():
@@ -215,8 +214,6 @@ def table(rows: Rows, columns: Iterable[str], show: Callable, corrected: Iterabl
         lines.append([row, *(shown[name] + corrections.get((row, name), "") for name in columns)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
-
-# ----------------------------------------------------------------------------------- at equal cost
 
 SHARES = (0.25, 0.5, 0.75, 1.0)  # of the budget, what the cheapest of the compared runs spends
 
@@ -278,7 +275,12 @@ def draw_curves(runs: pd.DataFrame, file: Path) -> None:
 
 
 def section(
-    runs: pd.DataFrame, title: str, pairs: Pairs, seeds: range, *columns: tuple[list, list]
+    runs: pd.DataFrame,
+    title: str,
+    pairs: Pairs,
+    seeds: range,
+    *columns: tuple[list, list],
+    corrected: Iterable[str] = (),
 ) -> list[str]:
     """Tables of runs and of their differences in pairs: these columns, then seed by seed."""
     starts = [f"{variant.partition('/')[0]}/start" for pair in pairs for variant in pair]
@@ -287,7 +289,7 @@ def section(
     own, between = levels(runs, variants, seeds), differences(runs, pairs, seeds)
     parts = [f"## {title}"]
     for of_runs, of_pairs in columns:
-        parts += [table(own, of_runs, interval), table(between, of_pairs, tested)]
+        parts += [table(own, of_runs, interval), table(between, of_pairs, tested, corrected)]
     return [*parts, table(own, PRIMARY, each), table(between, PRIMARY, each)]
 
 
@@ -302,35 +304,28 @@ def two_tasks(runs: pd.DataFrame) -> list[str]:
     for task in TASKS:
         parts += section(runs, task, within(task, METHODS), NEW_SEEDS, ACCURACY, READING)
         parts += ["At equal cost:", at_equal_cost(runs, within(task, BASELINES), NEW_SEEDS)]
-    further = within("dots", [*chain(*QUESTIONS.values()), *FURTHER])
-    parts += section(runs, "More on the dots", further, NEW_SEEDS, FALLS)
-    for title, pairs in QUESTIONS.items():
-        between = differences(runs, within("dots", pairs), NEW_SEEDS)
-        parts += [f"## {title}", table(between, ["overall"], tested, ["overall"])]
     return parts
 
 
-def confirmed(runs: pd.DataFrame) -> list[str]:
-    title, pairs = "Which patches, at new seeds", [("dots/semantic_0.17", "dots/grpo")]
-    between = differences(runs, pairs, CONFIRMING_SEEDS)
-    return [
-        *section(runs, title, pairs, CONFIRMING_SEEDS, ACCURACY, READING, TRAINING),
-        "Corrected:",
-        table(between, PRIMARY, tested, PRIMARY),
-        "At equal cost:",
-        at_equal_cost(runs, pairs, CONFIRMING_SEEDS),
-    ]
+def on_the_dots(runs: pd.DataFrame) -> list[str]:
+    parts = []
+    for title, pairs in QUESTIONS.items():
+        pairs = within("dots", pairs)
+        parts += section(runs, title, pairs, NEW_SEEDS, FALLS, corrected=["overall"])
+    parts += section(runs, "More on the dots", within("dots", FURTHER), NEW_SEEDS, FALLS)
+    pairs, columns = within("dots", CONFIRMED), (ACCURACY, READING, TRAINING)
+    title = "Which patches, at new seeds"
+    parts += section(runs, title, pairs, CONFIRMING_SEEDS, *columns, corrected=PRIMARY)
+    return [*parts, "At equal cost:", at_equal_cost(runs, pairs, CONFIRMING_SEEDS)]
 
 
 def adapters(runs: pd.DataFrame) -> list[str]:
-    pairs = within("lora", [("semantic_0.17", "grpo"), ("semantic_0.17_r8", "grpo_r8")])
-    with_all, with_adapters = differences(runs, pairs, EIGHT_SEEDS).values()
-    lost = {"adapters minus all weights": with_adapters - with_all}
+    small, every = within("lora", [("semantic_0.17_r8", "grpo_r8")]), within("lora", CONFIRMED)
+    lost = gains(runs, *small[0], EIGHT_SEEDS) - gains(runs, *every[0], EIGHT_SEEDS)
     return [
-        *section(runs, "With adapters", pairs, EIGHT_SEEDS, ACCURACY),
-        "The gain with adapters, corrected:",
-        table({"adapters": with_adapters}, PRIMARY, tested, PRIMARY),
-        table(lost, PRIMARY, tested),
+        *section(runs, "With adapters", small, EIGHT_SEEDS, ACCURACY, corrected=PRIMARY),
+        *section(runs, "The same with all weights", every, EIGHT_SEEDS, ACCURACY),
+        table({"adapters minus all weights": lost}, PRIMARY, tested),
     ]
 
 
@@ -387,7 +382,7 @@ def main() -> None:
         "accuracies in %. A difference is to the other run at the same seed: mean, seeds above 0, "
         "sign-flip p. [README.md](README.md) says how to read them.",
         *two_tasks(runs),
-        *confirmed(runs),
+        *on_the_dots(runs),
         *adapters(runs),
         *difficulty(runs),
         *relatives(runs),

@@ -305,13 +305,12 @@ def train(variant: str, given: dict, out: Path) -> Path:
     """The trained model; continues an interrupted run. ValueError if that had other flags."""
     folder, flags = out / "train", TRAINING | VARIANTS[variant]
     model = folder / "model"
-    if (folder / "config.json").exists():
+    is_begun = (folder / "config.json").exists()
+    if is_begun:
         begun = saved_config(folder)
         check_flags({name: begun.get(name) for name in flags}, flags, str(out))
-        command = {"resume": folder}
-    else:
-        command = given | {"out": folder} | flags
     if not (model / WEIGHTS).exists():
+        command = {"resume": folder} if is_begun else given | {"out": folder} | flags
         run_python(["train.py", *words_of(command)], out / "log.txt")
     if not (model / WEIGHTS).exists():
         raise RuntimeError(f"training stopped early: run the same command to continue ({out})")
