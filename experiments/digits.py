@@ -173,8 +173,7 @@ def make_lessons(rows: range, flawed: bool, seed: int, misread: float) -> list[s
         if flawed:
             cells = [start_model.misread(cell, WORDS, misread, rng) for cell in cells]
             box = scene.note if rng.random() < toy.COPY_NOTE else None
-        response = write_response(scene.question, cells, box)
-        lessons.append(start_model.Lesson(example_of(scene), response))
+        lessons.append((example_of(scene), write_response(scene.question, cells, box)))
     return lessons
 
 

@@ -35,7 +35,7 @@ from experiments import digits
 from experiments.start_model import WEIGHTS
 from papo import algo_class
 from support import toy
-from support.config import one_line_errors, saved_config
+from support.config import one_line_errors
 from support.run_folder import read_log
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -227,28 +227,17 @@ def append(file: Path, record: dict) -> None:
 
 
 def missing_of(folders: list[str], results: Path) -> list[tuple[str, int]]:
-    """Planned runs of these folders without a result. ValueError if other flags made one."""
+    """Planned runs of these folders without a result. One that other flags made does not count."""
     lines = [line for folder in folders for line in read_log(results / f"{folder}.jsonl")]
-    found = {(line["variant"], line["seed"]): line["flags"] for line in lines}
+    found = [(line["variant"], line["seed"], line.get("flags")) for line in lines]
     jobs = [job for job in JOBS if job[0].partition("/")[0] in folders]
-    for variant, seed in found.keys() & {*jobs}:
-        where = f"{results}: {variant}, seed {seed}"
-        check_flags(found[variant, seed], flags_of(variant), where)
-    return [job for job in jobs if job not in found]
+    return [(name, seed) for name, seed in jobs if (name, seed, flags_of(name)) not in found]
 
 
 def flags_of(variant: str) -> dict:
     """What defines a variant's runs."""
     evaluation = {f"evaluation_{name}": value for name, value in EVALUATION.items()}
     return (VARIANTS[variant] and TRAINING | VARIANTS[variant]) | evaluation
-
-
-def check_flags(found: dict, wanted: dict, where: str) -> None:
-    """ValueError if a run had other flags than the protocol has now."""
-    for name in found | wanted:
-        if found.get(name) != wanted.get(name):
-            made = f"was made with {name}={found.get(name)}"
-            raise ValueError(f"{where} {made}, the protocol has {wanted.get(name)}: remove it")
 
 
 # ------------------------------------------------------------------------------------------ one run
@@ -268,14 +257,21 @@ def build_start(task: str, seed: int) -> None:
 
 
 def run(variant: str, seed: int, results: Path) -> None:
-    """Train, evaluate, add the result. RuntimeError with the log's last line if a command fails."""
-    out, task = WORK / f"{variant}-s{seed}", task_of(variant)
-    out.mkdir(parents=True, exist_ok=True)
+    """Train, evaluate, add the result. RuntimeError with the log's last line if a command fails.
+
+    The folder's name has a hash of the flags and of the start model, so that what is continued
+    began with the same ones.
+    """
+    task = task_of(variant)
     start, needs = WORK / "start" / f"{task}-s{seed}", TASKS[task.partition("_")[0]]
     for_training, for_evaluation = needs.flags(start)
     model = start / "model"
-    record = {"variant": variant, "seed": seed, "flags": flags_of(variant)} | machine()
+    record = {"variant": variant, "seed": seed, "flags": flags_of(variant)}
     record["start_model"] = hashlib.sha256((model / WEIGHTS).read_bytes()).hexdigest()
+    began = hashlib.sha256(json.dumps(record).encode()).hexdigest()[:8]
+    out = WORK / f"{variant}-s{seed}-{began}"
+    out.mkdir(parents=True, exist_ok=True)
+    record |= machine()
     if VARIANTS[variant]:
         model = train(variant, for_training | {"model": model, "seed": seed}, out)
         record |= training_record(out / "train")
@@ -302,16 +298,13 @@ def machine() -> dict:
 
 
 def train(variant: str, given: dict, out: Path) -> Path:
-    """The trained model; continues an interrupted run. ValueError if that had other flags."""
-    folder, flags = out / "train", TRAINING | VARIANTS[variant]
-    model = folder / "model"
-    is_begun = (folder / "config.json").exists()
-    if is_begun:
-        begun = saved_config(folder)
-        check_flags({name: begun.get(name) for name in flags}, flags, str(out))
+    """The trained model; continues an interrupted run."""
+    folder, model = out / "train", out / "train" / "model"
+    flags = given | {"out": folder} | TRAINING | VARIANTS[variant]
+    if (folder / "config.json").exists():
+        flags = {"resume": folder}
     if not (model / WEIGHTS).exists():
-        command = {"resume": folder} if is_begun else given | {"out": folder} | flags
-        run_python(["train.py", *words_of(command)], out / "log.txt")
+        run_python(["train.py", *words_of(flags)], out / "log.txt")
     if not (model / WEIGHTS).exists():
         raise RuntimeError(f"training stopped early: run the same command to continue ({out})")
     return model

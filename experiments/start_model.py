@@ -20,7 +20,6 @@ import tempfile
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -152,11 +151,7 @@ def make_model(config: dict, seed: int) -> Qwen2_5_VLForConditionalGeneration:
     return model
 
 
-class Lesson(NamedTuple):
-    """What the warm start imitates."""
-
-    example: Example
-    response: str
+Lesson = tuple[Example, str]  # and the response to imitate
 
 
 def make_lessons(rows: range, flawed: bool, seed: int, setting: Setting) -> list[Lesson]:
@@ -171,7 +166,7 @@ def make_lessons(rows: range, flawed: bool, seed: int, setting: Setting) -> list
             cells = [misread(cell, words, setting.misread, rng) for cell in cells]
             box = scene.note if rng.random() < toy.COPY_NOTE else None
         response = toy.write_response(cells, scene.asked, box, setting)
-        lessons.append(Lesson(toy.example(toy.WARM_SPLIT, row, seed, setting), response))
+        lessons.append((toy.example(toy.WARM_SPLIT, row, seed, setting), response))
     return lessons
 
 
@@ -184,11 +179,11 @@ def misread(true: str, words: Iterable[str], chance: float, rng: random.Random) 
 
 def warm_batch(encoder: Encoder, lessons: list[Lesson]) -> tuple[dict, Tensor]:
     """The model's inputs for B lessons, and which tokens are responses, [B, T] bool."""
-    prompts = [encoder.encode(lesson.example) for lesson in lessons]
+    prompts = [encoder.encode(example) for example, _ in lessons]
     sequences, is_response = [], []
-    for prompt, lesson in zip(prompts, lessons, strict=True):
-        response = torch.tensor(encoder.tokenizer(lesson.response + "<|im_end|>")["input_ids"])
-        sequences.append(torch.cat([prompt.input_ids, response]))
+    for prompt, (_, response) in zip(prompts, lessons, strict=True):
+        tokens = torch.tensor(encoder.tokenizer(response + "<|im_end|>")["input_ids"])
+        sequences.append(torch.cat([prompt.input_ids, tokens]))
         is_response.append(torch.arange(len(sequences[-1])) >= len(prompt))
     # Causal attention never looks at padding on the right, so no attention mask is needed.
     pad = encoder.tokenizer.pad_token_id

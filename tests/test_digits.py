@@ -33,7 +33,7 @@ def test_the_labels_of_the_warm_start_misread_as_often_as_asked():
     right = sum((digits.make_scene("warm", row).cells for row in rows), [])
     for chance in (0.04, 0.2):
         lessons = digits.make_lessons(rows, flawed=True, seed=0, misread=chance)
-        read = sum((run.read_cells(lesson.response, 9) for lesson in lessons), [])
+        read = sum((run.read_cells(response, 9) for _, response in lessons), [])
         wrong = [a != b for a, b in zip(read, right, strict=True)]
         assert abs(np.mean(wrong) - chance) < 0.02  # three standard errors of 3,600 cells
 

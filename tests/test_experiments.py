@@ -1,8 +1,8 @@
 """Experiments: what is run and kept, how runs are paired and tested, what the README quotes."""
 
-import json
 import re
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -33,7 +33,7 @@ def test_the_stored_results_are_the_plans():
     assert len(set(pairs)) == len(pairs) > 500
     for line in stored:
         if line["variant"] in run.VARIANTS:
-            run.check_flags(line["flags"], run.flags_of(line["variant"]), line["variant"])
+            assert line["flags"] == run.flags_of(line["variant"]), line["variant"]
     missing = {variant for variant, _ in run.JOBS.keys() - set(pairs)}
     assert {variant.partition("/")[0] for variant in missing} <= {"variants", "lora"}  # being run
 
@@ -46,21 +46,35 @@ def test_lines_added_at_once_are_all_there(tmp_path):
     assert sorted(line["n"] for line in read_log(file)) == list(range(40))
 
 
-def test_runs_with_other_flags_are_refused(tmp_path):
-    """Results, and those that were interrupted."""
+def test_results_of_other_flags_do_not_count(tmp_path):
     flags = run.flags_of("first/grpo")
-    line = {"variant": "first/grpo", "seed": 10, "flags": flags}
-    run.append(tmp_path / "first.jsonl", line)
+    for seed, steps in ((10, 30), (11, 31)):
+        line = {"variant": "first/grpo", "seed": seed, "flags": flags | {"steps": steps}}
+        run.append(tmp_path / "first.jsonl", line)
     missing = run.missing_of(["first"], tmp_path)
-    assert ("first/grpo", 10) not in missing and ("first/grpo", 12) in missing
-    run.append(tmp_path / "first.jsonl", line | {"seed": 11, "flags": flags | {"steps": 31}})
-    with pytest.raises(ValueError, match="grpo, seed 11 was made with steps=31, .* has 30"):
-        run.missing_of(["first"], tmp_path)
-    begun = run.TRAINING | {"algo": "grpo", "steps": 31, "seed": 10}
-    (tmp_path / "train").mkdir()
-    (tmp_path / "train" / "config.json").write_text(json.dumps(begun))
-    with pytest.raises(ValueError, match="was made with steps=31, .* has 30"):
-        run.train("first/grpo", {}, tmp_path)
+    assert [("first/grpo", seed) in missing for seed in (10, 11, 12)] == [False, True, True]
+    assert not any(variant.startswith("dots/") for variant, _ in missing)
+
+
+def test_a_run_continues_one_with_its_flags_and_start_model_alone(tmp_path, monkeypatch):
+    """The commands are recorded; the first training is interrupted once its folder is there."""
+    monkeypatch.setattr(run, "WORK", tmp_path)
+    commands = []
+
+    def record(words, log):
+        commands.append(dict(word.removeprefix("--").partition("=")[::2] for word in words))
+        folder = Path(commands[-1].get("out", commands[-1].get("resume")))
+        write_jsonl(folder / "config.json", [{}])
+
+    monkeypatch.setattr(run, "run_python", record)
+    start = tmp_path / "start" / "dots-s10" / "model"
+    for weights, variant in (("a", "grpo"), ("a", "grpo"), ("b", "grpo"), ("b", "dapo")):
+        (start / run.WEIGHTS).parent.mkdir(parents=True, exist_ok=True)
+        (start / run.WEIGHTS).write_text(weights)
+        with pytest.raises(RuntimeError, match="stopped early"):
+            run.run(f"first/{variant}", 10, tmp_path)
+    assert commands[0]["model"] == str(start) and commands[0]["algo"] == "grpo"
+    assert [command.get("resume") for command in commands] == [None, commands[0]["out"], None, None]
 
 
 def test_an_answer_is_misread_where_the_cells_read_have_another_answer(tmp_path):
