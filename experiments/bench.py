@@ -112,9 +112,6 @@ def random_stops(policy: Policy, mean: float) -> Iterator[None]:
         handle.remove()
 
 
-# ------------------------------------------------------------------------------------ the baseline
-
-
 def stock_generate(policy: Policy, prompts: list[Prompt], group_size: int, length: int) -> Tensor:
     """generate with num_return_sequences on left-padded prompts."""
     width = max(map(len, prompts))

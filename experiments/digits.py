@@ -20,9 +20,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import operator
 import random
 from collections.abc import Callable
 from functools import cache, partial
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,17 +54,11 @@ class Question(NamedTuple):
 
     def results(self, cells: list[str]) -> list[int]:
         """The running result after each cell; one that holds none of WORDS adds nothing."""
-        running, result = [], 0
-        for position, word in enumerate(cells):
-            in_row = word in WORDS and position // GRID == self.subject
-            if self.kind == "count":
-                result += word == WORDS[self.subject]
-            elif self.kind == "sum" and in_row:
-                result += WORDS.index(word)
-            elif self.kind == "largest" and in_row:
-                result = max(result, WORDS.index(word))
-            running.append(result)
-        return running
+        if self.kind == "count":
+            return [*accumulate(int(word == WORDS[self.subject]) for word in cells)]
+        digits = [WORDS.index(word) if word in WORDS else 0 for word in cells]
+        in_row = [n if i // GRID == self.subject else 0 for i, n in enumerate(digits)]
+        return [*accumulate(in_row, max if self.kind == "largest" else operator.add)]
 
     def answer(self, cells: list[str]) -> int:
         return self.results(cells)[-1]
@@ -75,9 +71,6 @@ class Scene(NamedTuple):
     cells: list[str]  # in reading order
     note: int
     image: Image.Image
-
-
-# --------------------------------------------------------------------------------------------- rows
 
 
 @cache
@@ -153,9 +146,6 @@ def write_rows(path: Path, split: str, seed: int) -> None:
         line = {"id": f"{split}-{row}", "problem": example.question, "answer": example.answer}
         lines.append(json.dumps(line | {"images": [image], "kind": scene.question.kind}) + "\n")
     path.write_text("".join(lines))
-
-
-# -------------------------------------------------------------------------------------------- model
 
 
 def write_response(question: Question, cells: list[str], box: int | None = None) -> str:

@@ -235,9 +235,6 @@ def warm_loss(model, inputs: dict, is_response: Tensor, doubled: Tensor | None) 
     return (loss * weight).sum() / weight.sum()
 
 
-# ---------------------------------------------------------------------------------------- a folder
-
-
 def build(seed: int, folder: Path, spec: str = "toy", steps: int = 0) -> Path:
     """Make the start model of a toy as a Hugging Face folder. Returns the folder.
 
