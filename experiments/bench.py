@@ -1,14 +1,13 @@
-r"""Speed: rollouts and training forwards beside stock Hugging Face, a step beside TRL's, one step.
+r"""Speed: rollouts beside stock Hugging Face, a step of GRPO beside TRL's, one step by phase.
 
-    python -m experiments.bench                                 every comparison, on the toy
-    python -m experiments.bench --only rollouts forwards        some
+    python -m experiments.bench                                 both comparisons, on the toy
+    python -m experiments.bench --only trl                      one
     python -m experiments.bench --model random:qwen2.5-vl-3b    one step of training, by phase
 
-A comparison runs this code and a baseline in turns, in one process, on the same weights, images and
-response lengths. The baseline is stock `generate` on left-padded prompts for rollouts; for
-training, one padded row per response, each with its own copy of the image. A ratio is the median
-over the repeats, followed by the lowest and the highest. One step is as train.py runs it, on CUDA
-where torch finds it (docs/on-gpus.md).
+A comparison runs this code and a baseline on the same weights and images, with as many tokens; for
+rollouts that is stock `generate` on left-padded prompts, in turns with this code. A ratio is the
+median over the repeats, followed by the lowest and the highest. One step is as train.py runs it, on
+CUDA where torch finds it (docs/on-gpus.md).
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from experiments import start_model
 from papo import prepare, preset, update
 from rollout import Sampling, generate
 from support import packing, toy
-from support.batch import Example, Group, Prompt, mini_batches, seeded
+from support.batch import Example, Prompt, mini_batches, seeded
 from support.distributed import init_distributed, make_mesh, shard
 from support.qwen_vl import Encoder, Policy
 from support.reward import compute_score
@@ -133,23 +132,6 @@ def stock_generate(policy: Policy, prompts: list[Prompt], group_size: int, lengt
     )
 
 
-def padded_log_probs(policy: Policy, group: Group) -> Tensor:
-    """Log-probs [G, T] from ordinary right-padded rows, the image repeated for each response."""
-    prompt, n = group.prompt, len(group.tokens)
-    prompt_mask = torch.ones(n, len(prompt), dtype=torch.long)
-    token_types = F.pad(prompt.is_image_token.long(), (0, group.tokens.shape[1]))
-    logits = policy.model(
-        input_ids=torch.cat([prompt.input_ids.expand(n, -1), group.tokens], 1),
-        attention_mask=torch.cat([prompt_mask, group.response_mask.long()], 1),
-        mm_token_type_ids=token_types.expand(n, -1),
-        pixel_values=prompt.pixel_values.repeat(n, 1),
-        image_grid_thw=prompt.image_grid_thw.repeat(n, 1),
-        use_cache=False,
-    ).logits[:, len(prompt) - 1 : -1]
-    losses = F.cross_entropy(logits.flatten(0, 1), group.tokens.flatten(), reduction="none")
-    return -losses.view(n, -1) * group.response_mask
-
-
 # --------------------------------------------------------------------------------------- measuring
 
 
@@ -172,38 +154,19 @@ def print_row(what: str, *cells: str) -> None:
     print(f"| {what:<64} | {' | '.join(padded)} |", flush=True)
 
 
-def compare(what: str, ours: Callable, baseline: Callable) -> None:
-    """Run both in turns, after a first call of each, and print a row."""
-    times = [(timed(ours)[0], timed(baseline)[0]) for _ in range(REPEATS + 1)][1:]
-    ratios = [slow / fast for fast, slow in times]
-    cells = [f"{median(side):.3g} s" for side in zip(*times, strict=True)]
-    spread = f"[{min(ratios):.2f}, {max(ratios):.2f}] over {REPEATS}"
-    print_row(what, *cells, f"{median(ratios):.2f} {spread}")
-
-
 def rollouts() -> None:
-    """Sampling against stock generate: 16 prompts x 8 responses of 50 tokens."""
+    """Sampling against stock generate, in turns, after a first call of each."""
     ours, stock = toy_policies()
     for tokens in (50, 400, 1200):
         prompts = noise_prompts(ours.encoder, tokens, 16)
         sample = partial(generate, ours, prompts, 8, Sampling(50), key=(0, 0))
         baseline = partial(stock_generate, stock, prompts, 8, 50)
         with random_stops(ours, math.inf), random_stops(stock, math.inf):
-            compare(f"rollout, {tokens}-token prompts, 16 x 8 of 50", sample, baseline)
-
-
-def forwards() -> None:
-    """Log-probs and their gradient against padded rows, for one group."""
-    ours, stock = toy_policies()
-    for tokens in (64, 400, 1200):
-        prompts = noise_prompts(ours.encoder, tokens, 1)
-        with random_stops(ours, 40):
-            [group] = generate(ours, prompts, 5, Sampling(60), key=(0, 0))
-        compare(
-            f"forward + backward, {tokens}-token prompt, 5 responses",
-            lambda group=group: ours.log_probs([group]).sum().backward(),
-            lambda group=group: padded_log_probs(stock, group).sum().backward(),
-        )
+            times = [(timed(sample)[0], timed(baseline)[0]) for _ in range(REPEATS + 1)][1:]
+        ratios = [slow / fast for fast, slow in times]
+        cells = [f"{median(side):.3g} s" for side in zip(*times, strict=True)]
+        spread = f"{median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}] over {REPEATS}"
+        print_row(f"rollout, {tokens}-token prompts, 16 x 8 of 50", *cells, spread)
 
 
 def beside_trl() -> None:
@@ -256,7 +219,7 @@ def trl_seconds(out: str, steps: int) -> list[float]:
     return [after - before for before, after in pairwise(ends)]
 
 
-PARTS = {"rollouts": rollouts, "forwards": forwards, "trl": beside_trl}
+PARTS = {"rollouts": rollouts, "trl": beside_trl}
 
 # ---------------------------------------------------------------------------------------- one step
 
