@@ -87,16 +87,14 @@ READING = (
 
 
 def load(folder: Path) -> pd.DataFrame:
-    """The lines of results, by variant and seed, with the numbers that the tables show.
-
-    A run that ends below its start model has collapsed.
-    """
+    """The lines of results, by variant and seed, with the numbers that the tables show."""
     lines = [line for file in sorted(folder.glob("*.jsonl")) for line in read_log(file)]
     runs = pd.json_normalize(lines).drop_duplicates(["variant", "seed"], keep="last")
     runs = runs.set_index(["variant", "seed"]).sort_index()
     runs = runs.assign(**at_the_end(runs), **in_training(runs))
     is_start = runs.index.get_level_values("variant").str.endswith("/start")
     of_start = runs[is_start].groupby("start_model")["overall"].first()
+    # A run has collapsed if it ends below its start model.
     return runs.assign(collapsed=runs["overall"] < runs["start_model"].map(of_start))
 
 
@@ -247,9 +245,6 @@ def at_equal_cost(runs: pd.DataFrame, pairs: Pairs, seeds: range) -> str:
     return table(rows, [f"{share:.0%} spent" for share in SHARES], tested)
 
 
-# ----------------------------------------------------------------------------------------- figures
-
-
 def draw_curves(runs: pd.DataFrame, file: Path) -> None:
     """Mean accuracy over the steps, and the difference to the baseline; a row per task."""
     figure = Figure(figsize=(11, 6.8), layout="constrained")
@@ -265,8 +260,8 @@ def draw_curves(runs: pd.DataFrame, file: Path) -> None:
             gained = gains(runs, variant, base, NEW_SEEDS)
             means, halves = np.transpose([mean_interval(gained[name]) for name in AFTER])
             right.plot(STEPS, means, color=colours[variant])
-            band = means - halves, means + halves
-            right.fill_between(STEPS, *band, alpha=0.15, color=colours[variant])
+            low, high = means - halves, means + halves
+            right.fill_between(STEPS, low, high, alpha=0.15, color=colours[variant])
         left.legend(fontsize=8)
     figure.savefig(file, dpi=110)
 
@@ -375,7 +370,7 @@ def main() -> None:
     runs = load(HERE / "results")
     (HERE / "figures").mkdir(exist_ok=True)
     draw_curves(runs, HERE / "figures" / "both_tasks.png")
-    first, tried = within("first", TABLE1), within("first", THREE_SEEDS_EACH)
+    first, tried = (within("first", pairs) for pairs in (TABLE1, THREE_SEEDS_EACH))
     parts = [
         "# Results",
         "Drawn by `python -m experiments.report` from results/. Mean +- 95% interval over seeds; "

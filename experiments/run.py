@@ -154,17 +154,13 @@ plan("compare", EIGHT_SEEDS, {"papo_g": NO_CURVE | {"kl_prcp_coef": 0.2}})
 
 # The second protocol: two tasks, 60 steps, start models that misread a cell more or less often, and
 # the choices of gamma and steps.
-GAMMA = 0.1
-
-
-def longer(algo: str, **flags) -> dict:
-    return {"algo": algo, "steps": 60} | flags
-
-
-METHODS = {name: longer(name) for name in TABLE1}
-METHODS |= {f"{name}_0.1": longer(name, kl_prcp_coef=GAMMA) for name in ("papo_g", "papo_d")}
-GAMMAS = {f"papo_g_{x}": longer("papo_g", kl_prcp_coef=x) for x in (0.05, 0.1, 0.2, 0.5, 1.0)}
-SMALL_MASKS = longer("papo_g", kl_prcp_coef=GAMMA, mask_ratio=0.17)  # as much as dots cover
+METHODS = {name: flags | {"steps": 60} for name, flags in TABLE1.items()}
+METHODS |= {f"{name}_0.1": METHODS[name] | {"kl_prcp_coef": 0.1} for name in ("papo_g", "papo_d")}
+GAMMAS = {
+    f"papo_g_{gamma}": METHODS["papo_g"] | {"kl_prcp_coef": gamma}
+    for gamma in (0.05, 0.1, 0.2, 0.5, 1.0)
+}
+SMALL_MASKS = METHODS["papo_g_0.1"] | {"mask_ratio": 0.17}  # as much as dots cover
 MASKS = {"random_0.17": SMALL_MASKS, "semantic_0.17": SMALL_MASKS | {"mask_strategy": "semantic"}}
 PAIR = {name: METHODS[name] for name in ("grpo", "papo_g_0.1")}
 for _task in TASKS:
@@ -382,7 +378,7 @@ def run_all(what: str, function: Callable, jobs: list[tuple], at_a_time: int) ->
     return failures
 
 
-def parse_args() -> argparse.Namespace:
+def main() -> None:
     parser = argparse.ArgumentParser(description="Run experiments at toy scale.")
     folders = dict.fromkeys(variant.partition("/")[0] for variant in VARIANTS)
     add = parser.add_argument
@@ -391,19 +387,13 @@ def parse_args() -> argparse.Namespace:
     add("--jobs", type=int, default=2, help="runs at a time, one core each")
     add("--list", action="store_true", help="list the missing runs and stop")
     args = parser.parse_args()
-    args.ideas = [name for name in args.names if name not in (*folders, "all")]
-    args.folders = [*folders] if "all" in args.names else [*folders.keys() & args.names]
-    if args.folders and args.ideas:
-        parser.error(f"{args.folders[0]} is a protocol's, {args.ideas[0]} is not: give one kind")
-    return args
-
-
-def main() -> None:
-    args = parse_args()
+    ideas = [name for name in args.names if name not in (*folders, "all")]
+    if 0 < len(ideas) < len(args.names):
+        parser.error(f"{ideas[0]} is no protocol's: give ideas or protocols, not both")
     with one_line_errors():
-        ideas = plan_ideas(args.ideas, args.seeds)
-        results = WORK if ideas else RESULTS
-        missing = missing_of(args.folders or ["ideas"], results)
+        variants = plan_ideas(ideas, args.seeds)
+    results, chosen = (WORK, ["ideas"]) if ideas else (RESULTS, args.names)
+    missing = missing_of([*folders] if "all" in chosen else chosen, results)
     print(f"{len(missing)} runs are missing", flush=True)
     if args.list:
         print("\n".join(f"{variant} seed {seed}" for variant, seed in missing))
@@ -414,7 +404,7 @@ def main() -> None:
     if ideas:
         from experiments import report  # here, because it imports this file
 
-        print(report.ideas_table(ideas, results))
+        print(report.ideas_table(variants, results))
     sys.exit(bool(failures))
 
 

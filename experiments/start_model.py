@@ -111,9 +111,7 @@ def tokenizer_of(words: list[str], largest: int, questions: list[str]) -> PreTra
     )
 
 
-def write_configs(
-    folder: Path, tokenizer: PreTrainedTokenizerFast, task: dict | None = None
-) -> dict:
+def write_configs(folder: Path, tokenizer: PreTrainedTokenizerFast, task: dict | None) -> dict:
     """Write every file of the tiny model but its weights. Returns the content of config.json."""
     pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
     files = {
@@ -198,9 +196,7 @@ def warm_batch(encoder: Encoder, lessons: list[Lesson]) -> tuple[dict, Tensor]:
     return inputs, pad_sequence(is_response, batch_first=True)
 
 
-def warm_start(
-    model, encoder: Encoder, steps: int, lessons_of: Callable, words: Iterable[str]
-) -> None:
+def warm_start(model, encoder: Encoder, steps: int, lessons_of: Callable, words: Iterable) -> None:
     """Supervised training, in place: the first half teaches seeing, the second half carelessness.
 
     lessons_of: rows, whether they are flawed -> lessons. words: those that name what is seen count
