@@ -52,7 +52,7 @@ def test_the_task_trains_with_public_flags(tmp_path, monkeypatch):
     assert {"eval/general", "eval/vision_dependent"} <= metric_lines(tmp_path / "run")[0].keys()
 
 
-def test_notes_scans_and_images_that_are_read_correctly():
+def test_notes_scans_and_images_that_are_read_correctly(monkeypatch):
     """Notes are wrong where vision decides; no scan of the evaluation is seen in training."""
     right = dict.fromkeys(run.SPLITS, 0)
     for split in right:
@@ -67,6 +67,11 @@ def test_notes_scans_and_images_that_are_read_correctly():
     for digit in trained:
         seen, new = ({scan.tobytes() for scan in side[digit]} for side in (trained, held_out))
         assert len(seen) > 100 and len(new) > 50 and not seen & new
+    sides = []
+    monkeypatch.setattr(digits, "scans", lambda held_out: sides.append(held_out) or trained)
+    for split in ("warm", "train", *run.SPLITS):
+        digits.make_scene(split, 0)
+    assert sides == [False, False, True, True]
 
 
 def test_a_start_model_of_a_level_is_built_by_its_command(tmp_path, monkeypatch):

@@ -82,16 +82,21 @@ def test_an_answer_is_misread_where_the_cells_read_have_another_answer(tmp_path)
     place = next(i for i, colour in enumerate(scene.cells) if colour != scene.asked)
     one_more = [*scene.cells]
     one_more[place] = scene.asked
+    same_count = [*scene.cells]
+    same_count[place] = next(
+        each for each in toy.COLOURS if each not in (scene.asked, scene.cells[place])
+    )
     texts = [
         toy.write_response(scene.cells, scene.asked, scene.note, run.SETTING),  # copies the note
         toy.write_response(one_more, scene.asked, None, run.SETTING),
+        toy.write_response(same_count, scene.asked, scene.note, run.SETTING),
         "no reading at all",
     ]
     rows = [{"row": 3, "predict": text, "accuracy": 0.0, "unboxed": 0} for text in texts]
     result = run.measure(run.TASKS["dots"], write_jsonl(tmp_path / "general.jsonl", rows))
     unread = scene.cells.count(scene.asked) > 0
-    assert (result["wrong"], result["misread"], result["responses"]) == (3, 1 + unread, 3)
-    assert result["cells_right"] == pytest.approx((1 + 15 / 16) / 3)
+    assert (result["wrong"], result["misread"], result["responses"]) == (4, 1 + unread, 4)
+    assert result["cells_right"] == pytest.approx((1 + 2 * 15 / 16) / 4)
 
 
 def test_changed_code_is_another_idea(tmp_path):
