@@ -60,8 +60,9 @@ RELATIVES = [  # and what they are built on
 ]
 TABLE1 = [("papo_g", "grpo"), ("papo_d", "dapo"), ("dapo", "papo_g")]
 OTHER_SETTINGS = [
-    *against("grpo", ["papo_g", *run.OTHER_GAMMAS, *run.WITHOUT_KL_REF, "masked_grad"]),
+    *against("grpo", ["papo_g", *run.OTHER_GAMMAS, *run.WITHOUT_KL_REF]),
     *against("papo_g", [*run.OTHER_MASKS, *run.OTHER_KLS]),
+    ("masked_grad", "grpo"),
     *against("large", [*run.COLLAPSING, "large_double"]),
 ]
 
@@ -69,21 +70,32 @@ OTHER_SETTINGS = [
 
 STEPS = list(range(0, 61, 10))  # of evaluations during training
 AFTER = [f"after step {step}" for step in STEPS]
+TIME, RATIO = "seconds per step", "seconds per step, relative"
 LAST = ["gain in the last 20 steps", "gain in the last 10 steps"]
 VISION = "vision_dependent minus general"
 EVALUATED = [*SPLITS, "both"]
 
 PRIMARY = ["overall", "mean over training"]  # how far, how fast
 ENDS = ["overall", *SPLITS, "mean over training"]
+DIFFERENCE, CHANGE, DELTA_REL = ", difference", ": change in %", "Delta_rel %"
+GAINS = DIFFERENCE, CHANGE, DELTA_REL, "spent"  # columns that compare two runs
 
-# Columns of a section: of runs, and of pairs of runs.
-ACCURACY = [*ENDS, *LAST], [*ENDS, *LAST, VISION, "Delta_rel %"]
-FALLS = [*ENDS, "collapsed"], [*ENDS, "collapsed"]
-TRAINING = AFTER, AFTER
-READING = (
-    [f"{what} %, {of}" for of in EVALUATED for what in ("wrong", "misread of these", "cells read")],
-    [f"{what} %, {of}: change in %" for of in EVALUATED for what in ("wrong", "misread")],
-)
+
+def beside(*names: str) -> list[str]:
+    """Columns of runs, each followed by that of their differences."""
+    return [column for name in names for column in (name, name + DIFFERENCE)]
+
+
+def reading(of: str) -> list[str]:
+    """Columns about wrong answers and misread images."""
+    levels = [f"{what} %, {of}" for what in ("wrong", "misread of these", "cells read")]
+    return levels + [f"{what} %, {of}{CHANGE}" for what in ("wrong", "misread")]
+
+
+FAR_AND_FAST = [name + DIFFERENCE for name in PRIMARY]
+ACCURACY = [*beside(*ENDS), DELTA_REL, VISION + DIFFERENCE, *LAST]
+FALLS = beside(*ENDS, "collapsed")
+CONFIRMING = [*beside(*ENDS, "after step 20"), DELTA_REL, *reading("both")]
 
 
 def load(folder: Path) -> pd.DataFrame:
@@ -132,11 +144,26 @@ def in_training(runs: pd.DataFrame) -> dict:
     for name, before in zip(LAST, (AFTER[-3], AFTER[-2]), strict=True):
         numbers[name] = curve[AFTER[-1]] - curve[before]
     fast = runs["seconds"].map(lambda steps: np.quantile(steps, 0.1), na_action="ignore")
-    return numbers | {"seconds per step": fast}
+    return numbers | {TIME: fast}
 
 
-def levels(runs: pd.DataFrame, variants: Iterable[str], seeds: Iterable[int]) -> Rows:
-    return {variant: runs.loc[variant].loc[list(seeds)] for variant in variants}
+def compared(runs: pd.DataFrame, pairs: Pairs, seeds: Iterable[int]) -> Rows:
+    """The runs of some pairs after their start models; beside a run's numbers what it gains over
+    the one it is compared with, the first of several."""
+    bases = dict(reversed(pairs))
+    variants = [name for pair in pairs for name in reversed(pair)]
+    starts = [f"{variant.partition('/')[0]}/start" for variant in variants]
+    rows = {}
+    for variant in dict.fromkeys([*starts, *variants]):
+        if (variant, seeds[0]) not in runs.index:  # a folder without start models of its own
+            continue
+        frame = runs.loc[variant].loc[list(seeds)]
+        if variant in bases:
+            gained = gains(runs, variant, bases[variant], seeds)
+            rows[f"{variant} (minus {bases[variant]})"] = frame.join(gained)
+        else:
+            rows[variant] = frame
+    return rows
 
 
 def differences(runs: pd.DataFrame, pairs: Pairs, seeds: Iterable[int]) -> Rows:
@@ -148,14 +175,15 @@ def gains(runs: pd.DataFrame, variant: str, base: str, seeds: Iterable[int]) -> 
 
     ValueError if the runs of a pair began from different start models.
     """
-    own, other = levels(runs, (variant, base), seeds).values()
+    own, other = (runs.loc[name].loc[list(seeds)] for name in (variant, base))
     differ = own["start_model"].fillna("") != other["start_model"].fillna("")
     if differ.any():
         raise ValueError(f"{variant} and {base}: two start models at seeds {[*own.index[differ]]}")
     own, other = (each.select_dtypes(["number", "bool"]).astype(float) for each in (own, other))
     changes = 100 * (own / other - 1)
-    gained = (own - other).join(changes.add_suffix(": change in %"))
-    gained["Delta_rel %"] = changes[[*SPLITS]].mean(axis=1)  # the paper's
+    gained = (own - other).add_suffix(DIFFERENCE).join(changes.add_suffix(CHANGE))
+    gained[RATIO] = own[TIME] / other[TIME]
+    gained[DELTA_REL] = changes[[*SPLITS]].mean(axis=1)  # the paper's
     return gained
 
 
@@ -191,25 +219,34 @@ def tested(values: pd.Series) -> str:
     return f"{interval(values, '+')}, {above} of {len(values)}, {p}"
 
 
-def each(values: pd.Series) -> str:
-    return " ".join(f"{value:.1f}" for value in values)
+def each(name: str, values: pd.Series) -> str:
+    return "" if values.isna().all() else " ".join(f"{value:.1f}" for value in values)
 
 
-def table(rows: Rows, columns: Iterable[str], show: Callable, corrected: Iterable[str] = ()) -> str:
+def show(name: str, values: pd.Series) -> str:
+    """The text of a cell: its numbers are one per seed."""
+    if values.isna().all():
+        return ""
+    if name == RATIO:
+        return f"{values.median():.2f}"
+    return tested(values) if name.endswith(GAINS) else interval(values)
+
+
+def table(rows: Rows, columns: Iterable[str], corrected=(), show: Callable = show) -> str:
     """Rows down, numbers across; a column that no row has is left out.
 
-    show: the numbers of a cell, one per seed -> its text. corrected: columns whose p are corrected
-    together by Holm's method.
+    corrected: columns whose p are corrected together by Holm's method.
     """
     known = {name for frame in rows.values() for name in frame.columns[frame.notna().any()]}
     columns = [name for name in columns if name in known]
-    tests = product(rows, [name for name in columns if name in corrected])
+    rows = {row: frame.reindex(columns=columns) for row, frame in rows.items()}
+    tests = [(row, name) for row in rows for name in corrected if rows[row][name].notna().any()]
     ps = {(row, name): sign_flip_p(rows[row][name]) for row, name in tests}
     corrections = {cell: f", corrected p {p:.5f}" for cell, p in holm(ps).items()}
     lines = [["", *columns], ["---"] * (len(columns) + 1)]
     for row, frame in rows.items():
-        shown = {name: "-" if frame[name].isna().all() else show(frame[name]) for name in columns}
-        lines.append([row, *(shown[name] + corrections.get((row, name), "") for name in columns)])
+        cells = [show(name, frame[name]) + corrections.get((row, name), "") for name in columns]
+        lines.append([row, *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -242,7 +279,7 @@ def at_equal_cost(runs: pd.DataFrame, pairs: Pairs, seeds: range) -> str:
         gained = [scores[pair[0], seed] - scores[pair[1], seed] for seed in seeds]
         label = f"{' minus '.join(pair)}, {unit} (of {budget:.0f})"
         rows[label] = pd.DataFrame(gained, columns=[f"{share:.0%} spent" for share in SHARES])
-    return table(rows, [f"{share:.0%} spent" for share in SHARES], tested)
+    return table(rows, [f"{share:.0%} spent" for share in SHARES])
 
 
 def draw_curves(runs: pd.DataFrame, file: Path) -> None:
@@ -253,12 +290,13 @@ def draw_curves(runs: pd.DataFrame, file: Path) -> None:
         right.set_title("minus its baseline, points; mean and 95% interval", fontsize=9.5)
         right.axhline(0, color="black", linewidth=0.8)
         colours = {f"{task}/{name}": f"C{index}" for index, name in enumerate(run.METHODS)}
-        for variant, line in levels(runs, colours, NEW_SEEDS).items():
-            name = variant.partition("/")[2]
-            left.plot(STEPS, line[AFTER].mean(), color=colours[variant], label=name)
+        for variant, colour in colours.items():
+            means = runs.loc[variant].loc[[*NEW_SEEDS], AFTER].mean()
+            left.plot(STEPS, means, color=colour, label=variant.partition("/")[2])
         for variant, base in within(task, BASELINES):
             gained = gains(runs, variant, base, NEW_SEEDS)
-            means, halves = np.transpose([mean_interval(gained[name]) for name in AFTER])
+            moments = [mean_interval(gained[name + DIFFERENCE]) for name in AFTER]
+            means, halves = np.transpose(moments)
             right.plot(STEPS, means, color=colours[variant])
             low, high = means - halves, means + halves
             right.fill_between(STEPS, low, high, alpha=0.15, color=colours[variant])
@@ -270,22 +308,18 @@ def draw_curves(runs: pd.DataFrame, file: Path) -> None:
 
 
 def section(
-    runs: pd.DataFrame,
-    title: str,
-    pairs: Pairs,
-    seeds: range,
-    *columns: tuple[list, list],
-    corrected: Iterable[str] = (),
+    runs: pd.DataFrame, title: str, pairs: Pairs, seeds: range, *columns: list, corrected=()
 ) -> list[str]:
-    """Tables of runs and of their differences in pairs: these columns, then seed by seed."""
-    starts = [f"{variant.partition('/')[0]}/start" for pair in pairs for variant in pair]
-    variants = [start for start in starts if (start, seeds[0]) in runs.index]
-    variants += [variant for pair in pairs for variant in reversed(pair)]
-    own, between = levels(runs, variants, seeds), differences(runs, pairs, seeds)
+    """A table of the runs for each list of columns; further comparisons; perhaps seed by seed."""
+    rows, bases = compared(runs, pairs, seeds), dict(reversed(pairs))
+    further = [pair for pair in pairs if pair not in bases.items()]
     parts = [f"## {title}, seeds {seeds[0]} to {seeds[-1]}"]
-    for of_runs, of_pairs in columns:
-        parts += [table(own, of_runs, interval), table(between, of_pairs, tested, corrected)]
-    return [*parts, table(own, PRIMARY, each), table(between, PRIMARY, each)]
+    parts += [table(rows, names, corrected) for names in columns]
+    if further:
+        parts += [table(differences(runs, further, seeds), FAR_AND_FAST)]
+    if seeds in (NEW_SEEDS, CONFIRMING_SEEDS):  # the second protocol
+        parts += [table(rows, beside(*PRIMARY), show=each)]
+    return parts
 
 
 def two_tasks(runs: pd.DataFrame) -> list[str]:
@@ -293,34 +327,34 @@ def two_tasks(runs: pd.DataFrame) -> list[str]:
     pooled = pd.concat(differences(runs, pairs, NEW_SEEDS).values())
     parts = [
         "## Both tasks",
-        table({"papo_g_0.1 minus grpo": pooled}, PRIMARY, tested, PRIMARY),
+        table({"papo_g_0.1 minus grpo": pooled}, FAR_AND_FAST, FAR_AND_FAST),
         "![accuracy over the steps of both tasks](figures/both_tasks.png)",
     ]
+    columns = ACCURACY, *map(reading, SPLITS)
     for task in TASKS:
-        parts += section(runs, task, within(task, METHODS), NEW_SEEDS, ACCURACY, READING)
+        parts += section(runs, task, within(task, METHODS), NEW_SEEDS, *columns)
         parts += ["At equal cost:", at_equal_cost(runs, within(task, BASELINES), NEW_SEEDS)]
     return parts
 
 
 def on_the_dots(runs: pd.DataFrame) -> list[str]:
-    parts = []
+    parts, far = [], FAR_AND_FAST[:1]
     for title, pairs in QUESTIONS.items():
-        pairs = within("dots", pairs)
-        parts += section(runs, title, pairs, NEW_SEEDS, FALLS, corrected=["overall"])
-    parts += section(runs, "More on the dots", within("dots", FURTHER), NEW_SEEDS, FALLS)
-    pairs, columns = within("dots", CONFIRMED), (ACCURACY, READING, TRAINING)
-    title = "Which patches, again"
-    parts += section(runs, title, pairs, CONFIRMING_SEEDS, *columns, corrected=PRIMARY)
+        parts += section(runs, title, within("dots", pairs), NEW_SEEDS, FALLS, corrected=far)
+    parts += [table(differences(runs, within("dots", FURTHER), NEW_SEEDS), FAR_AND_FAST)]
+    pairs, title = within("dots", CONFIRMED), "Which patches, again"
+    parts += section(runs, title, pairs, CONFIRMING_SEEDS, CONFIRMING, corrected=FAR_AND_FAST)
     return [*parts, "At equal cost:", at_equal_cost(runs, pairs, CONFIRMING_SEEDS)]
 
 
 def adapters(runs: pd.DataFrame) -> list[str]:
     small, every = within("lora", [("semantic_0.17_r8", "grpo_r8")]), within("lora", CONFIRMED)
     lost = gains(runs, *small[0], EIGHT_SEEDS) - gains(runs, *every[0], EIGHT_SEEDS)
+    columns = beside(*ENDS)
     return [
-        *section(runs, "With adapters", small, EIGHT_SEEDS, ACCURACY, corrected=PRIMARY),
-        *section(runs, "The same with all weights", every, EIGHT_SEEDS, ACCURACY),
-        table({"adapters minus all weights": lost}, PRIMARY, tested),
+        *section(runs, "With adapters", small, EIGHT_SEEDS, columns, corrected=FAR_AND_FAST),
+        *section(runs, "The same with all weights", every, EIGHT_SEEDS, columns),
+        table({"adapters minus all weights": lost}, FAR_AND_FAST),
     ]
 
 
@@ -330,23 +364,24 @@ def difficulty(runs: pd.DataFrame) -> list[str]:
     gained = {folder: gains(runs, *pair, NEW_SEEDS) for folder, pair in pairs.items()}
     trends = {task: gained[f"{task}_hard"] - gained[f"{task}_easy"] for task in TASKS}
     both = {"gain from hard minus gain from easy": pd.concat(trends.values())}
-    columns = ACCURACY, READING, TRAINING
+    columns = [*beside(*PRIMARY), DELTA_REL, *LAST], reading("both")[:3]
+    leads = [name + DIFFERENCE for name in (*AFTER[1:], LAST[0])]
     return [
         *section(runs, "When does it help", [*pairs.values()], NEW_SEEDS, *columns),
+        "The lead during training:",
+        table(differences(runs, [*pairs.values()], NEW_SEEDS), leads),
         "The gain from hard start models minus that from easy ones:",
-        table(both, PRIMARY, tested, PRIMARY),
-        table(trends, PRIMARY, tested),
+        table(both, FAR_AND_FAST, FAR_AND_FAST),
+        table(trends, FAR_AND_FAST),
     ]
 
 
 def relatives(runs: pd.DataFrame) -> list[str]:
     pairs = within("variants", RELATIVES) + [("compare/papo_g", "variants/grpo")]
-    between = differences(runs, pairs, EIGHT_SEEDS)
     return [
-        *section(runs, "Relatives", pairs, EIGHT_SEEDS, ACCURACY),
-        "compare/papo_g has gamma 0.2. The p are not corrected for their number. A step's time, "
-        "10% quantile of a run's, divided by the other one's, the median of eight ratios:",
-        table(between, ["seconds per step: change in %"], lambda x: f"{1 + x.median() / 100:.2f}"),
+        *section(runs, "Relatives", pairs, EIGHT_SEEDS, [*beside("overall", *SPLITS), RATIO]),
+        "compare/papo_g has gamma 0.2. The p are not corrected for their number. A step's time is "
+        "the 10% quantile of a run's; the median of the ratios to the other run's is shown.",
     ]
 
 
@@ -361,9 +396,8 @@ def ideas_table(variants: dict[str, str], results: Path) -> str:
     if last not in found:
         return f"{last}, which the others are compared with, has no result"
     seeds = sorted(set.intersection(*({*runs.loc[algo].index} for algo in found)))
-    title = f"Accuracy at the end in %, seeds {seeds}; differences to {last}:"
-    own, between = levels(runs, found, seeds), differences(runs, against(last, found), seeds)
-    return "\n\n".join([title, table(own, ENDS, interval), table(between, ENDS, tested)])
+    rows = compared(runs, against(last, found), seeds)
+    return f"Accuracy at the end in %, seeds {seeds}:\n\n{table(rows, beside(*ENDS))}"
 
 
 def main() -> None:
@@ -381,8 +415,8 @@ def main() -> None:
         *adapters(runs),
         *difficulty(runs),
         *relatives(runs),
-        *section(runs, "Table 1", first, EIGHT_SEEDS, ACCURACY, READING),
-        *section(runs, "Other settings", tried, THREE_SEEDS, ACCURACY),
+        *section(runs, "Table 1", first, EIGHT_SEEDS, ACCURACY, reading("both")),
+        *section(runs, "Other settings", tried, THREE_SEEDS, beside(*ENDS)),
     ]
     (HERE / "report.md").write_text("\n\n".join(parts) + "\n")
     print(HERE / "report.md")

@@ -80,14 +80,7 @@ def test_a_start_model_of_a_level_is_built_by_its_command(tmp_path, monkeypatch)
     monkeypatch.setattr(run, "run_python", lambda words, *rest: commands.append(words))
     for task in ("digits_hard", "dots"):
         run.build_start(task, seed=3)
-    digits_folder, dots_folder = (
-        tmp_path / "start" / "digits_hard-s3",
-        tmp_path / "start" / "dots-s3",
-    )
-    assert commands[0] == [
-        *"-m experiments.digits".split(),
-        str(digits_folder),
-        "--misread=0.2",
-        "--seed=3",
-    ]
-    assert commands[1][2:] == [f"{run.SPEC},misread=0.12", f"--out={dots_folder}/model", "--seed=3"]
+    folders = [tmp_path / "start" / name for name in ("digits_hard-s3", "dots-s3")]
+    assert commands[0][1:] == ["experiments.digits", f"{folders[0]}", "--misread=0.2", "--seed=3"]
+    spec = f"{run.SPEC},misread=0.12"
+    assert commands[1][2:] == [spec, f"--out={folders[1]}/model", "--seed=3"]
