@@ -41,6 +41,7 @@ from support.saliency import saliency_for
 from support.sandbox import Grader
 
 MOST_PROMPTS = 256  # per chunk: the next one is encoded ahead, so two are in host memory
+SCORING_SECONDS = 1200  # for a chunk; each response has its own deadline, --reward_deadline
 
 
 def predict(
@@ -66,8 +67,7 @@ def predict(
     encoded = encode_ahead(rows, policy.encoder.encode, chunks)
     for prompts in tqdm(encoded, rows.name, len(chunks), leave=False, disable=rank > 0):
         groups = generate(policy, prompts, n, sampling, key=("eval", seed), **options)
-        # No budget for all together, as in training; each response still has its deadline.
-        scores = grader.of_groups(groups, budget=math.inf)
+        scores = grader.of_groups(groups, budget=SCORING_SECONDS)
         of_groups = [scores[start : start + n] for start in range(0, len(scores), n)]
         tokenizer = policy.encoder.tokenizer
         questions = [
@@ -77,12 +77,6 @@ def predict(
         # Ranks that are done wait here for those that still score.
         questions = distributed.concat_over_ranks(questions)
         yield sorted(questions, key=lambda question: question[0]["row"])
-
-
-def scoring_limit(deadline: float, responses: int) -> float:
-    """Seconds for one process to score so many responses in the worst case: a minute to start; per
-    response its deadline, and as long again to replace the process."""
-    return 60 + 2 * deadline * responses
 
 
 def validate(run) -> None:
@@ -138,9 +132,8 @@ def evaluate_set(policy: Policy, name: str, rows, grader: Grader, config: EvalCo
 
 
 def make_grader(config: EvalConfig) -> Grader:
-    workers = 1 if distributed.world_size() > 1 else None  # ranks score in parallel; None: by cores
-    limits = {"deadline": config.reward_deadline, "memory": config.reward_memory}
-    return Grader(config.reward or compute_score, workers, **limits)
+    function = config.reward or compute_score
+    return Grader(function, deadline=config.reward_deadline, memory=config.reward_memory)
 
 
 # ---------------------------------------------------------------------------- one example, up close
@@ -183,8 +176,7 @@ def algo_of(model: str) -> Algo:
 
 def load(config: EvalConfig) -> tuple[Policy, dict]:
     """The model, and the evaluation sets by name."""
-    slowest = scoring_limit(config.reward_deadline, max(config.rollout_batch, config.n))
-    _, world, device = distributed.init_distributed(scoring_seconds=slowest)
+    _, world, device = distributed.init_distributed(scoring_seconds=SCORING_SECONDS)
     if world > 1 and (config.ask or config.explain):
         raise ValueError("--ask and --explain run in one process, without torchrun")
     source = toy.model_folder(config.model)
@@ -232,9 +224,6 @@ def main(argv=None) -> None:
         flags.exit_with_error(f"interrupted{advice}")
     except (StepError, OSError) as error:
         flags.exit_with_error(error)
-    except torch.OutOfMemoryError as error:
-        advice = "lower --rollout_batch, --max_new_tokens or --max_pixels"
-        flags.exit_with_error(f"out of memory: {advice}. {error}")
     finally:
         dist.destroy_process_group()
 

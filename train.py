@@ -35,7 +35,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from evaluate import scoring_limit, validate
+from evaluate import validate
 from losses import group_advantages
 from papo import PRESETS, Algo, algo_class, prepare, preset_settings, update
 from rollout import Sampling, generate
@@ -261,11 +261,7 @@ def build_run(argv=None) -> Run:
         raise ValueError(f"{limit} cannot fill prompts_per_step={config.prompts_per_step}")
     if config.group_size < 2 and type(algo).sample is Algo.sample:
         raise ValueError("group_size=1: give at least 2, one response has nothing to compare with")
-    # The timeout of collectives must exceed what a rank may still spend on scoring: the budget in
-    # training, the time for a chunk of responses in an evaluation.
-    chunk = max(config.rollout_batch, config.eval_n)
-    seconds = max(config.reward_budget, scoring_limit(config.reward_deadline, chunk))
-    ranks = distributed.init_distributed(scoring_seconds=seconds)
+    ranks = distributed.init_distributed(scoring_seconds=config.reward_budget)
     encoder = Encoder(model, config.min_pixels, config.max_pixels, config.prompt_suffix)
     return Run(config, algo, encoder, ranks)
 

@@ -20,18 +20,16 @@ from support.run_folder import read_log
 
 Series = dict[int, float]  # step -> value
 
-# Title -> metrics, and how far the axis reaches at least, so that noise does not fill the panel.
-EVALUATION = "evaluation accuracy"
-PANELS: dict[str, tuple[tuple[str, ...], float]] = {
-    "reward on training prompts": (("reward", "accuracy", "format"), 0.1),
-    EVALUATION: ((), 0.1),  # whatever sets are in the log
-    "KL_prcp: clean view against masked view": (("kl_prcp",), 0.01),
-    "KL_ref: distance from the start model": (("kl_ref",), 0.01),
-    "entropy (minus mean log-prob)": (("entropy", "masked_entropy"), 0.1),
-    "share of tokens clipped": (("clip_frac", "clip_frac_dual"), 0.01),
-    "response length in tokens": (("response_length",), 4),
-    "share of responses cut off": (("truncated",), 0.1),
-    "gradient norm before clipping": (("grad_norm",), 0),
+PANELS: dict[str, tuple[str, ...]] = {  # title -> metrics
+    "reward on training prompts": ("reward", "accuracy", "format"),
+    "evaluation accuracy": (),  # whatever sets are in the log
+    "KL_prcp: clean view against masked view": ("kl_prcp",),
+    "KL_ref: distance from the start model": ("kl_ref",),
+    "entropy (minus mean log-prob)": ("entropy", "masked_entropy"),
+    "share of tokens clipped": ("clip_frac", "clip_frac_dual"),
+    "response length in tokens": ("response_length",),
+    "share of responses cut off": ("truncated",),
+    "gradient norm before clipping": ("grad_norm",),
 }
 COMPARED = "reward kl_prcp kl_ref entropy masked_entropy clip_frac response_length".split()
 
@@ -73,7 +71,7 @@ def draw_run(run_folder) -> Path:
     folder = Path(run_folder)
     metrics = read_metrics(folder)
     panels = {}
-    for title, (names, _) in PANELS.items():
+    for title, names in PANELS.items():
         names = names or [name for name in metrics if name.startswith("eval/")]
         found = {name: [metrics[name]] for name in names if name in metrics}
         panels[title] = {name: runs for name, runs in found.items() if is_news(name, runs)}
@@ -162,7 +160,6 @@ def draw(panels: dict[str, dict[str, list[Series]]], heading: str, out) -> Path:
         for label, runs in lines.items():
             if runs:
                 _plot_mean(ax, runs, label, f"C{labels.index(label) % 10}")
-        _widen(ax, title)
         ax.legend(fontsize=7.5, framealpha=0.6)
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=110)
@@ -189,13 +186,3 @@ def _plot_mean(ax, runs: list[Series], label: str, colour: str) -> None:
     name = label.removeprefix("eval/")
     ax.plot(steps, means, linewidth=1.2, label=name, color=colour, marker=marker)
     ax.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
-
-
-def _widen(ax, title: str) -> None:
-    """Let the axis of a panel, or of a single metric in it, span at least what PANELS says."""
-    spans = {metric: span for metrics, span in PANELS.values() for metric in metrics}
-    spans |= {name: span for name, (_, span) in PANELS.items()}
-    least = spans.get(title, spans[EVALUATION])
-    low, high = ax.get_ylim()
-    missing = max(0.0, least - (high - low)) / 2
-    ax.set_ylim(max(low - missing, min(low, 0.0)), high + missing)  # but not across 0

@@ -158,7 +158,7 @@ class Rows:
     numbers: Sequence[int]  # of the usable rows, from 0
     with_image: int = 0  # how many have an image
     skipped: Counter = field(default_factory=Counter)  # kind -> rows left out by `load`
-    checksums: dict[str, int] = field(default_factory=dict)  # by column; what tells edited data
+    checksum: int = 0  # of the usable rows as they are stored
     broken: Counter = field(default_factory=Counter)  # kind -> rows left out by `encode_ahead`
 
     def __len__(self) -> int:
@@ -240,7 +240,7 @@ def check_rows(
     `limit`: stop after so many usable rows; None and 0: all. `length(question, [(width, height),
     ...])` is the number of prompt tokens; prompts longer than `max_prompt_tokens` are skipped.
     """
-    numbers, with_image, skipped, checksums = [], 0, Counter(), Counter()
+    numbers, with_image, skipped, checksum = [], 0, Counter(), 0
 
     def check(row: dict, number: int, folder) -> Example:
         example = parse_row(row, number, columns)
@@ -264,19 +264,16 @@ def check_rows(
             continue
         numbers.append(number)
         with_image += bool(example.images)
-        for column, value in row.items():
-            content = json.dumps(value, default=checksum)
-            checksums[column] = zlib.crc32(content.encode(), checksums[column])
+        checksum = zlib.crc32(json.dumps(row, default=crc_or_repr).encode(), checksum)
     if not numbers:
         reasons = dict(skipped) or "no rows"
         raise DataError(f"data {name!r}: none of its {len(located)} rows can be used: {reasons}")
-    checksums = {"number of rows": len(numbers), **checksums}
-    return len(located), (numbers, with_image, skipped, checksums)
+    return len(located), (numbers, with_image, skipped, checksum)
 
 
-def checksum(value) -> int:
-    """Of what JSON cannot hold: an image's bytes, or else a value with a repr."""
-    return zlib.crc32(value if isinstance(value, bytes) else repr(value).encode())
+def crc_or_repr(value) -> int | str:
+    """What stands for a value that JSON cannot hold, such as an image's bytes."""
+    return zlib.crc32(value) if isinstance(value, bytes) else repr(value)
 
 
 def count(skipped: Counter, error: ValueError, where: str) -> None:

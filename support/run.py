@@ -9,7 +9,6 @@ interrupted step, which is exact.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import sys
@@ -25,17 +24,16 @@ from support import StepError, checkpoint, curves, data, lora, pages, prediction
 from support.batch import Example, Group, Prompt
 from support.config import exit_with_error, flags_of
 from support.distributed import (
-    local_world_size,
     make_mesh,
     max_over_ranks,
     on_first_rank,
     one_rank_at_a_time,
     shard,
 )
-from support.loggers import LOGGERS
 from support.qwen_vl import Encoder, Policy
 from support.reward import compute_score
 from support.run_folder import (
+    LOGGERS,
     append,
     free_name,
     keep_checksums,
@@ -75,8 +73,8 @@ class Run(AbstractContextManager):
         self.evaluated_step = None  # the last step that has an evaluation in the log
         self.stop_requested = False
         self._lock = None  # the first rank's
+        self.warnings: set[str] = set()  # printed ones
         self.useless_steps = 0  # steps in a row without any advantage
-        self.warned_of: set[str] = set()  # subjects of warnings given once
 
         self.mesh = make_mesh(self.device.type, config.shard_size)
         self.rows, self.eval_sets = self._load_data(encoder)
@@ -97,10 +95,8 @@ class Run(AbstractContextManager):
             weight_decay=config.weight_decay,
             fused=self.device.type == "cuda",  # else AdamW copies all parameters in every step
         )
-        cores = (os.cpu_count() or 1) // local_world_size()
         self.grader = Grader(
             config.reward or compute_score,
-            workers=max(1, min(4, cores)),
             deadline=config.reward_deadline,
             budget=config.reward_budget,
             memory=config.reward_memory,
@@ -170,10 +166,9 @@ class Run(AbstractContextManager):
             print(self._disk_line())
         if self.algo.views() and not self.rows.with_image:
             views = ", ".join(self.algo.views())
-            self._warn_once(
-                "no image",
+            self._warn(
                 f"no row of {self.rows.name} has an image, so the views of {self.config.algo} "
-                f"({views}) and the terms of its objective that need them are empty",
+                f"({views}) and the terms of its objective that need them are empty"
             )
 
     def _claim_folder(self) -> Path:
@@ -204,7 +199,7 @@ class Run(AbstractContextManager):
         text = json.dumps(config, indent=1) + "\n"
         checkpoint.write_atomically(self.folder / "config.json", text)
         sets = (self.rows, *self.eval_sets.values())
-        keep_checksums(self.folder, {rows.name: rows.checksums for rows in sets}, resuming)
+        keep_checksums(self.folder, {rows.name: rows.checksum for rows in sets}, resuming)
         if self.config.algo.endswith(".py"):
             keep_copy(Path(self.config.algo), self.folder, resuming=bool(self.config.resume))
         last_kept = self.step if resuming else -1
@@ -255,44 +250,48 @@ class Run(AbstractContextManager):
             torch.cuda.reset_peak_memory_stats()
         self.bar.set_postfix({name: f"{metrics[name]:.3f}" for name in ("reward", "accuracy")})
         self.log(metrics)
-        self._warn_of_equal_rewards(metrics, groups)
         if metrics.get("sampler_gap", 0.0) > MAX_SAMPLER_GAP:
-            self._warn_once(
-                "sampler gap",
-                f"log-probs when sampled and in training differ by {metrics['sampler_gap']:.2g} "
-                "per token (sampler_gap): attention or precision is wrong here, unless the "
-                "algorithm samples under another image than it trains on",
+            self._warn(
+                f"sampler_gap is above {MAX_SAMPLER_GAP}: attention or precision is wrong here, "
+                "unless the algorithm samples under another image than it trains on"
             )
-        if self.step % SHOW_EVERY == 0 and groups and self.rank == 0:
-            show_responses(self.step, groups)
+        self._notice_equal_rewards(metrics, groups)
+        if self.step % SHOW_EVERY == 0:
+            self._show_responses(groups)
         if self.is_due(self.config.save_every):
             self.save()
 
-    def _warn_of_equal_rewards(self, metrics: dict[str, float], groups: list[Group]) -> None:
-        """Warn after a few steps in a row without any advantage; Adam would scale up their noise.
-
-        Dynamic sampling keeps no such group, so there is none to show.
-        """
+    def _notice_equal_rewards(self, metrics: dict[str, float], groups: list[Group]) -> None:
+        """Warn after some steps in a row without any advantage: Adam would scale up their noise."""
         useful = metrics["groups_kept"]
-        if not self.algo.dynamic_sampling:
+        if not self.algo.dynamic_sampling:  # which keeps no such group
             useful -= metrics["zero_advantage_groups"]
         self.useless_steps = 0 if useful > 0 else self.useless_steps + 1
         if self.useless_steps == MAX_USELESS_STEPS:
-            shown = ""
-            if groups:
-                answer, response = groups[0].prompt.example.answer, groups[0].responses[0]
-                shown = f"; a response: {response[:SHOWN_CHARACTERS]!r}, the answer: {answer!r}"
-            self._warn_once(
-                "equal rewards",
-                f"in {MAX_USELESS_STEPS} steps no group had different rewards (mean "
-                f"{metrics['reward']:.3f}), so there is nothing to learn from: the task is too "
-                f"easy or too hard for this model, or --reward does not fit it{shown}",
+            self._warn(
+                f"in {MAX_USELESS_STEPS} steps no group had different rewards, so there is nothing "
+                "to learn from: the task is too easy or too hard for this model, or --reward does "
+                "not fit it"
             )
+            self._show_responses(groups)
 
-    def _warn_once(self, subject: str, text: str) -> None:
-        if self.rank == 0 and subject not in self.warned_of:
-            tqdm.write(f"warning: step {self.step}: {text}", file=sys.stderr)
-        self.warned_of.add(subject)
+    def _warn(self, text: str) -> None:
+        """Print a warning, the same text once."""
+        if self.rank == 0 and text not in self.warnings:
+            tqdm.write(f"warning: {text}", file=sys.stderr)
+        self.warnings.add(text)
+
+    def _show_responses(self, groups: list[Group]) -> None:
+        """Print a group's best and worst response, if possible of a group where they differ."""
+        if self.rank > 0 or not groups:
+            return
+        differing = (group for group in groups if group.rewards.min() < group.rewards.max())
+        group = next(differing, groups[0])
+        example = group.prompt.example
+        tqdm.write(f"step {self.step}: {example.question} (answer: {example.answer})")
+        by_reward = group.rewards.argsort(descending=True).tolist()
+        for i in (by_reward[0], by_reward[-1]):
+            tqdm.write(f"  reward {group.rewards[i]:.2f}: {group.responses[i][:SHOWN_CHARACTERS]}")
 
     def is_due(self, every: int) -> bool:
         """Whether something due every so many steps, and after the last, is due now; 0: never."""
@@ -351,10 +350,6 @@ class Run(AbstractContextManager):
                 self._stop_early()
             elif isinstance(error, StepError):
                 exit_with_error(error)
-            elif isinstance(error, torch.OutOfMemoryError):
-                figures = " ".join(str(error).split())[:300]
-                advice = "lower --tokens_per_forward, --rollout_batch, --max_pixels or --group_size"
-                sys.exit(f"rank {self.rank}: out of memory: {advice}. {figures}")
         finally:
             self.rounds.close()
             self.grader.close()
@@ -422,13 +417,3 @@ class Run(AbstractContextManager):
         """The question of a line of samples.jsonl; None if its set is not read any more."""
         with suppress(LookupError, ValueError):
             return self.eval_sets[line["set"]][line["row"]]
-
-
-def show_responses(step: int, groups: list[Group]) -> None:
-    """Print a group's best and worst response, if possible of a group where they differ."""
-    differing = (group for group in groups if group.rewards.min() < group.rewards.max())
-    group = next(differing, groups[0])
-    tqdm.write(f"step {step}: {group.prompt.example.question}")
-    by_reward = group.rewards.argsort(descending=True).tolist()
-    for i in (by_reward[0], by_reward[-1]):
-        tqdm.write(f"  reward {group.rewards[i]:.2f}: {group.responses[i][:SHOWN_CHARACTERS]}")

@@ -1,4 +1,4 @@
-"""A run's folder: its name, its lock and its logs.
+"""A run's folder: its name, its lock and its logs, and the loggers outside it.
 
 config.json     every flag, resolved
 data.json       checksums of the rows, so that a resumed run notices other data
@@ -16,6 +16,7 @@ import fcntl
 import itertools
 import json
 import os
+import secrets
 import shutil
 import socket
 import sys
@@ -27,6 +28,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from support.checkpoint import write_atomically
+from support.config import saved_config
 
 
 @contextmanager
@@ -77,20 +79,14 @@ def keep_copy(source: Path, folder: Path, resuming: bool) -> None:
         print(f"{source} differs from the run's copy of it, {copy}", file=sys.stderr)
 
 
-def keep_checksums(folder: Path, checksums: dict[str, dict], resuming: bool) -> None:
-    """Keep the checksums of a run's data, set -> column -> number.
-
-    OSError that names the columns if a resumed run has other rows.
-    """
+def keep_checksums(folder: Path, checksums: dict[str, int], resuming: bool) -> None:
+    """Keep the checksums of a run's data sets. OSError if a resumed run has other rows."""
     file = folder / "data.json"
     before = json.loads(file.read_text()) if resuming and file.exists() else {}
     for name in before.keys() & checksums.keys():
-        old, new = before[name], checksums[name]
-        changed = [column for column in old | new if old.get(column) != new.get(column)]
-        if changed:
-            what = ", ".join(changed)
+        if before[name] != checksums[name]:
             advice = "restore it, or start a new run"
-            raise OSError(f"data {name} has changed since the run began ({what}): {advice}")
+            raise OSError(f"data {name} has changed since the run began: {advice}")
     write_atomically(file, json.dumps(before | checksums, indent=1) + "\n")
 
 
@@ -123,3 +119,55 @@ def rewind(path: Path, step: int) -> list[dict]:
     if path.exists():
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
     return kept
+
+
+# -------------------------------------------------------------------------- --wandb, --tensorboard
+
+# A maker takes the run's folder and returns log(line, samples): a line of metrics.jsonl with its
+# step, and the decoded samples of an evaluation. Each package is needed only with its flag.
+
+SAMPLE_COLUMNS = ["set", "row", "prompt", "predict", "label", "accuracy", "format"]
+
+
+def wandb_logger(folder: Path):
+    """Log to Weights & Biases. A resumed run continues its own record. ValueError if that fails."""
+    import wandb
+
+    id_file = folder / "wandb_id"
+    if not id_file.exists():
+        id_file.write_text(secrets.token_hex(6))
+    record = {"name": folder.name, "id": id_file.read_text(), "config": saved_config(folder)}
+    try:
+        wandb.init(project="papo", resume="allow", **record)
+    except wandb.Error as error:  # no key, for example
+        raise ValueError(f"--wandb: {error}") from error
+
+    def log(line: dict, samples: list[dict]) -> None:
+        values = {key: value for key, value in line.items() if key != "step"}
+        if samples:
+            rows = [[sample[column] for column in SAMPLE_COLUMNS] for sample in samples]
+            values["samples"] = wandb.Table(columns=SAMPLE_COLUMNS, data=rows)
+        wandb.log(values, step=line["step"])
+
+    return log
+
+
+def tensorboard_logger(folder: Path):
+    """Log to TensorBoard files in the run's folder."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(folder)
+
+    def log(line: dict, samples: list[dict]) -> None:
+        step = line["step"]
+        for metric in line.keys() - {"step"}:
+            writer.add_scalar(metric, line[metric], step)
+        for sample in samples:
+            paragraphs = [f"**{column}** {sample[column]}" for column in SAMPLE_COLUMNS]
+            writer.add_text(f"{sample['set']}/{sample['row']}", "\n\n".join(paragraphs), step)
+        writer.flush()
+
+    return log
+
+
+LOGGERS = {"wandb": wandb_logger, "tensorboard": tensorboard_logger}  # flag -> maker

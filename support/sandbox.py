@@ -33,7 +33,7 @@ from support import StepError, reward
 
 KEYS = ("overall", "format", "accuracy")
 TIMEOUT = "took longer than --reward_deadline"
-UNSCORED = "left when --reward_budget was spent"
+UNSCORED = "left when the time for all was spent"
 DIED = "killed their process (a crash, or out of memory)"
 FORK = get_context("fork")
 
@@ -73,7 +73,10 @@ class Grader(AbstractContextManager):
             start_new_session=True,  # Ctrl-C is for the trainer alone
         )
         theirs.close()
-        reply = self._ask((function, workers or min(4, os.cpu_count() or 1), deadline, memory))
+        # The ranks of a machine score at the same time.
+        cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        workers = workers or max(1, min(4, cores))
+        reply = self._ask((function, workers, deadline, memory))
         if isinstance(reply, str):
             self.close()
             raise ValueError(f"reward {function!r}: {reply}")

@@ -30,7 +30,6 @@ from transformers import AutoModelForImageTextToText
 import evaluate
 import train
 from support import checkpoint, distributed, run_folder
-from support.qwen_vl import Policy
 
 
 def step(model, optimizer):
@@ -179,16 +178,6 @@ def test_a_signal_loses_nothing(run, finished, monkeypatch, capsys, at, number, 
     train.main(["--resume", str(out)])
     check_same_metrics(finished, out)
     check_same_weights(finished, out)
-
-
-def test_out_of_memory_is_one_line(run, monkeypatch):
-    def out_of_memory(*args, **kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20.00 GiB.")
-
-    monkeypatch.setattr(Policy, "log_probs", out_of_memory)
-    message = "^rank 0: out of memory: lower --tokens_per_forward.*Tried to allocate 20.00 GiB.$"
-    with pytest.raises(SystemExit, match=message):
-        run("oom", "--steps 1 --eval_every 0")
 
 
 def test_a_folder_in_use_or_without_a_checkpoint_is_kept(finished, tmp_path, monkeypatch, capsys):

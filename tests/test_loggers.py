@@ -1,8 +1,8 @@
-"""loggers.py: --tensorboard and --wandb, where the packages are installed."""
+"""run_folder.py: --tensorboard and --wandb, where the packages are installed."""
 
 import pytest
 
-from support.loggers import LOGGERS
+from support.run_folder import LOGGERS
 
 LINES = [{"step": 9, "reward": 0.25}, {"step": 10, "eval/general": 0.5}, {"step": 11}]
 SAMPLE = {"step": 10, "set": "general", "row": 1, "prompt": "How many?", "predict": "\\boxed{1}"}

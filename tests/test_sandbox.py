@@ -100,7 +100,7 @@ def f(response, answer):
 def test_the_budget_ends_a_call(write):
     """One by one, the 20 sleepers would take 10 s with the deadline and 1,200 s without."""
     with Grader(write(SLEEP), workers=2, deadline=0.5, budget=1.5) as grader:
-        with pytest.warns(UserWarning, match=r"of 26 responses \d+ left when --reward_budget"):
+        with pytest.warns(UserWarning, match=r"of 26 responses \d+ left when the time"):
             scores = grader(["0"] * 5 + ["60"] * 20 + ["0"], ["a"] * 26)
         assert accuracies(scores)[:5] == [1.0] * 5
         assert grader.timeouts >= 2

@@ -144,7 +144,7 @@ def test_a_sampler_that_disagrees_with_training_is_named_once(run, monkeypatch, 
         for name in ("sampler_gap", "sampler_gap_max"):
             assert line[name] == pytest.approx(0.5, abs=1e-4)
     [warning] = lines_with(capsys.readouterr().err, "warning:")
-    assert "step 1: log-probs when sampled and in training differ by 0.5 per token" in warning
+    assert "sampler_gap is above 0.1" in warning
 
 
 # ----------------------------------------------------------------------------------------- rollouts
@@ -172,9 +172,10 @@ def test_steps_without_an_advantage_are_warned_of_once(run, monkeypatch, capsys,
     monkeypatch.setattr(run_module, "MAX_USELESS_STEPS", 1)
     monkeypatch.setattr(Grader, "__call__", lambda self, responses, *_: [zero] * len(responses))
     steps = training_lines(run("none", f"--algo {algo} --steps 2 --eval_every 0"))
-    [warning] = lines_with(capsys.readouterr().err, "warning:")
-    assert "step 1: in 1 steps no group had different rewards (mean 0.000)" in warning
-    assert ("a response: " in warning and "the answer: " in warning) == (algo == "papo_g")
+    printed = capsys.readouterr()
+    [warning] = lines_with(printed.err, "warning:")
+    assert "in 1 steps no group had different rewards" in warning
+    assert len(lines_with(printed.out, "(answer: ")) == (algo == "papo_g")
     if algo == "papo_d":
         assert [(step["groups_kept"], step["rounds"]) for step in steps] == [(0, 2)] * 2
         assert not any("pg_loss" in step for step in steps)
