@@ -72,6 +72,19 @@ def save(folder: Path, model, optimizer, state: dict, keep: int) -> None:
         on_first_rank(lambda: clean(folder))
 
 
+def disk_line(folder: Path, model, keep: int) -> str:
+    """The size of a run's checkpoints, as `save` keeps them, beside the room for them."""
+    gib = 2**30
+    trained, frozen = 12, 0 if adapted_layers(model) else 4  # bytes; with two moments in fp32
+    size = sum(p.numel() * (trained if p.requires_grad else frozen) for p in model.parameters())
+    need, free = (keep + 1) * size / gib, shutil.disk_usage(folder).free / gib
+    line = (
+        f"checkpoints: {size / gib:.3g} GiB each, up to {need:.3g} GiB with --keep {keep} while "
+        f"one is saved; {free:.3g} GiB free in {folder}"
+    )
+    return line if need <= free else f"{line}: NOT ENOUGH"
+
+
 def load(checkpoint_dir: Path, model, optimizer) -> dict:
     """Load weights and optimizer state, on any number of ranks; returns the saved state.
 

@@ -9,7 +9,6 @@ interrupted step, which is exact.
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import sys
 import time
@@ -163,7 +162,7 @@ class Run(AbstractContextManager):
         if self.rank == 0:
             for rows in (self.rows, *self.eval_sets.values()):
                 print(rows.summary())
-            print(self._disk_line())
+            print(checkpoint.disk_line(self.folder, self.policy.model, config.keep))
         if self.algo.views() and not self.rows.with_image:
             views = ", ".join(self.algo.views())
             self._warn(
@@ -207,19 +206,6 @@ class Run(AbstractContextManager):
         lines = rewind(self.folder / "metrics.jsonl", last_kept)
         is_evaluated = any(line["step"] == self.step and "reward" not in line for line in lines)
         return self.step if is_evaluated else None
-
-    def _disk_line(self) -> str:
-        """The size of a checkpoint (fp32 weights, two moments of the trained ones) and the room."""
-        parameters = list(self.policy.model.parameters())
-        frozen = 0 if self.config.lora_rank else 4  # bytes per parameter
-        size = sum(p.numel() * (12 if p.requires_grad else frozen) for p in parameters) / GIB
-        need = (self.config.keep + 1) * size
-        free = shutil.disk_usage(self.folder).free / GIB
-        line = (
-            f"checkpoints: {size:.3g} GiB each, up to {need:.3g} GiB with --keep "
-            f"{self.config.keep} while one is saved; {free:.3g} GiB free in {self.folder}"
-        )
-        return line if need <= free else f"{line}: NOT ENOUGH"
 
     # ------------------------------------------------------------------------------------- the loop
 
