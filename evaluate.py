@@ -11,7 +11,8 @@ The paper's protocol: 8 samples per question at temperature 1, and their average
 graded on the boxed answer alone. support/protocol.py has its other settings, predictions.py the
 table. PAPO-Eval, the authors' program, samples with vLLM, truncates prompts at 9,216 tokens, aborts
 at a broken image, and accepts a response without a box if the answer is "None". Here overlong and
-broken rows are skipped and counted. Under torchrun, --n needs a `--` before evaluate.py.
+broken rows are skipped and counted. Under torchrun, --n needs a `--` before evaluate.py, else
+torchrun takes it for its own.
 """
 
 from __future__ import annotations
@@ -141,7 +142,7 @@ def make_grader(config: EvalConfig) -> Grader:
 
 def explain(policy: Policy, prompt: Prompt, config: EvalConfig) -> None:
     """Sample a response, and write a page: how much likelier each token is under the image than
-    under masked images, or with one part of the image black."""
+    under masked images, and how much of that a token owes to each part of the image."""
     algo = algo_of(config.model)
     policy.saliency = saliency_for(algo.mask_strategy, config.data)
     # images_aug is a fixed view: one pass is enough.
@@ -160,8 +161,8 @@ def explain(policy: Policy, prompt: Prompt, config: EvalConfig) -> None:
 
 def algo_of(model: str) -> Algo:
     """The algorithm and settings of the run that a model/ folder lies in, papo_g's where there is
-    none. Algo replaces a variant whose view needs further image columns, which evaluations do not
-    read."""
+    none. A variant with further image columns, which evaluations do not read, becomes plain Algo.
+    """
     run = Path(model).parent
     saved = flags.saved_config(run) if (run / "config.json").is_file() else {}
     name = saved.get("algo", "papo_g")

@@ -22,13 +22,15 @@ What the terms do to the policy:
     gradient of H  = - mean grad log pi
 
 1. k3 is an unbiased estimate of KL(pi || pi_other) if samples come from pi and nothing is clamped.
-2. Its gradient is in expectation that of KL(pi_other || pi), not that of KL(pi || pi_other), since
-   E_pi[grad log pi] = 0 and E_pi[exp(d) grad log pi] = E_pi_other[grad log pi].
-3. By that gradient, maximising KL_prcp makes a token likelier where the masked view finds it less
-   likely (d < 0), with a weight of at most 1, and less likely where the masked view finds it
-   likelier (d > 0), with weight exp(d) - 1. Run too far, the latter drives pi off all text that is
-   plausible without the image: probability spreads, and both entropies grow. That is the paper's
-   collapse, against which the paper penalises both. (As released, only H has a gradient: see c.)
+2. The gradient that autograd takes, samples held fixed, is in expectation that of KL(pi_other ||
+   pi), not that of KL(pi || pi_other): E_pi[grad log pi] = 0, E_pi[exp(d) grad log pi] =
+   E_pi_other[grad log pi].
+3. So maximising KL_prcp makes a token likelier where the masked view finds it less likely (d < 0),
+   with a weight of at most 1, and less likely where the masked view finds it likelier (d > 0), with
+   weight exp(d) - 1, up to 12.6 at d = 2.6, where k3 reaches its clamp. Run too far, the latter
+   drives pi off all text that is plausible without the image: probability spreads, and both
+   entropies grow. The paper reports this collapse and penalises both. (As released, only H has a
+   gradient: see c.)
 4. Descent on H makes every sampled token likelier. For samples from pi itself its gradient is 0 on
    average, as in 2; samples from pi_old, cut by top-p, make it a pull towards them. As released,
    this pull is all that the Double Entropy Loss does.
@@ -39,8 +41,8 @@ a. KL_prcp: the paper prints r - log r - 1 with r = pi / pi_mask, the released c
    r = pi_mask / pi. Samples come from pi, so the code's form is the unbiased k3 estimate and the
    paper's is not. Default: the code's form; `kl_prcp_estimator="paper"` selects the printed one,
    whose gradient is (exp(-d) - 1) grad log pi, with d as above.
-b. H and H_mask are means over sampled tokens (as released), whatever `average` says; the paper
-   writes entropies.
+b. H and H_mask are means over sampled tokens (as released), whatever `average` ("token" or "seq")
+   is for the other terms; the paper writes entropies.
 c. The masked log-probs are recorded before a step's first update, without gradient (as released).
    So in its later updates pi_mask is still the old policy's, and H_mask changes the value of the
    loss but not its gradient. With `--masked_grad` they are computed in every update: H_mask has a
@@ -133,7 +135,8 @@ def group_advantages(rewards: Tensor, index: Tensor, eps: float = 1e-6) -> Tenso
 def kl_k3(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
     """Schulman's k3 at each sampled token. ref_log_probs: log pi_other, the reference's or not.
 
-    Never negative. Clamped as released: where the value reaches 10, the gradient is 0.
+    Clamped as released: where the value reaches 10, the gradient is 0. At NaN, which padding may
+    hold, clamp passes none either.
     """
     d = (ref_log_probs - log_probs).clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
     return (d.exp() - d - 1).clamp(max=KL_CLAMP)
@@ -198,7 +201,7 @@ def _kl_prcp(log_probs: Tensor, masked_log_probs: Tensor, estimator: str) -> Ten
 # ---------------------------------------------------------------------------------------- objective
 
 
-def papo_loss(  # noqa: PLR0913  (one argument per symbol of the equation)
+def papo_loss(  # noqa: PLR0913
     log_probs: Tensor,
     old_log_probs: Tensor,
     advantages: Tensor,
@@ -208,7 +211,7 @@ def papo_loss(  # noqa: PLR0913  (one argument per symbol of the equation)
     masked_log_probs: Tensor | None = None,
     denominator: Counts | None = None,
     has_image: Tensor | None = None,
-    views: dict[str, tuple[float, Tensor]] | None = None,
+    further_views: dict[str, tuple[float, Tensor]] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The objective L of the header: a scalar, and each term's value as a metric.
 
@@ -216,9 +219,10 @@ def papo_loss(  # noqa: PLR0913  (one argument per symbol of the equation)
     ref_log_probs, masked_log_probs: ValueError if their coefficient is not 0 and they are missing.
         Without a coefficient they only become metrics.
     denominator: Counts of the whole mini-batch over all ranks; None: of this batch.
-    has_image[B]: whether a response's prompt has an image; None: all have. Without one KL_prcp is
-        0 at its tokens, which count in the mean; H_mask is the mean over the other tokens only.
-    views: a variant's further views, name -> (coefficient, log-probs). Each adds
+    has_image[B]: whether a response's prompt has an image; None: all have. Without one both views
+        are the same, so KL_prcp is 0 at its tokens, which count in the mean. H_mask is the mean
+        over the other tokens only.
+    further_views: of a variant, name -> (coefficient, log-probs). Each adds
         coefficient * KL(pi || pi_view): a negative coefficient maximises it.
     """
     if algo.kl_ref_coef and ref_log_probs is None:
@@ -257,12 +261,11 @@ def papo_loss(  # noqa: PLR0913  (one argument per symbol of the equation)
         masked_log_probs = fill_without_image(masked_log_probs)
         kl_per_token = _kl_prcp(log_probs, masked_log_probs, algo.kl_prcp_estimator)
         kl_prcp = mean(kl_per_token, average=algo.average)
-        # Over the tokens of prompts with an image: others have no H_mask to average.
-        with_image = denominator._replace(tokens=denominator.image_tokens)
-        masked_entropy = response_mean(-masked_log_probs, has_view, with_image)
+        image_counts = denominator._replace(tokens=denominator.image_tokens)
+        masked_entropy = response_mean(-masked_log_probs, has_view, image_counts)
         metrics["kl_prcp"] = kl_prcp.detach()
         metrics["masked_entropy"] = masked_entropy.detach()
-    for name, (coefficient, view_log_probs) in (views or {}).items():
+    for name, (coefficient, view_log_probs) in (further_views or {}).items():
         kl_view = mean(kl_k3(log_probs, fill_without_image(view_log_probs)), average=algo.average)
         kl_views = kl_views + _weighted(coefficient, kl_view)
         metrics[f"kl_{name}"] = kl_view.detach()

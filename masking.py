@@ -11,8 +11,8 @@ caller's generator draws one mask per prompt, shared by its group. Semantic mask
 saliency map: DINOv2's attention (support/saliency.py), or the toy's dots.
 
 To add a corruption, write a function patches -> (masked, patch_mask), add its name to STRATEGIES
-and a branch to `mask_prompt`; its parameters are fields of papo.Algo. Or replace papo.Algo.view in
-a variant, a subclass of Algo. (For a further KL term see papo.Algo.views.)
+and a branch to `mask_prompt`; its parameters are fields of papo.Algo. Or replace the step `view` of
+papo.Algo in a variant.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ def mask_prompt(
     """The masked view of a prompt: masked[N_patch, D_patch], patch_mask[N_patch].
 
     algo: papo.Algo, whose mask_strategy, mask_ratio and mask_sigma say how. "semantic" needs
-    `saliency`, a function image -> [h, w]. Images that were masked beforehand (the data's column
-    images_aug) are used as they are, whatever the strategy.
+    `saliency`, a function image -> [h, w]. Images that were masked beforehand, in the data's
+    further column images_aug, are used as they are, whatever the strategy.
     """
     if "images_aug" in prompt.more_pixel_values:
         masked = prompt.more_pixel_values["images_aug"]
@@ -117,12 +117,12 @@ def mask_prompt(
         if algo.mask_strategy == "random":
             return mask_patches(patches, ratio, black, generator)
         if algo.mask_strategy == "noise":
-            copies = encoder.images.temporal_patch_size
+            copies = encoder.image_processor.temporal_patch_size
             return noise_patches(patches, ratio, algo.mask_sigma, generator, copies)
         if algo.mask_strategy == "semantic":
             if saliency is None:
                 raise ValueError("mask_strategy=semantic needs a saliency function image -> [h, w]")
-            scores = to_patch_order(saliency(image), *grid, encoder.images.merge_size)
+            scores = to_patch_order(saliency(image), *grid, encoder.image_processor.merge_size)
             return mask_salient(patches, ratio, black, scores, generator)
         choices = ", ".join(STRATEGIES)
         raise ValueError(f"mask_strategy={algo.mask_strategy!r}: choose one of {choices}")

@@ -1,13 +1,7 @@
 r"""PAPO, the algorithm: presets, the steps a variant may replace, the update on one batch.
 
-losses.py has the equations and masking.py the masked view. rollout.py fills the groups that
-`prepare` and `update` train on; train.py is the loop around them.
-
-    prepare   mask the images; record old, reference and masked log-probs, without gradient
-    update    one optimizer step per mini-batch on losses.papo_loss
-
-A variant, such as variants/vppo.py, is a subclass of Algo: other defaults, flags of its own, and
-some of Algo's steps replaced.
+losses.py has the equations and masking.py the masked view. A variant, such as variants/vppo.py, is
+a subclass of Algo: other defaults, flags of its own, and some of Algo's steps replaced.
 """
 
 from __future__ import annotations
@@ -26,7 +20,7 @@ from torch import Tensor
 
 import masking
 from losses import Counts, count, papo_loss, response_mean
-from support.batch import Group, Prompt, has_image, pad_and_cat, seeded, view_log_probs
+from support.batch import Group, Prompt, cat_view, pad_and_cat, seeded, with_image
 from support.config import Flags, flag
 from support.distributed import (
     clip_gradients,
@@ -80,15 +74,16 @@ class Algo(Flags):
         """The settings at `step`, from 0 to n_steps - 1."""
         return self
 
-    def sample(self, prompts: list[Prompt], policy: Policy, generate: Callable, key: tuple):
-        """A round's groups. generate(prompts) samples G responses to each, as a group.
+    def sample(self, prompts: list[Prompt], policy: Policy, sample_groups: Callable, key: tuple):
+        """A round's groups. sample_groups(prompts) samples G responses to each, as a group.
 
         A variant may pass each prompt twice, say once under another image: all responses of the
         same Prompt.index are compared. A group is trained under the images of group.prompt, so set
-        it back to the original prompt to train under the original image. Call generate once: a
-        second call repeats its random numbers. Draw others by batch.seeded(NAME, *key, index).
+        it back to the original prompt to train under the original image. Call sample_groups once: a
+        second call repeats its random numbers. For numbers of your own there is
+        batch.seeded(NAME, *key, index).
         """
-        return generate(prompts)
+        return sample_groups(prompts)
 
     def views(self) -> tuple[str, ...]:
         """Views of the image to record log-probs under: "mask", PAPO's, if the objective has it.
@@ -125,7 +120,7 @@ PRESETS: dict[str, dict] = {
     "grpo_no_kl_ref": {"kl_prcp_coef": 0.0, "kl_ref_coef": 0.0},
     "papo_g_no_kl_ref": {**_PRCP_AND_ENTROPY, "kl_ref_coef": 0.0},
 }
-# What a model of 7B's width takes instead: the release adds entropies to papo_g at 7B only.
+# What a model at least as wide as the 7B takes instead: the release adds entropies to papo_g there.
 PRESETS_7B = {"papo_g": {"entropy_coef": 0.05, "masked_entropy_coef": 0.05}}
 
 
@@ -159,19 +154,19 @@ def prepare(
     changed in each, over all ranks, such as {"mask_ratio": 0.6}.
     """
     groups = list(itertools.chain.from_iterable(batches))
-    # The first update needs none: pi_old is pi there (see pack_loss). A variant's `weigh` may.
+    # The first update needs no old log-probs, since pi_old is pi there. A variant's `weigh` may.
     has_weights = type(algo).weigh is not Algo.weigh
     need_old = groups if has_weights else list(itertools.chain.from_iterable(batches[1:]))
     record(policy, need_old, "old_log_probs", policy.log_probs)
     if algo.kl_ref_coef:
         record(reference, groups, "ref_log_probs", reference.log_probs)
     metrics = {}
-    with_image = [group for group in groups if group.has_image]
+    groups_with_image = [group for group in groups if group.has_image]
     for name in algo.views():
-        metrics[f"{name}_ratio"] = draw_view(policy, with_image, algo, name, key)
-        # Without gradient. With masked_grad the loss computes those of "mask" again.
-        under_view = policy.per_group(with_image, partial(policy.log_probs, view=name))
-        for group, log_probs in zip(with_image, under_view, strict=True):
+        metrics[f"{name}_ratio"] = draw_view(policy, groups_with_image, algo, name, key)
+        # With masked_grad the loss computes those of "mask" again, and these are for `weigh`.
+        under_view = policy.per_group(groups_with_image, partial(policy.log_probs, view=name))
+        for group, log_probs in zip(groups_with_image, under_view, strict=True):
             group.view_log_probs[name] = log_probs
     for batch in batches:
         with torch.no_grad():
@@ -239,16 +234,17 @@ def update(
 def accumulate_gradients(policy: Policy, batch: list[Group], algo: Algo) -> dict[str, float]:
     """Backward over this rank's packs of a mini-batch. Returns the metrics over all ranks.
 
-    The denominators of the means are counted over all ranks first. So losses of packs add up, and
-    neither packing nor the number of ranks changes the update, up to rounding.
+    The means divide by counts over all ranks. So losses of packs add up, and neither packing nor
+    the number of ranks changes the update, up to rounding.
     """
     own = Counts(0, 0, 0)
     if batch:
-        own = count(pad_and_cat(batch, "response_mask"), has_image(batch))
+        own = count(pad_and_cat(batch, "response_mask"), with_image(batch))
     denominator = Counts(*sum_over_ranks(own))
     # A pack is one forward: whole groups of at most tokens_per_forward tokens, or one larger group.
-    # Every backward is a collective, so all ranks take equally many: make_packs adds dummies, two
-    # text tokens with an empty response, whose log-probs have shape [1, 0].
+    # Every backward is a collective, so all ranks take equally many: make_packs adds dummies, with
+    # two text tokens, an empty response and records of shape [1, 0]. A pack without an image gives
+    # the vision tower one black token.
     packs = make_packs(batch, policy.tokens_per_forward)
     values, largest_gaps = [], []  # on the device: no wait per pack
     for number, pack in enumerate(packs, start=1):
@@ -260,7 +256,6 @@ def accumulate_gradients(policy: Policy, batch: list[Group], algo: Algo) -> dict
         largest_gaps.append(metrics.pop("sampler_gap_max"))
         values.append(torch.stack([*metrics.values()]).double())
     average_gradients(policy.model)  # of LoRA adapters, which FSDP leaves alone
-    # A pack divides by the counts of the whole mini-batch, so sums over packs and ranks are means.
     sums = sum_over_ranks(sum(values).tolist())
     largest_gap = max_over_ranks(torch.stack(largest_gaps).max())
     # metrics: the last pack's; all packs have the same names.
@@ -275,7 +270,7 @@ def pack_loss(policy: Policy, pack: list[Group], algo: Algo, denominator: Counts
     recorded = partial(pad_and_cat, pack, device=policy.device)  # field -> [B, T]
     response_mask = recorded("response_mask").bool()
     log_probs = policy.log_probs(pack)  # [B, T]
-    # All groups have old log-probs or none has: in a step's first update pi_old = pi.
+    # All groups have old log-probs, or none but dummies has: in a step's first update pi_old = pi.
     has_old = all(group.old_log_probs is not None for group in pack)
     old_log_probs = recorded("old_log_probs") if has_old else log_probs.detach()
     advantages = torch.cat([group.advantages for group in pack]).to(policy.device)  # [B]
@@ -285,7 +280,7 @@ def pack_loss(policy: Policy, pack: list[Group], algo: Algo, denominator: Counts
     def under(view: str) -> Tensor:
         if view == "mask" and algo.masked_grad:  # (papo_loss ignores prompts without an image)
             return policy.log_probs(pack, view)
-        return view_log_probs(pack, view, policy.device)
+        return cat_view(pack, view, policy.device)
 
     views = {name: under(name) for name in algo.views()}
     # PAPO's own view has its coefficient, estimator and entropy in papo_loss.
@@ -299,8 +294,8 @@ def pack_loss(policy: Policy, pack: list[Group], algo: Algo, denominator: Counts
         ref_log_probs=recorded("ref_log_probs") if algo.kl_ref_coef else None,
         masked_log_probs=masked_log_probs,
         denominator=denominator,
-        has_image=has_image(pack).to(policy.device),
-        views={name: (getattr(algo, f"{name}_coef"), views[name]) for name in views},
+        has_image=with_image(pack).to(policy.device),
+        further_views={name: (getattr(algo, f"{name}_coef"), views[name]) for name in views},
     )
     # How far sampling and training disagree about the same tokens; 0 but for rounding.
     gap = (recorded("sample_log_probs") - old_log_probs).abs()

@@ -1,19 +1,16 @@
 """Sample G responses per prompt with Hugging Face `generate`.
 
-1. Sort the prompts by length and cut them into chunks of at most `rollout_batch` responses, or of
-   one prompt.
-2. For each chunk call generate(). It builds the logits processors (no vision tokens, temperature,
-   top-k) and hands them to our decoding loop (`custom_generate`, support/decoding.py), which does
-   the rest.
-3. Collect each prompt's responses in a Group (support/batch.py).
+The prompts are sorted by length and cut into chunks of at most `rollout_batch` responses. For each
+chunk model.generate() builds the logits processors (no vision tokens, temperature, top-k) and hands
+them to our decoding loop (`custom_generate`, support/decoding.py), which does the rest.
 
 Differences from the released code, which samples with vLLM:
 1. Up to rounding, a response depends only on the weights and (seed, step, prompt, sample), not on
    its chunk or on the number of ranks.
 2. Sampling ignores the model's generation_config (Policy replaces it) except for its end tokens.
-   generate() would apply Qwen's repetition penalty of 1.05, and samples would come from another
-   policy than the one trained. Two such differences remain: top-p 0.99, which is the paper's, and
-   the suppressed vision tokens.
+   model.generate() would apply Qwen's repetition penalty of 1.05, and samples would come from
+   another policy than the one trained. Two such differences remain: top-p 0.99, which is the
+   paper's, and the suppressed vision tokens.
 3. The sampler's log-probs are those of the full softmax at the sampling temperature, before top-p,
    top-k and suppression: what the training forward computes. They are used only for the metric
    sampler_gap; training recomputes the old log-probs.
@@ -77,17 +74,16 @@ def generate(  # noqa: PLR0913
         while waiting and not stop():
             # most_responses is infinite until memory has run out once.
             responses_at_once = min(sampling.rollout_batch, policy.most_responses)
-            chunk = waiting[: max(1, responses_at_once // group_size)]
+            numbers = waiting[: max(1, responses_at_once // group_size)]
+            chunk = [prompts[i] for i in numbers]
             try:
-                sampled = _sample_chunk(
-                    policy, [prompts[i] for i in chunk], uniforms[chunk], sampling, stop
-                )
+                sampled = _sample_chunk(policy, chunk, uniforms[numbers], sampling, stop)
             except torch.OutOfMemoryError:
                 if len(chunk) == 1:
                     raise
                 policy.most_responses = len(chunk) // 2 * group_size  # in later steps, too
                 continue
-            groups.update(zip(chunk, sampled, strict=True))
+            groups.update(zip(numbers, sampled, strict=True))
             waiting = waiting[len(chunk) :]
             bar.update(len(chunk))
     return [] if stop() else [groups[i] for i in range(len(prompts))]
@@ -125,12 +121,11 @@ def _sample_chunk(
     options = {"do_sample": False}  # temperature 0: `decode` takes the likeliest token
     if sampling.temperature:
         options = {"do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k}
-    # `decode` feeds the prompts to the model; for generate() their last tokens stand in. Top-p too
-    # is left to `decode`, because generate()'s processor for it sorts the whole vocabulary.
+    # `decode` encodes chunk.prompts itself: generate() needs only a batch of the right size, so the
+    # last tokens stand in. `decode` does top-p too, for which generate() would sort the vocabulary.
     last_tokens = torch.stack([prompt.input_ids[-1:] for prompt in prompts]).to(device)
     last_tokens = last_tokens.repeat_interleave(uniforms.shape[1], 0)
-    # What `decode` returns: [prompts, G, steps] each, on the CPU.
-    tokens, log_probs = policy.model.generate(
+    tokens, log_probs = policy.model.generate(  # [prompts, G, steps] each, on the CPU
         input_ids=last_tokens,
         attention_mask=torch.ones_like(last_tokens),
         custom_generate=decode,
@@ -149,28 +144,24 @@ def _make_group(
     """A group from what was decoded, [G, steps], without what follows the first end tokens."""
     is_end = torch.isin(tokens, torch.tensor(policy.eos_ids))
     ends_before = is_end.cumsum(1) - is_end.int()
-    response_mask = ends_before == 0  # [G, steps], up to and including the first end token
+    response_mask = ends_before == 0  # [G, steps]
     lengths = response_mask.sum(1)
     longest = int(lengths.max())
     tokens, log_probs, response_mask = (x[:, :longest] for x in (tokens, log_probs, response_mask))
     if not log_probs[response_mask].isfinite().all():
         raise StepError(
-            f"log-probs of a response to prompt {prompt.example.id or prompt.index} are not finite "
-            f"({prompt.example.question[:80]!r}): either the weights have diverged (lower --lr and "
-            "--resume from a checkpoint), or a kernel is wrong on this device"
+            f"log-probs of a response to prompt {prompt.example.id or prompt.index} are not "
+            "finite: the weights have diverged (lower --lr and --resume from a checkpoint), or a "
+            "kernel is wrong on this device"
         )
-
-    def to_text(token_ids: Tensor) -> str:
-        """The response, after the <think> that a chat template may have written for the model."""
-        text = policy.encoder.tokenizer.decode(token_ids, skip_special_tokens=True)
-        return policy.encoder.opening + text
-
-    of_responses = zip(tokens, response_mask, strict=True)
+    ids = [of_response[mask] for of_response, mask in zip(tokens, response_mask, strict=True)]
+    texts = policy.encoder.tokenizer.batch_decode(ids, skip_special_tokens=True)
     return Group(
         prompt=prompt,
         tokens=tokens.masked_fill(~response_mask, policy.pad_id),
         response_mask=response_mask,
         truncated=(lengths == max_new_tokens) & ~is_end.any(1),
         sample_log_probs=log_probs.masked_fill(~response_mask, 0.0),
-        responses=[to_text(ids[mask]) for ids, mask in of_responses],
+        # opening: the <think> that a chat template may have written for the model.
+        responses=[policy.encoder.opening + text for text in texts],
     )

@@ -3,17 +3,13 @@ r"""Train a vision-language model with PAPO, GRPO or DAPO, on one or more device
     torchrun train.py --algo papo_g                 a toy on a laptop: a tiny model counts dots
     torchrun --nproc_per_node 2 train.py --algo papo_g --model Qwen/Qwen2.5-VL-3B-Instruct
 
-`train` is the paper's loop. PAPO adds one term to GRPO or DAPO (and two entropies in some presets):
-
-    KL_prcp = KL(pi(. | image) || pi(. | masked image))
-
-It is maximised, so that responses depend on the image; losses.py has the other symbols. A response
-thinks, then boxes its answer: <think> ... </think> \boxed{3}. Every rank samples and trains on its
-own prompts; no batch travels between ranks. What travels through a step is a list of Groups
+`train` is the paper's loop, GRPO or DAPO with one more term: KL_prcp, between the policy under the
+image and under a masked image, is maximised. losses.py has the objective. A response thinks, then
+boxes its answer: <think> ... </think> \boxed{3}. What travels through a step is a list of Groups
 (support/batch.py), a prompt and its G responses each:
 
     group.prompt             index in the step, input_ids [P], pixel_values [N_patch, D_patch]
-    group.tokens             [G, T] sampled; response_mask [G, T], up to the first end token
+    group.tokens             [G, T] sampled; response_mask [G, T], True on a response's tokens
     group.rewards            [G], then advantages [G]: set by `grade`
     group.old_log_probs      [G, T], and ref_log_probs: set by papo.prepare where needed
     group.view_log_probs     "mask" -> [G, T], under the masked image: set by papo.prepare
@@ -21,8 +17,8 @@ own prompts; no batch travels between ranks. What travels through a step is a li
 losses.py sees several groups stacked: B responses, [B, T].
 
 The released loop differs in two ways (each file lists its own). It samples with vLLM under Ray;
-here every rank gathers the training weights and samples with them. It has bf16 weights with Kahan
-compensation; here master weights are fp32.
+here every rank gathers the training weights and samples with them. The release trains bf16 weights
+with Kahan compensation; here master weights are fp32.
 """
 
 from __future__ import annotations
@@ -55,13 +51,13 @@ def train(run: Run) -> None:
     config, policy = run.config, run.policy
     validate(run)
     for step in run.steps():
-        # A variant (a subclass of papo.Algo) may change settings over time.
+        # A variant of the algorithm may change settings over time.
         algo = run.algo.at_step(step, run.n_steps)
         key = (config.seed, step)  # seeds samples and masks
 
         # 1. Sample G responses per prompt, grade them, compute group-relative advantages.
         groups, metrics = collect(run, algo, key)
-        # This rank's share of each mini-batch: Prompt.index decides, so no group has to move.
+        # This rank's share of each mini-batch, which may be empty.
         batches = mini_batches(groups, config.mini_batch)
 
         # 2. Before the first update changes the policy: mask the images, and record the old,
@@ -89,7 +85,7 @@ def collect(run: Run, algo: Algo, key: tuple) -> tuple[list[Group], dict[str, fl
     there is. (The release raises then, and keeps a round whole if none of its groups qualifies.)
     Returns the groups to train on, and metrics over all ranks.
     """
-    config, start, broken = run.config, time.time(), run.rows.broken.total()
+    config, start, broken_before = run.config, time.time(), run.rows.broken.total()
     kept: list[Group] = []
     sums: Counter = Counter()
     sample_groups = partial(
@@ -112,12 +108,12 @@ def collect(run: Run, algo: Algo, key: tuple) -> tuple[list[Group], dict[str, fl
         indices = sorted(set(distributed.concat_over_ranks([group.prompt.index for group in kept])))
         if len(indices) >= config.prompts_per_step or not algo.dynamic_sampling:
             break
-    # Indices grow from round to round, so this cuts the surplus of the last. Its prompts are not
+    # Indices grow from round to round, so this cuts the surplus of the last. What is cut is not
     # sampled again in this pass over the data.
     chosen = indices[: config.prompts_per_step]
     kept = [group for group in kept if group.prompt.index in chosen]
     # Found broken while encoding, on this rank.
-    sums["skipped_rows"] = run.rows.broken.total() - broken
+    sums["skipped_rows"] = run.rows.broken.total() - broken_before
     metrics = rollout_metrics(sums) | {
         "unusable_rows": run.rows.skipped.total(),  # left out at loading, the same on all ranks
         "groups_kept": len(chosen),  # counted by prompt
@@ -133,8 +129,8 @@ def grade(run: Run, algo: Algo, groups: list[Group], sums: Counter) -> list[Grou
     """
     # All responses to a prompt are compared. A variant may spread them over two groups.
     index = torch.tensor([group.prompt.index for group in groups for _ in group.responses])
-    # Per response: accuracy and format, 0 or 1, and overall = 0.9 accuracy + 0.1 format; "unscored"
-    # where the time for scoring ran out.
+    # Per response: accuracy and format, 0 or 1, and overall = 0.9 accuracy + 0.1 format. "unscored"
+    # where the round's --reward_budget ran out; past its own --reward_deadline accuracy is just 0.
     scores = run.grader.of_groups(groups)
     run.raise_if_stopped()
 
@@ -143,7 +139,7 @@ def grade(run: Run, algo: Algo, groups: list[Group], sums: Counter) -> list[Grou
 
     rewards, accuracy = column("overall"), column("accuracy")
     # An unscored response has reward 0, which distorts its group's mean. So all responses to its
-    # prompt get advantage 0; the loss's other terms still train on them.
+    # prompt get advantage 0. Dynamic sampling drops them; else other terms of the loss remain.
     is_graded = ~torch.isin(index, index[column("unscored") > 0])
     advantages = group_advantages(rewards, index).where(is_graded, 0.0).float()
     sizes = [len(group.responses) for group in groups]
@@ -152,7 +148,7 @@ def grade(run: Run, algo: Algo, groups: list[Group], sums: Counter) -> list[Grou
         group.rewards, group.advantages = own_rewards, own_advantages
 
     # Rounding may leave advantages of 1e-10 where all rewards of a group are equal.
-    has_advantage = index[advantages.abs() > 1e-6].unique()
+    indices_with_advantage = index[advantages.abs() > 1e-6].unique()
     sums.update(  # a Counter adds
         responses=len(scores),
         reward=float(rewards.sum()),
@@ -160,7 +156,7 @@ def grade(run: Run, algo: Algo, groups: list[Group], sums: Counter) -> list[Grou
         format=float(column("format").sum()),
         truncated=sum(int(group.truncated.sum()) for group in groups),
         response_tokens=sum(int(group.response_mask.sum()) for group in groups),
-        zero_advantage_groups=len(index.unique()) - len(has_advantage),
+        zero_advantage_groups=len(index.unique()) - len(indices_with_advantage),
         reward_timeouts=run.grader.timeouts,  # of this call
         reward_errors=run.grader.errors,
         reward_unscored=run.grader.unscored,
@@ -254,7 +250,7 @@ def build_run(argv=None) -> Run:
     defaults |= toy.defaults(model, early.get("data", "")) | saved
     classes = (Config, algo_class(name))
     config, algo = flags.parse_flags(__doc__, *classes, defaults=defaults, argv=argv)
-    config.val_data = toy.data_of(model, config.val_data)  # of a toy, its own rows
+    config.val_data = toy.data_of(model, config.val_data)  # a toy is evaluated on its own rows
     flags.check_resumed(flags.flags_of(config, algo), saved)  # few may change: FREE_ON_RESUME
     if algo.dynamic_sampling and MAX_ROUNDS * config.mini_batch < config.prompts_per_step:
         limit = f"{MAX_ROUNDS} rounds of mini_batch={config.mini_batch} prompts"

@@ -77,7 +77,7 @@ class Group:
 
     rewards: Tensor | None = None  # [G]
     advantages: Tensor | None = None  # [G]
-    old_log_probs: Tensor | None = None  # [G, T]; None for a step's first update, where pi_old = pi
+    old_log_probs: Tensor | None = None  # [G, T]; None where pi_old = pi: see papo.prepare
     ref_log_probs: Tensor | None = None  # [G, T]
     weights: Tensor | None = None  # [G, T], factors of the advantages
     # By name of a view of the image ("mask" is PAPO's), the same for the whole group:
@@ -115,7 +115,7 @@ def mini_batches(groups: list[Group], size: int) -> list[list[Group]]:
     return batches
 
 
-def has_image(groups: list[Group]) -> Tensor:
+def with_image(groups: list[Group]) -> Tensor:
     """Whether each response's prompt has an image, [B] bool."""
     return torch.tensor([group.has_image for group in groups for _ in group.tokens])
 
@@ -125,7 +125,7 @@ def pad_and_cat(groups: list[Group], name: str, device="cpu") -> Tensor:
     return stack_padded([getattr(group, name) for group in groups], device)
 
 
-def view_log_probs(groups: list[Group], view: str, device="cpu") -> Tensor:
+def cat_view(groups: list[Group], view: str, device="cpu") -> Tensor:
     """The log-probs recorded under a view, [B, T]. Groups without an image have none, and get 0."""
     tensors = []
     for group in groups:

@@ -143,7 +143,7 @@ def prefill(model, chunk: Chunk, cache: GroupCache) -> None:
     encoder, first = chunk.encoder, 0
     groups = [empty_group(prompt) for prompt in chunk.prompts]
     for of_pack in split_into_packs(groups, PREFILL_TOKENS):
-        merge_size = encoder.images.merge_size
+        merge_size = encoder.image_processor.merge_size
         pack = build_pack(of_pack, "", encoder.black_patch, merge_size, cache.lengths.device)
 
         def attend(layer, query, key, value, scale, pack=pack, first=first):

@@ -60,7 +60,7 @@ def explain(policy: Policy, group: Group, views: list, max_cells: int, out: Path
     than max_cells tokens.
     """
     encoder, example = policy.encoder, group.prompt.example
-    merge = encoder.images.merge_size
+    merge = encoder.image_processor.merge_size
     grids = [(h // merge, w // merge) for _, h, w in group.prompt.image_grid_thw.tolist()]
     side = cell_side(grids, max_cells)
     [clean] = log_probs(policy, group, [group.prompt.pixel_values])  # [T]
@@ -143,7 +143,7 @@ def masked_images(encoder: Encoder, example: Example, patch_mask: Tensor, grids)
     """The images with the patches of patch_mask[N_patch] black, or those masked beforehand."""
     if "images_aug" in example.more_images:
         return example.more_images["images_aug"]
-    merge = encoder.images.merge_size
+    merge = encoder.image_processor.merge_size
     per_image = patch_mask.split([h * w * merge**2 for h, w in grids])
     views = []
     for image, mask, (h, w) in zip(example.images, per_image, grids, strict=True):

@@ -81,8 +81,8 @@ class Encoder:
                 f"model {name!r} is a {self.config.model_type}: choose one of {choices}"
             )
         self.tokenizer = _load_tokenizer(name)
-        self.images = Qwen2VLImageProcessorPil.from_pretrained(name)
-        self.images.size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
+        self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(name)
+        self.image_processor.size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
         self.suffix = suffix
         self.image_id = self.config.image_token_id
         added = self.tokenizer.added_tokens_decoder.values()
@@ -95,7 +95,7 @@ class Encoder:
     @property
     def patches_per_token(self) -> int:
         """Patches that the merger joins to one image token."""
-        return self.images.merge_size**2
+        return self.image_processor.merge_size**2
 
     @property
     def black_patch(self) -> Tensor:
@@ -104,8 +104,10 @@ class Encoder:
         Black is (0 - mean) / std in each channel after normalisation; 0 would be mean grey. The
         channel is the slowest axis of a patch.
         """
-        black = -torch.tensor(self.images.image_mean) / torch.tensor(self.images.image_std)
-        per_channel = self.images.temporal_patch_size * self.images.patch_size**2
+        black = -torch.tensor(self.image_processor.image_mean) / torch.tensor(
+            self.image_processor.image_std
+        )
+        per_channel = self.image_processor.temporal_patch_size * self.image_processor.patch_size**2
         return black.repeat_interleave(per_channel)
 
     def prompt_length(self, question: str, sizes: list[tuple[int, int]]) -> int:
@@ -116,7 +118,7 @@ class Encoder:
         ids, _ = self._tokenize(question)
         length = len(ids)
         for width, height in sizes:
-            patches = self.images.get_number_of_image_patches(height, width)
+            patches = self.image_processor.get_number_of_image_patches(height, width)
             length += patches // self.patches_per_token - 1  # the placeholder is counted already
         return length
 
@@ -173,13 +175,13 @@ class Encoder:
         """pixel_values, image_grid_thw (None where there is no image), pixels of more_images."""
         if not example.images:
             return None, None, {}
-        processed = self.images(images=example.images, return_tensors="pt")
+        processed = self.image_processor(images=example.images, return_tensors="pt")
         more_pixel_values = {}
         for column, others in example.more_images.items():
             resized = []
             for other, image in zip(others, example.images, strict=True):
                 resized.append(other.convert("RGB").resize(image.size))  # the same patch grid
-            same_grid = self.images(images=resized, return_tensors="pt")
+            same_grid = self.image_processor(images=resized, return_tensors="pt")
             more_pixel_values[column] = same_grid["pixel_values"]
         return processed["pixel_values"], processed["image_grid_thw"], more_pixel_values
 
@@ -357,7 +359,7 @@ class Policy:
         self.model.pack_hidden_states(pack, attend)
 
     def _pack(self, groups: list[Group], view: str = "") -> Pack:
-        merge_size = self.encoder.images.merge_size
+        merge_size = self.encoder.image_processor.merge_size
         return build_pack(groups, view, self.encoder.black_patch, merge_size, self.device)
 
     def _unflatten(self, flat: Tensor, groups: list[Group]) -> Tensor:

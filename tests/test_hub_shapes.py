@@ -260,5 +260,7 @@ def test_qwen3_masks_16_pixel_patches(policy, strategy):
     assert masked.shape == prompt.pixel_values.shape == (72, 3 * 2 * 16 * 16)
     assert 20 < int(patch_mask.sum()) < 52
     assert torch.equal(masked[~patch_mask], prompt.pixel_values[~patch_mask])
-    black = encoder.images(images=[Image.new("RGB", (64, 64))], return_tensors="pt")["pixel_values"]
+    black = encoder.image_processor(images=[Image.new("RGB", (64, 64))], return_tensors="pt")[
+        "pixel_values"
+    ]
     torch.testing.assert_close(masked[patch_mask], black[:1].expand(int(patch_mask.sum()), -1))

@@ -24,7 +24,7 @@ def prompt(encoder):
 
 def test_a_masked_patch_is_what_the_processor_makes_of_black(encoder, prompt):
     image = Image.new("RGB", (56, 56))
-    black = encoder.images(images=[image], return_tensors="pt")["pixel_values"]
+    black = encoder.image_processor(images=[image], return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(black, encoder.black_patch.expand_as(black))
     masked, patch_mask = mask_patches(prompt.pixel_values, 0.6, encoder.black_patch, seeded(0))
     n_masked = int(patch_mask.sum())
@@ -98,7 +98,7 @@ def test_patch_order_is_the_processors(encoder):
     grey = torch.arange(h * w, dtype=torch.float32).view(h, w) * 4
     pixels = grey.repeat_interleave(14, 0).repeat_interleave(14, 1).to(torch.uint8).numpy()
     image = Image.fromarray(pixels).convert("RGB")
-    out = encoder.images(images=[image], return_tensors="pt")
+    out = encoder.image_processor(images=[image], return_tensors="pt")
     assert out["image_grid_thw"].tolist() == [[1, h, w]]
     first_values = out["pixel_values"][:, 0]
     assert torch.equal(first_values.argsort(), to_patch_order(grey, h, w).argsort())

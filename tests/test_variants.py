@@ -18,7 +18,7 @@ import train
 from losses import group_advantages, kl_k3, policy_loss, response_mean
 from papo import pack_loss, prepare, preset
 from support import StepError
-from support.batch import has_image, mini_batches, pad_and_cat, seeded, view_log_probs
+from support.batch import cat_view, mini_batches, pad_and_cat, seeded, with_image
 from support.config import parse_flags
 from support.variants import variant_names
 from variants import dyco_rl, noisy_rollout, pgpo, tor, vppo
@@ -150,7 +150,7 @@ def test_the_noises_schedules_and_diffusion():
 
 def test_noise_is_added_to_pixels_between_0_and_1(encoder, prompts):
     """The same noise in both copies over time."""
-    images = encoder.images
+    images = encoder.image_processor
     mean, std = (torch.tensor(x)[:, None, None] for x in (images.image_mean, images.image_std))
     clean = prompts[0].pixel_values
     noised = noisy_rollout.add_noise(clean, 400, images, seeded(1))
@@ -305,14 +305,14 @@ def test_dvrp_adds_the_noised_views_kl_to_papos(varied_policy, groups):
     """In value and gradient; prompts without an image have neither view."""
     algo, metrics = prepared("dvrp", varied_policy, groups, n_batches=2, noised_coef=0.3)
     assert 0.3 < metrics["mask_ratio"] < 0.9 and metrics["noised_ratio"] == 1
-    images, pixels = varied_policy.encoder.images, groups[0].prompt.pixel_values
+    images, pixels = varied_policy.encoder.image_processor, groups[0].prompt.pixel_values
     expected = noisy_rollout.add_noise(pixels, 500, images, seeded("noised", 0, 0, 0))
     assert torch.equal(groups[0].view_pixel_values["noised"], expected)
     loss, metrics = pack_loss(varied_policy, groups, algo)
     loss_without, _ = pack_loss(varied_policy, groups, replace(algo, noised_coef=0.0))
     log_probs, mask = varied_policy.log_probs(groups), pad_and_cat(groups, "response_mask")
-    per_token = kl_k3(log_probs, view_log_probs(groups, "noised"))
-    kl = response_mean(per_token * has_image(groups)[:, None], mask)
+    per_token = kl_k3(log_probs, cat_view(groups, "noised"))
+    kl = response_mean(per_token * with_image(groups)[:, None], mask)
     assert metrics["kl_noised"].item() == pytest.approx(kl.item(), abs=1e-6) and kl > 1e-4
     added = loss - loss_without
     close(added, 0.3 * kl)

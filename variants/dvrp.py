@@ -40,6 +40,6 @@ class DVRP(Algo):
     def view(self, name, prompt, policy, generator):
         if name == "mask":
             return super().view(name, prompt, policy, generator)
-        images = policy.encoder.images
+        images = policy.encoder.image_processor
         pixels = add_noise(prompt.pixel_values, self.noise_steps, images, generator)
         return pixels, torch.ones(len(pixels), dtype=torch.bool)

@@ -36,8 +36,8 @@ class NoisyRollout(Algo):
         past_middle = (step + 1 - self.noise_middle) / n_steps  # t counts from 1
         return replace(self, noise_steps=falling(self.noise_steps, self.noise_slope * past_middle))
 
-    def sample(self, prompts, policy, generate, key):
-        groups = generate([x for p in prompts for x in (p, self._noised(p, policy, key))])
+    def sample(self, prompts, policy, sample_groups, key):
+        groups = sample_groups([x for p in prompts for x in (p, self._noised(p, policy, key))])
         for clean, noised in zip(groups[::2], groups[1::2], strict=True):
             noised.prompt = clean.prompt  # trained under the clean image
         return groups
@@ -46,7 +46,9 @@ class NoisyRollout(Algo):
         if prompt.pixel_values is None:
             return prompt
         generator = seeded("images", *key, prompt.index)
-        pixels = add_noise(prompt.pixel_values, self.noise_steps, policy.encoder.images, generator)
+        pixels = add_noise(
+            prompt.pixel_values, self.noise_steps, policy.encoder.image_processor, generator
+        )
         return replace(prompt, pixel_values=pixels)
 
 

@@ -28,8 +28,10 @@ class TAPO(Algo):
 
     columns = ("images_pos", "images_neg")
 
-    def sample(self, prompts, policy, generate, key):
-        return generate([image for prompt in prompts for image in (prompt, positive_of(prompt))])
+    def sample(self, prompts, policy, sample_groups, key):
+        return sample_groups(
+            [image for prompt in prompts for image in (prompt, positive_of(prompt))]
+        )
 
     def view(self, name, prompt, policy, generator):
         negative = prompt.more_pixel_values["images_neg"]
