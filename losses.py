@@ -22,18 +22,18 @@ What the terms do to the policy:
     gradient of H  = - mean grad log pi
 
 1. k3 is an unbiased estimate of KL(pi || pi_other) if samples come from pi and nothing is clamped.
-2. The gradient that autograd takes, samples held fixed, is in expectation that of KL(pi_other ||
-   pi), not that of KL(pi || pi_other): E_pi[grad log pi] = 0, E_pi[exp(d) grad log pi] =
-   E_pi_other[grad log pi].
+2. Autograd differentiates k3, but not the distribution that the samples come from. So its gradient
+   is in expectation that of KL(pi_other || pi), not that of KL(pi || pi_other), because
+   E_pi[grad log pi] = 0 and E_pi[exp(d) grad log pi] = E_pi_other[grad log pi].
 3. So maximising KL_prcp makes a token likelier where the masked view finds it less likely (d < 0),
    with a weight of at most 1, and less likely where the masked view finds it likelier (d > 0), with
-   weight exp(d) - 1, up to 12.6 at d = 2.6, where k3 reaches its clamp. Run too far, the latter
+   weight exp(d) - 1, up to 12.6 at d = 2.61, where k3 reaches its clamp. Run too far, the latter
    drives pi off all text that is plausible without the image: probability spreads, and both
    entropies grow. The paper reports this collapse and penalises both. (As released, only H has a
    gradient: see c.)
 4. Descent on H makes every sampled token likelier. For samples from pi itself its gradient is 0 on
-   average, as in 2; samples from pi_old, cut by top-p, make it a pull towards them. As released,
-   this pull is all that the Double Entropy Loss does.
+   average, as in 2; for samples from pi_old, cut by top-p, it is a pull towards what was sampled.
+   As released, this pull is all that the Double Entropy Loss does.
 5. H_mask estimates the cross-entropy of pi and pi_mask, which is H + KL(pi || pi_mask).
 
 Where the paper, the released code and this file differ:
@@ -119,8 +119,8 @@ def group_advantages(rewards: Tensor, index: Tensor, eps: float = 1e-6) -> Tenso
         shapes = f"{tuple(rewards.shape)} and {tuple(index.shape)}"
         raise ValueError(f"rewards and index of shapes {shapes}: both must be [B]")
     advantages = torch.zeros_like(rewards)
-    for prompt in index.unique():
-        group = index == prompt
+    for i in index.unique():
+        group = index == i
         # float64: in float32 six rewards of 0.9 can have a std of 7e-8 instead of 0, which
         # eps = 1e-6 turns into advantages of 0.06.
         own = rewards[group].double()
@@ -135,8 +135,8 @@ def group_advantages(rewards: Tensor, index: Tensor, eps: float = 1e-6) -> Tenso
 def kl_k3(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
     """Schulman's k3 at each sampled token. ref_log_probs: log pi_other, the reference's or not.
 
-    Clamped as released: where the value reaches 10, the gradient is 0. At NaN, which padding may
-    hold, clamp passes none either.
+    Clamped as released: where the value reaches 10, the gradient is 0. The first clamp's gradient
+    is 0 at NaN, which padding may hold, while that of exp would be NaN.
     """
     d = (ref_log_probs - log_probs).clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
     return (d.exp() - d - 1).clamp(max=KL_CLAMP)
@@ -221,7 +221,7 @@ def papo_loss(  # noqa: PLR0913
     denominator: Counts of the whole mini-batch over all ranks; None: of this batch.
     has_image[B]: whether a response's prompt has an image; None: all have. Without one both views
         are the same, so KL_prcp is 0 at its tokens, which count in the mean. H_mask is the mean
-        over the other tokens only.
+        over the tokens of responses with an image.
     further_views: of a variant, name -> (coefficient, log-probs). Each adds
         coefficient * KL(pi || pi_view): a negative coefficient maximises it.
     """
@@ -253,12 +253,12 @@ def papo_loss(  # noqa: PLR0913
     if has_image is not None:
         has_view = has_view & has_image.bool()[:, None]
 
-    def fill_without_image(under_view: Tensor) -> Tensor:
+    def fill_without_view(under_view: Tensor) -> Tensor:
         """Put log pi itself where there is no view: d = 0, so k3 and its gradient are 0."""
         return torch.where(has_view, under_view, log_probs.detach())
 
     if masked_log_probs is not None:
-        masked_log_probs = fill_without_image(masked_log_probs)
+        masked_log_probs = fill_without_view(masked_log_probs)
         kl_per_token = _kl_prcp(log_probs, masked_log_probs, algo.kl_prcp_estimator)
         kl_prcp = mean(kl_per_token, average=algo.average)
         image_counts = denominator._replace(tokens=denominator.image_tokens)
@@ -266,21 +266,16 @@ def papo_loss(  # noqa: PLR0913
         metrics["kl_prcp"] = kl_prcp.detach()
         metrics["masked_entropy"] = masked_entropy.detach()
     for name, (coefficient, view_log_probs) in (further_views or {}).items():
-        kl_view = mean(kl_k3(log_probs, fill_without_image(view_log_probs)), average=algo.average)
-        kl_views = kl_views + _weighted(coefficient, kl_view)
+        kl_view = mean(kl_k3(log_probs, fill_without_view(view_log_probs)), average=algo.average)
+        kl_views = kl_views + coefficient * kl_view
         metrics[f"kl_{name}"] = kl_view.detach()
 
     loss = (
         pg
-        + _weighted(algo.kl_ref_coef, kl_ref)
-        - _weighted(algo.kl_prcp_coef, kl_prcp)  # maximised
-        + _weighted(algo.entropy_coef, entropy)
-        + _weighted(algo.masked_entropy_coef, masked_entropy)
+        + algo.kl_ref_coef * kl_ref
+        - algo.kl_prcp_coef * kl_prcp
+        + algo.entropy_coef * entropy
+        + algo.masked_entropy_coef * masked_entropy
         + kl_views
     )
     return loss, metrics
-
-
-def _weighted(coefficient: float, term: Tensor | float) -> Tensor | float:
-    """coefficient * term; at coefficient 0 the term adds nothing to the graph."""
-    return coefficient * term if coefficient else 0.0

@@ -1,4 +1,4 @@
-r"""PAPO, the algorithm: presets, the steps a variant may replace, the update on one batch.
+r"""PAPO, the algorithm: presets, the steps a variant may replace, the updates of a step.
 
 losses.py has the equations and masking.py the masked view. A variant, such as variants/vppo.py, is
 a subclass of Algo: other defaults, flags of its own, and some of Algo's steps replaced.
@@ -6,7 +6,6 @@ a subclass of Algo: other defaults, flags of its own, and some of Algo's steps r
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from torch import Tensor
 
 import masking
 from losses import Counts, count, papo_loss, response_mean
-from support.batch import Group, Prompt, cat_view, pad_and_cat, seeded, with_image
+from support.batch import Group, Prompt, cat_view, pad_and_cat, responses_with_image, seeded
 from support.config import Flags, flag
 from support.distributed import (
     clip_gradients,
@@ -71,15 +70,16 @@ class Algo(Flags):
     # The steps a variant may replace.
 
     def at_step(self, step: int, n_steps: int) -> Algo:
-        """The settings at `step`, from 0 to n_steps - 1."""
+        """The settings at `step`, from 0 to n_steps - 1. What the settings at the start of a run do
+        not need, such as a reference model at kl_ref_coef 0, is not there later either."""
         return self
 
     def sample(self, prompts: list[Prompt], policy: Policy, sample_groups: Callable, key: tuple):
         """A round's groups. sample_groups(prompts) samples G responses to each, as a group.
 
         A variant may pass each prompt twice, say once under another image: all responses of the
-        same Prompt.index are compared. A group is trained under the images of group.prompt, so set
-        it back to the original prompt to train under the original image. Call sample_groups once: a
+        same Prompt.index are compared. A group is trained under the images of group.prompt: assign
+        the original prompt to it to train under the original image. Call sample_groups once: a
         second call repeats its random numbers. For numbers of your own there is
         batch.seeded(NAME, *key, index).
         """
@@ -153,20 +153,25 @@ def prepare(
     batches: see mini_batches. `key` and Prompt.index seed the views. Returns the share of patches
     changed in each, over all ranks, such as {"mask_ratio": 0.6}.
     """
-    groups = list(itertools.chain.from_iterable(batches))
+    groups = [group for batch in batches for group in batch]
     # The first update needs no old log-probs, since pi_old is pi there. A variant's `weigh` may.
     has_weights = type(algo).weigh is not Algo.weigh
-    need_old = groups if has_weights else list(itertools.chain.from_iterable(batches[1:]))
-    record(policy, need_old, "old_log_probs", policy.log_probs)
+    need_old = groups if has_weights else [group for batch in batches[1:] for group in batch]
+    # per_group computes log-probs without gradient, for a pack of groups at a time.
+    old = policy.per_group(need_old, policy.log_probs)
+    for group, log_probs in zip(need_old, old, strict=True):
+        group.old_log_probs = log_probs
     if algo.kl_ref_coef:
-        record(reference, groups, "ref_log_probs", reference.log_probs)
+        ref = reference.per_group(groups, reference.log_probs)
+        for group, log_probs in zip(groups, ref, strict=True):
+            group.ref_log_probs = log_probs
     metrics = {}
-    groups_with_image = [group for group in groups if group.has_image]
+    with_image = [group for group in groups if group.has_image]
     for name in algo.views():
-        metrics[f"{name}_ratio"] = draw_view(policy, groups_with_image, algo, name, key)
+        metrics[f"{name}_ratio"] = draw_view(policy, with_image, algo, name, key)
         # With masked_grad the loss computes those of "mask" again, and these are for `weigh`.
-        under_view = policy.per_group(groups_with_image, partial(policy.log_probs, view=name))
-        for group, log_probs in zip(groups_with_image, under_view, strict=True):
+        under_view = policy.per_group(with_image, partial(policy.log_probs, view=name))
+        for group, log_probs in zip(with_image, under_view, strict=True):
             group.view_log_probs[name] = log_probs
     for batch in batches:
         with torch.no_grad():
@@ -175,16 +180,6 @@ def prepare(
         for group, weight in zip(batch, weights, strict=False):  # none: no weighting
             group.weights = weight.expand(group.tokens.shape)
     return metrics
-
-
-def record(policy: Policy, groups: list[Group], field: str, values_of: Callable) -> None:
-    """Set a field [G, T] of the groups to values_of(packed groups).
-
-    policy.per_group puts the groups into packs, the same number of packs on every rank, calls
-    values_of under no_grad, and returns each group's share on the CPU.
-    """
-    for group, values in zip(groups, policy.per_group(groups, values_of), strict=True):
-        setattr(group, field, values)
 
 
 def draw_view(policy: Policy, groups: list[Group], algo: Algo, name: str, key: tuple) -> float:
@@ -234,17 +229,16 @@ def update(
 def accumulate_gradients(policy: Policy, batch: list[Group], algo: Algo) -> dict[str, float]:
     """Backward over this rank's packs of a mini-batch. Returns the metrics over all ranks.
 
-    The means divide by counts over all ranks. So losses of packs add up, and neither packing nor
-    the number of ranks changes the update, up to rounding.
+    The means divide by counts over all ranks, so losses of packs add up.
     """
     own = Counts(0, 0, 0)
     if batch:
-        own = count(pad_and_cat(batch, "response_mask"), with_image(batch))
+        own = count(pad_and_cat(batch, "response_mask"), responses_with_image(batch))
     denominator = Counts(*sum_over_ranks(own))
     # A pack is one forward: whole groups of at most tokens_per_forward tokens, or one larger group.
-    # Every backward is a collective, so all ranks take equally many: make_packs adds dummies, with
-    # two text tokens, an empty response and records of shape [1, 0]. A pack without an image gives
-    # the vision tower one black token.
+    # FSDP gathers weights in every forward and backward, so all ranks must take equally many:
+    # make_packs adds packs with an empty response. For the same reason a pack without an image
+    # feeds one black token to the vision tower.
     packs = make_packs(batch, policy.tokens_per_forward)
     values, largest_gaps = [], []  # on the device: no wait per pack
     for number, pack in enumerate(packs, start=1):
@@ -270,16 +264,16 @@ def pack_loss(policy: Policy, pack: list[Group], algo: Algo, denominator: Counts
     recorded = partial(pad_and_cat, pack, device=policy.device)  # field -> [B, T]
     response_mask = recorded("response_mask").bool()
     log_probs = policy.log_probs(pack)  # [B, T]
-    # All groups have old log-probs, or none but dummies has: in a step's first update pi_old = pi.
-    has_old = all(group.old_log_probs is not None for group in pack)
+    # In a step's first update no group has old log-probs: pi_old is pi.
+    has_old = pack[0].old_log_probs is not None
     old_log_probs = recorded("old_log_probs") if has_old else log_probs.detach()
     advantages = torch.cat([group.advantages for group in pack]).to(policy.device)  # [B]
-    if all(group.weights is not None for group in pack):
+    if pack[0].weights is not None:
         advantages = advantages[:, None] * recorded("weights")  # [B, T]
 
     def under(view: str) -> Tensor:
-        if view == "mask" and algo.masked_grad:  # (papo_loss ignores prompts without an image)
-            return policy.log_probs(pack, view)
+        if view == "mask" and algo.masked_grad:
+            return policy.log_probs(pack, view)  # papo_loss ignores groups without an image
         return cat_view(pack, view, policy.device)
 
     views = {name: under(name) for name in algo.views()}
@@ -294,7 +288,7 @@ def pack_loss(policy: Policy, pack: list[Group], algo: Algo, denominator: Counts
         ref_log_probs=recorded("ref_log_probs") if algo.kl_ref_coef else None,
         masked_log_probs=masked_log_probs,
         denominator=denominator,
-        has_image=with_image(pack).to(policy.device),
+        has_image=responses_with_image(pack).to(policy.device),
         further_views={name: (getattr(algo, f"{name}_coef"), views[name]) for name in views},
     )
     # How far sampling and training disagree about the same tokens; 0 but for rounding.

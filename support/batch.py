@@ -115,7 +115,7 @@ def mini_batches(groups: list[Group], size: int) -> list[list[Group]]:
     return batches
 
 
-def with_image(groups: list[Group]) -> Tensor:
+def responses_with_image(groups: list[Group]) -> Tensor:
     """Whether each response's prompt has an image, [B] bool."""
     return torch.tensor([group.has_image for group in groups for _ in group.tokens])
 
@@ -127,10 +127,10 @@ def pad_and_cat(groups: list[Group], name: str, device="cpu") -> Tensor:
 
 def cat_view(groups: list[Group], view: str, device="cpu") -> Tensor:
     """The log-probs recorded under a view, [B, T]. Groups without an image have none, and get 0."""
-    tensors = []
-    for group in groups:
-        zeros = torch.zeros_like(group.sample_log_probs)
-        tensors.append(group.view_log_probs[view] if group.has_image else zeros)
+    tensors = [
+        group.view_log_probs[view] if group.has_image else torch.zeros_like(group.sample_log_probs)
+        for group in groups
+    ]
     return stack_padded(tensors, device)
 
 

@@ -67,8 +67,7 @@ def split_into_packs(groups: list[Group], max_tokens: int) -> list[list[Group]]:
 def empty_group(prompt: Prompt | None = None) -> Group:
     """A group with an empty response: a prompt alone in its pack, for prefill.
 
-    Without a prompt, two tokens stand in: see make_packs. Its records are empty and not None, so
-    that groups in the same pack have theirs used.
+    Without a prompt, two tokens stand in: see make_packs.
     """
     nothing = torch.zeros(1, 0)
     if prompt is None:
@@ -86,9 +85,7 @@ def empty_group(prompt: Prompt | None = None) -> Group:
         sample_log_probs=nothing,
         responses=[""],
         advantages=torch.zeros(1),
-        old_log_probs=nothing,
         ref_log_probs=nothing,
-        weights=nothing,
     )
 
 

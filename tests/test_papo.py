@@ -9,7 +9,7 @@ from conftest import generate, gradient_of, random_image
 from torch.nn import functional as F
 
 from masking import mask_prompt
-from papo import PRESETS, accumulate_gradients, pack_loss, prepare, preset, record, update
+from papo import PRESETS, accumulate_gradients, pack_loss, prepare, preset, update
 from support.batch import Example, mini_batches, pad_and_cat, seeded
 from support.packing import make_packs
 from support.qwen_vl import Policy
@@ -193,7 +193,9 @@ def test_the_first_update_needs_no_old_log_probs(policy, groups):
     prepare(policy, None, batches, algo, key=(0, 0))
     assert [group.old_log_probs is None for group in groups] == [True, True, False, False]
     all_recorded = copy.deepcopy(batches)
-    record(policy, all_recorded[0], "old_log_probs", policy.log_probs)
+    old = policy.per_group(all_recorded[0], policy.log_probs)
+    for group, log_probs in zip(all_recorded[0], old, strict=True):
+        group.old_log_probs = log_probs
     results = []
     for each in (batches, all_recorded):
         trained = copy.deepcopy(policy)

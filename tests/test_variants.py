@@ -18,7 +18,7 @@ import train
 from losses import group_advantages, kl_k3, policy_loss, response_mean
 from papo import pack_loss, prepare, preset
 from support import StepError
-from support.batch import cat_view, mini_batches, pad_and_cat, seeded, with_image
+from support.batch import cat_view, mini_batches, pad_and_cat, responses_with_image, seeded
 from support.config import parse_flags
 from support.variants import variant_names
 from variants import dyco_rl, noisy_rollout, pgpo, tor, vppo
@@ -312,7 +312,7 @@ def test_dvrp_adds_the_noised_views_kl_to_papos(varied_policy, groups):
     loss_without, _ = pack_loss(varied_policy, groups, replace(algo, noised_coef=0.0))
     log_probs, mask = varied_policy.log_probs(groups), pad_and_cat(groups, "response_mask")
     per_token = kl_k3(log_probs, cat_view(groups, "noised"))
-    kl = response_mean(per_token * with_image(groups)[:, None], mask)
+    kl = response_mean(per_token * responses_with_image(groups)[:, None], mask)
     assert metrics["kl_noised"].item() == pytest.approx(kl.item(), abs=1e-6) and kl > 1e-4
     added = loss - loss_without
     close(added, 0.3 * kl)
