@@ -1,4 +1,4 @@
-r"""Evaluate by the paper's protocol, ask one question, or draw a response's image attribution.
+r"""Evaluate by the paper's protocol, grade files again, ask, explain a response, compare runs.
 
     python evaluate.py --model runs/papo_g-toy-s0/model
     torchrun --nproc_per_node 2 evaluate.py --model MODEL --data all
@@ -57,8 +57,7 @@ def predict(
     must exhaust the iterator: a chunk is a collective.
     """
     indices = list(range(len(rows)) if indices is None else indices)
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    own = indices[rank :: distributed.world_size()]
+    own = indices[distributed.rank() :: distributed.world_size()]
     longest_share = math.ceil(len(indices) / distributed.world_size())
     size = max(1, min(sampling.rollout_batch // n, MOST_PROMPTS))
     # As many chunks on every rank; the last may be empty.
@@ -66,7 +65,8 @@ def predict(
     # (Prompt.index, row) of each prompt: here the same number.
     chunks = [[(i, i) for i in own[start : start + size]] for start in starts]
     encoded = encode_ahead(rows, policy.encoder.encode, chunks)
-    for prompts in tqdm(encoded, rows.name, len(chunks), leave=False, disable=rank > 0):
+    bar = {"total": len(chunks), "leave": False, "disable": distributed.rank() > 0}
+    for prompts in tqdm(encoded, rows.name, **bar):
         groups = generate(policy, prompts, n, sampling, key=("eval", seed), **options)
         scores = grader.of_groups(groups, budget=SCORING_SECONDS)
         of_groups = [scores[start : start + n] for start in range(0, len(scores), n)]
@@ -87,7 +87,7 @@ def validate(run) -> None:
     config, results = run.config, {}
     sampling = replace(Sampling.of(config), top_p=1.0, top_k=0)  # pi itself
     for name, rows in run.eval_sets.items():
-        options = {"seed": config.seed, "stop": lambda: run.stop_requested}
+        options = {"seed": config.seed, "stop": run.stop_requested}
         chunks = predict(run.policy, rows, run.grader, config.eval_n, sampling, **options)
         results[name] = list(itertools.chain.from_iterable(chunks))
         run.raise_if_stopped()
@@ -98,7 +98,7 @@ def evaluate(policy: Policy, sets: dict, config: EvalConfig) -> None:
     """Evaluate every set; the first rank prints the table. What --out holds already is not sampled
     again. --baseline: prediction files to compare with."""
     results, baseline, notes = {}, None, [protocol_line(config)]
-    is_first = dist.get_rank() == 0
+    is_first = distributed.rank() == 0
     if is_first:
         print("\n".join(rows.summary() for rows in sets.values()))
     with flags.one_line_errors():
@@ -117,7 +117,9 @@ def evaluate(policy: Policy, sets: dict, config: EvalConfig) -> None:
 
 def evaluate_set(policy: Policy, name: str, rows, grader: Grader, config: EvalConfig):
     """Evaluate one set. Returns its questions, and the number of skipped rows by kind."""
-    out = config.out if dist.get_rank() == 0 else ""  # the first rank keeps all; "" writes nothing
+    out = (
+        config.out if distributed.rank() == 0 else ""
+    )  # the first rank keeps all; "" writes nothing
     questions = distributed.on_first_rank(lambda: predictions.answered(out, name))
     saved = {question[0]["row"] for question in questions}
     unanswered = [i for i in range(len(rows)) if i not in saved]
@@ -161,7 +163,7 @@ def explain(policy: Policy, prompt: Prompt, config: EvalConfig) -> None:
 
 def algo_of(model: str) -> Algo:
     """The algorithm and settings of the run that a model/ folder lies in, papo_g's where there is
-    none. A variant with further image columns, which evaluations do not read, becomes plain Algo.
+    none. A variant with `columns` of its own, which evaluations do not read, becomes plain Algo.
     """
     run = Path(model).parent
     saved = flags.saved_config(run) if (run / "config.json").is_file() else {}

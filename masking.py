@@ -105,8 +105,8 @@ def mask_prompt(
     """The masked view of a prompt: masked[N_patch, D_patch], patch_mask[N_patch].
 
     algo: papo.Algo, whose mask_strategy, mask_ratio and mask_sigma say how. "semantic" needs
-    `saliency`, a function image -> [h, w]. Images that were masked beforehand, in the data's
-    further column images_aug, are used as they are, whatever the strategy.
+    `saliency`, a function image -> [h, w]. Where the data has a column images_aug of images masked
+    beforehand, they are used as they are, whatever the strategy.
     """
     if "images_aug" in prompt.more_pixel_values:
         masked = prompt.more_pixel_values["images_aug"]

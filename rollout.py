@@ -1,8 +1,9 @@
 """Sample G responses per prompt with Hugging Face `generate`.
 
 The prompts are sorted by length and cut into chunks of at most `rollout_batch` responses. For each
-chunk model.generate() builds the logits processors (no vision tokens, temperature, top-k) and hands
-them to our decoding loop (`custom_generate`, support/decoding.py), which does the rest.
+chunk model.generate() builds the logits processors (which forbid vision tokens, divide by the
+temperature, apply top-k) and hands them to our loop (`custom_generate`, support/decoding.py), which
+feeds the prompts, applies top-p and draws the tokens.
 
 Differences from the released code, which samples with vLLM:
 1. Up to rounding, a response depends only on the weights and (seed, step, prompt, sample), not on
@@ -75,17 +76,17 @@ def generate(  # noqa: PLR0913
             # most_responses is infinite until memory has run out once.
             responses_at_once = min(sampling.rollout_batch, policy.most_responses)
             numbers = waiting[: max(1, responses_at_once // group_size)]
-            chunk = [prompts[i] for i in numbers]
+            chosen = [prompts[i] for i in numbers]
             try:
-                sampled = _sample_chunk(policy, chunk, uniforms[numbers], sampling, stop)
+                sampled = _sample_chunk(policy, chosen, uniforms[numbers], sampling, stop)
             except torch.OutOfMemoryError:
-                if len(chunk) == 1:
+                if len(chosen) == 1:
                     raise
-                policy.most_responses = len(chunk) // 2 * group_size  # in later steps, too
+                policy.most_responses = len(chosen) // 2 * group_size  # in later steps, too
                 continue
             groups.update(zip(numbers, sampled, strict=True))
-            waiting = waiting[len(chunk) :]
-            bar.update(len(chunk))
+            waiting = waiting[len(chosen) :]
+            bar.update(len(chosen))
     return [] if stop() else [groups[i] for i in range(len(prompts))]
 
 
@@ -113,14 +114,15 @@ def _sample_chunk(
         encoder=policy.encoder,
         prompts=prompts,
         uniforms=uniforms.to(device),
-        temperature=sampling.temperature or 1.0,  # of the log-probs
+        temperature=sampling.temperature or 1.0,  # of the returned log-probs
         top_p=sampling.top_p,
         eos_ids=torch.tensor(policy.eos_ids, device=device),
         stop=stop,
     )
-    options = {"do_sample": False}  # temperature 0: `decode` takes the likeliest token
     if sampling.temperature:
         options = {"do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k}
+    else:
+        options = {"do_sample": False}  # `decode` takes the likeliest token
     # `decode` encodes chunk.prompts itself: generate() needs only a batch of the right size, so the
     # last tokens stand in. `decode` does top-p too, for which generate() would sort the vocabulary.
     last_tokens = torch.stack([prompt.input_ids[-1:] for prompt in prompts]).to(device)

@@ -95,7 +95,7 @@ def collect(run: Run, algo: Algo, key: tuple) -> tuple[list[Group], dict[str, fl
         sampling=Sampling.of(config),
         key=key,
         progress=run.rank == 0,
-        stop=lambda: run.stop_requested,
+        stop=run.stop_requested,
     )
     for round_index in range(MAX_ROUNDS):
         # This rank's share of prompts_per_step prompts, or of mini_batch under dynamic sampling.
@@ -129,17 +129,17 @@ def grade(run: Run, algo: Algo, groups: list[Group], sums: Counter) -> list[Grou
     """
     # All responses to a prompt are compared. A variant may spread them over two groups.
     index = torch.tensor([group.prompt.index for group in groups for _ in group.responses])
-    # Per response: accuracy and format, 0 or 1, and overall = 0.9 accuracy + 0.1 format. "unscored"
-    # where the round's --reward_budget ran out; past its own --reward_deadline accuracy is just 0.
+    # Per response: accuracy and format, 0 or 1, and overall = 0.9 accuracy + 0.1 format. A response
+    # past --reward_deadline has accuracy 0; one left when --reward_budget ran out is "unscored".
     scores = run.grader.of_groups(groups)
-    run.raise_if_stopped()
+    run.raise_if_stopped()  # a signal while scoring need not wait for the update
 
     def column(name: str) -> torch.Tensor:
         return torch.tensor([score.get(name, 0.0) for score in scores], dtype=torch.float64)
 
     rewards, accuracy = column("overall"), column("accuracy")
     # An unscored response has reward 0, which distorts its group's mean. So all responses to its
-    # prompt get advantage 0. Dynamic sampling drops them; else other terms of the loss remain.
+    # prompt get advantage 0. Dynamic sampling drops them; otherwise the other terms train on them.
     is_graded = ~torch.isin(index, index[column("unscored") > 0])
     advantages = group_advantages(rewards, index).where(is_graded, 0.0).float()
     sizes = [len(group.responses) for group in groups]
@@ -251,12 +251,13 @@ def build_run(argv=None) -> Run:
     classes = (Config, algo_class(name))
     config, algo = flags.parse_flags(__doc__, *classes, defaults=defaults, argv=argv)
     config.val_data = toy.data_of(model, config.val_data)  # a toy is evaluated on its own rows
-    flags.check_resumed(flags.flags_of(config, algo), saved)  # few may change: FREE_ON_RESUME
+    flags.check_resumed(flags.flags_of(config, algo), saved)  # config.FREE_ON_RESUME may change
     if algo.dynamic_sampling and MAX_ROUNDS * config.mini_batch < config.prompts_per_step:
         limit = f"{MAX_ROUNDS} rounds of mini_batch={config.mini_batch} prompts"
         raise ValueError(f"{limit} cannot fill prompts_per_step={config.prompts_per_step}")
-    if config.group_size < 2 and type(algo).sample is Algo.sample:
+    if config.group_size < 2 and type(algo).sample is Algo.sample:  # others may sample twice
         raise ValueError("group_size=1: give at least 2, one response has nothing to compare with")
+    # Ranks wait for one that still scores.
     ranks = distributed.init_distributed(scoring_seconds=config.reward_budget)
     encoder = Encoder(model, config.min_pixels, config.max_pixels, config.prompt_suffix)
     return Run(config, algo, encoder, ranks)

@@ -87,6 +87,11 @@ def check_cuda() -> None:
         )
 
 
+def rank() -> int:
+    """Number of this rank; 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def world_size() -> int:
     """Number of ranks; 1 without a process group."""
     return dist.get_world_size() if dist.is_initialized() else 1
@@ -103,7 +108,7 @@ def on_first_rank(task: Callable):
     An OSError or a ValueError of the task is raised on all ranks.
     """
     result, problem = None, None
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if rank() == 0:
         try:
             result = task()
         except (OSError, ValueError) as error:

@@ -70,7 +70,7 @@ class Run(AbstractContextManager):
         self.step = 0  # steps completed
         self.position = 0  # rows of the data used by them
         self.evaluated_step = None  # the last step that has an evaluation in the log
-        self.stop_requested = False
+        self._signalled = False
         self._lock = None  # the first rank's
         self.warnings: set[str] = set()  # printed ones
         self.useless_steps = 0  # steps in a row without any advantage
@@ -320,13 +320,17 @@ class Run(AbstractContextManager):
     # -------------------------------------------------------------------------------------- the end
 
     def _on_signal(self, number, frame) -> None:
-        self.stop_requested = True
+        self._signalled = True
         if number == signal.SIGINT:  # a second Ctrl-C waits for nothing
             signal.signal(number, signal.default_int_handler)
 
+    def stop_requested(self) -> bool:
+        """Whether this rank has had a signal."""
+        return self._signalled
+
     def raise_if_stopped(self) -> None:
         """Raise Stopped if any rank has had a signal; all ranks call it."""
-        if max_over_ranks(self.stop_requested):
+        if max_over_ranks(self.stop_requested()):
             raise Stopped
 
     def __exit__(self, kind, error, traceback) -> bool:

@@ -24,11 +24,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import torch.distributed as dist
 from tqdm import tqdm
 
 from support.checkpoint import write_atomically
 from support.config import saved_config
+from support.distributed import rank
 
 
 @contextmanager
@@ -37,7 +37,7 @@ def survivable(what) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if not dist.is_initialized() or dist.get_rank() == 0:
+        if rank() == 0:
             tqdm.write(f"error: {what} is not written: {error}", file=sys.stderr)
 
 
