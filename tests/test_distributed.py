@@ -111,15 +111,14 @@ def test_a_step_in_bf16(one_rank, folder, encoder, groups):
 
 
 def test_ranks_wait_for_the_longest_scoring(folder, tmp_path, record_calls):
-    """That of a chunk of an evaluation or that of a round, on top of half an hour."""
+    """That of a round, or of a chunk of an evaluation, on top of half an hour."""
     calls = record_calls(dist, "init_process_group")
-    for flags in ("--reward_deadline 50 --rollout_batch 10", "--reward_budget 5000"):
-        with process_restored():
-            train.build_run(run_flags(folder, tmp_path / "run", flags)).grader.close()
     with process_restored():
-        evaluate.load(EvalConfig(folder, "toy", rollout_batch=10, reward_deadline=50.0))
+        train.build_run(run_flags(folder, tmp_path / "run", "--reward_budget 5000")).grader.close()
+    with process_restored():
+        evaluate.load(EvalConfig(folder, "toy"))
     waits = [options["timeout"].total_seconds() - 30 * 60 for _, options in calls]
-    assert waits == [60 + 2 * 50 * 10, 5000, 60 + 2 * 50 * 10]
+    assert waits == [5000, evaluate.SCORING_SECONDS]
 
 
 def test_evaluation_loads_one_rank_at_a_time(folder, monkeypatch):
