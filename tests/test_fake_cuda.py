@@ -1,10 +1,11 @@
 """On the CUDA build of torch, without a GPU: the published 3B model in bf16, as fake CUDA tensors.
 
+test_device.py has sampling, test_shapes.py the same model by its shapes alone.
+
 A FakeTensor has a device, a dtype and a shape, but no values. It refuses to mix devices or to read
 a value, so a missing `.to(device)`, a wait for the device and a kernel's signature show here.
 """
 
-import numpy as np
 import pytest
 import torch
 from shape_only import image_prompt
@@ -14,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from experiments import start_model
-from support import decoding, packing
+from support import packing
 from support.batch import Group
 from support.qwen_vl import use_faster_forwards
 
@@ -80,38 +81,6 @@ def no_vision_tower(model, monkeypatch):
         return type("Image", (), {"pooler_output": (empty,)})
 
     monkeypatch.setattr(model.model, "get_image_features", features)
-
-
-def test_prefill_and_a_decoding_step(mode, model, no_vision_tower, monkeypatch):
-    """The step copies nothing to the host, so a CUDA graph can hold it."""
-    prompts = [image_prompt(1300, 64, 72), image_prompt(700, 40, 44)]
-    row = fake_row([decoding.empty_group(prompt) for prompt in prompts], mode)
-    monkeypatch.setattr(decoding, "split_into_packs", lambda groups, max_tokens: [groups])
-    monkeypatch.setattr(decoding, "build_pack", lambda *args: row)
-    monkeypatch.setattr(
-        model, "pack_hidden_states", packing.pack_hidden_states.__get__(model), False
-    )
-    for prompt in prompts:  # read on the host, where a FakeTensor has no values
-        prompt.position_ids = np.asarray(prompt.position_ids)
-    g, device = 5, torch.device("cuda")
-    with mode, torch.no_grad():
-        encoder = type("E", (), {"black_patch": None, "images": type("I", (), {"merge_size": 2})})
-        uniforms = torch.rand(2, g, 256, device=device)
-        eos_ids = torch.tensor([5], device=device)
-        chunk = decoding.Chunk(encoder, prompts, uniforms, 1.0, 0.99, eos_ids, lambda: False)
-        cache = decoding.GroupCache(prompts, g, 8, device)
-        decoding.prefill(model, chunk, cache)
-        assert cache.layers[35][0].shape == (2, 2, 1312, 128)
-        assert cache.layers[35][0].dtype == torch.bfloat16
-        last_tokens = torch.zeros(2, g, dtype=torch.long, device=device)
-        process = lambda ids, scores: scores / 1.0  # noqa: E731
-        loop = decoding.DecodingLoop(model, cache, chunk, last_tokens, process, do_sample=True)
-        cache.grow(128)
-        with NoCopyToHost():
-            loop.step()
-    assert loop.tokens.shape == loop.log_probs.shape == (2, g, 256)
-    assert loop.tokens.dtype == torch.long and loop.log_probs.dtype == torch.float32
-    assert cache.mask.shape == (2, 1, 8 * g, 1312 + 128 * g) and cache.mask.dtype == torch.bfloat16
 
 
 def test_a_training_forward(mode, model, no_vision_tower, monkeypatch):
