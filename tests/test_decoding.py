@@ -19,7 +19,6 @@ from support import decoding, distributed
 from support.batch import Example, pad_and_cat
 from support.decoding import DecodingLoop
 
-
 WAITS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
@@ -93,7 +92,7 @@ def test_a_step_is_taken_once_then_recorded_and_replayed(monkeypatch):
 
 
 def test_the_host_waits_once_per_block(endless_policy, prompts, monkeypatch):
-    """For the number of groups left. Until then it keeps the recording, whose replays are queued."""
+    """For the number of groups left. Until then replays are queued, and their recording is kept."""
     run, keep, recordings, waits = DecodingLoop.run, DecodingLoop._keep, [], []
 
     def repeat(step, times, device):
