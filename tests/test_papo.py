@@ -229,8 +229,14 @@ def test_images_aug_is_the_masked_view(encoder):
 
 
 def test_mini_batches_contain_every_group_once(groups):
-    for size, expected in ((1, [[0], [1], [2], [3]]), (3, [[2, 1, 0], [3]]), (9, [[3, 2, 1, 0]])):
-        batches = mini_batches(groups[::-1], size)
+    """And two groups of a prompt are in the same one."""
+    groups = [*groups[::-1], groups[0]]
+    for size, expected in (
+        (1, [[0, 0], [1], [2], [3]]),
+        (3, [[2, 1, 0, 0], [3]]),
+        (9, [[3, 2, 1, 0, 0]]),
+    ):
+        batches = mini_batches(groups, size)
         assert [[group.prompt.index for group in batch] for batch in batches] == expected
 
 

@@ -5,6 +5,7 @@ import json
 import re
 import weakref
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock, Mock
@@ -181,26 +182,28 @@ def test_steps_without_an_advantage_are_warned_of_once(run, monkeypatch, capsys,
 
 
 @pytest.mark.parametrize("dynamic_sampling", [False, True])
-def test_groups_that_cannot_be_compared_have_no_advantage(groups, dynamic_sampling):
-    """Those with equal rewards, and those with a response that the grader had no time for."""
-    equal, incomplete, comparable = groups = groups[:3]
+def test_the_responses_to_a_prompt_are_compared(groups, dynamic_sampling):
+    """Those of two groups together. There is no advantage where rewards are equal, and where the
+    grader had no time for a response."""
+    equal, incomplete, half, other_half = groups
+    other_half.prompt = replace(other_half.prompt, index=half.prompt.index)
     good = {"overall": 1.0, "format": 0.0, "accuracy": 1.0}
     bad = {"overall": 0.0, "format": 0.0, "accuracy": 0.0}
-    formatted = {"overall": 0.1, "format": 1.0, "accuracy": 0.0}
-    scores = [formatted] * 3 + [good, bad, bad | {"unscored": 1.0}] + [good, bad, bad]
+    scores = [good] * 3 + [good, bad, bad | {"unscored": 1.0}] + [good, bad, bad] + [bad] * 3
     run, sums = Mock(grader=Mock(timeouts=1, errors=2, unscored=3)), Counter()
     run.grader.of_groups.return_value = scores
     kept = train.grade(run, SimpleNamespace(dynamic_sampling=dynamic_sampling), groups, sums)
     metrics = train.rollout_metrics(sums)
     n_tokens = sum(int(group.response_mask.sum()) for group in groups)
-    assert (metrics["zero_advantage_groups"], metrics["response_length"]) == (2, n_tokens / 9)
-    assert metrics["accuracy"] == pytest.approx(2 / 9)
+    assert (metrics["zero_advantage_groups"], metrics["response_length"]) == (2, n_tokens / 12)
+    assert metrics["accuracy"] == pytest.approx(5 / 12)
     counts = [metrics[f"reward_{name}"] for name in ("timeouts", "errors", "unscored")]
     assert counts == [1, 2, 3]
     assert equal.advantages.abs().max() < 1e-6
     assert incomplete.advantages.eq(0).all()
-    assert comparable.advantages.tolist() == pytest.approx([1.1547, -0.5774, -0.5774], abs=1e-3)
-    expected = [comparable] if dynamic_sampling else groups
+    advantages = torch.cat([half.advantages, other_half.advantages])
+    assert advantages.tolist() == pytest.approx([2.0412] + [-0.4082] * 5, abs=1e-3)
+    expected = [half, other_half] if dynamic_sampling else groups
     assert [id(group) for group in kept] == [id(group) for group in expected]
 
 
