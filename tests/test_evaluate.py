@@ -6,7 +6,6 @@ import re
 import shutil
 import sys
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ from conftest import (
     ROOT,
     error_line,
     generate,
-    metric_lines,
     on_ranks,
     process_restored,
     random_image,
@@ -100,30 +98,6 @@ def test_grading_against_a_baseline(tmp_path):
     assert line["delta"] == pytest.approx(100 * (line["accuracy"] / its_rule(records, 8) - 1))
     assert line["delta"] > 10 and line["truncated"] is None
     assert "Delta_rel %" in (out / "table.txt").read_text()
-
-
-REWARD = """
-def score(response, answer, row):
-    whole = (row["answer"], row["unit"], len(row["images"]))
-    return dict.fromkeys(("overall", "format", "accuracy"), float(whole == (answer, "dots", 1)))
-"""
-
-
-def test_a_reward_sees_the_row_in_training_and_evaluation(run, folder, tmp_path, monkeypatch):
-    original = toy.example
-
-    def with_unit(*args, **options):
-        return replace(original(*args, **options), columns={"unit": "dots"})
-
-    monkeypatch.setattr(toy, "example", with_unit)
-    (tmp_path / "mine.py").write_text(REWARD)
-    flags = ["--reward", f"{tmp_path}/mine.py:score"]
-    logged = metric_lines(run("trained", f"--steps 1 {' '.join(flags)}"))
-    assert [line.get("accuracy", line.get("eval/general")) for line in logged] == [1.0] * 3
-    out = tmp_path / "out"
-    sizes = f"--eval_rows 2 --n 2 --max_new_tokens 5 --out {out}".split()
-    evaluate.main(["--model", folder, *flags, *sizes])
-    assert {each["accuracy"] for each in read_log(out / "general.jsonl")} == {1.0}
 
 
 def test_a_character_that_stdout_lacks_ends_nothing(folder, tmp_path, images, monkeypatch):
@@ -213,19 +187,16 @@ def images(tmp_path):
     return paths
 
 
-@pytest.mark.parametrize(
-    "question, n_images", [("How many red dots?", 1), ("And <image> or <image>?", 2), ("Why?", 0)]
-)
+@pytest.mark.parametrize("question, n_images", [("And <image> or <image>?", 2), ("Why?", 0)])
 def test_ask(folder, images, capsys, question, n_images):
     """The streamed response, from transformers' own loop, equals ours."""
     images = images[:n_images]
     flags = ["--image", *images] if images else []
     evaluate.main(["--model", folder, "--ask", question, *flags, "--max_new_tokens", "12"])
     text = capsys.readouterr().out
-    marked = question if "<image>" in question else "<image>" * n_images + question
     sizes = (toy.TASK_DEFAULTS["min_pixels"], toy.TASK_DEFAULTS["max_pixels"])
     policy = Policy.load(folder, Encoder(folder, *sizes, toy.SUFFIX))
-    example = Example(marked, "", [Image.open(path).convert("RGB") for path in images])
+    example = Example(question, "", [Image.open(path).convert("RGB") for path in images])
     prompt = policy.encoder.encode(example)
     [group] = generate(policy, [prompt], 1, temperature=0.0, max_new_tokens=12)
     [response] = group.responses

@@ -16,17 +16,17 @@ from conftest import (
     ROOT,
     check_same_metrics,
     error_line,
-    image_bytes,
     lines_with,
     metric_lines,
     on_ranks,
     run_flags,
     write_parquet,
 )
+from test_data import row, text, truncated
 
 import train
 from papo import preset
-from support import checkpoint, curves, pages, run_folder, toy
+from support import checkpoint, curves, pages, run_folder
 from support import run as run_module
 from support.run import Run
 from support.sandbox import Grader
@@ -244,20 +244,13 @@ def test_errors_are_one_line(run, finished, capsys):
 
 def test_bad_rows_are_counted_and_skipped(run, tmp_path, capsys):
     """One that is found when the data are loaded, and one whose image breaks when it is read."""
-    rows = []
-    for i in range(12):
-        example = toy.example("train", i)
-        image = {"bytes": image_bytes(example.images[0], "JPEG"), "path": None}
-        rows.append({"problem": example.question, "answer": example.answer, "images": [image]})
-    rows[3]["images"][0]["bytes"] = rows[3]["images"][0]["bytes"][:-300]
-    rows[11]["answer"] = " "
+    rows = [text(i, images=None) for i in range(10)] + [row(truncated()), text(11, answer=" ")]
     file = write_parquet(tmp_path / "rows.parquet", rows)
-    flags = f"--data {file} --val_data none --steps 5 --min_pixels 3136"
-    lines = metric_lines(run("rows", flags))
+    lines = metric_lines(run("rows", f"--data {file} --val_data none --steps 5 --algo grpo"))
     assert [line["unusable_rows"] for line in lines] == [1] * 5
     skipped = sum(line["skipped_rows"] for line in lines)
     assert 2 <= skipped <= 3  # in 25 rows of 11
     assert sum(line["groups_kept"] for line in lines) + skipped == 25
     printed = capsys.readouterr().err
     assert "row 11 is skipped, empty answer:" in printed
-    assert "row 3 is skipped, broken image:" in printed
+    assert "row 10 is skipped, broken image:" in printed
