@@ -9,7 +9,6 @@ import pytest
 import evaluate
 import train
 from support import toy
-from support.protocol import configure
 
 HARDER = "toy:grid=4,colours=4"
 
@@ -67,16 +66,6 @@ def test_a_resumed_run_keeps_its_flags(resolve, tmp_path, capsys):
             train.main(f"{resume} {flags}".split())
         [line] = capsys.readouterr().err.splitlines()
         assert line.endswith(f"{flags} contradicts the run's {kept}")
-
-
-def test_the_task_travels_with_an_export(run, folder, other_model):
-    (other_model / "task.json").write_text(json.dumps({"data": HARDER}))
-    flags = f"--model {other_model} --data toy --steps 1 --eval_every 0 --save_every 0"
-    model = ["--model", str(run("run", flags) / "model")]
-    config = configure("A test.", model)
-    assert (config.data, config.max_new_tokens) == (HARDER, 61)
-    assert configure("A test.", [*model, "--data", "toy"]).max_new_tokens == 40
-    assert toy.defaults("some/hub-id", "PAPOGalaxy/PAPO_ViRL39K_train") == {}
 
 
 def test_values_out_of_range_are_named():

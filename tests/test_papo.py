@@ -166,27 +166,6 @@ def test_prepare_masks_each_prompt(policy, groups):
             assert not torch.allclose(log_probs, policy.log_probs([group]), atol=1e-4)
 
 
-def test_prepare_makes_no_unneeded_forward(policy, groups, record_calls):
-    """With one update per step the old log-probs are the update's own, unless `weigh` reads them.
-
-    Calls of log_probs, entropies and probe_attention.
-    """
-    calls = [record_calls(Policy, name) for name in ("log_probs", "entropies", "probe_attention")]
-    for name, n_batches, expected in [
-        ("dapo", 1, (0, 0, 0)),
-        ("grpo", 1, (1, 0, 0)),  # the reference's
-        ("papo_g", 1, (2, 0, 0)),  # and the masked view's
-        ("papo_g", 2, (3, 0, 0)),  # and the old policy's
-        ("dyco_rl", 1, (2, 0, 1)),
-        ("tor", 1, (3, 1, 0)),
-    ]:
-        batches = mini_batches(copy.deepcopy(groups), 4 // n_batches)
-        prepare(policy, policy, batches, preset(name), key=(0, 0))
-        assert tuple(map(len, calls)) == expected, name
-        for each in calls:
-            each.clear()
-
-
 def test_the_first_update_needs_no_old_log_probs(policy, groups):
     """Metrics and weights are the same as with all recorded."""
     algo, batches = preset("papo_g_no_kl_ref"), mini_batches(groups, 2)

@@ -168,15 +168,6 @@ def test_errors_of_a_users_function(write):
                 grader([word] * 2, ["1"] * 2)
 
 
-def test_a_function_that_does_not_load_is_named(write):
-    for text, message in [
-        ("", "mine.py:f': expected path/file.py:function: AttributeError: module .* attribute 'f'"),
-        ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            Grader(write(text), workers=1)
-
-
 ROW = """
 def f(response, answer, row):
     sizes = [image.size for image in row["images"]]

@@ -80,46 +80,42 @@ def test_pgpo_development_weights():
     close(pgpo.development_weights(dependency, mask, 0.4, 2.0), expected)
 
 
-def tor_groups():
-    """Two prompts of two responses, the second without an image: N = 9 tokens, ceil(0.3 N) = 3."""
-    lengths, zeros = torch.tensor([[3, 2], [3, 1]]), torch.zeros(2, 3)
-    entropies = torch.tensor([[[5, 0, 0.2], [0.1, 4, 99]], [[3, 0.3, 0.2], [0.1, 0, 99]]])
-    groups = [
-        SimpleNamespace(
-            prompt=SimpleNamespace(index=index),
-            has_image=index == 0,
-            tokens=zeros,
-            response_mask=torch.arange(3) < lengths[index][:, None],
-            old_log_probs=zeros,
-            view_log_probs={},
-            entropies=entropies[index],
-        )
-        for index in range(2)
+def flat(groups, values):
+    """The values at response tokens."""
+    return torch.cat(
+        [each[group.response_mask] for group, each in zip(groups, values, strict=True)]
+    )
+
+
+def test_tor_weights(groups):
+    """1 at the ceil(0.29 N) tokens of largest H, else 0.5 at those of largest P, else 0."""
+    entropies = [
+        torch.rand(group.tokens.shape, generator=seeded(i)) for i, group in enumerate(groups)
     ]
-    groups[0].view_log_probs["mask"] = torch.tensor([[-3.0, 2.0, 0.1], [0.0, 0.0, 99.0]])
-    return groups
+    gains = [torch.zeros_like(each) for each in entropies]
+    for i, group in enumerate(groups):
+        group.old_log_probs = torch.full(group.tokens.shape, -1.0)
+        if group.has_image:
+            gains[i] = torch.randn(group.tokens.shape, generator=seeded("gain", i))
+            group.view_log_probs["mask"] = gains[i] - 1.0
+    policy = SimpleNamespace(entropies=None, per_group=lambda groups, _: entropies)
+    weights = replace(preset("tor"), token_share=0.29).weigh(groups, policy)
+    expected = torch.zeros(len(flat(groups, gains)))
+    n = math.ceil(0.29 * len(expected))  # 24 of 80
+    expected[flat(groups, gains).abs().topk(n).indices] = 0.5
+    expected[flat(groups, entropies).topk(n).indices] = 1.0
+    close(flat(groups, weights), expected)
 
 
-def test_tor_weights():
-    """H picks 5, 4 and 3; P picks 3, 2 and 0.1, of which the first reasons already."""
-    policy = SimpleNamespace(entropies=None)
-    policy.per_group = lambda groups, _: [group.entropies for group in groups]
-    first, second = preset("tor").weigh(tor_groups(), policy)
-    close(first, [[1, 0.5, 0.5], [0, 1, 0]])
-    close(second, [[1, 0, 0], [0, 0, 0]])
-
-
-def test_tor_takes_exactly_its_share_of_equal_values():
-    """With P = 0 everywhere three of nine tokens see, by a lot that depends on the prompts."""
-    groups = tor_groups()
-    zeros = [torch.zeros(2, 3) for _ in groups]
+def test_tor_takes_exactly_its_share_of_equal_values(groups):
+    """Where P = 0 everywhere the tokens that see are drawn by lot, which depends on the prompts."""
+    zeros = [torch.zeros(group.tokens.shape) for group in groups]
 
     def chosen(share=0.3):
-        return torch.stack(tor.top_of_batch(groups, zeros, share))
+        return flat(groups, tor.top_of_batch(groups, zeros, share))
 
     first = chosen()
-    assert first.sum() == 3 and torch.equal(first, chosen())
-    assert not (first & ~torch.stack([group.response_mask for group in groups])).any()
+    assert first.sum() == math.ceil(0.3 * len(first)) and torch.equal(first, chosen())
     assert not chosen(0.0).any()
     for group in groups:
         group.prompt.index += 7
