@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import weakref
 from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import Mock
@@ -24,12 +23,11 @@ from conftest import (
     metric_lines,
     process_restored,
 )
-from torch.distributed.tensor import DTensor
 from transformers import AutoModelForImageTextToText
 
 import evaluate
 import train
-from support import checkpoint, distributed, run_folder
+from support import checkpoint, run_folder
 from support.qwen_vl import Policy
 
 
@@ -104,23 +102,6 @@ def test_an_export_that_fills_the_disk_is_an_os_error(one_rank, policy, folder, 
     with full_disk(100_000), pytest.raises(OSError, match="too large|No space"):
         checkpoint.export(policy.model, folder, tmp_path / "model", torch.float32)
     assert [path.name for path in (tmp_path / "model").iterdir()] == ["earlier"]
-
-
-def test_the_export_gathers_one_tensor_at_a_time(one_rank, policy, monkeypatch):
-    """Host memory holds the converted weights, and never a second fp32 tensor."""
-    gathered, original = [], DTensor.full_tensor
-
-    def full_tensor(self):
-        assert all(earlier() is None for earlier in gathered)
-        tensor = original(self)
-        gathered.append(weakref.ref(tensor))
-        return tensor
-
-    monkeypatch.setattr(DTensor, "full_tensor", full_tensor)
-    distributed.shard(policy.model, distributed.make_mesh("cpu"), torch.float32)
-    weights = checkpoint.gather_weights(policy.model, torch.bfloat16)
-    assert len(gathered) == len(weights) > 50
-    assert all(tensor.dtype == torch.bfloat16 for tensor in weights.values())
 
 
 def test_log_lines_survive_a_full_disk_and_a_kill(tmp_path, capsys):

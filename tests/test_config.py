@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 
-import evaluate
 import train
 from support import toy
 
@@ -71,10 +70,7 @@ def test_a_resumed_run_keeps_its_flags(resolve, tmp_path, capsys):
 def test_values_out_of_range_are_named():
     for make, setting, value, message in [
         (train.Config, "rollout_batch", 0, "must be at least 1"),
-        (train.Config, "top_p", 1.5, "must be between 1e-06 and 1"),
-        (train.Algo, "clip_dual", 0.0, "must be at least 1"),
         (train.Algo, "mask_ratio", float("nan"), "must be between 0 and 1"),
-        (evaluate.EvalConfig, "temperature", -1.0, "must be at least 0"),
     ]:
         with pytest.raises(ValueError, match=f"{setting}={value}: {message}"):
             make(**{setting: value})

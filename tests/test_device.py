@@ -50,8 +50,6 @@ def test_sampling_equals_the_cpus(policies, prompts, device, monkeypatch):
 def train_step(policy, groups, name):
     """Metrics of one step of two mini-batches, and the weights after it on the host."""
     algo = preset(name)
-    if name == "dyco_rl":
-        algo = replace(algo, shortest_response=0)
     policy.tokens_per_forward = 150
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1e-3, eps=1e-4)
     batches = mini_batches(groups, 2)

@@ -261,13 +261,11 @@ def test_errors_are_one_line(folder, capsys, monkeypatch):
         ("--protocol papers", "--protocol papers: choose one of paper, training"),
         ("--grad x", "unknown flag --grad: the flags are ask baseline"),
         ("--n three", "argument --n: invalid int value: 'three'"),
-        ("--data We_Math --benchmarks .", "no benchmark We_Math in .: its We_Math.json"),
         ("--ask ? --image nowhere.png", "broken image: nowhere.png: "),
         ("--explain --ask Why?", "--explain: the example has no image"),
         ("--explain --row general:999", "choose one of general:0 to general:255, vision_dep"),
         ("--grade nowhere.jsonl", "No such file or directory: 'nowhere.jsonl'"),
         ("--reward no.py:f", "reward 'no.py:f': expected path/file.py:function"),
-        ("--baseline tests", "tests: one NAME.jsonl for general, vision_dependent expected"),
         ("--compare nowhere", "nowhere: no config.json there"),
         ("--model tests", ""),
     ]:

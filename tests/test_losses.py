@@ -173,18 +173,6 @@ def test_kl_prcp_as_the_paper_writes_it():
     assert metrics["kl_prcp"] != response_mean(kl_k3(batch.log_probs, batch.masked), batch.mask)
 
 
-def test_coefficients_of_zero_give_exactly_the_policy_loss():
-    """The other terms are still measured, but they add nothing, to the last bit."""
-    batch = random_batch()
-    leaf = batch.log_probs.clone().requires_grad_()
-    expected, _ = policy_loss(leaf, batch.old, batch.advantages, batch.mask, 0.2, 0.3)
-    expected.backward()
-    loss, grad, metrics = loss_and_grad(POLICY_GRADIENT, batch)
-    assert torch.equal(loss, expected.detach())
-    assert torch.equal(grad, leaf.grad)
-    assert {"kl_ref", "kl_prcp", "masked_entropy", "entropy"} <= metrics.keys()
-
-
 @pytest.mark.parametrize("average", SHARES)
 def test_padding_changes_nothing(average):
     """Whatever follows the end of a response leaves loss, metrics and gradients as they are.

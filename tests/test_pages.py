@@ -2,8 +2,6 @@
 
 import json
 import re
-import shutil
-import subprocess
 from dataclasses import replace
 
 import pytest
@@ -76,23 +74,6 @@ def test_the_masked_image_is_the_one_the_model_gets(varied_policy):
     [view] = pages.masked_images(encoder, example, patch_mask, [(3, 4)])
     pixel_values = encoder.images(images=[view], return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(pixel_values, masked)
-
-
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-
-
-@pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
-def test_a_browser_runs_the_page(varied_policy, tmp_path):
-    """Hovering over a token marks it, and colours every part of the image."""
-    example = Example("<image>?", "1", [random_image(84, 56)])
-    page, data, _, _ = explained(varied_policy, example, tmp_path)
-    hovered = page.read_text("utf-8") + "<script>spans[1].onmouseenter()</script>"
-    page.write_text(hovered, encoding="utf-8")
-    flags = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking"
-    command = [CHROMIUM, *flags.split(), "--dump-dom", f"file://{page}"]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-    assert dom.count('class="shown"') == 1
-    assert len(re.findall("<i [^>]*background: rgba", dom)) == len(data["images"][0]["drops"])
 
 
 def test_samples_show_the_first_middle_and_last_evaluation(tmp_path):

@@ -43,7 +43,7 @@ def weights_of(policy):
 def log_probs_and_gradients(policy, groups, forward):
     """forward(groups) and the gradients of a fixed random weighting of it."""
     log_probs = forward(groups)
-    weights = torch.randn(log_probs.shape, generator=seeded("weights"))
+    weights = torch.randn(log_probs.shape, generator=seeded("weights")).to(log_probs)
     return log_probs.detach(), gradient_of(policy, (log_probs * weights).sum())
 
 

@@ -227,7 +227,6 @@ def test_a_new_run_overwrites_none(tmp_path, monkeypatch):
 def test_errors_are_one_line(run, finished, capsys):
     for flags, message in [
         ("--algo ppo", "'ppo': choose one of grpo, dapo, papo_g"),
-        ("--model /no/such/folder", "/no/such/folder"),
         ("--model toy:grid=4", "build it with `python -m experiments.start_model toy:grid=4 --out"),
         (f"--model {finished}", f"is the folder of a run: its model is {finished}/model"),
         ("--resume /no/such/run", "no config.json there"),
