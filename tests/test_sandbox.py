@@ -172,6 +172,7 @@ ROW = """
 def f(response, answer, row):
     sizes = [image.size for image in row["images"]]
     right = [row["question"], row["answer"], row["id"], sizes] == ["?", answer, "7", [(28, 56)]]
+    right = right and answer == response
     row.pop("unit")  # the next response's is whole
     return zero(accuracy=float(right), overall=float(id(row["images"])))
 """
@@ -179,12 +180,16 @@ def f(response, answer, row):
 
 def test_a_function_may_see_the_row(write):
     """It is sent once per prompt: both workers inherit the same object."""
-    example = Example("?", "3", [random_image(28, 56)], "7", columns={"unit": "h", "id": "not it"})
-    group = SimpleNamespace(prompt=SimpleNamespace(example=example), responses=["a"] * 4)
+    groups = []
+    for answer in ("3", "4"):
+        columns = {"unit": "h", "id": "not it"}
+        example = Example("?", answer, [random_image(28, 56)], "7", columns=columns)
+        prompt = SimpleNamespace(example=example)
+        groups.append(SimpleNamespace(prompt=prompt, responses=[answer] * 4))
     with Grader(write(ROW), workers=2) as grader:
-        scores = grader.of_groups([group])
-        assert accuracies(scores) == [1.0] * 4
-        assert len({score["overall"] for score in scores}) == 1
+        scores = grader.of_groups(groups)
+        assert accuracies(scores) == [1.0] * 8
+        assert len({score["overall"] for score in scores}) == 2
         with pytest.raises(ValueError, match="takes a row, which files of responses .--grade"):
             grader(["a"], ["3"])
     with Grader(workers=1) as grader:
