@@ -1,10 +1,11 @@
 """On the CUDA build of torch, without a GPU: the published 3B model in bf16, as fake CUDA tensors.
 
-test_device.py has sampling, test_shapes.py the same model by its shapes alone.
-
 A FakeTensor has a device, a dtype and a shape, but no values. It refuses to mix devices or to read
 a value, so a missing `.to(device)`, a wait for the device and a kernel's signature show here.
+test_device.py has sampling, test_shapes.py the same model by its shapes alone.
 """
+
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,12 +21,17 @@ from support.qwen_vl import use_faster_forwards
 pytestmark = pytest.mark.skipif(not torch.version.cuda, reason="needs the CUDA build of torch")
 
 
-@pytest.fixture(scope="module")
-def mode():
+@pytest.fixture()
+def mode(monkeypatch):
+    """On a GPU that has FlashAttention. flash-attn itself takes no fake tensors, and the random
+    state that a checkpoint keeps is a real GPU's."""
+    monkeypatch.setattr(packing, "_has_flash_attention", lambda: True)
+    monkeypatch.setattr(packing, "_import_flash_attn", lambda: None)
+    monkeypatch.setattr(packing, "checkpoint", lambda f, *args, use_reentrant: f(*args))
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture()
 def model(mode):
     """Qwen2.5-VL 3B with the engine's attention and forwards."""
     with mode, torch.device("cuda"):
@@ -34,13 +40,6 @@ def model(mode):
     model.set_attn_implementation(packing.ATTENTION)
     use_faster_forwards(model)
     return model
-
-
-@pytest.fixture(autouse=True)
-def ampere(monkeypatch):
-    """A GPU that has FlashAttention; flash-attn itself takes no fake tensors."""
-    monkeypatch.setattr(packing, "_has_flash_attention", lambda: True)
-    monkeypatch.setattr(packing, "_import_flash_attn", lambda: None)
 
 
 def fake_row(groups, mode):
@@ -57,43 +56,30 @@ def fake_row(groups, mode):
         return packing.Pack(*(fake(each) for each in row))
 
 
-@pytest.fixture()
-def no_vision_tower(model, monkeypatch):
-    """The tower reads its grid's values; test_a_vision_block has what it computes."""
+def test_a_training_forward(mode, model, monkeypatch):
+    """Two groups in one row, through torch's varlen kernel."""
 
     def features(pixel_values, grid, return_dict):
-        tokens = len(pixel_values) // 4
-        empty = pixel_values.new_empty(tokens, 2048, dtype=torch.bfloat16)
-        return type("Image", (), {"pooler_output": (empty,)})
+        """One block with windows of 64 patches; the whole tower reads its grid's values."""
+        visual, patches = model.model.visual, len(pixel_values)
+        hidden = visual.patch_embed(pixel_values)
+        angles = torch.zeros(patches, 80, device="cuda")
+        ends = torch.arange(0, patches + 1, 64, device="cuda", dtype=torch.int32)
+        rotary = (angles, angles)
+        hidden = visual.blocks[0](
+            hidden, cu_seqlens=ends, position_embeddings=rotary, max_seqlen=64
+        )
+        assert hidden.dtype == torch.bfloat16
+        return SimpleNamespace(pooler_output=(visual.merger(hidden),))
 
     monkeypatch.setattr(model.model, "get_image_features", features)
-
-
-def test_a_training_forward(mode, model, no_vision_tower, monkeypatch):
-    """Two groups in one row, through torch's varlen kernel."""
     groups = []
     for prompt in (image_prompt(1300, 64, 72), image_prompt(700, 40, 44)):
         mask = torch.arange(40) < torch.tensor([40, 1, 7, 30, 2])[:, None]
         tokens = torch.zeros(mask.shape, dtype=torch.long)
         groups.append(Group(prompt, tokens, mask, mask.any(1), torch.zeros(mask.shape)))
     row = fake_row(groups, mode)
-    # The random state that a checkpoint keeps is a real GPU's.
-    monkeypatch.setattr(packing, "checkpoint", lambda f, *args, use_reentrant: f(*args))
     with mode:
         log_probs = packing.pack_log_probs(model, row, 1.0)
     assert log_probs.shape == (160,) and log_probs.dtype == torch.float32
     assert log_probs.is_cuda and log_probs.requires_grad
-
-
-def test_a_vision_block(mode, model):
-    """Patch embedding as a linear product, then windows through the varlen kernel."""
-    visual, patches = model.model.visual, 64 * 72
-    with mode:
-        hidden = visual.patch_embed(torch.zeros(patches, 1176, device="cuda"))
-        assert hidden.shape == (patches, 1280) and hidden.dtype == torch.bfloat16
-        angles = torch.zeros(patches, 80, device="cuda")
-        ends = torch.arange(0, patches + 1, 64, device="cuda", dtype=torch.int32)
-        out = visual.blocks[0](
-            hidden, cu_seqlens=ends, position_embeddings=(angles, angles), max_seqlen=64
-        )
-    assert out.shape == hidden.shape and out.dtype == torch.bfloat16

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import re
 from collections import Counter
 from dataclasses import fields
 from pathlib import Path
@@ -167,26 +166,6 @@ def test_the_command_builds_a_model_whose_folder_names_a_task_that_fits(tmp_path
     assert len(encoder.tokenizer(response)["input_ids"]) <= limits["max_new_tokens"]
     with pytest.raises(SystemExit, match="2"):
         start_model.main([spec, "--out", str(out)])
-
-
-def test_warm_batches_hold_the_trainers_prompt_and_a_response(folder):
-    """Responses are flawless at first, and later flawed as often as the setting says."""
-    encoder = make_encoder(folder)
-    for flawed, least, most in ((False, 0, 0), (True, 0.08, 0.16)):
-        n_wrong = 0
-        lessons = start_model.make_lessons(range(64), flawed, seed=0, setting=toy.DEFAULT)
-        inputs, is_response = start_model.warm_batch(encoder, lessons)
-        for i, (ids, mask) in enumerate(zip(inputs["input_ids"], is_response, strict=True)):
-            prompt = encoder.encode(toy.example("warm", i)).input_ids
-            assert torch.equal(ids[: len(prompt)], prompt)
-            assert mask.nonzero().flatten().tolist() == list(range(len(prompt), len(prompt) + 31))
-            scene, words = toy.make_scene("warm", i), encoder.tokenizer.decode(ids[mask]).split()
-            cells, counts = words[2:-2:3], words[3:-2:3]
-            assert counts == [str(cells[: k + 1].count(scene.asked)) for k in range(9)]
-            box = re.search(r"boxed{(\d)}<\|im_end\|>$", words[-1])[1]
-            assert box == counts[-1] or flawed and box == str(scene.note)
-            n_wrong += sum(a != b for a, b in zip(cells, scene.cells, strict=True))
-        assert least <= n_wrong / (64 * 9) <= most
 
 
 def test_a_build_depends_on_its_arguments_alone_and_leaves_no_half_model(
