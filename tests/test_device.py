@@ -58,33 +58,24 @@ def train_step(policy, groups, name):
     return metrics, [parameter.detach().cpu() for parameter in policy.model.parameters()]
 
 
-@pytest.mark.parametrize("name", ["papo_g", "dyco_rl"])
-def test_a_training_step_equals_the_cpus(policies, groups, device, name):
+def checked_kernel(*inputs, **options):
+    assert all(tensor.is_cuda for tensor in inputs[:5])  # q, k, v and both boundaries
+    return reference_varlen(*inputs, **options)
+
+
+@pytest.mark.parametrize("name, kernel", [("papo_g", checked_kernel), ("dyco_rl", None)])
+def test_a_training_step_equals_the_cpus(policies, groups, device, monkeypatch, name, kernel):
     """With log-probs of a reference, checkpointing, and a text-only row."""
     policy, on_device = policies
     for each in policies:
         each.model.gradient_checkpointing_enable({"use_reentrant": False})
     expected, expected_weights = train_step(policy, copy.deepcopy(groups), name)
+    monkeypatch.setattr(packing, "varlen_kernel", lambda query: kernel)
     with device:
         on_device.model.to(CUDA)
         found, weights = train_step(on_device, groups, name)
     assert found == pytest.approx(expected, rel=1e-3, abs=1e-5)
     torch.testing.assert_close(weights, expected_weights, atol=1e-5, rtol=0)
-
-
-def test_sequences_for_a_kernel_are_on_the_device(policies, groups, device, monkeypatch):
-    policy, on_device = policies
-    expected = policy.log_probs(groups).detach()
-
-    def kernel(*inputs, **options):
-        assert all(tensor.is_cuda for tensor in inputs[:5])  # q, k, v and both boundaries
-        return reference_varlen(*inputs, **options)
-
-    monkeypatch.setattr(packing, "varlen_kernel", lambda query: kernel)
-    with device:
-        on_device.model.to(CUDA)
-        found = on_device.log_probs(groups).detach().cpu()
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
 
 
 def test_an_explanation_runs(policies, prompts, device, tmp_path):
