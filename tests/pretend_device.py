@@ -94,6 +94,8 @@ class PretendDevice(TorchDispatchMode):
             result = operation(*args, **kwargs)
             if not (here if self._placement is None else self._placement):
                 return result
+            if kwargs.get("generator") is not None:
+                raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
             known = {x.untyped_storage() for x in inputs}
             self._storages.update({x.untyped_storage() for x in _tensors([result])} - known)
             if operation.overloadpacket in UNINITIALISED:
@@ -143,8 +145,6 @@ class _Functions(TorchFunctionMode):
     def _make(self, function, args: tuple, kwargs: dict):
         """A function that is told where its result goes, such as torch.zeros."""
         here = torch.device(kwargs["device"]).type == "cuda"
-        if here and kwargs.get("generator") is not None:
-            raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
         kwargs = kwargs | {"device": "cpu"}
         if function in (torch.tensor, torch.as_tensor):
             return self._move(function(*args, **kwargs), here)

@@ -17,7 +17,7 @@ import evaluate
 import papo
 import rollout
 from papo import prepare, preset, update
-from support import decoding, packing, qwen_vl
+from support import decoding, lora, packing, qwen_vl
 from support.batch import mini_batches
 
 # ---------------------------------------------------------------------------- the step, as on a CPU
@@ -79,10 +79,12 @@ def test_a_training_step_equals_the_cpus(policies, groups, device, monkeypatch, 
 
 
 def test_an_explanation_runs(policies, prompts, device, tmp_path):
+    """With adapters, whose random numbers a CPU's generator has to draw on the CPU."""
     settings = {"max_new_tokens": 4, "masks": 2, "heat_patches": 4, "temperature": 0.0}
     _, on_device = policies
     with device:
         on_device.model.to(CUDA)
+        lora.add_adapters(on_device.model, 4, 8.0, "source")
         evaluate.explain(on_device, prompts[1], evaluate.EvalConfig(out=str(tmp_path), **settings))
     assert len(data_of(tmp_path / "explanation.html")["images"]) == 2
 

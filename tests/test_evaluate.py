@@ -7,7 +7,6 @@ import shutil
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 
-import numpy as np
 import pytest
 from conftest import (
     ROOT,
@@ -75,14 +74,8 @@ def test_evaluation(uninterrupted, capsys):
     protocol = "n 3 (CHANGED), temperature 1.0, top_p 1.0, top_k 50, max_new_tokens 6 (CHANGED)"
     assert f"protocol paper: {protocol}" in stdout
     table = stdout.splitlines()[2:]  # after a line per set
-    names = [line.split()[0] for line in table[1:4]]
-    assert names == ["We_Math", "lscpku_LogicVista", "overall"]
     evaluate.main(["--grade", str(out)])  # the files know n
     assert table[:4] == capsys.readouterr().out.splitlines()[:4]
-    for name in ("We_Math", "lscpku_LogicVista"):
-        records = read_log(out / f"{name}.jsonl")
-        accuracy = 100 * np.mean([record["accuracy"] for record in records])
-        assert its_rule(records, 3) == pytest.approx(accuracy)
 
 
 def test_grading_against_a_baseline(tmp_path):

@@ -104,6 +104,13 @@ def test_policy_loss_of_one_token(ratio, advantage, value, slope, clipped, dual_
     assert metrics["ppo_kl"].item() == pytest.approx(-math.log(ratio), rel=1e-6)
 
 
+def test_an_infinite_dual_clip_is_none():
+    """And no NaN where the advantage is 0."""
+    log_probs, mask = torch.full((2, 1), math.log(20.0)), torch.ones(2, 1)
+    args = log_probs, torch.zeros(2, 1), torch.tensor([-1.0, 0.0]), mask, 0.2, 0.2
+    assert policy_loss(*args, clip_dual=math.inf)[0].item() == pytest.approx(20 / 2)
+
+
 def test_k3_by_hand_and_clamped():
     log_probs = torch.tensor([[-1.0, -1.0, -1.0, -30.0]], requires_grad=True)
     values = kl_k3(log_probs, torch.tensor([[-1.0, -2.0, 3.0, -1.0]]))

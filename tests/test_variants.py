@@ -122,14 +122,6 @@ def test_tor_takes_exactly_its_share_of_equal_values(groups):
     assert not torch.equal(first, chosen())
 
 
-def test_noisy_rollout_has_no_dual_clip():
-    """A ratio of 20 at A = -1 loses 20, not 3; A = 0 loses nothing."""
-    log_probs, mask = torch.full((2, 1), math.log(20.0)), torch.ones(2, 1)
-    args = log_probs, torch.zeros(2, 1), torch.tensor([-1.0, 0.0]), mask, 0.2, 0.2
-    loss, _ = policy_loss(*args, preset("noisy_rollout").clip_dual)
-    close(loss, 20 / 2, atol=1e-4)
-
-
 def test_the_noises_schedules_and_diffusion():
     """NoisyRollout's; and DVRP's, by the deviations that the source has at start, half and end."""
     algo = preset("noisy_rollout")
@@ -451,18 +443,18 @@ def test_a_variant_of_a_variant_and_a_neighbouring_file(tmp_path, write_variant)
 
 
 def test_every_variant_has_the_originals_defaults():
-    table = {  # beta, gamma, eta1, eta2, clips, dynamic sampling, mask ratio, average
-        "vppo": (0, 0, 0.06, 0, 0.2, 0.28, True, 0.5, "token"),
-        "pgpo": (0, 0, 0, 0, 0.2, 0.28, True, 1.0, "token"),
-        "tor": (0.01, 0, 0, 0, 0.2, 0.2, False, 1.0, "token"),
-        "dvrp": (0, 0.01, 0, 0.05, 0.2, 0.3, False, 0.6, "token"),
-        "tapo": (0, 0.01, 0.03, 0.03, 0.2, 0.28, True, 0.6, "token"),
-        "noisy_rollout": (0, 0, 0, 0, 0.2, 0.2, False, 0.6, "token"),
-        "dyco_rl": (0.04, 0, 0, 0, 0.2, 0.2, False, 0.6, "seq"),
+    table = {  # beta, gamma, eta1, eta2, clips, dynamic sampling, mask ratio, average, dual clip
+        "vppo": (0, 0, 0.06, 0, 0.2, 0.28, True, 0.5, "token", 3),
+        "pgpo": (0, 0, 0, 0, 0.2, 0.28, True, 1.0, "token", 3),
+        "tor": (0.01, 0, 0, 0, 0.2, 0.2, False, 1.0, "token", 3),
+        "dvrp": (0, 0.01, 0, 0.05, 0.2, 0.3, False, 0.6, "token", 3),
+        "tapo": (0, 0.01, 0.03, 0.03, 0.2, 0.28, True, 0.6, "token", 3),
+        "noisy_rollout": (0, 0, 0, 0, 0.2, 0.2, False, 0.6, "token", math.inf),
+        "dyco_rl": (0.04, 0, 0, 0, 0.2, 0.2, False, 0.6, "seq", 3),
     }
     assert set(table) == set(variant_names())
     fields = "kl_ref_coef kl_prcp_coef entropy_coef masked_entropy_coef clip_low clip_high"
-    fields = [*fields.split(), "dynamic_sampling", "mask_ratio", "average"]
+    fields = [*fields.split(), "dynamic_sampling", "mask_ratio", "average", "clip_dual"]
     for name, expected in table.items():
         assert tuple(getattr(preset(name), field) for field in fields) == expected, name
 
