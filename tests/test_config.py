@@ -45,13 +45,6 @@ def test_the_task_follows_the_data_and_the_learning_rate_the_model(resolve, othe
         assert resolve(f"--model {other_model} --data toy {flags}").lr == lr
 
 
-def test_a_flag_beats_the_defaults_of_preset_task_and_model(resolve):
-    flags = "--algo papo_d --kl_prcp_coef 0.5 --dynamic_sampling false --steps=7 --lr 0.25"
-    given = resolve(f"{flags} --val_data none")
-    assert (given.kl_prcp_coef, given.dynamic_sampling, given.clip_high) == (0.5, False, 0.28)
-    assert (given.steps, given.lr, given.data, given.val_data) == (7, 0.25, "toy", "none")
-
-
 def test_a_resumed_run_keeps_its_flags(resolve, tmp_path, capsys):
     """But for those that may change, and for one that it predates: that has its default."""
     saved = {"algo": "grpo", "kl_ref_coef": 0.5, "lr": 0.25, "steps": 5, "keep": 3, "gone": 1}

@@ -32,7 +32,6 @@ PREPROCESSORS = {
     "qwen3_vl": start_model.PREPROCESSOR
     | {
         "image_processor_type": "Qwen2VLImageProcessorFast",
-        "processor_class": "Qwen3VLProcessor",
         "patch_size": 16,
         "size": {"longest_edge": 16777216, "shortest_edge": 65536},
         "image_mean": [0.5] * 3,

@@ -116,11 +116,13 @@ def test_two_ranks_give_the_metrics_of_one(run, folder, tmp_path, varying_reward
 
 
 def test_a_sampler_that_disagrees_with_training_is_named_once(run, monkeypatch, capsys):
-    """The metric is the same in the first mini-batch, which records no old log-probs."""
-    original = train.generate
+    """The metric is the same in the first mini-batch, which records no old log-probs. Every step
+    draws other random numbers."""
+    original, keys = train.generate, []
 
-    def generate_shifted(*args, **kwargs):
-        groups = original(*args, **kwargs)
+    def generate_shifted(*args, key, **kwargs):
+        keys.append(key)
+        groups = original(*args, key=key, **kwargs)
         for group in groups:
             group.sample_log_probs += 0.5 * group.response_mask
         return groups
@@ -129,6 +131,7 @@ def test_a_sampler_that_disagrees_with_training_is_named_once(run, monkeypatch, 
     for line in training_lines(run("shifted", "--steps 2 --eval_every 0")):
         for name in ("sampler_gap", "sampler_gap_max"):
             assert line[name] == pytest.approx(0.5, abs=1e-4)
+    assert keys == [(0, 0), (0, 1)]
     [warning] = lines_with(capsys.readouterr().err, "warning:")
     assert "step 1: log-probs when sampled and in training differ by 0.5 per token" in warning
 
@@ -136,8 +139,9 @@ def test_a_sampler_that_disagrees_with_training_is_named_once(run, monkeypatch, 
 # ----------------------------------------------------------------------------------------- rollouts
 
 
-def test_dynamic_sampling_drops_groups_and_samples_more(run, monkeypatch):
-    """Every second group is all wrong, so sampling goes on for all rounds."""
+def test_dynamic_sampling_drops_groups_and_samples_more(run, monkeypatch, record_calls):
+    """Every second group is all wrong, so sampling goes on for three rounds, and keeps one group
+    more than is asked for."""
     monkeypatch.setattr(train, "MAX_ROUNDS", 3)
     numbers = itertools.count()
 
@@ -146,8 +150,14 @@ def test_dynamic_sampling_drops_groups_and_samples_more(run, monkeypatch):
         return [{"overall": x, "accuracy": x, "format": 0.0} for x in is_right]
 
     monkeypatch.setattr(Grader, "__call__", one_right_in_every_second_group)
-    [step] = training_lines(run("dapo", "--algo papo_d --steps 1 --eval_every 0"))
-    assert (step["rounds"], step["groups_kept"], step["zero_advantage_groups"]) == (3, 5, 4)
+    updates, saves = record_calls(train, "update"), record_calls(checkpoint, "save")
+    flags = "--algo papo_d --steps 1 --eval_every 0 --prompts_per_step 4"
+    [step] = training_lines(run("dapo", flags))
+    assert (step["rounds"], step["groups_kept"], step["zero_advantage_groups"]) == (3, 4, 4)
+    [((_, _, batches, *_), _)] = updates
+    assert sum(map(len, batches)) == 4
+    [((*_, state), _)] = saves
+    assert state == {"step": 1, "position": 3 * 3}
 
 
 @pytest.mark.parametrize("algo", ["papo_d", "papo_g"])
