@@ -61,9 +61,7 @@ def test_a_resumed_run_keeps_its_flags(resolve, tmp_path, capsys):
 
 
 def test_values_out_of_range_are_named():
-    for make, setting, value, message in [
-        (train.Config, "rollout_batch", 0, "must be at least 1"),
-        (train.Algo, "mask_ratio", float("nan"), "must be between 0 and 1"),
-    ]:
-        with pytest.raises(ValueError, match=f"{setting}={value}: {message}"):
-            make(**{setting: value})
+    with pytest.raises(ValueError, match="rollout_batch=0: must be at least 1"):
+        train.Config(rollout_batch=0)
+    with pytest.raises(ValueError, match="mask_ratio=nan: must be between 0 and 1"):
+        train.Algo(mask_ratio=float("nan"))

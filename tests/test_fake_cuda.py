@@ -65,10 +65,8 @@ def test_a_training_forward(mode, model, monkeypatch):
         hidden = visual.patch_embed(pixel_values)
         angles = torch.zeros(patches, 80, device="cuda")
         ends = torch.arange(0, patches + 1, 64, device="cuda", dtype=torch.int32)
-        rotary = (angles, angles)
-        hidden = visual.blocks[0](
-            hidden, cu_seqlens=ends, position_embeddings=rotary, max_seqlen=64
-        )
+        windows = {"cu_seqlens": ends, "max_seqlen": 64}
+        hidden = visual.blocks[0](hidden, position_embeddings=(angles, angles), **windows)
         assert hidden.dtype == torch.bfloat16
         return SimpleNamespace(pooler_output=(visual.merger(hidden),))
 

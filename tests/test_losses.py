@@ -173,11 +173,10 @@ def test_papo_loss_by_hand(average):
 
 def test_kl_prcp_as_the_paper_writes_it():
     batch = random_batch()
-    _, grad, metrics = loss_and_grad(replace(preset("papo_g"), kl_prcp_estimator="paper"), batch)
+    _, _, metrics = loss_and_grad(replace(preset("papo_g"), kl_prcp_estimator="paper"), batch)
     d = batch.log_probs - batch.masked
     expected = response_mean(d.exp() - d - 1, batch.mask)
     assert metrics["kl_prcp"].item() == pytest.approx(expected.item(), rel=1e-5)
-    assert metrics["kl_prcp"] != response_mean(kl_k3(batch.log_probs, batch.masked), batch.mask)
 
 
 @pytest.mark.parametrize("average", SHARES)

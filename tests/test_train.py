@@ -23,6 +23,7 @@ from conftest import (
 )
 from test_data import row, text, truncated
 
+import evaluate
 import train
 from support import checkpoint, curves, pages, run_folder
 from support import run as run_module
@@ -65,8 +66,9 @@ def test_the_glossary_lists_exactly_the_metrics_of_a_run(finished):
     assert {re.sub("eval/.*", "eval/SET", key) for key in logged} | {"peak_memory"} == listed
 
 
-def test_what_is_printed_and_pictures_that_cannot_be_written(run, monkeypatch, capsys):
-    """The best and the worst response; a line per picture, and the run goes on."""
+def test_what_is_printed_and_pictures_that_fail(run, monkeypatch, capsys, record_calls):
+    """The best and the worst response; a line per picture, and the run goes on. Its evaluations
+    sample from the policy itself, without top-p."""
 
     def full(*args):
         raise OSError(28, "No space left on device")
@@ -74,7 +76,9 @@ def test_what_is_printed_and_pictures_that_cannot_be_written(run, monkeypatch, c
     monkeypatch.setattr(run_module, "SHOW_EVERY", 1)
     monkeypatch.setattr(curves, "draw_run", full)
     monkeypatch.setattr(pages, "samples", full)
-    out = run("a", "--algo papo_g --steps 1")
+    sampled = record_calls(evaluate, "generate")
+    out = run("a", "--algo papo_g --steps 1 --top_k 3")
+    assert {(each.top_p, each.top_k) for (*_, each), _ in sampled} == {(1.0, 0)}
     text = capsys.readouterr()
     assert len(re.findall(r"^step 1: <image>", text.out, re.M)) == 1
     assert len(re.findall(r"^  reward \d\.\d\d: ", text.out, re.M)) == 2
