@@ -45,6 +45,7 @@ def test_only_adapters_train_and_the_reference_stays(folder, encoder, groups):
     for step in range(2):
         batches = mini_batches(copy.deepcopy(groups), 2)
         prepare(policy, reference, batches, algo, key=(0, step))
+        assert all(map(torch.equal, before, (group.ref_log_probs for group in sum(batches, []))))
         metrics = update(policy, optimizer, batches, algo)
     assert metrics["kl_ref"] > 1e-4  # from the base, not from a copy of the policy
     assert all(map(torch.equal, before, reference.per_group(groups, reference.log_probs)))
