@@ -36,13 +36,13 @@ SMALL = "--min_pixels 3136 --max_pixels 200704 --max_new_tokens 6 --n 3 --rollou
 
 
 @pytest.fixture(scope="module")
-def data_flags(tmp_path_factory):
+def data_flags(tmp_path_factory, varying_reward):
     """Two sets; one has a row whose image is truncated, and a row without its image."""
     folder = tmp_path_factory.mktemp("bench")
     bad_rows = [row("<image>?", "1", "We_Math_images/cut.png"), row("<image>?", "1")]
     write_split(folder, "We_Math", split_rows("We_Math") + bad_rows)
     write_split(folder, "lscpku_LogicVista")
-    return ["--data", str(folder), "--prompt_suffix", "Box it.", *SMALL]
+    return ["--data", str(folder), "--prompt_suffix", "Box it.", *SMALL, *varying_reward.split()]
 
 
 @pytest.fixture(scope="module")
@@ -58,13 +58,16 @@ def read_files(out):
     return {file.name: file.read_text() for file in out.iterdir() if file.is_file()}
 
 
-def test_evaluation(uninterrupted, capsys):
+def test_evaluation(uninterrupted, varying_reward, capsys):
     out, stdout = uninterrupted
     results = {"We_Math.jsonl", "lscpku_LogicVista.jsonl", "table.json", "table.txt"}
     assert set(read_files(out)) == results | {"evaluation.json"}
     records = read_log(out / "We_Math.jsonl")
     assert list(records[0])[:5] == ["idx", "id", "prompt", "predict", "label"]
     assert [record["id"] for record in records] == ["0", "1", "2", "own"] * 3  # loop after loop
+    accuracies = [record["accuracy"] for record in records]
+    assert accuracies == [len(record["predict"]) % 2 for record in records]
+    assert {*accuracies} == {0.0, 1.0}
     assert records[1]["prompt"] == (
         "system\nYou are a helpful assistant.\n"
         "user\nUnd , wie groß ist ∠ABC?\n\nBox it.\nassistant\n"
@@ -73,7 +76,7 @@ def test_evaluation(uninterrupted, capsys):
     protocol = "n 3 (CHANGED), temperature 1.0, top_p 1.0, top_k 50, max_new_tokens 6 (CHANGED)"
     assert f"protocol paper: {protocol}" in stdout
     table = stdout.splitlines()[2:]  # after a line per set
-    evaluate.main(["--grade", str(out)])  # the files know n
+    evaluate.main(["--grade", str(out), *varying_reward.split()])  # the files know n
     assert table[:4] == capsys.readouterr().out.splitlines()[:4]
 
 
@@ -257,7 +260,6 @@ def test_errors_are_one_line(folder, capsys, monkeypatch):
         ("--explain --row general:999", "choose one of general:0 to general:255, vision_dep"),
         ("--grade nowhere.jsonl", "No such file or directory: 'nowhere.jsonl'"),
         ("--reward no.py:f", "reward 'no.py:f': expected path/file.py:function"),
-        ("--compare nowhere", "nowhere: no config.json there"),
         ("--model tests", ""),
     ]:
         with process_restored(), pytest.raises(SystemExit, match="2"):

@@ -32,7 +32,6 @@ def boxed(text):
 
 ORDINARY = [  # boxed, answer, accuracy
     ("1,200", "1200", 1),
-    ("B", "B", 1),
     (r"\frac{1}{2}", "1/2", 1),
     ("0.5", r"\frac{1}{2}", 1),
     ("2/4", "1/2", 0),

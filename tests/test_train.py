@@ -87,22 +87,6 @@ def test_what_is_printed_and_pictures_that_fail(run, monkeypatch, capsys, record
     assert f"model: {out}/model" in text.out
 
 
-@pytest.fixture()
-def varying_reward(tmp_path):
-    """--reward for a function that an untrained model gets unequal rewards from.
-
-    With equal rewards dynamic sampling would drop every group, and AdamW would turn a gradient of
-    mere rounding errors into full steps.
-    """
-    file = tmp_path / "lengths.py"
-    file.write_text(
-        "def score(response, answer):\n"
-        "    n = len(response)\n"
-        "    return {'overall': n % 7 / 7, 'format': 1.0, 'accuracy': float(n % 2)}\n"
-    )
-    return f"--reward {file}:score"
-
-
 @pytest.mark.parametrize("algo", ["tapo", pytest.param("noisy_rollout", marks=pytest.mark.slow)])
 def test_two_ranks_give_the_metrics_of_one(run, folder, tmp_path, varying_reward, algo):
     """With 5 prompts per step and mini-batches of 3, which do not divide evenly.
