@@ -213,6 +213,22 @@ def finished(folder, tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="session")
+def varying_reward(tmp_path_factory):
+    """--reward for a function that an untrained model gets unequal rewards from.
+
+    With equal rewards dynamic sampling would drop every group, and AdamW would turn a gradient of
+    mere rounding errors into full steps.
+    """
+    file = tmp_path_factory.mktemp("reward") / "lengths.py"
+    file.write_text(
+        "def score(response, answer):\n"
+        "    n = len(response)\n"
+        "    return {'overall': n % 7 / 7, 'format': 1.0, 'accuracy': float(n % 2)}\n"
+    )
+    return f"--reward {file}:score"
+
+
 def run_flags(folder, out, flags):
     """What follows train.py on the command line of a small run."""
     return [*SMALL_RUN.split(), "--model", str(folder), "--out", str(out), *flags.split()]

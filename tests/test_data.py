@@ -1,8 +1,6 @@
 """support/data.py: the forms of rows and images, the ways they can be broken, and the rounds."""
 
 import base64
-import threading
-import weakref
 from pathlib import Path
 
 import numpy as np
@@ -351,23 +349,3 @@ def test_a_bug_in_encode_is_raised_and_endless_failure_ends():
     assert take(rounds_of(texts(4), 20, refuse_most), 8) == [[0]] * 8  # 19 in a row are bad luck
     with pytest.raises(StepError, match="64 prompts in a row cannot be used: no such size"):
         next(rounds_of(texts(4), 100, refuse_most))
-
-
-def test_the_next_round_is_encoded_while_the_caller_works():
-    first_returned, second_started = threading.Event(), threading.Event()
-
-    def encode(example, index):
-        if index > 0:
-            second_started.set()
-            first_returned.wait(60)
-        return example
-
-    shares = iter([[(i, i)] * 4 for i in range(4)])
-    rounds = data.encode_ahead(texts(16), encode, shares)
-    prompts = [weakref.ref(prompt) for prompt in next(rounds)]  # waits for no second round
-    assert second_started.wait(60)  # though nobody has asked for it yet
-    assert all(prompt() is None for prompt in prompts)
-    assert len(list(shares)) == 2  # two rounds are in memory, not three
-    first_returned.set()
-    assert len(next(rounds)) == 4
-    rounds.close()

@@ -5,16 +5,13 @@ import json
 import re
 import shutil
 import sys
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import replace
+from contextlib import redirect_stdout
 
-import numpy as np
 import pytest
 from conftest import (
     ROOT,
     error_line,
     generate,
-    metric_lines,
     on_ranks,
     process_restored,
     random_image,
@@ -39,52 +36,48 @@ SMALL = "--min_pixels 3136 --max_pixels 200704 --max_new_tokens 6 --n 3 --rollou
 
 
 @pytest.fixture(scope="module")
-def data_flags(tmp_path_factory):
+def data_flags(tmp_path_factory, varying_reward):
     """Two sets; one has a row whose image is truncated, and a row without its image."""
     folder = tmp_path_factory.mktemp("bench")
     bad_rows = [row("<image>?", "1", "We_Math_images/cut.png"), row("<image>?", "1")]
     write_split(folder, "We_Math", split_rows("We_Math") + bad_rows)
     write_split(folder, "lscpku_LogicVista")
-    return ["--data", str(folder), "--prompt_suffix", "Box it.", *SMALL]
+    return ["--data", str(folder), "--prompt_suffix", "Box it.", *SMALL, *varying_reward.split()]
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(folder, data_flags, tmp_path_factory):
-    """An evaluation on one rank: its folder, stdout and stderr."""
-    out, stdout, stderr = tmp_path_factory.mktemp("whole") / "out", io.StringIO(), io.StringIO()
-    with redirect_stdout(stdout), redirect_stderr(stderr):
+    """An evaluation on one rank: its folder and stdout."""
+    out, stdout = tmp_path_factory.mktemp("whole") / "out", io.StringIO()
+    with redirect_stdout(stdout):
         evaluate.main(["--model", folder, *data_flags, "--out", str(out)])
-    return out, stdout.getvalue(), stderr.getvalue()
+    return out, stdout.getvalue()
 
 
 def read_files(out):
     return {file.name: file.read_text() for file in out.iterdir() if file.is_file()}
 
 
-def test_evaluation(uninterrupted, capsys):
-    out, stdout, stderr = uninterrupted
+def test_evaluation(uninterrupted, varying_reward, capsys):
+    out, stdout = uninterrupted
     results = {"We_Math.jsonl", "lscpku_LogicVista.jsonl", "table.json", "table.txt"}
     assert set(read_files(out)) == results | {"evaluation.json"}
     records = read_log(out / "We_Math.jsonl")
     assert list(records[0])[:5] == ["idx", "id", "prompt", "predict", "label"]
     assert [record["id"] for record in records] == ["0", "1", "2", "own"] * 3  # loop after loop
+    accuracies = [record["accuracy"] for record in records]
+    assert accuracies == [len(record["predict"]) % 2 for record in records]
+    assert {*accuracies} == {0.0, 1.0}
     assert records[1]["prompt"] == (
         "system\nYou are a helpful assistant.\n"
         "user\nUnd , wie groß ist ∠ABC?\n\nBox it.\nassistant\n"
     )
     assert "We_Math: left out: {'markers': 1, 'broken image': 1}" in stdout
-    assert "We_Math: row 4 is skipped, broken image" in stderr
     protocol = "n 3 (CHANGED), temperature 1.0, top_p 1.0, top_k 50, max_new_tokens 6 (CHANGED)"
     assert f"protocol paper: {protocol}" in stdout
     table = stdout.splitlines()[2:]  # after a line per set
-    names = [line.split()[0] for line in table[1:4]]
-    assert names == ["We_Math", "lscpku_LogicVista", "overall"]
-    evaluate.main(["--grade", str(out)])  # the files know n
+    evaluate.main(["--grade", str(out), *varying_reward.split()])  # the files know n
     assert table[:4] == capsys.readouterr().out.splitlines()[:4]
-    for name in ("We_Math", "lscpku_LogicVista"):
-        records = read_log(out / f"{name}.jsonl")
-        accuracy = 100 * np.mean([record["accuracy"] for record in records])
-        assert its_rule(records, 3) == pytest.approx(accuracy)
 
 
 def test_grading_against_a_baseline(tmp_path):
@@ -100,30 +93,6 @@ def test_grading_against_a_baseline(tmp_path):
     assert line["delta"] == pytest.approx(100 * (line["accuracy"] / its_rule(records, 8) - 1))
     assert line["delta"] > 10 and line["truncated"] is None
     assert "Delta_rel %" in (out / "table.txt").read_text()
-
-
-REWARD = """
-def score(response, answer, row):
-    whole = (row["answer"], row["unit"], len(row["images"]))
-    return dict.fromkeys(("overall", "format", "accuracy"), float(whole == (answer, "dots", 1)))
-"""
-
-
-def test_a_reward_sees_the_row_in_training_and_evaluation(run, folder, tmp_path, monkeypatch):
-    original = toy.example
-
-    def with_unit(*args, **options):
-        return replace(original(*args, **options), columns={"unit": "dots"})
-
-    monkeypatch.setattr(toy, "example", with_unit)
-    (tmp_path / "mine.py").write_text(REWARD)
-    flags = ["--reward", f"{tmp_path}/mine.py:score"]
-    logged = metric_lines(run("trained", f"--steps 1 {' '.join(flags)}"))
-    assert [line.get("accuracy", line.get("eval/general")) for line in logged] == [1.0] * 3
-    out = tmp_path / "out"
-    sizes = f"--eval_rows 2 --n 2 --max_new_tokens 5 --out {out}".split()
-    evaluate.main(["--model", folder, *flags, *sizes])
-    assert {each["accuracy"] for each in read_log(out / "general.jsonl")} == {1.0}
 
 
 def test_a_character_that_stdout_lacks_ends_nothing(folder, tmp_path, images, monkeypatch):
@@ -189,13 +158,12 @@ def test_a_toy_model_needs_no_flags(folder, tmp_path):
 
 
 def test_protocols():
-    """The paper's for benchmarks; flags go over it, and it goes over the toy's defaults."""
+    """The paper's for benchmarks; it goes over the toy's defaults."""
     paper = configured("--model some/hub-id")
     assert (paper.data, paper.protocol, paper.n) == ("all", "paper", 8)
     assert (paper.temperature, paper.top_p, paper.top_k) == (1.0, 1.0, 50)
     assert (paper.min_pixels, paper.max_pixels, paper.max_new_tokens) == (1024, 589_824, 2048)
-    changed = configured("--model some/hub-id --data We_Math --top_k 7")
-    assert (changed.protocol, changed.top_k) == ("paper", 7)
+    assert configured("--model some/hub-id --data We_Math").protocol == "paper"
     toys = configured("--model toy"), configured("--model toy --protocol paper")
     assert [(x.protocol, x.max_new_tokens) for x in toys] == [("training", 40), ("paper", 2048)]
 
@@ -213,19 +181,16 @@ def images(tmp_path):
     return paths
 
 
-@pytest.mark.parametrize(
-    "question, n_images", [("How many red dots?", 1), ("And <image> or <image>?", 2), ("Why?", 0)]
-)
+@pytest.mark.parametrize("question, n_images", [("And <image> or <image>?", 2), ("Why?", 0)])
 def test_ask(folder, images, capsys, question, n_images):
     """The streamed response, from transformers' own loop, equals ours."""
     images = images[:n_images]
     flags = ["--image", *images] if images else []
     evaluate.main(["--model", folder, "--ask", question, *flags, "--max_new_tokens", "12"])
     text = capsys.readouterr().out
-    marked = question if "<image>" in question else "<image>" * n_images + question
     sizes = (toy.TASK_DEFAULTS["min_pixels"], toy.TASK_DEFAULTS["max_pixels"])
     policy = Policy.load(folder, Encoder(folder, *sizes, toy.SUFFIX))
-    example = Example(marked, "", [Image.open(path).convert("RGB") for path in images])
+    example = Example(question, "", [Image.open(path).convert("RGB") for path in images])
     prompt = policy.encoder.encode(example)
     [group] = generate(policy, [prompt], 1, temperature=0.0, max_new_tokens=12)
     [response] = group.responses
@@ -290,14 +255,11 @@ def test_errors_are_one_line(folder, capsys, monkeypatch):
         ("--protocol papers", "--protocol papers: choose one of paper, training"),
         ("--grad x", "unknown flag --grad: the flags are ask baseline"),
         ("--n three", "argument --n: invalid int value: 'three'"),
-        ("--data We_Math --benchmarks .", "no benchmark We_Math in .: its We_Math.json"),
         ("--ask ? --image nowhere.png", "broken image: nowhere.png: "),
         ("--explain --ask Why?", "--explain: the example has no image"),
         ("--explain --row general:999", "choose one of general:0 to general:255, vision_dep"),
         ("--grade nowhere.jsonl", "No such file or directory: 'nowhere.jsonl'"),
         ("--reward no.py:f", "reward 'no.py:f': expected path/file.py:function"),
-        ("--baseline tests", "tests: one NAME.jsonl for general, vision_dependent expected"),
-        ("--compare nowhere", "nowhere: no config.json there"),
         ("--model tests", ""),
     ]:
         with process_restored(), pytest.raises(SystemExit, match="2"):

@@ -2,43 +2,36 @@
 
 A FakeTensor has a device, a dtype and a shape, but no values. It refuses to mix devices or to read
 a value, so a missing `.to(device)`, a wait for the device and a kernel's signature show here.
+test_device.py has sampling, test_shapes.py the same model by its shapes alone.
 """
 
-import numpy as np
+from types import SimpleNamespace
+
 import pytest
 import torch
 from shape_only import image_prompt
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from experiments import start_model
-from support import decoding, packing
+from support import packing
 from support.batch import Group
 from support.qwen_vl import use_faster_forwards
 
 pytestmark = pytest.mark.skipif(not torch.version.cuda, reason="needs the CUDA build of torch")
 
 
-class NoCopyToHost(TorchDispatchMode):
-    """An operation that reads CUDA tensors must not return or fill a CPU tensor."""
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        result = operation(*args, **(kwargs or {}))
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        results = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
-        if any(x.is_cuda for x in tensors):
-            assert all(x.is_cuda for x in results), f"{operation} copies to the host"
-        return result
-
-
-@pytest.fixture(scope="module")
-def mode():
+@pytest.fixture()
+def mode(monkeypatch):
+    """On a GPU that has FlashAttention. flash-attn itself takes no fake tensors, and the random
+    state that a checkpoint keeps is a real GPU's."""
+    monkeypatch.setattr(packing, "_has_flash_attention", lambda: True)
+    monkeypatch.setattr(packing, "_import_flash_attn", lambda: None)
+    monkeypatch.setattr(packing, "checkpoint", lambda f, *args, use_reentrant: f(*args))
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture()
 def model(mode):
     """Qwen2.5-VL 3B with the engine's attention and forwards."""
     with mode, torch.device("cuda"):
@@ -47,13 +40,6 @@ def model(mode):
     model.set_attn_implementation(packing.ATTENTION)
     use_faster_forwards(model)
     return model
-
-
-@pytest.fixture(autouse=True)
-def ampere(monkeypatch):
-    """A GPU that has FlashAttention; flash-attn itself takes no fake tensors."""
-    monkeypatch.setattr(packing, "_has_flash_attention", lambda: True)
-    monkeypatch.setattr(packing, "_import_flash_attn", lambda: None)
 
 
 def fake_row(groups, mode):
@@ -70,75 +56,28 @@ def fake_row(groups, mode):
         return packing.Pack(*(fake(each) for each in row))
 
 
-@pytest.fixture()
-def no_vision_tower(model, monkeypatch):
-    """The tower reads its grid's values; test_a_vision_block has what it computes."""
+def test_a_training_forward(mode, model, monkeypatch):
+    """Two groups in one row, through torch's varlen kernel."""
 
     def features(pixel_values, grid, return_dict):
-        tokens = len(pixel_values) // 4
-        empty = pixel_values.new_empty(tokens, 2048, dtype=torch.bfloat16)
-        return type("Image", (), {"pooler_output": (empty,)})
+        """One block with windows of 64 patches; the whole tower reads its grid's values."""
+        visual, patches = model.model.visual, len(pixel_values)
+        hidden = visual.patch_embed(pixel_values)
+        angles = torch.zeros(patches, 80, device="cuda")
+        ends = torch.arange(0, patches + 1, 64, device="cuda", dtype=torch.int32)
+        windows = {"cu_seqlens": ends, "max_seqlen": 64}
+        hidden = visual.blocks[0](hidden, position_embeddings=(angles, angles), **windows)
+        assert hidden.dtype == torch.bfloat16
+        return SimpleNamespace(pooler_output=(visual.merger(hidden),))
 
     monkeypatch.setattr(model.model, "get_image_features", features)
-
-
-def test_prefill_and_a_decoding_step(mode, model, no_vision_tower, monkeypatch):
-    """The step copies nothing to the host, so a CUDA graph can hold it."""
-    prompts = [image_prompt(1300, 64, 72), image_prompt(700, 40, 44)]
-    row = fake_row([decoding.empty_group(prompt) for prompt in prompts], mode)
-    monkeypatch.setattr(decoding, "split_into_packs", lambda groups, max_tokens: [groups])
-    monkeypatch.setattr(decoding, "build_pack", lambda *args: row)
-    monkeypatch.setattr(
-        model, "pack_hidden_states", packing.pack_hidden_states.__get__(model), False
-    )
-    for prompt in prompts:  # read on the host, where a FakeTensor has no values
-        prompt.position_ids = np.asarray(prompt.position_ids)
-    g, device = 5, torch.device("cuda")
-    with mode, torch.no_grad():
-        encoder = type("E", (), {"black_patch": None, "images": type("I", (), {"merge_size": 2})})
-        uniforms = torch.rand(2, g, 256, device=device)
-        eos_ids = torch.tensor([5], device=device)
-        chunk = decoding.Chunk(encoder, prompts, uniforms, 1.0, 0.99, eos_ids, lambda: False)
-        cache = decoding.GroupCache(prompts, g, 8, device)
-        decoding.prefill(model, chunk, cache)
-        assert cache.layers[35][0].shape == (2, 2, 1312, 128)
-        assert cache.layers[35][0].dtype == torch.bfloat16
-        last_tokens = torch.zeros(2, g, dtype=torch.long, device=device)
-        process = lambda ids, scores: scores / 1.0  # noqa: E731
-        loop = decoding.DecodingLoop(model, cache, chunk, last_tokens, process, do_sample=True)
-        cache.grow(128)
-        with NoCopyToHost():
-            loop.step()
-    assert loop.tokens.shape == loop.log_probs.shape == (2, g, 256)
-    assert loop.tokens.dtype == torch.long and loop.log_probs.dtype == torch.float32
-    assert cache.mask.shape == (2, 1, 8 * g, 1312 + 128 * g) and cache.mask.dtype == torch.bfloat16
-
-
-def test_a_training_forward(mode, model, no_vision_tower, monkeypatch):
-    """Two groups in one row, through torch's varlen kernel."""
     groups = []
     for prompt in (image_prompt(1300, 64, 72), image_prompt(700, 40, 44)):
         mask = torch.arange(40) < torch.tensor([40, 1, 7, 30, 2])[:, None]
         tokens = torch.zeros(mask.shape, dtype=torch.long)
         groups.append(Group(prompt, tokens, mask, mask.any(1), torch.zeros(mask.shape)))
     row = fake_row(groups, mode)
-    # The random state that a checkpoint keeps is a real GPU's.
-    monkeypatch.setattr(packing, "checkpoint", lambda f, *args, use_reentrant: f(*args))
-    with mode, NoCopyToHost():
+    with mode:
         log_probs = packing.pack_log_probs(model, row, 1.0)
     assert log_probs.shape == (160,) and log_probs.dtype == torch.float32
     assert log_probs.is_cuda and log_probs.requires_grad
-
-
-def test_a_vision_block(mode, model):
-    """Patch embedding as a linear product, then windows through the varlen kernel."""
-    visual, patches = model.model.visual, 64 * 72
-    with mode, NoCopyToHost():
-        hidden = visual.patch_embed(torch.zeros(patches, 1176, device="cuda"))
-        assert hidden.shape == (patches, 1280) and hidden.dtype == torch.bfloat16
-        angles = torch.zeros(patches, 80, device="cuda")
-        ends = torch.arange(0, patches + 1, 64, device="cuda", dtype=torch.int32)
-        out = visual.blocks[0](
-            hidden, cu_seqlens=ends, position_embeddings=(angles, angles), max_seqlen=64
-        )
-    assert out.shape == hidden.shape and out.dtype == torch.bfloat16

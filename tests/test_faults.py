@@ -54,17 +54,14 @@ def is_saving(run_dir):
 
 
 def kill(process, run_dir, during_save, rng):
-    """SIGKILL the process and its descendants at some moment, or in a save."""
-    enough = len(read_log(run_dir / "metrics.jsonl")) + rng.randrange(3)
-    latest = time.time() + rng.choice([1e9, 15 * rng.random()])
+    """SIGKILL the process and its descendants in a save, or after some steps or at the start."""
+    log = run_dir / "metrics.jsonl"
+    enough = len(read_log(log)) + rng.randrange(3) + during_save
     while process.poll() is None:
-        has_enough = len(read_log(run_dir / "metrics.jsonl")) > enough
-        if during_save and has_enough and is_saving(run_dir):
-            break
-        if not during_save and (has_enough or time.time() > latest):
-            time.sleep(rng.random())
+        if len(read_log(log)) >= enough and (is_saving(run_dir) or not during_save):
             break
         time.sleep(0.002)
+    time.sleep(0 if during_save else 2 * rng.random())
     assert process.poll() is None, f"the run ended by itself: {process.stderr.read()[-2000:]}"
     for pid in process_tree(process.pid):
         with contextlib.suppress(ProcessLookupError):

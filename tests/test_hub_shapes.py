@@ -32,7 +32,6 @@ PREPROCESSORS = {
     "qwen3_vl": start_model.PREPROCESSOR
     | {
         "image_processor_type": "Qwen2VLImageProcessorFast",
-        "processor_class": "Qwen3VLProcessor",
         "patch_size": 16,
         "size": {"longest_edge": 16777216, "shortest_edge": 65536},
         "image_mean": [0.5] * 3,
@@ -43,42 +42,16 @@ PREPROCESSORS = {
 
 def qwen3_config(vocab_size: int, special: int) -> dict:
     """A small Qwen3-VL's config.json; special: the id of the first special token."""
-    text = {
-        "model_type": "qwen3_vl_text",
-        "hidden_size": 96,
-        "intermediate_size": 160,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "vocab_size": vocab_size,
-        "tie_word_embeddings": True,
-        "rope_theta": 5000000,
-        "rope_scaling": {
-            "mrope_interleaved": True,
-            "mrope_section": [6, 5, 5],
-            "rope_type": "default",
-        },
-        "bos_token_id": special,
-        "eos_token_id": special + 2,
-        "dtype": "bfloat16",
-    }
-    vision = {
-        "model_type": "qwen3_vl",
-        "depth": 4,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_heads": 2,
-        "patch_size": 16,
-        "out_hidden_size": 96,
-        "num_position_embeddings": 64,
-        "deepstack_visual_indexes": [0, 1, 2],
-    }
+    text = {"hidden_size": 96, "intermediate_size": 160, "head_dim": 32, "vocab_size": vocab_size}
+    text |= {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+    text |= {"rope_scaling": {"rope_type": "default", "mrope_section": [6, 5, 5]}}
+    vision = {"depth": 4, "hidden_size": 64, "intermediate_size": 128, "num_heads": 2}
+    vision |= {"out_hidden_size": 96, "num_position_embeddings": 64}
+    vision |= {"deepstack_visual_indexes": [0, 1, 2]}
     return {
-        "architectures": ["Qwen3VLForConditionalGeneration"],
         "model_type": "qwen3_vl",
         "tie_word_embeddings": True,
-        "text_config": text,
+        "text_config": text | {"tie_word_embeddings": True, "dtype": "bfloat16"},
         "vision_config": vision,
         "vision_start_token_id": special + 9,
         "vision_end_token_id": special + 10,
@@ -180,19 +153,14 @@ def test_a_hub_folder_trains_and_exports(run, tmp_path, kind):
 
 def test_missing_weights_are_an_error(tmp_path):
     """transformers would fill them with random numbers."""
-    for kind, old, new, message in [
-        ("qwen2_5_vl", "lm_head.", "head.", "1 weights are missing, such as lm_head.weight"),
-        ("qwen3_vl", "layers.2.", "2.", r"11 weights are missing, .*language_model.layers.2"),
-        ("qwen3_vl", "model.", "base_model.model.", "weights are missing"),  # as peft names them
-    ]:
-        source = write_folder(tmp_path / old / kind, kind)
-        weights = load_shards(source)
-        for file in source.glob("model*.safetensors*"):
-            file.unlink()
-        renamed = {name.replace(old, new, 1): value for name, value in weights.items()}
-        save_file(renamed, source / "model.safetensors", metadata={"format": "pt"})
-        with pytest.raises(OSError, match=message):
-            Policy.load(str(source), Encoder(str(source), 4096, 200_704))
+    source = write_folder(tmp_path / "hub", "qwen2_5_vl")
+    weights = load_shards(source)
+    for file in source.glob("model*.safetensors*"):
+        file.unlink()
+    del weights["lm_head.weight"]
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(OSError, match="1 weights are missing, such as lm_head.weight"):
+        Policy.load(str(source), Encoder(str(source), 4096, 200_704))
 
 
 def test_a_template_that_opens_think_keeps_the_tag_in_the_response(qwen3, tmp_path):
@@ -249,16 +217,15 @@ def test_qwen3_greedy_equals_stock_generate(policy, prompts):
         assert not torch.allclose(before, policy.log_probs(groups[:1]), atol=1e-4)
 
 
-@pytest.mark.parametrize("strategy", ["random", "semantic"])
-def test_qwen3_masks_16_pixel_patches(policy, strategy):
+def test_qwen3_masks_16_pixel_patches(policy):
     encoder = policy.encoder
     images = [random_image(128, 96), random_image(64, 96, 1)]
     prompt = encoder.encode(Example("<image><image>?", "1", images))
     assert prompt.image_grid_thw.tolist() == [[1, 6, 8], [1, 6, 4]]
-    algo = replace(preset("papo_g"), mask_strategy=strategy, mask_ratio=0.5)
+    algo = replace(preset("papo_g"), mask_strategy="semantic", mask_ratio=0.5)
     masked, patch_mask = mask_prompt(prompt, algo, encoder, seeded(0), toy.saliency)
     assert masked.shape == prompt.pixel_values.shape == (72, 3 * 2 * 16 * 16)
-    assert 20 < int(patch_mask.sum()) < 52
+    assert int(patch_mask.sum()) == 24 + 12
     assert torch.equal(masked[~patch_mask], prompt.pixel_values[~patch_mask])
     black = encoder.image_processor(images=[Image.new("RGB", (64, 64))], return_tensors="pt")[
         "pixel_values"

@@ -79,27 +79,23 @@ def its_rule(records, n):
         correct = float(mathruler.grader.grade_answer(content, record["label"]))
         key = record["id"], record["prompt"], record["label"]
         groups.setdefault(key, []).append(correct)
-    means = []
-    for group in groups.values():
-        assert len(group) % n == 0
-        means += [sum(group) / len(group)] * (len(group) // n)
-    return 100 * sum(means) / len(means)
+    assert all(len(group) == n for group in groups.values())
+    return 100 * sum(sum(group) / n for group in groups.values()) / len(groups)
 
 
-def papo_eval_file(path, n=8, repeated=True):
-    """Write five questions, loop after loop; the last two are the same question if `repeated`."""
-    labels = ["4", "\\frac{1}{2}", "B\n", "90", "90" if repeated else "91"]
+def papo_eval_file(path, n=8):
+    """Write four questions, loop after loop."""
+    labels = ["4", "\\frac{1}{2}", "B\n", "90"]
     boxes = ["\\boxed{4}", "<think> 1 < 2 </think> \\boxed{0.5}", "it is B", "\\boxed{ 1 / 2 }"]
     responses = [*boxes, "\\boxed{90", "\\boxed{B}"]
     records = []
     for loop in range(n):
         for i, label in enumerate(labels):
-            question = min(i, 3)
             response = responses[(loop * 3 + i) % len(responses)]
-            if i > 2 and loop % 2:
+            if i == 3 and loop % 2:
                 response += " \\boxed{90}"
-            prompt = f"system\nYou are.\nuser\nFrage ß {question}?\nassistant\n"
-            record = {"idx": len(records), "id": f"test_{question}", "prompt": prompt}
+            prompt = f"system\nYou are.\nuser\nFrage ß {i}?\nassistant\n"
+            record = {"idx": len(records), "id": f"test_{i}", "prompt": prompt}
             records.append(record | {"predict": response, "label": label})
     write_jsonl(path, records)
     return records
@@ -111,25 +107,24 @@ def grader():
         yield grader
 
 
-@pytest.mark.parametrize("n", [8, 16])
-def test_grading_follows_papo_evals_rule(tmp_path, grader, n):
-    """n is what the file holds; a question that occurs twice per loop is two."""
-    records = papo_eval_file(tmp_path / "We-Math_We-Math.jsonl", n)
+def test_grading_follows_papo_evals_rule(tmp_path, grader):
+    """n is what the file holds."""
+    records = papo_eval_file(tmp_path / "We-Math_We-Math.jsonl", n=16)
     results = predictions.grade_files([tmp_path], grader)
-    assert [len(question) for question in results["We_Math"]] == [n] * 5
+    assert [len(question) for question in results["We_Math"]] == [16] * 4
     row = predictions.summarise(results).loc["We_Math"]
-    assert row["accuracy"] == pytest.approx(its_rule(records, n))
+    assert row["accuracy"] == pytest.approx(its_rule(records, 16))
     assert 20 < row["accuracy"] < 80
     assert 0 < row["unboxed"] < 50
     assert math.isnan(row["truncated"])
     papo_eval_file(tmp_path / "other.jsonl", n=4)
-    with pytest.raises(ValueError, match=f"per question differ .*'We_Math': {n}, 'other': 4"):
+    with pytest.raises(ValueError, match="per question differ .*'We_Math': 16, 'other': 4"):
         predictions.grade_files([tmp_path], grader)
 
 
 def test_files_that_are_not_as_they_should_be(tmp_path, grader):
     file = tmp_path / "a.jsonl"
-    write_jsonl(file, papo_eval_file(file, repeated=False)[:-2])
+    write_jsonl(file, papo_eval_file(file)[:-1])
     question = r"question 'test_3' \('Frage ß 3\? assistant', answer '90'\)"
     with pytest.raises(ValueError, match=f"a: 7 responses to {question}, but 8 to others"):
         predictions.grade_files([file], grader)

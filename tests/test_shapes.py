@@ -70,6 +70,7 @@ def test_sampling(by_shape, monkeypatch):
     stored = [tensor for layer in cache.layers for tensor in layer]
     with torch.no_grad(), ShapeOnly(ignored=weights, counted=stored) as shapes:
         loop.run()
+    assert cache.mask.dtype == torch.bfloat16  # else SDPA would convert it in every layer
     check_stated(shapes, size, "decoding, 16 prompts x 5 responses")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-import re
 from collections import Counter
 from dataclasses import fields
 from pathlib import Path
@@ -42,19 +41,6 @@ def test_a_setting_has_one_spec_which_names_it():
             toy.setting_of(spec)
 
 
-def test_examples_depend_on_split_row_and_seed_alone():
-    """The global generator is neither read nor moved."""
-    random.seed(0)
-    state, first = random.getstate(), toy.example("train", 5, seed=1)
-    assert random.getstate() == state
-    random.seed(1)
-    assert toy.example("train", 5, seed=1) == first
-    others = [toy.example("train", 6, seed=1), toy.example("train", 5, seed=2)]
-    others += [toy.example(split, 5, seed=1) for split in (*SPLITS[1:], "warm")]
-    assert len({item.images[0].tobytes() for item in [first, *others]}) == 6
-    assert len({item.id for item in [first, *others]}) == 6
-
-
 def test_the_image_alone_gives_the_answer():
     """Each dot is inside one patch of its cell, on any of the cell's patches."""
     places, answers = set(), Counter()
@@ -78,22 +64,17 @@ def test_the_image_alone_gives_the_answer():
     assert all(answers[number] > 3 for number in "012345")
 
 
-def test_notes_are_right_half_the_time_and_never_in_vision_dependent():
-    """A share of the training questions carries none; image and answer are the same."""
-    for split in SPLITS:
-        n_right = n_plain = 0
+def test_a_quarter_of_the_training_questions_carries_no_note():
+    """Image and answer are the same. The rows of the experiments are those with notes."""
+    for split, low, high in (("train", 0.15, 0.35), ("general", 0, 0), ("vision_dependent", 0, 0)):
+        n_plain = 0
         for i in range(300):
             noted = toy.example(split, i, setting=toy.Setting(plain_share=0.0))
-            note = re.search(r"^<image>A note says (\d+)\. How", noted.question)[1]
-            n_right += note == noted.answer
             item = toy.example(split, i)
             assert (item.images, item.answer) == (noted.images, noted.answer)
             if item.question != noted.question:
                 assert item.question == "<image>" + noted.question.partition(". ")[2]
                 n_plain += 1
-        low, high = (0, 0) if split == "vision_dependent" else (0.42, 0.58)
-        assert low <= n_right / 300 <= high
-        low, high = (0.15, 0.35) if split == "train" else (0, 0)
         assert low <= n_plain / 300 <= high
 
 
@@ -160,12 +141,6 @@ def test_the_shipped_folder_is_in_the_hubs_form_and_complete():
     tokenizer = AutoTokenizer.from_pretrained(toy.MODEL)
     assert model.config.image_token_id == tokenizer.convert_tokens_to_ids("<|image_pad|>")
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
-    user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "b"}]}
-    chat = tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
-    assert chat == (
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
-        "<|vision_start|><|image_pad|><|vision_end|>b<|im_end|>\n<|im_start|>assistant\n"
-    )
 
 
 @pytest.mark.parametrize("grid", [1, 7])
@@ -185,26 +160,6 @@ def test_the_command_builds_a_model_whose_folder_names_a_task_that_fits(tmp_path
     assert len(encoder.tokenizer(response)["input_ids"]) <= limits["max_new_tokens"]
     with pytest.raises(SystemExit, match="2"):
         start_model.main([spec, "--out", str(out)])
-
-
-def test_warm_batches_hold_the_trainers_prompt_and_a_response(folder):
-    """Responses are flawless at first, and later flawed as often as the setting says."""
-    encoder = make_encoder(folder)
-    for flawed, least, most in ((False, 0, 0), (True, 0.08, 0.16)):
-        n_wrong = 0
-        lessons = start_model.make_lessons(range(64), flawed, seed=0, setting=toy.DEFAULT)
-        inputs, is_response = start_model.warm_batch(encoder, lessons)
-        for i, (ids, mask) in enumerate(zip(inputs["input_ids"], is_response, strict=True)):
-            prompt = encoder.encode(toy.example("warm", i)).input_ids
-            assert torch.equal(ids[: len(prompt)], prompt)
-            assert mask.nonzero().flatten().tolist() == list(range(len(prompt), len(prompt) + 31))
-            scene, words = toy.make_scene("warm", i), encoder.tokenizer.decode(ids[mask]).split()
-            cells, counts = words[2:-2:3], words[3:-2:3]
-            assert counts == [str(cells[: k + 1].count(scene.asked)) for k in range(9)]
-            box = re.search(r"boxed{(\d)}<\|im_end\|>$", words[-1])[1]
-            assert box == counts[-1] or flawed and box == str(scene.note)
-            n_wrong += sum(a != b for a, b in zip(cells, scene.cells, strict=True))
-        assert least <= n_wrong / (64 * 9) <= most
 
 
 def test_a_build_depends_on_its_arguments_alone_and_leaves_no_half_model(
