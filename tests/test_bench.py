@@ -4,37 +4,15 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import generate
 from transformers import Qwen2_5_VLConfig
 
 from experiments import bench, start_model
 
 
-def padded_log_probs(policy, group):
-    """Log-probs [G, T] from ordinary right-padded rows, the image repeated for each response."""
-    prompt, n = group.prompt, len(group.tokens)
-    prompt_mask = torch.ones(n, len(prompt), dtype=torch.long)
-    token_types = F.pad(prompt.is_image_token.long(), (0, group.tokens.shape[1]))
-    logits = policy.model(
-        input_ids=torch.cat([prompt.input_ids.expand(n, -1), group.tokens], 1),
-        attention_mask=torch.cat([prompt_mask, group.response_mask.long()], 1),
-        mm_token_type_ids=token_types.expand(n, -1),
-        pixel_values=prompt.pixel_values.repeat(n, 1),
-        image_grid_thw=prompt.image_grid_thw.repeat(n, 1),
-        use_cache=False,
-    ).logits[:, len(prompt) - 1 : -1]
-    losses = F.cross_entropy(logits.flatten(0, 1), group.tokens.flatten(), reduction="none")
-    return -losses.view(n, -1) * group.response_mask
-
-
-def test_both_sides_give_the_same_log_probs_and_decode_as_many_tokens():
+def test_both_sides_decode_as_many_tokens():
     ours, stock = bench.toy_policies()
     prompts = bench.noise_prompts(ours.encoder, tokens=60, count=2)
-    with bench.random_stops(ours, mean=5):
-        [group, _] = generate(ours, prompts, 3, max_new_tokens=9)
-    expected = padded_log_probs(stock, group)
-    torch.testing.assert_close(ours.log_probs([group]), expected, atol=1e-5, rtol=0)
     with bench.random_stops(ours, math.inf), bench.random_stops(stock, math.inf):
         groups = generate(ours, prompts, 2, max_new_tokens=12)
         tokens = bench.stock_generate(stock, prompts, 2, 12)[:, max(map(len, prompts)) :]

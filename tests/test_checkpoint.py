@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import weakref
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -21,11 +22,12 @@ from conftest import (
     metric_lines,
     process_restored,
 )
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForImageTextToText
 
 import evaluate
 import train
-from support import checkpoint, run_folder
+from support import checkpoint, distributed, run_folder
 
 
 def step(model, optimizer):
@@ -91,6 +93,23 @@ def test_the_export_keeps_the_sources_config(one_rank, policy, folder, tmp_path,
     checkpoint.export(policy.model, str(source), exported, torch.bfloat16)
     assert json.loads((exported / "config.json").read_text()) == config | {key: "bfloat16"}
     assert AutoModelForImageTextToText.from_pretrained(exported).dtype == torch.bfloat16
+
+
+def test_the_export_gathers_one_tensor_at_a_time(one_rank, policy, monkeypatch):
+    """Host memory holds the converted weights, and never a second fp32 tensor."""
+    gathered, original = [], DTensor.full_tensor
+
+    def full_tensor(self):
+        assert all(earlier() is None for earlier in gathered)
+        tensor = original(self)
+        gathered.append(weakref.ref(tensor))
+        return tensor
+
+    monkeypatch.setattr(DTensor, "full_tensor", full_tensor)
+    distributed.shard(policy.model, distributed.make_mesh("cpu"), torch.float32)
+    weights = checkpoint.gather_weights(policy.model, torch.bfloat16)
+    assert len(gathered) == len(weights) > 50
+    assert all(tensor.dtype == torch.bfloat16 for tensor in weights.values())
 
 
 def test_an_export_that_fills_the_disk_is_an_os_error(one_rank, policy, folder, tmp_path):

@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import subprocess
 from dataclasses import replace
 
 import pytest
@@ -95,3 +97,20 @@ def test_samples_show_the_first_middle_and_last_evaluation(tmp_path):
     ]
     assert text.count("<img ") == 1 and "Answer: &lt;3&gt;" in text and "a &amp; b" in text
     assert "lost" not in text and "http" not in text and "<script" not in text
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
+def test_a_browser_runs_the_page(varied_policy, tmp_path):
+    """Hovering over a token marks it, and colours every part of the image."""
+    example = Example("<image>?", "1", [random_image(84, 56)])
+    page, data, _, _ = explained(varied_policy, example, tmp_path)
+    hovered = page.read_text("utf-8") + "<script>spans[1].onmouseenter()</script>"
+    page.write_text(hovered, encoding="utf-8")
+    flags = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking"
+    command = [CHROMIUM, *flags.split(), "--dump-dom", f"file://{page}"]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert dom.count('class="shown"') == 1
+    assert len(re.findall("<i [^>]*background: rgba", dom)) == len(data["images"][0]["drops"])

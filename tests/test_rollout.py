@@ -10,7 +10,7 @@ from conftest import generate
 from transformers import GenerationConfig, TopPLogitsWarper
 
 import rollout
-from support import StepError, decoding
+from support import StepError, decoding, qwen_vl
 from support.batch import pad_and_cat
 from support.decoding import sample, top_p_filter
 from support.qwen_vl import Policy
@@ -212,3 +212,15 @@ def test_no_prompts_or_a_stop_give_no_groups(policy, prompts):
     for asked in range(3):  # stops before the chunk, before its first block, after it
         answers = itertools.chain([False] * asked, itertools.repeat(True))
         assert generate(policy, prompts, 2, max_new_tokens=40, stop=partial(next, answers)) == []
+
+
+def test_a_tiny_model_takes_the_threads_that_are_idle(folder, encoder, monkeypatch):
+    """Unless OMP_NUM_THREADS is set."""
+    calls = []
+    monkeypatch.setattr(torch, "set_num_threads", calls.append)
+    Policy.load(folder, encoder)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    for idle in (1.9, 1.2):
+        monkeypatch.setattr(qwen_vl, "idle_cores", lambda idle=idle: idle)
+        Policy.load(folder, encoder)
+    assert calls == [2, 1]

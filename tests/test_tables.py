@@ -1,6 +1,7 @@
 """support/tables.py: files, folders, the hub, and the nine benchmarks with their images in zips."""
 
 import json
+import os
 import zipfile
 from pathlib import Path
 
@@ -126,6 +127,14 @@ def test_parts_whose_types_differ(tmp_path):
     assert answers(rows) == ["1", "2", "3", "4"]
     assert colours(rows) == [[], [colour(1)], [colour(1)], [colour(2)]]
     assert rows.skipped == {"empty answer": 1}
+
+
+def test_a_rewritten_parquet_file_is_read_again(tmp_path):
+    """Though datasets keeps a copy, and the new file may look older."""
+    for number in (1, 2):
+        file = write_parquet(tmp_path / "rows.parquet", [question(number)])
+        os.utime(file, (number % 2 * 9, number % 2 * 9))
+        assert answers(data.load(str(file))) == [str(number)]
 
 
 def test_json_and_jsonl_files(tmp_path):

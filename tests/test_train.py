@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import Mock
+from unittest.mock import MagicMock, Mock
 
 import pytest
 import torch
@@ -25,8 +25,10 @@ from test_data import row, text, truncated
 
 import evaluate
 import train
+from papo import preset
 from support import checkpoint, curves, pages, run_folder
 from support import run as run_module
+from support.run import Run
 from support.sandbox import Grader
 
 
@@ -101,6 +103,16 @@ def test_two_ranks_give_the_metrics_of_one(run, folder, tmp_path, varying_reward
     assert done.returncode == 0, done.stderr[-3000:]
     check_same_metrics(one, two, rel=1e-4, abs=2e-6)
     assert (one / "samples.jsonl").read_text() == (two / "samples.jsonl").read_text()
+
+
+def test_adamw_is_fused_on_cuda_which_computes_in_bf16(monkeypatch):
+    """Without fusing it makes a copy of all parameters in every step."""
+    for owner, name in ((run_module, "make_mesh"), (run_module, "Grader"), (torch.optim, "AdamW")):
+        monkeypatch.setattr(owner, name, Mock())
+    monkeypatch.setattr(Run, "_load_data", lambda _, encoder: ([0], {}))
+    monkeypatch.setattr(Run, "_load_policy", lambda _, encoder, dtype: MagicMock())
+    run = Run(train.Config(), preset("grpo_no_kl_ref"), None, (0, 1, torch.device("cuda")))
+    assert torch.optim.AdamW.call_args.kwargs["fused"] and run.dtype == torch.bfloat16
 
 
 def test_a_sampler_that_disagrees_with_training_is_named_once(run, monkeypatch, capsys):
