@@ -2,7 +2,8 @@
 
 import re
 from pathlib import Path
-from types import MethodType, SimpleNamespace
+from types import MethodType
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def test_sampling(by_shape, monkeypatch):
     size, model = by_shape
     prompts = [image_prompt(1300, 64, 80) for _ in range(16)]
     chunk = decoding.Chunk(
-        SimpleNamespace(images=SimpleNamespace(merge_size=2), black_patch=torch.zeros(1176)),
+        Mock(image_processor=Mock(merge_size=2), black_patch=torch.zeros(1176)),
         prompts,
         uniforms=torch.rand(16, 5, 450),
         temperature=1.0,
