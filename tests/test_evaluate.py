@@ -7,6 +7,7 @@ import shutil
 import sys
 from contextlib import redirect_stdout
 
+import mathruler.grader
 import pytest
 from conftest import (
     ROOT,
@@ -18,7 +19,7 @@ from conftest import (
     write_jsonl,
 )
 from PIL import Image
-from test_predictions import its_rule, papo_eval_file
+from test_predictions import papo_eval_file
 from test_tables import row, split_rows, write_split
 
 import evaluate
@@ -64,7 +65,8 @@ def test_evaluation(uninterrupted, varying_reward, capsys):
     assert set(read_files(out)) == results | {"evaluation.json"}
     records = read_log(out / "We_Math.jsonl")
     assert list(records[0])[:5] == ["idx", "id", "prompt", "predict", "label"]
-    assert [record["id"] for record in records] == ["0", "1", "2", "own"] * 3  # loop after loop
+    numbered = [(record["idx"], record["id"]) for record in records]
+    assert numbered == list(enumerate(["0", "1", "2", "own"] * 3))  # loop after loop
     accuracies = [record["accuracy"] for record in records]
     assert accuracies == [len(record["predict"]) % 2 for record in records]
     assert {*accuracies} == {0.0, 1.0}
@@ -80,19 +82,36 @@ def test_evaluation(uninterrupted, varying_reward, capsys):
     assert table[:4] == capsys.readouterr().out.splitlines()[:4]
 
 
-def test_grading_against_a_baseline(tmp_path):
+def its_rule(records, n):
+    """PAPO-Eval's average accuracy @ n, written down independently: the mean of question means."""
+    groups = {}
+    for record in records:
+        response = re.sub(r"\s*(<|>|/)\s*", r"\1", record["predict"])
+        content = mathruler.grader.extract_boxed_content(response)
+        correct = float(mathruler.grader.grade_answer(content, record["label"]))
+        key = record["id"], record["prompt"], record["label"]
+        groups.setdefault(key, []).append(correct)
+    assert all(len(group) == n for group in groups.values())
+    return 100 * sum(sum(group) / n for group in groups.values()) / len(groups)
+
+
+def test_grading_follows_papo_evals_rule(tmp_path):
+    """Against a baseline; n is what the files hold."""
     ours, theirs, out = tmp_path / "ours", tmp_path / "theirs", tmp_path / "out"
     for folder in (ours, theirs):
         folder.mkdir()
-        records = papo_eval_file(folder / "PAPO_MMK12.jsonl")
+        records = papo_eval_file(folder / "We-Math_We-Math.jsonl", n=4)
+    accuracy = its_rule(records, 4)
     for record in records[1::2]:
         record["predict"] = "?"
-    write_jsonl(theirs / "PAPO_MMK12.jsonl", records)
+    write_jsonl(theirs / "We-Math_We-Math.jsonl", records)
     evaluate.main(["--grade", str(ours), "--baseline", str(theirs), "--out", str(out)])
     [line] = json.loads((out / "table.json").read_text())
-    assert line["delta"] == pytest.approx(100 * (line["accuracy"] / its_rule(records, 8) - 1))
-    assert line["delta"] > 10 and line["truncated"] is None
-    assert "Delta_rel %" in (out / "table.txt").read_text()
+    assert line["accuracy"] == pytest.approx(accuracy) and 20 < accuracy < 80
+    assert (line["name"], line["truncated"]) == ("We_Math", None) and 0 < line["unboxed"] < 50
+    assert line["delta"] == pytest.approx(100 * (accuracy / its_rule(records, 4) - 1)) != 0
+    table = (out / "table.txt").read_text()
+    assert "avg@4 %" in table and "Delta_rel %" in table
 
 
 def test_a_character_that_stdout_lacks_ends_nothing(folder, tmp_path, images, monkeypatch):
@@ -105,8 +124,9 @@ def test_a_character_that_stdout_lacks_ends_nothing(folder, tmp_path, images, mo
 
 
 def test_resumption(folder, data_flags, uninterrupted, tmp_path, monkeypatch, capsys):
-    """Interrupted in the third batch, with a torn last line: no question is answered twice."""
-    original, batches, limit = evaluate.generate, [], 2
+    """Interrupted in the second batch, with a torn last line, and in the third: no question is
+    answered twice."""
+    original, batches, limit = evaluate.generate, [], 1
 
     def interrupted(policy, prompts, *args, **kwargs):
         if len(batches) == limit:
@@ -117,12 +137,15 @@ def test_resumption(folder, data_flags, uninterrupted, tmp_path, monkeypatch, ca
     monkeypatch.setattr(evaluate, "generate", interrupted)
     out = tmp_path / "out"
     command = ["--model", folder, *data_flags, "--out", str(out)]
-    with pytest.raises(SystemExit, match="2"):
-        evaluate.main(command)
-    assert f"interrupted; --out {out} resumes it" in capsys.readouterr().err
-    assert batches == [[0, 1], [2, 3]]
-    partial_file = out / "We_Math.partial"
-    partial_file.write_text(partial_file.read_text()[:-30])  # torn as after SIGKILL: question 3's
+    for expected in ([0, 1], [1, 2]):
+        batches.clear()
+        with pytest.raises(SystemExit, match="2"):
+            evaluate.main(command)
+        assert f"interrupted; --out {out} resumes it" in capsys.readouterr().err
+        assert batches == [expected]
+        if expected == [0, 1]:  # torn as after SIGKILL: question 1's
+            partial = out / "We_Math.partial"
+            partial.write_text(partial.read_text()[:-30])
     limit = None
     for expected in ([[3], [0, 1], [2, 3]], []):
         batches.clear()

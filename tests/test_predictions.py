@@ -1,15 +1,12 @@
-"""support/predictions.py: Table 1 of the paper, PAPO-Eval's rule, files that survive a kill."""
+"""support/predictions.py: Table 1 of the paper, its measures, and files not as they should be."""
 
 import math
-import re
 
-import mathruler.grader
 import pytest
 from conftest import write_jsonl
 
 from support import predictions, tables
 from support.protocol import EvalConfig
-from support.run_folder import read_log
 from support.sandbox import Grader
 
 # Accuracy on the nine sets, their averages over general, vision-dependent and all, and Delta_rel.
@@ -70,19 +67,6 @@ def test_intervals_match_the_known_distribution():
     assert once["low"].equals(again["low"])  # the seed is fixed
 
 
-def its_rule(records, n):
-    """PAPO-Eval's average accuracy @ n, written down independently: the mean of question means."""
-    groups = {}
-    for record in records:
-        response = re.sub(r"\s*(<|>|/)\s*", r"\1", record["predict"])
-        content = mathruler.grader.extract_boxed_content(response)
-        correct = float(mathruler.grader.grade_answer(content, record["label"]))
-        key = record["id"], record["prompt"], record["label"]
-        groups.setdefault(key, []).append(correct)
-    assert all(len(group) == n for group in groups.values())
-    return 100 * sum(sum(group) / n for group in groups.values()) / len(groups)
-
-
 def papo_eval_file(path, n=8):
     """Write four questions, loop after loop."""
     labels = ["4", "\\frac{1}{2}", "B\n", "90"]
@@ -101,33 +85,17 @@ def papo_eval_file(path, n=8):
     return records
 
 
-@pytest.fixture(scope="module")
-def grader():
-    with Grader(workers=1) as grader:
-        yield grader
-
-
-def test_grading_follows_papo_evals_rule(tmp_path, grader):
-    """n is what the file holds."""
-    records = papo_eval_file(tmp_path / "We-Math_We-Math.jsonl", n=16)
-    results = predictions.grade_files([tmp_path], grader)
-    assert [len(question) for question in results["We_Math"]] == [16] * 4
-    row = predictions.summarise(results).loc["We_Math"]
-    assert row["accuracy"] == pytest.approx(its_rule(records, 16))
-    assert 20 < row["accuracy"] < 80
-    assert 0 < row["unboxed"] < 50
-    assert math.isnan(row["truncated"])
-    papo_eval_file(tmp_path / "other.jsonl", n=4)
-    with pytest.raises(ValueError, match="per question differ .*'We_Math': 16, 'other': 4"):
-        predictions.grade_files([tmp_path], grader)
-
-
-def test_files_that_are_not_as_they_should_be(tmp_path, grader):
+def test_files_that_are_not_as_they_should_be(tmp_path):
     file = tmp_path / "a.jsonl"
-    write_jsonl(file, papo_eval_file(file)[:-1])
+    records = papo_eval_file(file)
+    papo_eval_file(tmp_path / "b.jsonl", n=4)
     question = r"question 'test_3' \('Frage ß 3\? assistant', answer '90'\)"
-    with pytest.raises(ValueError, match=f"a: 7 responses to {question}, but 8 to others"):
-        predictions.grade_files([file], grader)
+    with Grader(workers=1) as grader:
+        with pytest.raises(ValueError, match="per question differ .*'a': 8, 'b': 4"):
+            predictions.grade_files([tmp_path], grader)
+        write_jsonl(file, records[:-1])
+        with pytest.raises(ValueError, match=f"a: 7 responses to {question}, but 8 to others"):
+            predictions.grade_files([file], grader)
     for line in ("rubbish", "[1]", '{"predict": "1"}'):
         file.write_text('{"predict": 1, "label": "\u2028"}\n\n' + line + "\n", encoding="utf-8")
         with pytest.raises(ValueError, match="a.jsonl: line 3 is not a prediction"):
@@ -173,24 +141,3 @@ def test_an_output_folder_is_one_evaluations(tmp_path):
     (tmp_path / "rows.jsonl").write_text("")
     with pytest.raises(ValueError, match="holds JSON files and no evaluation"):
         start(out=".")
-
-
-def test_a_torn_line_costs_its_question(tmp_path):
-    """Of a killed process; what it appends when it resumes is read."""
-    shared = {"id": "", "prompt": "", "predict": "größe\u2028", "label": "1"}
-    of_set = [[{"row": i, "loop": loop} | shared for loop in range(2)] for i in range(3)]
-    out = str(tmp_path)
-    assert predictions.answered(out, "a") == []
-    predictions.append(out, "a", of_set[:2])
-    partial = tmp_path / "a.partial"
-    partial.write_text(partial.read_text()[:-5])
-    assert predictions.answered(out, "a") == of_set[:1]
-    predictions.append(out, "a", of_set[1:])
-    assert predictions.answered(out, "a") == of_set
-    predictions.finish(out, "a", of_set)
-    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
-    records = read_log(tmp_path / "a.jsonl")
-    assert [(each["idx"], each["row"]) for each in records] == list(enumerate([0, 1, 2] * 2))
-    found = predictions.answered(out, "a")
-    numbers = [[(record["row"], record["loop"]) for record in question] for question in found]
-    assert numbers == [[(i, 0), (i, 1)] for i in range(3)]
