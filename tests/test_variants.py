@@ -184,13 +184,6 @@ def test_dyco_without_roles_and_with_a_neutral_margin():
         close(dyco_rl.response_alignment(attention, visible, 1, last, margin), expected)
 
 
-def test_dyco_standardises_over_the_mini_batch():
-    """Scores 1, 2, 3 have mean 2 and standard deviation 1."""
-    of_all = torch.tensor([1.0, 2.0, 3.0])
-    close(dyco_rl.standardised(torch.tensor([3.0, 2.0]), of_all), [math.tanh(1), 0.0])
-    close(dyco_rl.standardised(of_all[:1], of_all[:1]), [0.0])
-
-
 # ------------------------------------------------------------------------------- in a mini-batch
 
 
@@ -259,12 +252,17 @@ def test_vppo_scales_over_each_mini_batch(varied_policy, groups):
     assert not groups[2].has_image and groups[2].weights.eq(1).all()
 
 
-def test_dyco_gives_short_responses_its_lowest_weight(varied_policy, groups):
+def test_dyco_scales_over_the_mini_batch(varied_policy, groups):
+    """But for short responses, which get its lowest weight, and those without an image."""
     prepared("dyco_rl", varied_policy, groups, shortest_response=5)
-    short = groups[0].response_mask.sum(1) < 5
-    assert short.any() and groups[0].weights[short].eq(0.8).all()
-    assert all(group.weights.max() <= 1.2 for group in groups)
-    assert not groups[2].has_image and groups[2].weights.eq(1).all()
+    alignments = dyco_rl.attention_alignments(varied_policy, groups, margin=0.05)
+    of_batch = torch.cat([alignments[i] for i in (0, 1, 3)])
+    for group, own in zip(groups, alignments, strict=True):
+        scores = torch.tanh((own - of_batch.mean()) / of_batch.std())
+        scores[group.response_mask.sum(1) < 5] = -1.0
+        expected = 1 + 0.2 * scores if group.has_image else torch.ones(3)
+        close(group.weights[:, 0], expected.float(), atol=1e-5)
+    assert dyco_rl.standardised(of_batch[:1], of_batch[:1]) == 0
 
 
 def test_dvrp_adds_the_noised_views_kl_to_papos(varied_policy, groups):
@@ -442,8 +440,16 @@ def test_a_variant_of_a_variant_and_a_neighbouring_file(tmp_path, write_variant)
     assert (parsed.token_share, parsed.kl_prcp_coef, parsed.own) == (0.5, 0.5, 2.0)
 
 
-def test_every_variant_has_the_originals_defaults():
+def test_presets_and_variants_have_the_originals_settings():
     table = {  # beta, gamma, eta1, eta2, clips, dynamic sampling, mask ratio, average, dual clip
+        "grpo": (0.01, 0, 0, 0, 0.2, 0.3, False, 0.6, "token", 3),
+        "dapo": (0, 0, 0, 0, 0.2, 0.28, True, 0.6, "token", 3),
+        "papo_g": (0.01, 0.02, 0, 0, 0.2, 0.3, False, 0.6, "token", 3),
+        "papo_g 7b": (0.01, 0.02, 0.05, 0.05, 0.2, 0.3, False, 0.6, "token", 3),
+        "papo_d": (0, 0.01, 0.03, 0.03, 0.2, 0.28, True, 0.6, "token", 3),
+        "papo_d 7b": (0, 0.01, 0.03, 0.03, 0.2, 0.28, True, 0.6, "token", 3),
+        "grpo_no_kl_ref": (0, 0, 0, 0, 0.2, 0.3, False, 0.6, "token", 3),
+        "papo_g_no_kl_ref": (0, 0.01, 0.03, 0.03, 0.2, 0.3, False, 0.6, "token", 3),
         "vppo": (0, 0, 0.06, 0, 0.2, 0.28, True, 0.5, "token", 3),
         "pgpo": (0, 0, 0, 0, 0.2, 0.28, True, 1.0, "token", 3),
         "tor": (0.01, 0, 0, 0, 0.2, 0.2, False, 1.0, "token", 3),
@@ -452,11 +458,15 @@ def test_every_variant_has_the_originals_defaults():
         "noisy_rollout": (0, 0, 0, 0, 0.2, 0.2, False, 0.6, "token", math.inf),
         "dyco_rl": (0.04, 0, 0, 0, 0.2, 0.2, False, 0.6, "seq", 3),
     }
-    assert set(table) == set(variant_names())
+    assert {name.split()[0] for name in table} == {*papo.PRESETS, *variant_names()}
     fields = "kl_ref_coef kl_prcp_coef entropy_coef masked_entropy_coef clip_low clip_high"
     fields = [*fields.split(), "dynamic_sampling", "mask_ratio", "average", "clip_dual"]
     for name, expected in table.items():
-        assert tuple(getattr(preset(name), field) for field in fields) == expected, name
+        algo = preset(*name.split())
+        assert tuple(getattr(algo, field) for field in fields) == expected, name
+        assert algo.mask_strategy == "random"
+    with pytest.raises(ValueError, match="size='72b': choose '3b' or '7b'"):
+        preset("grpo", "72b")
 
 
 def test_the_example_in_the_readme_runs_and_resumes(run, tmp_path, capsys):
