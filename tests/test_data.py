@@ -138,38 +138,17 @@ def test_exif_orientation_is_applied_and_broken_exif_ignored():
 # --------------------------------------------------------------------------------------------- rows
 
 
-def test_several_images_text_only_rows_and_further_columns():
-    red, blue = plain(), plain(color=BLUE)
-    two = {"problem": "<image>or<image>?", "answer": "a", "level": 3, "id": "x"}
-    table = [
-        two | {"images": [red, blue], "images_aug": [blue, red]},
-        text(1, images=None),
-        text(2, images=[], images_aug=[]),
-        text(3, images=[None]),
-    ]
-    first, *text_only = usable(table)
-    assert [is_red(image) for image in first.images] == [True, False]
-    assert [is_red(image) for image in first.more_images["images_aug"]] == [False, True]
-    assert (first.columns, first.id) == ({"level": 3, "id": "x"}, "x")
-    assert [example.id for example in text_only] == ["1", "2", "3"]
-    assert all(example.images == [] and example.more_images == {} for example in text_only)
-
-
 def test_answers_become_text():
     rows = usable([text(0, answer=answer) for answer in ["x", 3, 3.0, 2.5, True, 0]])
     assert answers(rows) == ["x", "3", "3", "2.5", "True", "0"]
 
 
-def test_sharegpt_rows():
-    user = {"role": "user", "content": "<image>How many?"}
-    assistant = {"role": "assistant", "content": "3"}
-    shared = {"images": [plain()], "id": "s1"}
-    [example] = usable([shared | {"messages": [user, assistant]}])
-    assert (example.question, example.answer, example.id) == ("<image>How many?", "3", "s1")
-    assert is_red(example.images[0])
+def test_a_sharegpt_row_has_a_question_and_an_answer():
+    """test_tables.py reads whole ones."""
+    user, assistant = {"role": "user", "content": "?"}, {"role": "assistant", "content": "3"}
     wrong = [[user], [user, assistant] * 2, [assistant, user], [], "text"]
     with pytest.raises(data.DataError, match="none of its 5 rows can be used: {'messages': 5}"):
-        usable([shared | {"messages": turns} for turns in wrong])
+        usable([{"messages": turns} for turns in wrong])
 
 
 BROKEN = {
@@ -199,10 +178,11 @@ def test_broken_rows_are_skipped_and_the_first_of_each_kind_is_reported(capsys):
     assert usable(table, limit=0).numbers == rows.numbers
 
 
-def test_further_image_columns_under_both_names():
-    """A column that is asked for must be there, for rows with images; others are not read."""
+def test_further_image_columns():
+    """images_aug where there is one; those that are asked for, under both names, must be there for
+    rows with images; others are not read."""
     red, blue = plain(), plain(color=BLUE)
-    ours = row(red, images_pos=[red], images_neg=[blue])
+    ours = row(red, images_pos=[red], images_neg=[blue], level=3)
     released = row(red, image_noisy=red, image_aug=blue)  # one image, not a list
     table = [ours, released, text(1), row(red, images_pos=[red]), row(red, image_aug=[blue, blue])]
     rows = usable(table, columns=("images_pos", "images_neg"))
@@ -210,8 +190,11 @@ def test_further_image_columns_under_both_names():
     for example in (rows[0], rows[1]):
         found = {name: is_red(images[0]) for name, images in example.more_images.items()}
         assert found == {"images_pos": True, "images_neg": False}
-        assert example.columns == {}
+    assert rows[0].columns == {"level": 3} and rows[1].columns == {}
     assert all(usable(table)[i].more_images == {} for i in range(5))
+    two, none = usable([row(red, images_aug=[blue]), text(3, images=[None], images_aug=[])])
+    assert not is_red(two.more_images["images_aug"][0])
+    assert none.images == [] and none.more_images == {}
     with pytest.raises(data.DataError, match="toy has no image column 'depth': choose from images"):
         data.load("toy", columns=("depth",))
 
