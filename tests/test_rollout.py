@@ -114,10 +114,6 @@ def test_sampling_is_inverse_cdf():
     uniforms = torch.tensor([0.0, 0.24, 0.26, 0.74, 0.76, 1 - 2**-24])
     assert draw(scores, uniforms).tolist() == [0, 0, 1, 1, 2, 2]
     assert draw(scores, uniforms, top_p=0.5).tolist() == [1] * 6  # others have probability 0
-    scores = torch.randn(30, generator=torch.Generator().manual_seed(0))
-    tokens = draw(scores, torch.rand(20_000, generator=torch.Generator().manual_seed(1)))
-    frequencies = torch.bincount(tokens, minlength=30) / 20_000
-    torch.testing.assert_close(frequencies, scores.softmax(-1), atol=0.012, rtol=0)
 
 
 def test_the_key_and_the_number_seed_a_sample(varied_policy, prompts):
