@@ -29,8 +29,7 @@ What the terms do to the policy:
    with a weight of at most 1, and less likely where the masked view finds it likelier (d > 0), with
    weight exp(d) - 1, up to 12.6 at d = 2.61, where k3 reaches its clamp. Run too far, the latter
    drives pi off all text that is plausible without the image: probability spreads, and both
-   entropies grow. The paper reports this collapse and penalises both. (As released, only H has a
-   gradient: see c.)
+   entropies grow. The paper reports this collapse and penalises both.
 4. Descent on H makes every sampled token likelier. For samples from pi itself its gradient is 0 on
    average, as in 2; for samples from pi_old, cut by top-p, it is a pull towards what was sampled.
    As released, this pull is all that the Double Entropy Loss does.

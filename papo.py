@@ -43,23 +43,13 @@ class Algo(Flags):
     kl_ref_coef: float = flag(0.01, "beta: weight of KL_ref; 0: load no reference model")
     kl_prcp_coef: float = flag(0.02, "gamma: weight of KL_prcp, which is maximised")
     entropy_coef: float = flag(0.0, "eta1: weight of H, the entropy under the image, minimised")
-    masked_entropy_coef: float = flag(
-        0.0, "eta2: weight of H_mask, under the masked image; no gradient without --masked_grad"
-    )
+    masked_entropy_coef: float = flag(0.0, "eta2: weight of H_mask; see also --masked_grad")
     clip_low: float = flag(0.2, "PPO clip: the ratio's lower bound is 1 - this")
     clip_high: float = flag(0.3, "PPO clip: the ratio's upper bound is 1 + this")
-    clip_dual: float = flag(
-        3.0, "dual clip: upper bound of the ratio at negative advantages", low=1
-    )
-    average: Literal["token", "seq"] = flag(
-        "token", "average of L_pg and the KLs; token: over tokens; seq: per response (Eq. 2)"
-    )
-    dynamic_sampling: bool = flag(
-        False, "drop groups that are all right or all wrong, and sample more (DAPO)"
-    )
-    mask_ratio: float = flag(
-        0.6, "share of patches to mask; random and noise: a probability", low=0, high=1
-    )
+    clip_dual: float = flag(3.0, "dual clip: the ratio's bound at negative advantages", low=1)
+    average: Literal["token", "seq"] = flag("token", "of L_pg and the KLs; seq: per response first")
+    dynamic_sampling: bool = flag(False, "drop all-right and all-wrong groups, sample more (DAPO)")
+    mask_ratio: float = flag(0.6, "share of patches to mask, a probability", low=0, high=1)
     mask_strategy: Literal[masking.STRATEGIES] = flag("random", "which patches to mask, and how")
     mask_sigma: float = flag(1.0, "noise: standard deviation in normalised pixel units")
     kl_prcp_estimator: Literal["k3", "paper"] = flag("k3", "k3: as released; paper: as printed")

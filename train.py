@@ -186,10 +186,7 @@ class Config(flags.Flags):
 
     algo: str = flag("papo_g", f"{', '.join([*PRESETS, *variant_names()])} or path/to/FILE.py")
     model: str = flag("toy", "toy, a local Hugging Face folder, or a hub id")
-    data: str = flag(
-        "PAPOGalaxy/PAPO_ViRL39K_train",
-        "toy, toy:grid=4,..., a parquet, JSON or JSONL file, a folder of these, or a hub id",
-    )
+    data: str = flag("PAPOGalaxy/PAPO_ViRL39K_train", "toy, toy:grid=4,..., file, folder, hub id")
     val_data: str = flag("PAPOGalaxy/PAPO_MMK12_test", "evaluation data, as --data, or none")
     reward: str = flag("", "score with path/file.py:function, which may see the row: README")
     out: str = flag("", "folder of the run; default: runs/ALGO-MODEL-sSEED")
@@ -208,12 +205,8 @@ class Config(flags.Flags):
     temperature: float = flag(1.0, "temperature of sampling and log-probs", low=1e-6)
     top_p: float = flag(0.99, "nucleus sampling", low=1e-6, high=1)
     top_k: int = flag(0, "top-k sampling; 0: off", low=0)
-    reward_deadline: float = flag(
-        2.0, "seconds to score a response; else accuracy 0", low=1e-3, high=1e6
-    )
-    reward_budget: float = flag(
-        60.0, "seconds to score a round; the rest stay unscored", low=1e-3, high=1e6
-    )
+    reward_deadline: float = flag(2.0, "seconds to score a response", low=1e-3, high=1e6)
+    reward_budget: float = flag(60.0, "seconds to score a round", low=1e-3, high=1e6)
     reward_memory: float = flag(1.0, "GiB per scoring process (Linux)", low=1e-3, high=1e6)
     lr: float = flag(1e-6, "AdamW's learning rate, constant")
     weight_decay: float = flag(1e-2, "AdamW's weight decay")
@@ -221,9 +214,7 @@ class Config(flags.Flags):
     freeze_vision: bool = flag(False, "train the language model only")
     lora_rank: int = flag(0, "train LoRA adapters of this rank; 0: all weights", low=0)
     lora_alpha: float = flag(32.0, "adapters are scaled by this / lora_rank", low=1e-6)
-    eval_every: int = flag(
-        50, "steps between evaluations, also before and after training; 0: never", low=0
-    )
+    eval_every: int = flag(50, "steps between evaluations, also before the first; 0: never", low=0)
     eval_n: int = flag(1, "samples per question in evaluations", low=1)
     eval_rows: int = flag(500, "questions per evaluation set, the first ones; 0: all", low=0)
     save_every: int = flag(50, "steps between checkpoints; also after the last; 0: never", low=0)
