@@ -8,9 +8,10 @@ import torch
 from conftest import generate, gradient_of, random_image
 from torch.nn import functional as F
 
+from losses import kl_k3, response_mean
 from masking import mask_prompt
 from papo import accumulate_gradients, pack_loss, prepare, preset, update
-from support.batch import Example, mini_batches, pad_and_cat, seeded
+from support.batch import Example, mini_batches, pad_and_cat, responses_with_image, seeded
 from support.packing import make_packs
 from support.qwen_vl import Policy
 
@@ -140,6 +141,25 @@ def test_prepare_masks_each_prompt(policy, groups):
             log_probs = policy.log_probs([masked])
             torch.testing.assert_close(group.masked_log_probs, log_probs, atol=1e-5, rtol=0)
             assert not torch.allclose(log_probs, policy.log_probs([group]), atol=1e-4)
+
+
+def test_each_term_gets_its_own_log_probs(policy, groups):
+    """Of the reference, of the masked view, of the old policy."""
+    mask = pad_and_cat(groups, "response_mask")
+    for group in groups:
+        group.advantages = torch.zeros(3)
+        group.ref_log_probs = -1.0 * group.response_mask
+        group.old_log_probs = -2.0 * group.response_mask
+        group.view_log_probs["mask"] = -3.0 * group.response_mask
+    _, metrics = pack_loss(policy, groups, preset("papo_g"))
+    pi = policy.log_probs(groups).detach()
+    has_image = responses_with_image(groups)[:, None]
+    for name, values in {
+        "kl_ref": kl_k3(pi, -1.0 * mask),
+        "kl_prcp": kl_k3(pi, -3.0 * mask) * has_image,
+        "ppo_kl": -2.0 * mask - pi,
+    }.items():
+        assert metrics[name].item() == pytest.approx(response_mean(values, mask).item(), abs=1e-5)
 
 
 def test_the_first_update_needs_no_old_log_probs(policy, groups):
