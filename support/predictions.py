@@ -29,7 +29,7 @@ from support.checkpoint import write_atomically
 from support.reward import boxed
 from support.run_folder import read_log
 from support.sandbox import Grader
-from support.tables import ALIASES, BENCHMARKS, GENERAL, VISION
+from support.tables import ALIASES, BENCHMARKS, GENERAL, VISION, read_json
 
 RESAMPLES = 1000  # bootstrap samples per evaluation set
 # Flags that change the results: a resumed evaluation must have the same values.
@@ -61,7 +61,7 @@ def open_output(config) -> None:
 
     To be resumed, an evaluation must have the same settings. What it reads is compared by name,
     size and modification time, as a path may be the same and its content new. ValueError if the
-    folder holds anything else. config: protocol.EvalConfig.
+    folder holds other results. config: protocol.EvalConfig.
     """
     if not config.out:
         return
@@ -74,12 +74,10 @@ def open_output(config) -> None:
     if not any(out.glob("*.json*")):
         write_atomically(file, json.dumps(current, indent=1) + "\n")
     saved = json.loads(file.read_text()) if file.exists() else {}
-    if not saved:
-        raise ValueError(f"--out {out} holds JSON files and no evaluation: choose another folder")
-    changed = [f"{k} {str(saved.get(k))[:60]}" for k in current if current[k] != saved.get(k)]
+    changed = [name for name in current if current[name] != saved.get(name)]
     if changed:
-        values = ", ".join(changed)
-        raise ValueError(f"--out {out} holds an evaluation with {values}: choose another folder")
+        values = ", ".join(f"{name} {str(saved.get(name, 'unknown'))[:60]}" for name in changed)
+        raise ValueError(f"--out {out} holds results with {values}: choose another folder")
 
 
 def file_stamps(path: Path) -> list[list]:
@@ -157,20 +155,15 @@ def find_predictions(paths: Iterable, names: Iterable[str]) -> dict[str, Path]:
 def read_predictions(path: Path) -> list[dict]:
     """The records of a prediction file; a missing id or prompt is "".
 
-    ValueError names the first line that is not a prediction.
+    ValueError names the first record that is not a prediction.
     """
     records = []
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-                texts = {key: str(record[key]) for key in ("predict", "label")}
-            except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(f"{path}: line {number} is not a prediction: {error!r}") from error
-            names = {key: record.get(key, "") for key in ("id", "prompt")}
-            records.append(record | texts | names)
+    for record in read_json(path):
+        if not isinstance(record, dict) or not {"predict", "label"} <= record.keys():
+            shown = str(record)[:80]
+            raise ValueError(f"{path}: not a prediction, with predict and label: {shown}")
+        texts = {key: str(record[key]) for key in ("predict", "label")}
+        records.append({"id": "", "prompt": ""} | record | texts)
     return records
 
 
@@ -243,17 +236,17 @@ def summarise(results: dict[str, list[Question]], baseline: dict | None = None):
 
 def measures(results: dict[str, list[Question]]):
     """The columns of each set's row, except its interval: a DataFrame."""
-    from pandas import DataFrame  # slow to import, and training needs no table
+    from pandas import DataFrame, Series  # slow to import, and training needs no table
 
     measured = ["accuracy", "unboxed", "truncated"]  # the last is not in PAPO-Eval's own files
-    table = DataFrame(index=list(results), columns=[*measured, "questions", "pass", "delta"])
+    rows = {}
     for name, questions in results.items():
         records = DataFrame(itertools.chain.from_iterable(questions), columns=measured)
         solved = [any(record["accuracy"] for record in question) for question in questions]
-        table.loc[name, measured] = 100 * records.astype(float).mean()
-        table.loc[name, "questions"] = len(questions)
-        table.loc[name, "pass"] = 100 * sum(solved) / len(solved) if solved else math.nan
-    return table.astype(float)
+        means = dict(100 * records.astype(float).mean())
+        shares = {"questions": len(questions), "pass": 100 * Series(solved, dtype=float).mean()}
+        rows[name] = means | shares | {"delta": math.nan}
+    return DataFrame.from_dict(rows, orient="index", dtype=float)
 
 
 def bootstrap(name: str, questions: list[Question]) -> np.ndarray:

@@ -130,7 +130,7 @@ def test_files_that_are_not_as_they_should_be(tmp_path, grader):
         predictions.grade_files([file], grader)
     for line in ("rubbish", "[1]", '{"predict": "1"}'):
         file.write_text('{"predict": 1, "label": "\u2028"}\n\n' + line + "\n", encoding="utf-8")
-        with pytest.raises(ValueError, match="a.jsonl: line 3 is not a prediction"):
+        with pytest.raises(ValueError, match="a.jsonl: not a prediction, with predict and label"):
             predictions.read_predictions(file)
     (tmp_path / "other").mkdir()
     for name in ("b", "other/a"):
@@ -165,13 +165,13 @@ def test_an_output_folder_is_one_evaluations(tmp_path):
 
     start()
     start()
-    with pytest.raises(ValueError, match="out holds an evaluation with seed 0: choose another"):
+    with pytest.raises(ValueError, match="out holds results with seed 0: choose another"):
         start(seed=1)
     (model / "weights").write_text("12")
-    with pytest.raises(ValueError, match="an evaluation with files of model"):
+    with pytest.raises(ValueError, match="results with files of model"):
         start()
     (tmp_path / "rows.jsonl").write_text("")
-    with pytest.raises(ValueError, match="holds JSON files and no evaluation"):
+    with pytest.raises(ValueError, match="holds results with model unknown"):
         start(out=".")
 
 
