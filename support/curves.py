@@ -142,8 +142,8 @@ def draw(panels: dict[str, dict[str, list[Series]]], heading: str, out) -> Path:
     """Draw {title: {label: one series per run}}, three panels per row; no pyplot, so that a
     notebook keeps its backend.
 
-    Each label is drawn as the mean of its runs with a 95% interval, in one colour everywhere. Empty
-    panels are left out.
+    Each label is drawn as the mean of its runs with a 95% interval, at the steps that all of them
+    have, in one colour everywhere. Empty panels are left out.
     """
     panels = {title: lines for title, lines in panels.items() if any(lines.values())}
     if not panels:
@@ -174,14 +174,10 @@ def is_news(metric: str, runs: list[Series]) -> bool:
 
 
 def _plot_mean(ax, runs: list[Series], label: str, colour: str) -> None:
-    steps = sorted(set().union(*runs))
-    points = []
-    for step in steps:
-        values = [run[step] for run in runs if step in run]
-        mean, half = mean_interval(values)
-        points.append((mean, half if len(values) == len(runs) else math.nan))
-    low, high = [m - h for m, h in points], [m + h for m, h in points]
+    steps = sorted(set.intersection(*map(set, runs)))
+    points = [mean_interval(run[step] for run in runs) for step in steps]
     means = [mean for mean, _ in points]
+    low, high = [m - h for m, h in points], [m + h for m, h in points]
     marker = "." if len(steps) <= 60 else ""
     name = label.removeprefix("eval/")
     ax.plot(steps, means, linewidth=1.2, label=name, color=colour, marker=marker)

@@ -39,7 +39,6 @@ from support.config import Flags, flag
 
 MODEL = Path(__file__).parent / "toy_model"
 EVAL_SPLITS = ("general", "vision_dependent")
-SPLITS = ("train", *EVAL_SPLITS)
 WARM_SPLIT = "warm"  # rows of the warm start, so that the images of RL are new
 
 RELATIVES = ("images_pos", "images_neg")  # further images that a row may have
@@ -120,14 +119,11 @@ def setting_of(spec: str | Path) -> Setting | None:
     if name != "toy":
         return None
     kinds = {field.name: type(field.default) for field in fields(Setting)}
-    values = {}
+    values = dict(each.partition("=")[::2] for each in filter(None, assignments.split(",")))
+    if unknown := ", ".join(values.keys() - kinds.keys()):
+        raise ValueError(f"{spec}: no toy setting {unknown}: choose from {', '.join(kinds)}")
     try:
-        for assignment in filter(None, assignments.split(",")):
-            name, _, text = assignment.partition("=")
-            if name not in kinds:
-                raise ValueError(f"no toy setting {name!r}: choose from {', '.join(kinds)}")
-            values[name] = kinds[name](text)
-        return Setting(**values)
+        return Setting(**{name: kinds[name](text) for name, text in values.items()})
     except ValueError as error:
         raise ValueError(f"{spec}: {error}") from None
 
@@ -194,17 +190,10 @@ def make_scene(split: str, row: int, seed: int = 0, setting: Setting = DEFAULT) 
     note = answer
     if split == "vision_dependent" or rng.random() >= NOTE_RIGHT:
         note = rng.choice([n for n in range(setting.most + 1) if n != answer])
-    if is_plain(split, row, seed, setting):
+    plain_rng = random.Random(f"toy plain {split} {seed} {row}")  # apart: the rest of the row stays
+    if split not in EVAL_SPLITS and plain_rng.random() < setting.plain_share:
         note = None
     return Scene(cells, asked, note, render(cells, rng, setting))
-
-
-def is_plain(split: str, row: int, seed: int, setting: Setting) -> bool:
-    """Whether a row's question carries no note; never in the evaluation splits."""
-    if split not in ("train", WARM_SPLIT):
-        return False
-    rng = random.Random(f"toy plain {split} {seed} {row}")  # apart: the rest of the row stays
-    return rng.random() < setting.plain_share
 
 
 def colours_of(setting: Setting) -> list[str]:
@@ -291,12 +280,7 @@ def make_relative(
 def example(
     split: str, row: int, seed: int = 0, setting: Setting = DEFAULT, columns: tuple[str, ...] = ()
 ) -> Example:
-    """One row of a split, with these of RELATIVES. It depends on the arguments alone.
-
-    ValueError for an unknown split.
-    """
-    if split not in (*SPLITS, WARM_SPLIT):
-        raise ValueError(f"unknown toy split {split!r}: choose from {', '.join(SPLITS)}")
+    """One row of a split, with these of RELATIVES. It depends on the arguments alone."""
     cells, asked, note, image = make_scene(split, row, seed, setting)
     question = QUESTION.format(asked=asked)
     if note is not None:
