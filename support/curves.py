@@ -67,14 +67,13 @@ def mean_interval(values) -> tuple[float, float]:
 
 
 def draw_run(run_folder) -> Path:
-    """Draw the metrics of one run that move in its curves.png. ValueError if there are none."""
+    """Draw the metrics of one run in its curves.png. ValueError if there are none."""
     folder = Path(run_folder)
     metrics = read_metrics(folder)
     panels = {}
     for title, names in PANELS.items():
         names = names or [name for name in metrics if name.startswith("eval/")]
-        found = {name: [metrics[name]] for name in names if name in metrics}
-        panels[title] = {name: runs for name, runs in found.items() if is_news(name, runs)}
+        panels[title] = {name: [metrics[name]] for name in names if name in metrics}
     config = saved_config(folder)
     heading = f"{config['algo']}, {Path(config['model']).name}, seed {config['seed']}"
     return draw(panels, heading, folder / "curves.png")
@@ -93,13 +92,10 @@ def compare(run_folders, out) -> tuple[str, Path]:
     }
     names = {name for runs in groups.values() for run in runs for name in run}
     sets = sorted(name for name in names if name.startswith("eval/"))
-    panels = {}
-    for metric in [*sets, *COMPARED]:
-        by_label = {
-            label: [run[metric] for run in runs if metric in run] for label, runs in groups.items()
-        }
-        if is_news(metric, sum(by_label.values(), [])):
-            panels[metric] = by_label
+    panels = {
+        metric: {k: [run[metric] for run in runs if metric in run] for k, runs in groups.items()}
+        for metric in [*sets, *COMPARED]
+    }
     lines = [f"{'runs':<40} {'measure':<24} seeds  first           last"]
     for label in groups:
         for metric in [*sets, "reward", "kl_prcp"]:
@@ -147,7 +143,7 @@ def draw(panels: dict[str, dict[str, list[Series]]], heading: str, out) -> Path:
     """
     panels = {title: lines for title, lines in panels.items() if any(lines.values())}
     if not panels:
-        raise ValueError(f"nothing to draw in {out}: no metric that moves was logged")
+        raise ValueError(f"nothing to draw in {out}: no metric was logged")
     rows = math.ceil(len(panels) / 3)
     figure = Figure(figsize=(13.8, 2.9 * rows + 0.6), layout="constrained")
     figure.suptitle(heading, fontsize=12, parse_math=False)  # a "$" in a name starts no formula
@@ -164,13 +160,6 @@ def draw(panels: dict[str, dict[str, list[Series]]], heading: str, out) -> Path:
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=110)
     return Path(out)
-
-
-def is_news(metric: str, runs: list[Series]) -> bool:
-    """Whether a metric moves in these runs; a reward or an evaluation is news all the same."""
-    values = {value for run in runs for value in run.values()}
-    is_result = metric == "reward" or metric.startswith("eval/")
-    return len(values) > 1 or (is_result and bool(values))
 
 
 def _plot_mean(ax, runs: list[Series], label: str, colour: str) -> None:

@@ -40,7 +40,7 @@ from support import tables, toy
 from support.batch import Example
 from support.distributed import on_first_rank
 from support.images import read_image
-from support.tables import BadRowError, DataError, one_line
+from support.tables import BadRowError
 
 ENCODERS = 4  # threads that decode and encode images
 TOY_TRAIN_ROWS, TOY_EVAL_ROWS = 4096, 256
@@ -161,7 +161,7 @@ class Rows:
 
 
 def load(spec, *, seed=0, columns=(), **limits) -> Rows:
-    """The usable rows of a training set. DataError if it cannot be read or no row is usable.
+    """The usable rows of a training set. ValueError if it cannot be read or no row is usable.
 
     `spec`: "toy" or "toy:grid=4,..." (see toy.setting_of; `seed` is the toy's), a file, a folder of
     files, or a hub id. `columns`: image columns that rows with images must have. `limits`: limit,
@@ -173,14 +173,13 @@ def load(spec, *, seed=0, columns=(), **limits) -> Rows:
 
 
 def eval_sets(spec: str, *, seed=0, source: str = tables.HUB, **limits) -> dict[str, Rows]:
-    """Set name -> its rows. DataError if a set cannot be read. All ranks call it.
+    """Set name -> its rows. ValueError if a set cannot be read. All ranks call it.
 
     `spec` may be the toy; benchmarks (see `benchmark_names`), read from the folder or hub id
     `source`; or a file, a folder or a hub id. `seed`, `limits`: see `load`.
     """
     if setting := toy.setting_of(spec):
-        splits = [setting.split] if setting.split else toy.EVAL_SPLITS
-        return {split: toy_rows(split, setting, seed, **limits) for split in splits}
+        return {split: toy_rows(split, setting, seed, **limits) for split in toy.EVAL_SPLITS}
     if names := tables.benchmark_names(spec):
         sets = tables.open_benchmarks(spec, names, source)
     else:
@@ -195,7 +194,7 @@ def toy_rows(split: str, setting: toy.Setting, seed: int, columns=(), limit=0, *
     for column in columns:
         if column not in toy.RELATIVES:
             choices = ", ".join(toy.RELATIVES)
-            raise DataError(f"the toy has no image column {column!r}: choose from {choices}")
+            raise ValueError(f"the toy has no image column {column!r}: choose from {choices}")
     n = limit or (TOY_TRAIN_ROWS if split == "train" else TOY_EVAL_ROWS)
     get = partial(toy.example, split, seed=seed, setting=setting, columns=columns)
     return Rows(f"toy/{split}", get, range(n), with_image=n)
@@ -211,14 +210,14 @@ def usable_rows(name: str, located: list, columns: Sequence[str] = (), **limits)
     total, fields = on_first_rank(lambda: check_rows(name, located, columns, **limits))
     if len(located) != total:
         problem = f"{len(located)} rows here, {total} on the first rank"
-        raise DataError(f"data {name!r} differs between machines: {problem}")
+        raise ValueError(f"data {name!r} differs between machines: {problem}")
     return Rows(name, get, *fields)
 
 
 def check_rows(
     name: str, located: list, columns=(), *, limit=0, length=None, max_prompt_tokens=0
 ) -> tuple[int, tuple]:
-    """(number of rows, fields of Rows after `get`), from headers. DataError if no row is usable.
+    """(number of rows, fields of Rows after `get`), from headers. ValueError if no row is usable.
 
     `limit`: stop after so many usable rows; 0: all. `length(question, [(width, height),
     ...])` is the number of prompt tokens; prompts longer than `max_prompt_tokens` are skipped.
@@ -242,7 +241,7 @@ def check_rows(
         checksum = zlib.crc32(json.dumps(row, default=crc_or_repr).encode(), checksum)
     if not numbers:
         reasons = dict(skipped) or "no rows"
-        raise DataError(f"data {name!r}: none of its {len(located)} rows can be used: {reasons}")
+        raise ValueError(f"data {name!r}: none of its {len(located)} rows can be used: {reasons}")
     return len(located), (numbers, with_image, skipped, checksum)
 
 
@@ -257,7 +256,7 @@ def count(skipped: Counter, error: ValueError, where: str) -> None:
         error = BadRowError("refused", str(error))
     skipped[error.kind] += 1
     if skipped[error.kind] == 1:
-        print(one_line(f"{where} is skipped, {error}"), file=sys.stderr)
+        print(f"{where} is skipped, {error}", file=sys.stderr)
 
 
 # --------------------------------------------------------------------------------------- the rounds

@@ -39,18 +39,11 @@ ALIASES = {  # what their files may be called instead
 }
 
 
-class DataError(ValueError):
-    """A data set that cannot be used. The message is a single line."""
-
-    def __init__(self, message: str):
-        super().__init__(one_line(message))
-
-
-class BadRowError(DataError):
+class BadRowError(ValueError):
     """A row that cannot be used. `kind` is the reason it is counted under."""
 
     def __init__(self, kind: str, message: str):
-        super().__init__(f"{kind}: {message}")
+        super().__init__(one_line(f"{kind}: {message}"))
         self.kind = kind
 
 
@@ -73,14 +66,15 @@ def read_files(files: list[Path], folder=None) -> list[tuple]:
 
 @contextmanager
 def naming(file: Path) -> Iterator[None]:
-    """Whatever is wrong with a file, such as a missing end, is a DataError that names it."""
+    """Whatever is wrong with a file, such as a missing end, is a ValueError that names it."""
     try:
         yield
     except Exception as error:  # zipfile, json, pyarrow and datasets have classes of their own
         cause = error
         while cause.__cause__:
             cause = cause.__cause__
-        raise DataError(f"{file} cannot be read: {type(cause).__name__}: {cause}") from error
+        problem = f"{file} cannot be read: {type(cause).__name__}: {cause}"
+        raise ValueError(one_line(problem)) from error
 
 
 def read_json(file: Path) -> list:
@@ -123,7 +117,7 @@ def read_parquet(file: Path):
 
 
 def open_table(spec: str, training: bool = False) -> list[tuple]:
-    """The located rows of a file, a folder or a hub id. DataError if unreadable.
+    """The located rows of a file, a folder or a hub id. ValueError if unreadable.
 
     Of splits one is read: train, or else the first of SPLITS. Where a folder has none, all of its
     files are.
@@ -137,7 +131,7 @@ def open_table(spec: str, training: bool = False) -> list[tuple]:
     split = next((split for split in wanted if split in files), None)
     if split is None:
         expected = f"file of {', '.join(SUFFIXES)} in {folder} is of {' or '.join(wanted)}"
-        raise DataError(f"data {spec!r}: no {expected}, it has {', '.join(files) or 'none'}")
+        raise ValueError(f"data {spec!r}: no {expected}, it has {', '.join(files) or 'none'}")
     return read_files(files[split])
 
 
@@ -149,8 +143,8 @@ def download(spec: str, patterns: list[str] | None = None) -> Path:
         return Path(snapshot_download(spec, repo_type="dataset", allow_patterns=patterns))
     except Exception as error:  # the hub client's classes differ by version
         choices = f"toy, a file of {', '.join(SUFFIXES)}, a folder of such, or a hub id"
-        problem = f"data {spec!r} is none of {choices}"
-        raise DataError(f"{problem}: {type(error).__name__}: {error}") from error
+        problem = f"data {spec!r} is none of {choices}: {type(error).__name__}: {error}"
+        raise ValueError(one_line(problem)) from error
 
 
 def files_by_split(root: Path) -> dict[str, list[Path]]:
@@ -185,7 +179,7 @@ def benchmark_names(spec: str) -> tuple[str, ...]:
 def open_benchmarks(spec: str, names: tuple, source: str) -> dict[str, list[tuple]]:
     """Benchmark -> its located rows, from `spec` if that is a folder, else from a folder or hub id.
 
-    DataError if one is missing.
+    ValueError if one is missing.
     """
     root = next(filter(Path.is_dir, (Path(each).expanduser() for each in (spec, source))), None)
     if root is None:
@@ -196,7 +190,7 @@ def open_benchmarks(spec: str, names: tuple, source: str) -> dict[str, list[tupl
     for name in names:
         if name not in tables:
             expected = f"its {name}.json is expected there or one folder below"
-            raise DataError(f"no benchmark {name} in {root}: {expected}")
+            raise ValueError(f"no benchmark {name} in {root}: {expected}")
         located[name] = read_files([tables[name]], BenchmarkImages(root, archives.get(name)))
     return located
 

@@ -161,7 +161,7 @@ def test_sharegpt_rows():
     assert (example.question, example.answer, example.id) == ("<image>How many?", "3", "s1")
     assert is_red(example.images[0])
     wrong = [[user], [user, assistant] * 2, [assistant, user], [], "text"]
-    with pytest.raises(data.DataError, match="none of its 5 rows can be used: {'messages': 5}"):
+    with pytest.raises(ValueError, match="none of its 5 rows can be used: {'messages': 5}"):
         usable([shared | {"messages": turns} for turns in wrong])
 
 
@@ -203,7 +203,7 @@ def test_further_image_columns_under_both_names():
         assert found == {"images_pos": True, "images_neg": False}
         assert example.columns == {}
     assert all(usable(table)[i].more_images == {} for i in range(5))
-    with pytest.raises(data.DataError, match="toy has no image column 'depth': choose from images"):
+    with pytest.raises(ValueError, match="toy has no image column 'depth': choose from images"):
         data.load("toy", columns=("depth",))
 
 
@@ -228,7 +228,7 @@ def test_the_toy():
 def test_the_first_rank_checks_the_rows_for_all(monkeypatch):
     monkeypatch.setattr(data, "on_first_rank", lambda task: (2, ([1], 0)))
     assert usable([text(0), text(1)]).numbers == [1]
-    with pytest.raises(data.DataError, match="differs between machines: 1 rows here, 2 on the"):
+    with pytest.raises(ValueError, match="differs between machines: 1 rows here, 2 on the"):
         usable([text(0)])
 
 
