@@ -121,35 +121,31 @@ def finish(out: str, name: str, questions: list[Question]) -> None:
 def grade_files(paths: Iterable, grader: Grader, names=()) -> dict[str, list[Question]]:
     """Grade prediction files, or folders of them, again: set name -> its questions.
 
-    names: the sets to grade; by default all that are found. ValueError if a set is missing, present
-    twice or incomplete.
+    names: the sets to grade, of those that are found; by default all. ValueError if none is found,
+    or one twice or incomplete.
     """
+    files = []
+    for path in map(Path, paths):
+        files += sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
     results = {}
-    for name, path in find_predictions(paths, names).items():
-        results[name] = into_questions(name, read_predictions(path))
+    for file in files:
+        name = ALIASES.get(file.stem, file.stem)
+        if names and name not in names:
+            continue
+        if name in results:
+            raise ValueError(f"{file}: set {name} is given twice")
+        results[name] = into_questions(name, read_predictions(file))
         records = list(itertools.chain.from_iterable(results[name]))
         responses, labels = ([each[key] for each in records] for key in ("predict", "label"))
         for record, score in zip(records, grader(responses, labels, budget=math.inf), strict=True):
             record |= score | {"unboxed": boxed(record["predict"]) is None}
+    if not results:
+        where = " ".join(map(str, paths))
+        raise ValueError(f"{where}: no NAME.jsonl of {', '.join(names) or 'a set'} there")
     n_responses = {name: len(questions[0]) for name, questions in results.items() if questions}
     if len(set(n_responses.values())) > 1:
         raise ValueError(f"responses per question differ between the sets: {n_responses}")
     return results
-
-
-def find_predictions(paths: Iterable, names: Iterable[str]) -> dict[str, Path]:
-    """Set name -> its prediction file, among files and folders. No names: all sets found there."""
-    files = []
-    for path in map(Path, paths):
-        files += sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
-    found = {ALIASES.get(file.stem, file.stem): file for file in files}
-    wanted = list(names) or list(found)
-    if not files or len(found) < len(files) or not found.keys() >= set(wanted):
-        expected = ", ".join(wanted) or "a set"
-        present = ", ".join(file.name for file in files) or "none"
-        where = " ".join(map(str, paths))
-        raise ValueError(f"{where}: one NAME.jsonl for {expected} expected, found {present}")
-    return {name: found[name] for name in wanted}
 
 
 def read_predictions(path: Path) -> list[dict]:
@@ -213,7 +209,7 @@ def summarise(results: dict[str, list[Question]], baseline: dict | None = None):
     table = measures(results)
     resampled = {name: bootstrap(name, questions) for name, questions in results.items()}
     if baseline:
-        before = measures({name: baseline[name] for name in results})
+        before = measures({name: baseline.get(name, []) for name in results})
         comparable = table["questions"] == before["questions"]
         for name in table.index[~comparable]:
             print(f"{name}: no Delta_rel, the baseline has other questions", file=sys.stderr)

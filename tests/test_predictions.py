@@ -132,17 +132,14 @@ def test_files_that_are_not_as_they_should_be(tmp_path, grader):
         file.write_text('{"predict": 1, "label": "\u2028"}\n\n' + line + "\n", encoding="utf-8")
         with pytest.raises(ValueError, match="a.jsonl: not a prediction, with predict and label"):
             predictions.read_predictions(file)
-    (tmp_path / "other").mkdir()
-    for name in ("b", "other/a"):
-        (tmp_path / f"{name}.jsonl").write_text("")
-    find = predictions.find_predictions
-    assert find([tmp_path], ["b"]) == {"b": tmp_path / "b.jsonl"}
+    (tmp_path / "b.jsonl").write_text("")
+    assert predictions.grade_files([tmp_path], grader, ["b", "c"]) == {"b": []}
     for paths, names, message in [
-        ([tmp_path], ["c", "a"], "one NAME.jsonl for c, a expected, found a.jsonl, b.json"),
-        ([tmp_path, tmp_path / "other"], [], "found a.jsonl, b.jsonl, a.jsonl"),
+        ([tmp_path], ["c", "d"], "no NAME.jsonl of c, d there"),
+        ([tmp_path, tmp_path / "b.jsonl"], ["b"], "b.jsonl: set b is given twice"),
     ]:
         with pytest.raises(ValueError, match=message):
-            find(paths, names)
+            predictions.grade_files(paths, grader, names)
 
 
 def test_repeated_questions_are_separated():
