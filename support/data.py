@@ -1,19 +1,15 @@
 """Rows -> examples, and the shuffled rounds of them that each rank reads.
 
-The start of the pipeline. `load` returns the usable rows of a training set, `eval_sets` those of
-evaluation sets; tables.py finds and reads their files. `shuffled_rounds` deals rows to the ranks,
-and `encode_ahead` reads and encodes them in threads.
-
-A row has `problem` (or `question`), `answer` and perhaps an image or a list of images, in a column
-`images`, `image`, `image_path`, `img`, `file_name` or the like; images.py says in which forms. Each
-`<image>` marker in the question stands for one image; without any marker the images go in front. A
-sharegpt row has the question and answer in `messages` instead, the user's and the assistant's.
-Optional are `id`, `images_aug` (images masked beforehand), and image columns that a variant asks
-for. Unusable rows are skipped and counted, and the first of each kind is reported on stderr.
+A row (tables.py reads the files) has `problem` or `question`, `answer`, and perhaps an image or a
+list of images (images.py says in which forms) in a column `images`, `image`, `image_path`, `img`,
+`file_name` or the like. Each `<image>` marker in the question stands for one image; without any
+marker the images go in front. A sharegpt row has question and answer in `messages`, the user's and
+the assistant's. Optional are `id`, `images_aug` (images masked beforehand), and image columns that
+a variant asks for.
 
 Differences from the released loader:
-1. Broken, empty and mismatched rows are skipped; there they end the run or go unnoticed, as do
-   images without markers, which here go in front of the question.
+1. Broken, empty and mismatched rows are skipped and counted; there they end the run or go
+   unnoticed, as do images without markers, which here go in front of the question.
 2. Prompts that are too long are found from image headers. Pixels are decoded when a row is read.
 3. Only the image processor resizes images (those of further columns to the size of their image).
 4. A round has the same prompts on any number of ranks: the order depends on seed and epoch alone.
@@ -136,10 +132,7 @@ def is_missing(value) -> bool:
 
 @dataclass
 class Rows:
-    """The usable rows of a data set.
-
-    rows[i] decodes the images of an example. BadRowError if their pixels turn out broken.
-    """
+    """The usable rows of a data set. rows[i] decodes images; BadRowError if pixels are broken."""
 
     name: str
     get: Callable[[int], Example]  # by the row's number in the data set
@@ -219,8 +212,8 @@ def check_rows(
 ) -> tuple[int, tuple]:
     """(number of rows, fields of Rows after `get`), from headers. ValueError if no row is usable.
 
-    `limit`: stop after so many usable rows; 0: all. `length(question, [(width, height),
-    ...])` is the number of prompt tokens; prompts longer than `max_prompt_tokens` are skipped.
+    limit: stop after so many usable rows; 0: all. length(question, [(width, height), ...]): the
+    number of prompt tokens.
     """
     numbers, with_image, skipped, checksum = [], 0, Counter(), 0
     for number, (rows, index, folder) in enumerate(located):

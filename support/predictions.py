@@ -43,14 +43,12 @@ def make_question(tokenizer, group: Group, scores: list[dict]) -> Question:
     """One record per response, with PAPO-Eval's keys, then ours and its score."""
     example, row = group.prompt.example, group.prompt.index
     prompt = tokenizer.decode(group.prompt.input_ids, skip_special_tokens=True)
-    question = []
-    for loop, (response, score) in enumerate(zip(group.responses, scores, strict=True)):
-        record = {"id": example.id, "prompt": prompt, "predict": response, "label": example.answer}
-        record |= {"row": row, "loop": loop}
-        record |= {"accuracy": score["accuracy"], "format": score["format"]}
-        record |= {"unboxed": boxed(response) is None, "truncated": bool(group.truncated[loop])}
-        question.append(record)
-    return question
+    return [
+        {"id": example.id, "prompt": prompt, "predict": response, "label": example.answer}
+        | {"row": row, "loop": loop, "accuracy": score["accuracy"], "format": score["format"]}
+        | {"unboxed": boxed(response) is None, "truncated": bool(group.truncated[loop])}
+        for loop, (response, score) in enumerate(zip(group.responses, scores, strict=True))
+    ]
 
 
 # ----------------------------------------------------------------------------- a running evaluation

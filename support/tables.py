@@ -15,8 +15,7 @@ import glob
 import json
 import re
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
@@ -55,26 +54,20 @@ def one_line(message: str) -> str:
 
 
 def read_files(files: list[Path], folder=None) -> list[tuple]:
-    """The located rows of files. folder: of their images, if it is not each file's own."""
+    """The located rows of files. folder: of their images, if it is not each file's own.
+
+    Whatever is wrong with a file, such as a missing end, is a ValueError that names it.
+    """
     located = []
     for file in files:
-        with naming(file):
+        try:
             rows = read_parquet(file) if file.suffix == ".parquet" else read_json(file)
+        except Exception as error:  # json, pyarrow and datasets have classes of their own
+            cause = error.__cause__ or error
+            problem = f"{file} cannot be read: {type(cause).__name__}: {cause}"
+            raise ValueError(one_line(problem)) from error
         located += [(rows, index, folder or file.parent) for index in range(len(rows))]
     return located
-
-
-@contextmanager
-def naming(file: Path) -> Iterator[None]:
-    """Whatever is wrong with a file, such as a missing end, is a ValueError that names it."""
-    try:
-        yield
-    except Exception as error:  # zipfile, json, pyarrow and datasets have classes of their own
-        cause = error
-        while cause.__cause__:
-            cause = cause.__cause__
-        problem = f"{file} cannot be read: {type(cause).__name__}: {cause}"
-        raise ValueError(one_line(problem)) from error
 
 
 def read_json(file: Path) -> list:
@@ -214,8 +207,9 @@ class BenchmarkImages:
         self.folders = [root, *sorted(root.glob("*/"))]
         self.members: dict[str, zipfile.Path] = {}
         if archive:
-            with naming(archive):
-                opened = zipfile.ZipFile(archive)
+            if not zipfile.is_zipfile(archive):
+                raise ValueError(f"{archive} cannot be read: not a whole zip file")
+            opened = zipfile.ZipFile(archive)
             paths = opened.namelist()
             self.members = {member_key(path): zipfile.Path(opened, path) for path in paths}
 
