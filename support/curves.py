@@ -117,17 +117,14 @@ def group_runs(folders: list[Path]) -> dict[str, list[Path]]:
     Runs of one algorithm with different settings are not averaged; their labels name the settings
     in which they differ.
     """
-    by_algo: dict[str, dict[frozenset, list[Path]]] = {}
-    for folder in folders:
-        config = saved_config(folder)
-        settings = frozenset((k, str(v)) for k, v in config.items() if k not in NOT_SETTINGS)
-        by_algo.setdefault(config["algo"], {}).setdefault(settings, []).append(folder)
-    groups = {}
-    for algo, runs_by_settings in by_algo.items():
-        common = frozenset.intersection(*runs_by_settings)
-        for settings, runs in runs_by_settings.items():
-            differences = sorted(f"{name}={value}" for name, value in settings - common)
-            groups[" ".join([algo, *differences])] = runs
+    configs = {folder: saved_config(folder) for folder in folders}
+    groups: dict[str, list[Path]] = {}
+    for folder, config in configs.items():
+        same_algo = [each for each in configs.values() if each["algo"] == config["algo"]]
+        settings = [name for name in config if name not in NOT_SETTINGS]
+        varying = [k for k in settings if any(each.get(k) != config[k] for each in same_algo)]
+        label = " ".join([config["algo"], *(f"{name}={config[name]}" for name in sorted(varying))])
+        groups.setdefault(label, []).append(folder)
     return groups
 
 

@@ -97,10 +97,7 @@ def read_parquet(file: Path):
     import datasets  # slow to import, and only needed for parquet
     import pyarrow.parquet
 
-    metadata = pyarrow.parquet.read_metadata(file)
-    if not metadata.num_rows:  # which datasets refuses
-        return []
-    schema = metadata.schema.to_arrow_schema().remove_metadata()
+    schema = pyarrow.parquet.read_schema(file).remove_metadata()
     features = datasets.Features.from_arrow_schema(schema)
     pattern = glob.escape(str(file.absolute()))
     return datasets.Dataset.from_parquet(pattern, features=features)

@@ -113,11 +113,9 @@ def test_the_hubs_layout(tmp_path, monkeypatch):
 
 
 def test_parts_whose_types_differ(tmp_path):
-    """No row; nulls, then images; text, integers or floats as answers; lists or single images."""
+    """Nulls, then images; text, integers or floats as answers; lists or single images."""
     image = {"bytes": png(1), "path": "a.png"}
     (tmp_path / "b.png").write_bytes(png(2))
-    empty = write_parquet(tmp_path / "train-0.parquet", [question(0)])
-    pyarrow.parquet.write_table(pyarrow.parquet.read_table(empty).slice(0, 0), empty)
     write_parquet(tmp_path / "train-1.parquet", [question(1, images=None)])
     write_parquet(tmp_path / "train-2.parquet", [question(2, images=[image])])
     write_parquet(tmp_path / "train-3.parquet", [{"problem": "c", "answer": 3, "images": image}])
