@@ -30,7 +30,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from pathlib import Path
 
 from support import tables, toy
 from support.batch import Example
@@ -162,7 +161,8 @@ def load(spec, *, seed=0, columns=(), **limits) -> Rows:
     """
     if setting := toy.setting_of(spec):
         return toy_rows("train", setting, seed, columns, **limits)
-    return usable_rows(str(spec), tables.open_table(str(spec), training=True), columns, **limits)
+    [located] = tables.open_sets(str(spec), training=True).values()
+    return usable_rows(str(spec), located, columns, **limits)
 
 
 def eval_sets(spec: str, *, seed=0, source: str = tables.HUB, **limits) -> dict[str, Rows]:
@@ -176,9 +176,7 @@ def eval_sets(spec: str, *, seed=0, source: str = tables.HUB, **limits) -> dict[
     if names := tables.benchmark_names(spec):
         sets = tables.open_benchmarks(spec, names, source)
     else:
-        path = Path(spec).expanduser()
-        name = path.stem if path.is_file() else path.resolve().name
-        sets = {name: tables.open_table(spec)}
+        sets = tables.open_sets(spec)
     return {name: usable_rows(name, located, **limits) for name, located in sets.items()}
 
 

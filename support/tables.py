@@ -106,15 +106,15 @@ def read_parquet(file: Path):
 # ------------------------------------------------------------------------------ folders and the hub
 
 
-def open_table(spec: str, training: bool = False) -> list[tuple]:
-    """The located rows of a file, a folder or a hub id. ValueError if unreadable.
+def open_sets(spec: str, training: bool = False) -> dict[str, list[tuple]]:
+    """Set name -> its located rows, of a file, a folder or a hub id. ValueError if unreadable.
 
-    Of splits one is read: train, or else the first of SPLITS. Where a folder has none, all of its
-    files are.
+    Of splits one is read: train, or else the first of SPLITS. Where a folder has none, each of its
+    files is an evaluation set, and all of them together are the training set.
     """
     path = Path(spec).expanduser()
     if path.is_file():
-        return read_files([path])
+        return {path.stem: read_files([path])}
     folder = path if path.is_dir() else download(spec)
     files = files_by_split(folder)
     wanted = ("train", NO_SPLIT) if training else (*SPLITS, NO_SPLIT)
@@ -122,7 +122,9 @@ def open_table(spec: str, training: bool = False) -> list[tuple]:
     if split is None:
         expected = f"file of {', '.join(SUFFIXES)} in {folder} is of {' or '.join(wanted)}"
         raise ValueError(f"data {spec!r}: no {expected}, it has {', '.join(files) or 'none'}")
-    return read_files(files[split])
+    if split == NO_SPLIT and not training:
+        return {file.stem: read_files([file]) for file in files[split]}
+    return {path.resolve().name: read_files(files[split])}
 
 
 def download(spec: str, patterns: list[str] | None = None) -> Path:

@@ -116,7 +116,7 @@ def setting_of(spec: str | Path) -> Setting | None:
         return None
     kinds = {field.name: type(field.default) for field in fields(Setting)}
     values = dict(each.partition("=")[::2] for each in filter(None, assignments.split(",")))
-    if unknown := ", ".join(values.keys() - kinds.keys()):
+    if unknown := ", ".join(name for name in values if name not in kinds):
         raise ValueError(f"{spec}: no toy setting {unknown}: choose from {', '.join(kinds)}")
     try:
         return Setting(**{name: kinds[name](text) for name, text in values.items()})

@@ -155,6 +155,7 @@ def test_folders_of_json_files(tmp_path):
     write_jsonl(tmp_path / "b.jsonl", [question(1), question(2)])
     write_jsonl(tmp_path / "a.json", [question(0)])
     assert answers(data.load(str(tmp_path))) == ["0", "1", "2"]
+    assert answers_of(data.eval_sets(str(tmp_path), limit=1)) == {"a": ["0"], "b": ["1"]}
     write_jsonl(tmp_path / "test.json", [question(7)])
     assert answers_of(data.eval_sets(str(tmp_path))) == {tmp_path.name: ["7"]}
 
