@@ -67,14 +67,13 @@ def mean_interval(values) -> tuple[float, float]:
 
 
 def draw_run(run_folder) -> Path:
-    """Draw the metrics of one run that move in its curves.png. ValueError if there are none."""
+    """Draw the metrics of one run in its curves.png. ValueError if there are none."""
     folder = Path(run_folder)
     metrics = read_metrics(folder)
     panels = {}
     for title, names in PANELS.items():
         names = names or [name for name in metrics if name.startswith("eval/")]
-        found = {name: [metrics[name]] for name in names if name in metrics}
-        panels[title] = {name: runs for name, runs in found.items() if is_news(name, runs)}
+        panels[title] = {name: [metrics[name]] for name in names if name in metrics}
     config = saved_config(folder)
     heading = f"{config['algo']}, {Path(config['model']).name}, seed {config['seed']}"
     return draw(panels, heading, folder / "curves.png")
@@ -93,13 +92,10 @@ def compare(run_folders, out) -> tuple[str, Path]:
     }
     names = {name for runs in groups.values() for run in runs for name in run}
     sets = sorted(name for name in names if name.startswith("eval/"))
-    panels = {}
-    for metric in [*sets, *COMPARED]:
-        by_label = {
-            label: [run[metric] for run in runs if metric in run] for label, runs in groups.items()
-        }
-        if is_news(metric, sum(by_label.values(), [])):
-            panels[metric] = by_label
+    panels = {
+        metric: {k: [run[metric] for run in runs if metric in run] for k, runs in groups.items()}
+        for metric in [*sets, *COMPARED]
+    }
     lines = [f"{'runs':<40} {'measure':<24} seeds  first           last"]
     for label in groups:
         for metric in [*sets, "reward", "kl_prcp"]:
@@ -121,17 +117,14 @@ def group_runs(folders: list[Path]) -> dict[str, list[Path]]:
     Runs of one algorithm with different settings are not averaged; their labels name the settings
     in which they differ.
     """
-    by_algo: dict[str, dict[frozenset, list[Path]]] = {}
-    for folder in folders:
-        config = saved_config(folder)
-        settings = frozenset((k, str(v)) for k, v in config.items() if k not in NOT_SETTINGS)
-        by_algo.setdefault(config["algo"], {}).setdefault(settings, []).append(folder)
-    groups = {}
-    for algo, runs_by_settings in by_algo.items():
-        common = frozenset.intersection(*runs_by_settings)
-        for settings, runs in runs_by_settings.items():
-            differences = sorted(f"{name}={value}" for name, value in settings - common)
-            groups[" ".join([algo, *differences])] = runs
+    configs = {folder: saved_config(folder) for folder in folders}
+    groups: dict[str, list[Path]] = {}
+    for folder, config in configs.items():
+        same_algo = [each for each in configs.values() if each["algo"] == config["algo"]]
+        settings = [name for name in config if name not in NOT_SETTINGS]
+        varying = [k for k in settings if any(each.get(k) != config[k] for each in same_algo)]
+        label = " ".join([config["algo"], *(f"{name}={config[name]}" for name in sorted(varying))])
+        groups.setdefault(label, []).append(folder)
     return groups
 
 
@@ -142,12 +135,12 @@ def draw(panels: dict[str, dict[str, list[Series]]], heading: str, out) -> Path:
     """Draw {title: {label: one series per run}}, three panels per row; no pyplot, so that a
     notebook keeps its backend.
 
-    Each label is drawn as the mean of its runs with a 95% interval, in one colour everywhere. Empty
-    panels are left out.
+    Each label is drawn as the mean of its runs with a 95% interval, at the steps that all of them
+    have, in one colour everywhere. Empty panels are left out.
     """
     panels = {title: lines for title, lines in panels.items() if any(lines.values())}
     if not panels:
-        raise ValueError(f"nothing to draw in {out}: no metric that moves was logged")
+        raise ValueError(f"nothing to draw in {out}: no metric was logged")
     rows = math.ceil(len(panels) / 3)
     figure = Figure(figsize=(13.8, 2.9 * rows + 0.6), layout="constrained")
     figure.suptitle(heading, fontsize=12, parse_math=False)  # a "$" in a name starts no formula
@@ -166,22 +159,11 @@ def draw(panels: dict[str, dict[str, list[Series]]], heading: str, out) -> Path:
     return Path(out)
 
 
-def is_news(metric: str, runs: list[Series]) -> bool:
-    """Whether a metric moves in these runs; a reward or an evaluation is news all the same."""
-    values = {value for run in runs for value in run.values()}
-    is_result = metric == "reward" or metric.startswith("eval/")
-    return len(values) > 1 or (is_result and bool(values))
-
-
 def _plot_mean(ax, runs: list[Series], label: str, colour: str) -> None:
-    steps = sorted(set().union(*runs))
-    points = []
-    for step in steps:
-        values = [run[step] for run in runs if step in run]
-        mean, half = mean_interval(values)
-        points.append((mean, half if len(values) == len(runs) else math.nan))
-    low, high = [m - h for m, h in points], [m + h for m, h in points]
+    steps = sorted(set.intersection(*map(set, runs)))
+    points = [mean_interval(run[step] for run in runs) for step in steps]
     means = [mean for mean, _ in points]
+    low, high = [m - h for m, h in points], [m + h for m, h in points]
     marker = "." if len(steps) <= 60 else ""
     name = label.removeprefix("eval/")
     ax.plot(steps, means, linewidth=1.2, label=name, color=colour, marker=marker)

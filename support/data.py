@@ -1,19 +1,15 @@
 """Rows -> examples, and the shuffled rounds of them that each rank reads.
 
-The start of the pipeline. `load` returns the usable rows of a training set, `eval_sets` those of
-evaluation sets; tables.py finds and reads their files. `shuffled_rounds` deals rows to the ranks,
-and `encode_ahead` reads and encodes them in threads.
-
-A row has `problem` (or `question`), `answer` and perhaps an image or a list of images, in a column
-`images`, `image`, `image_path`, `img`, `file_name` or the like; images.py says in which forms. Each
-`<image>` marker in the question stands for one image; without any marker the images go in front. A
-sharegpt row has `messages` instead: the question is the user's message, the answer the assistant's.
-Optional are `id`, `images_aug` (images masked beforehand), and image columns that a variant asks
-for. Unusable rows are skipped and counted, and the first of each kind is reported on stderr.
+A row (tables.py reads the files) has `problem` or `question`, `answer`, and perhaps an image or a
+list of images (images.py says in which forms) in a column `images`, `image`, `image_path`, `img`,
+`file_name` or the like. Each `<image>` marker in the question stands for one image; without any
+marker the images go in front. A sharegpt row has question and answer in `messages`, the user's and
+the assistant's. Optional are `id`, `images_aug` (images masked beforehand), and image columns that
+a variant asks for.
 
 Differences from the released loader:
-1. Broken, empty and mismatched rows are skipped; there they end the run or go unnoticed, as do
-   images without markers, which here go in front of the question.
+1. Broken, empty and mismatched rows are skipped and counted; there they end the run or go
+   unnoticed, as do images without markers, which here go in front of the question.
 2. Prompts that are too long are found from image headers. Pixels are decoded when a row is read.
 3. Only the image processor resizes images (those of further columns to the size of their image).
 4. A round has the same prompts on any number of ranks: the order depends on seed and epoch alone.
@@ -32,21 +28,23 @@ import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 
-from support import StepError, tables, toy
+from support import tables, toy
 from support.batch import Example
 from support.distributed import on_first_rank
-from support.images import looks_like_image, read_image
-from support.tables import BadRowError, DataError, as_dict, one_line
+from support.images import read_image
+from support.tables import BadRowError
 
 ENCODERS = 4  # threads that decode and encode images
 TOY_TRAIN_ROWS, TOY_EVAL_ROWS = 4096, 256
-MAX_CONSECUTIVE_BAD_ROWS = 64  # while encoding; then something else is wrong
 
-# Columns that images are read from.
-IMAGE_COLUMN = r"(image|img|picture|photo)s?([ _-]?(path|file|name|bytes|base64|data|url)s?)*"
+# Columns that images are read from; the last is imagefolder's.
+IMAGE_COLUMN = re.compile(
+    r"(image|img|picture|photo)s?([ _-]?(path|file|name|bytes|base64|data|url)s?)*|file_?names?",
+    re.IGNORECASE,
+)
 # Names of further image columns: ours, then the one in TAPO's released data.
 COLUMN_NAMES = {
     "images_pos": ("images_pos", "image_noisy"),
@@ -57,18 +55,18 @@ COLUMN_NAMES = {
 # --------------------------------------------------------------------------------------------- rows
 
 
-def parse_row(row: dict, number: int, columns: tuple[str, ...] = ()) -> Example:
-    """A row as an example, its images as they are stored. BadRowError if the row is unusable.
+def parse_row(row: dict, number: int, columns: Sequence[str], read: Callable) -> Example:
+    """A row as an example, which holds read(stored image) for each image.
 
-    columns: image columns that rows with images must have.
+    columns: image columns that rows with images must have. BadRowError if the row is unusable.
     """
-    row = dict(row)
-    if row.get("messages") is not None:
-        row |= from_messages(row.pop("messages"))
-    question_column = "question" if row.get("problem") is None else "problem"
-    question = pop_text(row, "question", question_column)
-    answer = pop_text(row, "answer", "answer")
-    images = pop_images(row, image_columns(row))
+    if not isinstance(row, dict):
+        raise BadRowError("not a row", repr(row))
+    row = row | from_messages(row.get("messages"))
+    row.pop("messages", None)
+    question = pop_text(row, "question" if row.get("problem") is None else "problem")
+    answer = pop_text(row, "answer")
+    images = pop_images(row, ["images", *filter(IMAGE_COLUMN.fullmatch, row)])
     more_images = {}
     for column in ("images_aug", *columns):
         names = COLUMN_NAMES.get(column, (column,))
@@ -77,11 +75,7 @@ def parse_row(row: dict, number: int, columns: tuple[str, ...] = ()) -> Example:
             problem = f"{len(more)} images in {' or '.join(names)} for {len(images)} images"
             raise BadRowError(column, problem)
         if more:
-            more_images[column] = more
-    unread = [name for name in row if looks_like_image(row[name])]
-    if unread and not images:
-        problem = f"column {unread[0]!r} looks like an image: call it images, image or the like"
-        raise BadRowError("unread image", problem)
+            more_images[column] = [read(image) for image in more]
     markers = question.count("<image>")
     if markers not in (0, len(images)):
         problem = f"{markers} <image> markers for {len(images)} images: {question}"
@@ -89,27 +83,18 @@ def parse_row(row: dict, number: int, columns: tuple[str, ...] = ()) -> Example:
     if not markers:
         question = "<image>" * len(images) + question
     row_id = number if row.get("id") is None else row["id"]
+    images = [read(image) for image in images]
     return Example(question, answer, images, str(row_id), more_images, row)
 
 
 def from_messages(turns) -> dict:
-    """`problem` and `answer` from the two turns of a sharegpt row."""
-    roles = [isinstance(turn, dict) and turn.get("role") for turn in as_list(turns)]
-    if roles != ["user", "assistant"]:
-        raise BadRowError("messages", f"expected the user's, then the assistant's: {turns}")
-    problem, answer = (turn.get("content") for turn in turns)
-    return {"problem": problem, "answer": answer}
-
-
-def image_columns(row: dict) -> list[str]:
-    """The columns that images may be in, `images` first. imagefolder's may name other files too."""
-
-    def may_hold_images(name: str) -> bool:
-        if re.fullmatch("file_?names?", name, re.IGNORECASE):
-            return looks_like_image(row[name])
-        return bool(re.fullmatch(IMAGE_COLUMN, name, re.IGNORECASE))
-
-    return sorted(filter(may_hold_images, row), key=lambda name: name != "images")
+    """`problem` and `answer` of a sharegpt row; {} without turns."""
+    match turns:
+        case None:
+            return {}
+        case [{"role": "user", "content": problem}, {"role": "assistant", "content": answer}]:
+            return {"problem": problem, "answer": answer}
+    raise BadRowError("messages", f"expected the user's, then the assistant's: {turns}")
 
 
 def pop_images(row: dict, names: Iterable[str]) -> list:
@@ -118,13 +103,11 @@ def pop_images(row: dict, names: Iterable[str]) -> list:
     return next(filter(None, columns), [])
 
 
-def pop_text(row: dict, name: str, column: str) -> str:
+def pop_text(row: dict, column: str) -> str:
     """Take a question or an answer out of a row, as text. 3 and 3.0 are "3", true is "True"."""
     value = row.pop(column, None)
-    if isinstance(value, (list, dict, bytes)):
-        raise BadRowError(f"{name} is not text", repr(value))
-    if is_missing(value):
-        raise BadRowError(f"empty {name}", f"{value!r}; the row has {', '.join(row)}")
+    if is_missing(value) or isinstance(value, (list, dict, bytes)):
+        raise BadRowError(f"no text in {column}", f"{value!r}; the row has {', '.join(row)}")
     if isinstance(value, float) and value.is_integer():  # an integer column with gaps
         value = int(value)
     text = str(value)
@@ -148,10 +131,7 @@ def is_missing(value) -> bool:
 
 @dataclass
 class Rows:
-    """The usable rows of a data set.
-
-    rows[i] decodes the images of an example. BadRowError if their pixels turn out broken.
-    """
+    """The usable rows of a data set. rows[i] decodes images; BadRowError if pixels are broken."""
 
     name: str
     get: Callable[[int], Example]  # by the row's number in the data set
@@ -173,7 +153,7 @@ class Rows:
 
 
 def load(spec, *, seed=0, columns=(), **limits) -> Rows:
-    """The usable rows of a training set. DataError if it cannot be read or no row is usable.
+    """The usable rows of a training set. ValueError if it cannot be read or no row is usable.
 
     `spec`: "toy" or "toy:grid=4,..." (see toy.setting_of; `seed` is the toy's), a file, a folder of
     files, or a hub id. `columns`: image columns that rows with images must have. `limits`: limit,
@@ -186,14 +166,13 @@ def load(spec, *, seed=0, columns=(), **limits) -> Rows:
 
 
 def eval_sets(spec: str, *, seed=0, source: str = tables.HUB, **limits) -> dict[str, Rows]:
-    """Set name -> its rows. DataError if a set cannot be read. All ranks call it.
+    """Set name -> its rows. ValueError if a set cannot be read. All ranks call it.
 
     `spec` may be the toy; benchmarks (see `benchmark_names`), read from the folder or hub id
-    `source`; a file; or a folder or hub id (see `open_sets`). `seed`, `limits`: see `load`.
+    `source`; or a file, a folder or a hub id. `seed`, `limits`: see `load`.
     """
     if setting := toy.setting_of(spec):
-        splits = [setting.split] if setting.split else toy.EVAL_SPLITS
-        return {split: toy_rows(split, setting, seed, **limits) for split in splits}
+        return {split: toy_rows(split, setting, seed, **limits) for split in toy.EVAL_SPLITS}
     if names := tables.benchmark_names(spec):
         sets = tables.open_benchmarks(spec, names, source)
     else:
@@ -201,64 +180,50 @@ def eval_sets(spec: str, *, seed=0, source: str = tables.HUB, **limits) -> dict[
     return {name: usable_rows(name, located, **limits) for name, located in sets.items()}
 
 
-def toy_rows(split: str, setting: toy.Setting, seed: int, columns=(), limit=None, **_) -> Rows:
+def toy_rows(split: str, setting: toy.Setting, seed: int, columns=(), limit=0, **_) -> Rows:
     """Rows of the toy, whose prompts are short and not measured."""
     for column in columns:
         if column not in toy.RELATIVES:
             choices = ", ".join(toy.RELATIVES)
-            raise DataError(f"the toy has no image column {column!r}: choose from {choices}")
+            raise ValueError(f"the toy has no image column {column!r}: choose from {choices}")
     n = limit or (TOY_TRAIN_ROWS if split == "train" else TOY_EVAL_ROWS)
     get = partial(toy.example, split, seed=seed, setting=setting, columns=columns)
     return Rows(f"toy/{split}", get, range(n), with_image=n)
 
 
-def usable_rows(name: str, located: list, columns: tuple[str, ...] = (), **limits) -> Rows:
+def usable_rows(name: str, located: list, columns: Sequence[str] = (), **limits) -> Rows:
     """The usable rows of a table of tables.py. The first rank checks them for all. See `load`."""
 
     def get(number: int) -> Example:
         rows, index, folder = located[number]
-        example = parse_row(as_dict(rows[index]), number, columns)
-
-        def decode(images: list) -> list:
-            return [read_image(image, folder) for image in images]
-
-        more_images = {column: decode(images) for column, images in example.more_images.items()}
-        return replace(example, images=decode(example.images), more_images=more_images)
+        return parse_row(rows[index], number, columns, partial(read_image, folder=folder))
 
     total, fields = on_first_rank(lambda: check_rows(name, located, columns, **limits))
     if len(located) != total:
         problem = f"{len(located)} rows here, {total} on the first rank"
-        raise DataError(f"data {name!r} differs between machines: {problem}")
+        raise ValueError(f"data {name!r} differs between machines: {problem}")
     return Rows(name, get, *fields)
 
 
 def check_rows(
-    name: str, located: list, columns=(), *, limit=None, length=None, max_prompt_tokens=None
+    name: str, located: list, columns=(), *, limit=0, length=None, max_prompt_tokens=0
 ) -> tuple[int, tuple]:
-    """(number of rows, fields of Rows after `get`), from headers. DataError if no row is usable.
+    """(number of rows, fields of Rows after `get`), from headers. ValueError if no row is usable.
 
-    `limit`: stop after so many usable rows; None and 0: all. `length(question, [(width, height),
-    ...])` is the number of prompt tokens; prompts longer than `max_prompt_tokens` are skipped.
+    limit: stop after so many usable rows; 0: all. length(question, [(width, height), ...]): the
+    number of prompt tokens.
     """
     numbers, with_image, skipped, checksum = [], 0, Counter(), 0
-
-    def check(row: dict, number: int, folder) -> Example:
-        example = parse_row(row, number, columns)
-        images = itertools.chain(example.images, *example.more_images.values())
-        sizes = [read_image(image, folder, lambda opened: opened.size) for image in images]
-        if max_prompt_tokens:
-            tokens = length(example.question, sizes[: len(example.images)])
-            if tokens > max_prompt_tokens:
-                excess = f"{tokens} prompt tokens, more than {max_prompt_tokens}"
-                raise BadRowError("overlong", f"{excess}: {example.question}")
-        return example
-
     for number, (rows, index, folder) in enumerate(located):
         if limit and len(numbers) >= limit:
             break
         try:
-            row = as_dict(rows[index])
-            example = check(row, number, folder)
+            row = rows[index]
+            size_of = partial(read_image, folder=folder, read=lambda opened: opened.size)
+            example = parse_row(row, number, columns, size_of)
+            if length and (tokens := length(example.question, example.images)) > max_prompt_tokens:
+                excess = f"{tokens} prompt tokens, more than {max_prompt_tokens}"
+                raise BadRowError("overlong", f"{excess}: {example.question}")
         except ValueError as error:
             count(skipped, error, f"{name}: row {number}")
             continue
@@ -267,7 +232,7 @@ def check_rows(
         checksum = zlib.crc32(json.dumps(row, default=crc_or_repr).encode(), checksum)
     if not numbers:
         reasons = dict(skipped) or "no rows"
-        raise DataError(f"data {name!r}: none of its {len(located)} rows can be used: {reasons}")
+        raise ValueError(f"data {name!r}: none of its {len(located)} rows can be used: {reasons}")
     return len(located), (numbers, with_image, skipped, checksum)
 
 
@@ -278,11 +243,11 @@ def crc_or_repr(value) -> int | str:
 
 def count(skipped: Counter, error: ValueError, where: str) -> None:
     """Count a row that cannot be used, by kind ("refused" by the encoder). Reports the first."""
-    kind = getattr(error, "kind", "refused")
-    skipped[kind] += 1
-    if skipped[kind] == 1:
-        reason = str(error).removeprefix(f"{kind}: ")
-        print(one_line(f"{where} is skipped, {kind}: {reason}"), file=sys.stderr)
+    if not isinstance(error, BadRowError):
+        error = BadRowError("refused", str(error))
+    skipped[error.kind] += 1
+    if skipped[error.kind] == 1:
+        print(f"{where} is skipped, {error}", file=sys.stderr)
 
 
 # --------------------------------------------------------------------------------------- the rounds
@@ -316,29 +281,22 @@ def encode_ahead(rows: Rows, encode: Callable, rounds: Iterable[list]) -> Iterat
 
     Threads encode the next round while the caller works: two rounds are in memory. Rows whose
     images turn out broken, or that `encode` refuses with a ValueError, are left out and counted in
-    rows.broken; StepError after MAX_CONSECUTIVE_BAD_ROWS. close() drops what is queued.
+    rows.broken. close() drops what is queued.
 
     torch's DataLoader prefetches too, but a bad row ends it, and it cannot start within an epoch.
     """
-    pool, n_bad = ThreadPoolExecutor(ENCODERS), 0
+    pool = ThreadPoolExecutor(ENCODERS)
 
     def start(share: list) -> list[tuple]:
         return [(i, pool.submit(lambda i=i, k=k: encode(rows[i], k))) for k, i in share]
 
     def finish(started: list[tuple]) -> list:
-        nonlocal n_bad
         prompts = []
         for i, future in started:
             try:
                 prompts.append(future.result())
-                n_bad = 0
             except ValueError as error:
-                n_bad += 1
-                where = f"{rows.name}: row {rows.numbers[i]}"
-                count(rows.broken, error, where)
-                if n_bad == MAX_CONSECUTIVE_BAD_ROWS:
-                    problem = f"{where}: {n_bad} prompts in a row cannot be used"
-                    raise StepError(f"{problem}: {one_line(str(error))}") from error
+                count(rows.broken, error, f"{rows.name}: row {rows.numbers[i]}")
         return prompts
 
     ahead: deque = deque()

@@ -11,7 +11,6 @@ import html
 import io
 import itertools
 import json
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -62,7 +61,9 @@ def explain(policy: Policy, group: Group, views: list, max_cells: int, out: Path
     encoder, example = policy.encoder, group.prompt.example
     merge = encoder.image_processor.merge_size
     grids = [(h // merge, w // merge) for _, h, w in group.prompt.image_grid_thw.tolist()]
-    side = cell_side(grids, max_cells)
+    longest = max(map(max, grids))
+    sides = (side for side in range(1, longest) if len(cells_of(grids, side)) <= max_cells)
+    side = next(sides, longest)  # the smallest, or one cell per image
     [clean] = log_probs(policy, group, [group.prompt.pixel_values])  # [T]
     masked_views = tqdm([pixels for pixels, _ in views], "masks", leave=False)
     masked = log_probs(policy, group, masked_views).mean(0)
@@ -74,7 +75,7 @@ def explain(policy: Policy, group: Group, views: list, max_cells: int, out: Path
     pieces = [encoder.tokenizer.decode([token]) for token in group.tokens[0].tolist()]
     numbers = zip(pieces, clean.tolist(), masked.tolist(), strict=True)
     images = []
-    per_image = drops.split([math.ceil(h / side) * math.ceil(w / side) for h, w in grids])
+    per_image = drops.split([len(cells_of([grid], side)) for grid in grids])
     shown = masked_images(encoder, example, views[0][1], grids)
     for image, under_mask, (h, w), own in zip(example.images, shown, grids, per_image, strict=True):
         images.append(
@@ -110,25 +111,16 @@ def log_probs(policy: Policy, group: Group, views: Iterable[Tensor]) -> Tensor:
     return torch.cat(parts)
 
 
-def cell_side(grids: list[tuple[int, int]], max_cells: int) -> int:
-    """The smallest side, in image tokens, of square cells that are at most `max_cells`, or one per
-    image."""
-    side = 1
-    while side < max(map(max, grids)):
-        if sum(math.ceil(h / side) * math.ceil(w / side) for h, w in grids) <= max_cells:
-            break
-        side += 1
-    return side
-
-
 def cells_of(grids: list[tuple[int, int]], side: int) -> list[Tensor]:
-    """The image tokens of each cell, numbered over all images; row by row, image by image."""
+    """The image tokens of each square cell, numbered over all images; row by row, image by image.
+
+    grids: rows and columns of image tokens. side: of a cell, in image tokens.
+    """
+    sizes = [h * w for h, w in grids]
     cells = []
-    first = 0
-    for h, w in grids:
-        tokens = torch.arange(first, first + h * w).view(h, w)
-        cells += [cell.flatten() for row in tokens.split(side) for cell in row.split(side, 1)]
-        first += h * w
+    for tokens, grid in zip(torch.arange(sum(sizes)).split(sizes), grids, strict=True):
+        rows = tokens.view(grid).split(side)
+        cells += [cell.flatten() for row in rows for cell in row.split(side, 1)]
     return cells
 
 

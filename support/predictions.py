@@ -29,7 +29,7 @@ from support.checkpoint import write_atomically
 from support.reward import boxed
 from support.run_folder import read_log
 from support.sandbox import Grader
-from support.tables import ALIASES, BENCHMARKS, GENERAL, VISION
+from support.tables import ALIASES, BENCHMARKS, GENERAL, VISION, read_json
 
 RESAMPLES = 1000  # bootstrap samples per evaluation set
 # Flags that change the results: a resumed evaluation must have the same values.
@@ -43,14 +43,12 @@ def make_question(tokenizer, group: Group, scores: list[dict]) -> Question:
     """One record per response, with PAPO-Eval's keys, then ours and its score."""
     example, row = group.prompt.example, group.prompt.index
     prompt = tokenizer.decode(group.prompt.input_ids, skip_special_tokens=True)
-    question = []
-    for loop, (response, score) in enumerate(zip(group.responses, scores, strict=True)):
-        record = {"id": example.id, "prompt": prompt, "predict": response, "label": example.answer}
-        record |= {"row": row, "loop": loop}
-        record |= {"accuracy": score["accuracy"], "format": score["format"]}
-        record |= {"unboxed": boxed(response) is None, "truncated": bool(group.truncated[loop])}
-        question.append(record)
-    return question
+    return [
+        {"id": example.id, "prompt": prompt, "predict": response, "label": example.answer}
+        | {"row": row, "loop": loop, "accuracy": score["accuracy"], "format": score["format"]}
+        | {"unboxed": boxed(response) is None, "truncated": bool(group.truncated[loop])}
+        for loop, (response, score) in enumerate(zip(group.responses, scores, strict=True))
+    ]
 
 
 # ----------------------------------------------------------------------------- a running evaluation
@@ -61,7 +59,7 @@ def open_output(config) -> None:
 
     To be resumed, an evaluation must have the same settings. What it reads is compared by name,
     size and modification time, as a path may be the same and its content new. ValueError if the
-    folder holds anything else. config: protocol.EvalConfig.
+    folder holds other results. config: protocol.EvalConfig.
     """
     if not config.out:
         return
@@ -74,12 +72,10 @@ def open_output(config) -> None:
     if not any(out.glob("*.json*")):
         write_atomically(file, json.dumps(current, indent=1) + "\n")
     saved = json.loads(file.read_text()) if file.exists() else {}
-    if not saved:
-        raise ValueError(f"--out {out} holds JSON files and no evaluation: choose another folder")
-    changed = [f"{k} {str(saved.get(k))[:60]}" for k in current if current[k] != saved.get(k)]
+    changed = [name for name in current if current[name] != saved.get(name)]
     if changed:
-        values = ", ".join(changed)
-        raise ValueError(f"--out {out} holds an evaluation with {values}: choose another folder")
+        values = ", ".join(f"{name} {str(saved.get(name, 'unknown'))[:60]}" for name in changed)
+        raise ValueError(f"--out {out} holds results with {values}: choose another folder")
 
 
 def file_stamps(path: Path) -> list[list]:
@@ -123,54 +119,45 @@ def finish(out: str, name: str, questions: list[Question]) -> None:
 def grade_files(paths: Iterable, grader: Grader, names=()) -> dict[str, list[Question]]:
     """Grade prediction files, or folders of them, again: set name -> its questions.
 
-    names: the sets to grade; by default all that are found. ValueError if a set is missing, present
-    twice or incomplete.
+    names: the sets to grade, of those that are found; by default all. ValueError if none is found,
+    or one twice or incomplete.
     """
+    files = []
+    for path in map(Path, paths):
+        files += sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
     results = {}
-    for name, path in find_predictions(paths, names).items():
-        results[name] = into_questions(name, read_predictions(path))
+    for file in files:
+        name = ALIASES.get(file.stem, file.stem)
+        if names and name not in names:
+            continue
+        if name in results:
+            raise ValueError(f"{file}: set {name} is given twice")
+        results[name] = into_questions(name, read_predictions(file))
         records = list(itertools.chain.from_iterable(results[name]))
         responses, labels = ([each[key] for each in records] for key in ("predict", "label"))
         for record, score in zip(records, grader(responses, labels, budget=math.inf), strict=True):
             record |= score | {"unboxed": boxed(record["predict"]) is None}
+    if not results:
+        where = " ".join(map(str, paths))
+        raise ValueError(f"{where}: no NAME.jsonl of {', '.join(names) or 'a set'} there")
     n_responses = {name: len(questions[0]) for name, questions in results.items() if questions}
     if len(set(n_responses.values())) > 1:
         raise ValueError(f"responses per question differ between the sets: {n_responses}")
     return results
 
 
-def find_predictions(paths: Iterable, names: Iterable[str]) -> dict[str, Path]:
-    """Set name -> its prediction file, among files and folders. No names: all sets found there."""
-    files = []
-    for path in map(Path, paths):
-        files += sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
-    found = {ALIASES.get(file.stem, file.stem): file for file in files}
-    wanted = list(names) or list(found)
-    if not files or len(found) < len(files) or not found.keys() >= set(wanted):
-        expected = ", ".join(wanted) or "a set"
-        present = ", ".join(file.name for file in files) or "none"
-        where = " ".join(map(str, paths))
-        raise ValueError(f"{where}: one NAME.jsonl for {expected} expected, found {present}")
-    return {name: found[name] for name in wanted}
-
-
 def read_predictions(path: Path) -> list[dict]:
     """The records of a prediction file; a missing id or prompt is "".
 
-    ValueError names the first line that is not a prediction.
+    ValueError names the first record that is not a prediction.
     """
     records = []
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-                texts = {key: str(record[key]) for key in ("predict", "label")}
-            except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(f"{path}: line {number} is not a prediction: {error!r}") from error
-            names = {key: record.get(key, "") for key in ("id", "prompt")}
-            records.append(record | texts | names)
+    for record in read_json(path):
+        if not isinstance(record, dict) or not {"predict", "label"} <= record.keys():
+            shown = str(record)[:80]
+            raise ValueError(f"{path}: not a prediction, with predict and label: {shown}")
+        texts = {key: str(record[key]) for key in ("predict", "label")}
+        records.append({"id": "", "prompt": ""} | record | texts)
     return records
 
 
@@ -220,7 +207,7 @@ def summarise(results: dict[str, list[Question]], baseline: dict | None = None):
     table = measures(results)
     resampled = {name: bootstrap(name, questions) for name, questions in results.items()}
     if baseline:
-        before = measures({name: baseline[name] for name in results})
+        before = measures({name: baseline.get(name, []) for name in results})
         comparable = table["questions"] == before["questions"]
         for name in table.index[~comparable]:
             print(f"{name}: no Delta_rel, the baseline has other questions", file=sys.stderr)
@@ -243,17 +230,17 @@ def summarise(results: dict[str, list[Question]], baseline: dict | None = None):
 
 def measures(results: dict[str, list[Question]]):
     """The columns of each set's row, except its interval: a DataFrame."""
-    from pandas import DataFrame  # slow to import, and training needs no table
+    from pandas import DataFrame, Series  # slow to import, and training needs no table
 
     measured = ["accuracy", "unboxed", "truncated"]  # the last is not in PAPO-Eval's own files
-    table = DataFrame(index=list(results), columns=[*measured, "questions", "pass", "delta"])
+    rows = {}
     for name, questions in results.items():
         records = DataFrame(itertools.chain.from_iterable(questions), columns=measured)
         solved = [any(record["accuracy"] for record in question) for question in questions]
-        table.loc[name, measured] = 100 * records.astype(float).mean()
-        table.loc[name, "questions"] = len(questions)
-        table.loc[name, "pass"] = 100 * sum(solved) / len(solved) if solved else math.nan
-    return table.astype(float)
+        means = dict(100 * records.astype(float).mean())
+        shares = {"questions": len(questions), "pass": 100 * Series(solved, dtype=float).mean()}
+        rows[name] = means | shares | {"delta": math.nan}
+    return DataFrame.from_dict(rows, orient="index", dtype=float)
 
 
 def bootstrap(name: str, questions: list[Question]) -> np.ndarray:

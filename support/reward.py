@@ -1,7 +1,6 @@
 r"""The scoring rule: a response and the true answer -> format, accuracy and their weighted sum.
 
-rollout.py samples the responses, support/sandbox.py applies this rule to them in processes that can
-be killed, and losses.py turns the scores of a group into advantages. A policy in training writes
+support/sandbox.py applies this rule in processes that can be killed: a policy in training writes
 anything at all, so this is the one step whose input is not trusted.
 
 The rule is the released one (EasyR1's math reward); mathruler 0.1.0 decides accuracy. Differences:
@@ -39,23 +38,17 @@ def rewrite(response: str) -> str:
 
 
 def format_reward(response: str) -> float:
-    r"""1.0 if all of the rewritten response matches <think>.*</think>.*\boxed{.*}.*, else 0.0.
-
-    The dots match line breaks too.
-    """
+    r"""1.0 if all of the rewritten response matches (?s)<think>.*</think>.*\boxed{.*}.*, else 0."""
     return float(FORMAT.match(rewrite(response)) is not None)
 
 
 def accuracy_reward(response: str, answer: str) -> float:
     """1.0 if mathruler finds the content of the response's last box equal to the answer, else 0.0.
 
-    Runs no code from the response. It has no time limit, though, and some responses take forever:
-    see support/sandbox.py.
+    Runs no code from the response. Some responses take forever, though: see support/sandbox.py.
     """
     content = boxed(response)
-    if content is None:
-        return 0.0
-    return float(mathruler.grade_answer(content, answer))
+    return float(content is not None and mathruler.grade_answer(content, answer))
 
 
 def boxed(response: str) -> str | None:
@@ -71,7 +64,7 @@ def boxed(response: str) -> str | None:
 
 
 def compute_score(response: str, answer: str, format_weight: float = 0.1) -> dict[str, float]:
-    """The scores "overall", "format" and "accuracy", each in [0, 1]. No time limit either."""
+    """The scores "overall", "format" and "accuracy", each in [0, 1]."""
     return combine(format_reward(response), accuracy_reward(response, answer), format_weight)
 
 

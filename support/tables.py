@@ -12,16 +12,15 @@ have removed the free-form questions.
 from __future__ import annotations
 
 import glob
-import itertools
 import json
 import re
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
 SPLITS = ("test", "validation", "val", "train")  # in the order in which evaluation prefers them
+NO_SPLIT = "no split"
 
 HUB = "PAPO-Galaxy/PAPO_eval"
 GENERAL = ("hiyouga_geometry3k", "AI4Math_MathVista", "We_Math", "PAPO_MMK12", "AI4Math_MathVerse")
@@ -39,18 +38,11 @@ ALIASES = {  # what their files may be called instead
 }
 
 
-class DataError(ValueError):
-    """A data set that cannot be used. The message is a single line."""
-
-    def __init__(self, message: str):
-        super().__init__(one_line(message))
-
-
-class BadRowError(DataError):
+class BadRowError(ValueError):
     """A row that cannot be used. `kind` is the reason it is counted under."""
 
     def __init__(self, kind: str, message: str):
-        super().__init__(f"{kind}: {message}")
+        super().__init__(one_line(f"{kind}: {message}"))
         self.kind = kind
 
 
@@ -62,44 +54,38 @@ def one_line(message: str) -> str:
 
 
 def read_files(files: list[Path], folder=None) -> list[tuple]:
-    """The located rows of files. folder: of their images, if it is not each file's own."""
+    """The located rows of files. folder: of their images, if it is not each file's own.
+
+    Whatever is wrong with a file, such as a missing end, is a ValueError that names it.
+    """
     located = []
     for file in files:
-        with naming(file):
+        try:
             rows = read_parquet(file) if file.suffix == ".parquet" else read_json(file)
+        except Exception as error:  # json, pyarrow and datasets have classes of their own
+            cause = error.__cause__ or error
+            problem = f"{file} cannot be read: {type(cause).__name__}: {cause}"
+            raise ValueError(one_line(problem)) from error
         located += [(rows, index, folder or file.parent) for index in range(len(rows))]
     return located
 
 
-@contextmanager
-def naming(file: Path) -> Iterator[None]:
-    """Whatever is wrong with a file, such as a missing end, is a DataError that names it."""
-    try:
-        yield
-    except Exception as error:  # zipfile, json, pyarrow and datasets have classes of their own
-        cause = error
-        while cause.__cause__:
-            cause = cause.__cause__
-        problem = f"{file} cannot be read: {type(cause).__name__}: {cause}"
-        if isinstance(cause, OSError) and cause.filename not in (None, str(file)):
-            problem += "; the cache, HF_HOME, must be a folder that can be written"
-        raise DataError(problem) from error
-
-
 def read_json(file: Path) -> list:
-    """The rows of a list, or lines of JSON, which are parsed one by one.
+    """The rows of a list, or of lines, of JSON. A broken line stays text.
 
     datasets would refuse the whole file for one broken line.
     """
     if file.suffix not in SUFFIXES:
         raise ValueError(f"unknown extension: choose one of {', '.join(SUFFIXES)}")
     text = file.read_text(encoding="utf-8-sig")
-    if text.startswith("version https://git-lfs"):
-        raise ValueError("a Git LFS pointer: `git lfs pull` fetches the content")
     if text.lstrip().startswith("["):
         return json.loads(text)
     # splitlines() would also split at U+2028, which JSON allows within a string.
-    return [line for line in text.split("\n") if line.strip()]
+    rows = [line for line in text.split("\n") if line.strip()]
+    for number, line in enumerate(rows):
+        with suppress(ValueError):
+            rows[number] = json.loads(line)
+    return rows
 
 
 def read_parquet(file: Path):
@@ -111,52 +97,34 @@ def read_parquet(file: Path):
     import datasets  # slow to import, and only needed for parquet
     import pyarrow.parquet
 
-    metadata = pyarrow.parquet.read_metadata(file)
-    if not metadata.num_rows:  # which datasets refuses
-        return []
-    schema = metadata.schema.to_arrow_schema().remove_metadata()
+    schema = pyarrow.parquet.read_schema(file).remove_metadata()
     features = datasets.Features.from_arrow_schema(schema)
     pattern = glob.escape(str(file.absolute()))
     return datasets.Dataset.from_parquet(pattern, features=features)
-
-
-def as_dict(row: dict | str) -> dict:
-    """A row, which is a dict or a line of JSON."""
-    if isinstance(row, str):
-        try:
-            row = json.loads(row)
-        except ValueError as error:
-            raise BadRowError("not JSON", f"{error}: {row}") from error
-    if not isinstance(row, dict):
-        raise BadRowError("not a row", repr(row))
-    return row
 
 
 # ------------------------------------------------------------------------------ folders and the hub
 
 
 def open_sets(spec: str, training: bool = False) -> dict[str, list[tuple]]:
-    """Set name -> its located rows, of a file, a folder or a hub id. DataError if unreadable.
+    """Set name -> its located rows, of a file, a folder or a hub id. ValueError if unreadable.
 
     Of splits one is read: train, or else the first of SPLITS. Where a folder has none, each of its
-    tables is an evaluation set, and all of them together are the training set.
+    files is an evaluation set, and all of them together are the training set.
     """
     path = Path(spec).expanduser()
     if path.is_file():
         return {path.stem: read_files([path])}
-    folder, name = path if path.is_dir() else download(spec), path.resolve().name
-    tables = folder_tables(folder)
-    splits = [split for split in SPLITS if split in tables]
-    if splits:
-        split = "train" if training else splits[0]
-        if split not in splits:
-            raise DataError(f"data {spec!r}: no split {split!r}, it has {', '.join(splits)}")
-        tables = {name: tables[split]}
-    elif training and tables:
-        tables = {name: sorted(itertools.chain.from_iterable(tables.values()))}
-    if not tables:
-        raise DataError(f"data {spec!r}: no file of {', '.join(SUFFIXES)} in {folder}")
-    return {name: read_files(files) for name, files in tables.items()}
+    folder = path if path.is_dir() else download(spec)
+    files = files_by_split(folder)
+    wanted = ("train", NO_SPLIT) if training else (*SPLITS, NO_SPLIT)
+    split = next((split for split in wanted if split in files), None)
+    if split is None:
+        expected = f"file of {', '.join(SUFFIXES)} in {folder} is of {' or '.join(wanted)}"
+        raise ValueError(f"data {spec!r}: no {expected}, it has {', '.join(files) or 'none'}")
+    if split == NO_SPLIT and not training:
+        return {file.stem: read_files([file]) for file in files[split]}
+    return {path.resolve().name: read_files(files[split])}
 
 
 def download(spec: str, patterns: list[str] | None = None) -> Path:
@@ -167,31 +135,24 @@ def download(spec: str, patterns: list[str] | None = None) -> Path:
         return Path(snapshot_download(spec, repo_type="dataset", allow_patterns=patterns))
     except Exception as error:  # the hub client's classes differ by version
         choices = f"toy, a file of {', '.join(SUFFIXES)}, a folder of such, or a hub id"
-        problem = f"data {spec!r} is none of {choices}"
-        raise DataError(f"{problem}: {type(error).__name__}: {error}") from error
+        problem = f"data {spec!r} is none of {choices}: {type(error).__name__}: {error}"
+        raise ValueError(one_line(problem)) from error
 
 
-def folder_tables(path: Path) -> dict[str, list[Path]]:
-    """Table name -> its files, in a folder, its data/, or imagefolder's train/ and test/."""
-    for suffixes in ((".parquet",), (".json", ".jsonl")):  # JSON beside parquet files is metadata
-        for folders in ([path], [path / "data"], [path / split for split in SPLITS]):
-            found = itertools.chain.from_iterable(folder.glob("*") for folder in folders)
-            files = sorted(file for file in found if file.suffix in suffixes)
-            if files:
-                return by_table(files, path)
-    return {}
+def files_by_split(root: Path) -> dict[str, list[Path]]:
+    """Split -> its files, in a folder, its data/, or imagefolder's train/ and test/.
 
-
-def by_table(files: list[Path], root: Path) -> dict[str, list[Path]]:
-    """Table name -> its files. Named after a split are train-00000-of-00002.parquet, train_1.json
-    and train/metadata.jsonl."""
-    tables = {}
-    for file in files:
+    Named after a split are train-00000-of-00002.parquet, train_1.json and train/metadata.jsonl.
+    """
+    files = [file for place in ("", "data", *SPLITS) for file in sorted((root / place).glob("*"))]
+    parquet = [file for file in files if file.suffix == ".parquet"]
+    by_split: dict[str, list[Path]] = {}
+    # JSON beside parquet files is metadata.
+    for file in parquet or [file for file in files if file.suffix in SUFFIXES]:
         path = file.relative_to(root).as_posix().removeprefix("data/")
         split = re.match(rf"({'|'.join(SPLITS)})[-_./]", path)
-        name = split[1] if split else re.sub(r"-\d+-of-\d+$", "", file.stem)
-        tables.setdefault(name, []).append(file)
-    return tables
+        by_split.setdefault(split[1] if split else NO_SPLIT, []).append(file)
+    return by_split
 
 
 # ----------------------------------------------------------------------------------- the benchmarks
@@ -204,41 +165,34 @@ def benchmark_names(spec: str) -> tuple[str, ...]:
     name = ALIASES.get(spec, spec)
     if name in BENCHMARKS["all"]:
         return (name,)
-    return tuple(benchmark_tables(Path(spec).expanduser()))
+    return tuple(benchmark_files(Path(spec).expanduser(), ".json"))
 
 
 def open_benchmarks(spec: str, names: tuple, source: str) -> dict[str, list[tuple]]:
     """Benchmark -> its located rows, from `spec` if that is a folder, else from a folder or hub id.
 
-    DataError if one is missing.
+    ValueError if one is missing.
     """
     root = next(filter(Path.is_dir, (Path(each).expanduser() for each in (spec, source))), None)
     if root is None:
-        stems = itertools.chain.from_iterable(map(file_stems, names))
+        stems = [stem for stem in (*names, *ALIASES) if ALIASES.get(stem, stem) in names]
         root = download(source, [f"*{stem}*" for stem in stems])
-    tables, located = benchmark_tables(root), {}
+    tables, archives = benchmark_files(root, ".json"), benchmark_files(root, "_images.zip")
+    located = {}
     for name in names:
         if name not in tables:
             expected = f"its {name}.json is expected there or one folder below"
-            raise DataError(f"no benchmark {name} in {root}: {expected}")
-        located[name] = read_files([tables[name]], BenchmarkImages(name, root))
+            raise ValueError(f"no benchmark {name} in {root}: {expected}")
+        located[name] = read_files([tables[name]], BenchmarkImages(root, archives.get(name)))
     return located
 
 
-def benchmark_tables(root: Path) -> dict[str, Path]:
-    """Benchmark -> its table, in a folder or one level below: PAPO-Eval has them in papo/."""
-    found = {name: benchmark_files(root, name, ".json*") for name in BENCHMARKS["all"]}
-    return {name: files[0] for name, files in found.items() if files}
-
-
-def benchmark_files(root: Path, name: str, ending: str) -> list[Path]:
-    stems = itertools.product(("", "*/"), file_stems(name))
-    return [file for folder, stem in stems for file in sorted(root.glob(f"{folder}{stem}{ending}"))]
-
-
-def file_stems(name: str) -> list[str]:
-    """The names that a benchmark's files may have."""
-    return [name, *(alias for alias, benchmark in ALIASES.items() if benchmark == name)]
+def benchmark_files(root: Path, ending: str) -> dict[str, Path]:
+    """Benchmark -> its file of this ending, in a folder or one below: PAPO-Eval has papo/."""
+    files = [*root.glob(f"*/*{ending}"), *root.glob(f"*{ending}")]
+    by_stem = {file.name.removesuffix(ending): file for file in files}
+    found = {ALIASES.get(stem, stem): file for stem, file in by_stem.items()}
+    return {name: found[name] for name in BENCHMARKS["all"] if name in found}
 
 
 class BenchmarkImages:
@@ -248,14 +202,15 @@ class BenchmarkImages:
     nothing can land outside a folder or be left incomplete.
     """
 
-    def __init__(self, name: str, root: Path):
+    def __init__(self, root: Path, archive: Path | None):
         self.folders = [root, *sorted(root.glob("*/"))]
         self.members: dict[str, zipfile.Path] = {}
-        for file in benchmark_files(root, name, "_images.zip"):
-            with naming(file):
-                archive = zipfile.ZipFile(file)
-            for member in archive.namelist():
-                self.members.setdefault(member_key(member), zipfile.Path(archive, member))
+        if archive:
+            if not zipfile.is_zipfile(archive):
+                raise ValueError(f"{archive} cannot be read: not a whole zip file")
+            opened = zipfile.ZipFile(archive)
+            paths = opened.namelist()
+            self.members = {member_key(path): zipfile.Path(opened, path) for path in paths}
 
     def joinpath(self, path: str) -> Path | zipfile.Path:
         """An image's file, which does not exist if there is none."""

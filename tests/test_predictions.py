@@ -98,19 +98,16 @@ def test_files_that_are_not_as_they_should_be(tmp_path):
             predictions.grade_files([file], grader)
     for line in ("rubbish", "[1]", '{"predict": "1"}'):
         file.write_text('{"predict": 1, "label": "\u2028"}\n\n' + line + "\n", encoding="utf-8")
-        with pytest.raises(ValueError, match="a.jsonl: line 3 is not a prediction"):
+        with pytest.raises(ValueError, match="a.jsonl: not a prediction, with predict and label"):
             predictions.read_predictions(file)
-    (tmp_path / "other").mkdir()
-    for name in ("b", "other/a"):
-        (tmp_path / f"{name}.jsonl").write_text("")
-    find = predictions.find_predictions
-    assert find([tmp_path], ["b"]) == {"b": tmp_path / "b.jsonl"}
+    (tmp_path / "b.jsonl").write_text("")
+    assert predictions.grade_files([tmp_path], grader, ["b", "c"]) == {"b": []}
     for paths, names, message in [
-        ([tmp_path], ["c", "a"], "one NAME.jsonl for c, a expected, found a.jsonl, b.json"),
-        ([tmp_path, tmp_path / "other"], [], "found a.jsonl, b.jsonl, a.jsonl"),
+        ([tmp_path], ["c", "d"], "no NAME.jsonl of c, d there"),
+        ([tmp_path, tmp_path / "b.jsonl"], ["b"], "b.jsonl: set b is given twice"),
     ]:
         with pytest.raises(ValueError, match=message):
-            find(paths, names)
+            predictions.grade_files(paths, grader, names)
 
 
 def test_repeated_questions_are_separated():
@@ -133,11 +130,11 @@ def test_an_output_folder_is_one_evaluations(tmp_path):
 
     start()
     start()
-    with pytest.raises(ValueError, match="out holds an evaluation with seed 0: choose another"):
+    with pytest.raises(ValueError, match="out holds results with seed 0: choose another"):
         start(seed=1)
     (model / "weights").write_text("12")
-    with pytest.raises(ValueError, match="an evaluation with files of model"):
+    with pytest.raises(ValueError, match="results with files of model"):
         start()
     (tmp_path / "rows.jsonl").write_text("")
-    with pytest.raises(ValueError, match="holds JSON files and no evaluation"):
+    with pytest.raises(ValueError, match="holds results with model unknown"):
         start(out=".")

@@ -243,5 +243,5 @@ def test_bad_rows_are_counted_and_skipped(run, tmp_path, capsys):
     assert 2 <= skipped <= 3  # in 25 rows of 11
     assert sum(line["groups_kept"] for line in lines) + skipped == 25
     printed = capsys.readouterr().err
-    assert "row 11 is skipped, empty answer:" in printed
+    assert "row 11 is skipped, no text in answer:" in printed
     assert "row 10 is skipped, broken image:" in printed
