@@ -67,13 +67,15 @@ def mean_interval(values) -> tuple[float, float]:
 
 
 def draw_run(run_folder) -> Path:
-    """Draw the metrics of one run in its curves.png. ValueError if there are none."""
+    """Draw the metrics of one run that move in its curves.png. ValueError if there are none."""
     folder = Path(run_folder)
     metrics = read_metrics(folder)
+    results = {name for name in metrics if name == "reward" or name.startswith("eval/")}
+    moving = {name for name, series in metrics.items() if len(set(series.values())) > 1}
     panels = {}
     for title, names in PANELS.items():
         names = names or [name for name in metrics if name.startswith("eval/")]
-        panels[title] = {name: [metrics[name]] for name in names if name in metrics}
+        panels[title] = {name: [metrics[name]] for name in names if name in results | moving}
     config = saved_config(folder)
     heading = f"{config['algo']}, {Path(config['model']).name}, seed {config['seed']}"
     return draw(panels, heading, folder / "curves.png")

@@ -31,20 +31,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 
-from support import tables, toy
+from support import StepError, tables, toy
 from support.batch import Example
 from support.distributed import on_first_rank
-from support.images import read_image
+from support.images import looks_like_image, read_image
 from support.tables import BadRowError
 
 ENCODERS = 4  # threads that decode and encode images
 TOY_TRAIN_ROWS, TOY_EVAL_ROWS = 4096, 256
 
-# Columns that images are read from; the last is imagefolder's.
-IMAGE_COLUMN = re.compile(
-    r"(image|img|picture|photo)s?([ _-]?(path|file|name|bytes|base64|data|url)s?)*|file_?names?",
-    re.IGNORECASE,
-)
+MAX_CONSECUTIVE_BAD_ROWS = 64  # while encoding; then something else is wrong
+
+# Columns that images are read from.
+IMAGE_COLUMN = r"(image|img|picture|photo)s?([ _-]?(path|file|name|bytes|base64|data|url)s?)*"
 # Names of further image columns: ours, then the one in TAPO's released data.
 COLUMN_NAMES = {
     "images_pos": ("images_pos", "image_noisy"),
@@ -66,7 +65,7 @@ def parse_row(row: dict, number: int, columns: Sequence[str], read: Callable) ->
     row.pop("messages", None)
     question = pop_text(row, "question" if row.get("problem") is None else "problem")
     answer = pop_text(row, "answer")
-    images = pop_images(row, ["images", *filter(IMAGE_COLUMN.fullmatch, row)])
+    images = pop_images(row, image_columns(row))
     more_images = {}
     for column in ("images_aug", *columns):
         names = COLUMN_NAMES.get(column, (column,))
@@ -76,6 +75,10 @@ def parse_row(row: dict, number: int, columns: Sequence[str], read: Callable) ->
             raise BadRowError(column, problem)
         if more:
             more_images[column] = [read(image) for image in more]
+    unread = [name for name in row if looks_like_image(row[name])]
+    if unread and not images:
+        problem = f"column {unread[0]!r} looks like an image: call it images, image or the like"
+        raise BadRowError("unread image", problem)
     markers = question.count("<image>")
     if markers not in (0, len(images)):
         problem = f"{markers} <image> markers for {len(images)} images: {question}"
@@ -95,6 +98,13 @@ def from_messages(turns) -> dict:
         case [{"role": "user", "content": problem}, {"role": "assistant", "content": answer}]:
             return {"problem": problem, "answer": answer}
     raise BadRowError("messages", f"expected the user's, then the assistant's: {turns}")
+
+
+def image_columns(row: dict) -> list[str]:
+    """The columns that images may be in, `images` first. imagefolder's may name other files too."""
+    names = [name for name in row if re.fullmatch(IMAGE_COLUMN, name, re.IGNORECASE)]
+    files = [name for name in row if re.fullmatch("file_?names?", name, re.IGNORECASE)]
+    return ["images", *names, *(name for name in files if looks_like_image(row[name]))]
 
 
 def pop_images(row: dict, names: Iterable[str]) -> list:
@@ -172,7 +182,8 @@ def eval_sets(spec: str, *, seed=0, source: str = tables.HUB, **limits) -> dict[
     `source`; or a file, a folder or a hub id. `seed`, `limits`: see `load`.
     """
     if setting := toy.setting_of(spec):
-        return {split: toy_rows(split, setting, seed, **limits) for split in toy.EVAL_SPLITS}
+        splits = [setting.split] if setting.split else toy.EVAL_SPLITS
+        return {split: toy_rows(split, setting, seed, **limits) for split in splits}
     if names := tables.benchmark_names(spec):
         sets = tables.open_benchmarks(spec, names, source)
     else:
@@ -281,22 +292,29 @@ def encode_ahead(rows: Rows, encode: Callable, rounds: Iterable[list]) -> Iterat
 
     Threads encode the next round while the caller works: two rounds are in memory. Rows whose
     images turn out broken, or that `encode` refuses with a ValueError, are left out and counted in
-    rows.broken. close() drops what is queued.
+    rows.broken; StepError after MAX_CONSECUTIVE_BAD_ROWS. close() drops what is queued.
 
     torch's DataLoader prefetches too, but a bad row ends it, and it cannot start within an epoch.
     """
-    pool = ThreadPoolExecutor(ENCODERS)
+    pool, n_bad = ThreadPoolExecutor(ENCODERS), 0
 
     def start(share: list) -> list[tuple]:
         return [(i, pool.submit(lambda i=i, k=k: encode(rows[i], k))) for k, i in share]
 
     def finish(started: list[tuple]) -> list:
+        nonlocal n_bad
         prompts = []
         for i, future in started:
             try:
                 prompts.append(future.result())
+                n_bad = 0
             except ValueError as error:
-                count(rows.broken, error, f"{rows.name}: row {rows.numbers[i]}")
+                n_bad += 1
+                where = f"{rows.name}: row {rows.numbers[i]}"
+                count(rows.broken, error, where)
+                if n_bad == MAX_CONSECUTIVE_BAD_ROWS:
+                    problem = f"{where}: {n_bad} prompts in a row cannot be used: {error}"
+                    raise StepError(problem) from error
         return prompts
 
     ahead: deque = deque()

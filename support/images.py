@@ -8,6 +8,7 @@ are put on white, scaled to 8 bits and turned upright.
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from io import BytesIO
@@ -18,6 +19,7 @@ from PIL import Image, ImageOps
 
 from support.tables import BadRowError
 
+IMAGE_FILE = r"[^\n]+\.(png|jpe?g|gif|webp|bmp|tiff?)(\?[^\n]*)?"
 IMAGE_STARTS = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
 
 
@@ -57,6 +59,18 @@ def is_base64(text: str) -> bool:
     return text.startswith("data:image/")
 
 
+def looks_like_image(value) -> bool:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return any(map(looks_like_image, value))
+    if isinstance(value, bytes):
+        return value.startswith(IMAGE_STARTS)
+    if isinstance(value, str):
+        return is_base64(value) or bool(re.fullmatch(IMAGE_FILE, value, re.IGNORECASE))
+    return isinstance(value, Image.Image)
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Upright, in RGB, on white where it is transparent."""
     image.load()
@@ -71,12 +85,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def to_8_bits(image: Image.Image) -> Image.Image:
-    """A grey image of 16 bits, 32 bits or floats, its values stretched to 0 to 255.
+    """A grey image of 16 bits, 32 bits or floats, scaled so that 0 (or a negative minimum) becomes
+    0 and full scale 255.
 
-    0, or a negative minimum, stays black; the maximum becomes white, however many of 16 bits are in
-    use.
+    Full scale is the first of 1, 255 and 65535 that no value exceeds. It is the maximum where that
+    exceeds them all, or where the image would become nearly black, such as 12 bits stored in 16.
     """
     values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0, neginf=0)
-    black, white = min(values.min(), 0), values.max()
-    scaled = 255 * (values - black) / max(white - black, 1e-9)
-    return Image.fromarray(scaled.round().astype(np.uint8))
+    values -= min(values.min(), 0)
+    maximum = values.max()
+    scale = next((scale for scale in (1, 255, 65535) if maximum <= scale), maximum)
+    if 0 < maximum < scale / 16:
+        scale = maximum
+    return Image.fromarray((values * 255 / scale).round().astype(np.uint8))

@@ -166,6 +166,8 @@ def serve(fd: int) -> None:
 def load(spec: str):
     """The function of a "path/file.py:function"."""
     path, _, name = spec.rpartition(":")
+    if not path.endswith(".py") or not os.path.isfile(path):
+        raise ValueError(f"there is no Python file {path!r}")
     sys.path.append(os.path.dirname(os.path.abspath(path)))  # for its own imports
     found = importlib.util.spec_from_file_location("user_reward", path)
     sys.modules["user_reward"] = module = importlib.util.module_from_spec(found)
@@ -215,6 +217,7 @@ def score_batch(trainer, function, tasks, workers, deadline, memory, end) -> lis
 def work(trainer, pipe, function, tasks: list, memory: float) -> None:
     """A worker: score the tasks one after another, with so much more memory than now, in GiB."""
     trainer.close()  # else the trainer would not notice the server's death
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # no file of its memory where it crashes
     if sys.platform == "linux":
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         limit = pages * resource.getpagesize() + int(memory * 2**30)

@@ -65,6 +65,8 @@ def read_files(files: list[Path], folder=None) -> list[tuple]:
         except Exception as error:  # json, pyarrow and datasets have classes of their own
             cause = error.__cause__ or error
             problem = f"{file} cannot be read: {type(cause).__name__}: {cause}"
+            if isinstance(cause, OSError) and cause.filename not in (None, str(file)):
+                problem += "; the cache, HF_HOME, must be a folder that can be written"
             raise ValueError(one_line(problem)) from error
         located += [(rows, index, folder or file.parent) for index in range(len(rows))]
     return located
@@ -78,6 +80,8 @@ def read_json(file: Path) -> list:
     if file.suffix not in SUFFIXES:
         raise ValueError(f"unknown extension: choose one of {', '.join(SUFFIXES)}")
     text = file.read_text(encoding="utf-8-sig")
+    if text.startswith("version https://git-lfs"):
+        raise ValueError("a Git LFS pointer: `git lfs pull` fetches the content")
     if text.lstrip().startswith("["):
         return json.loads(text)
     # splitlines() would also split at U+2028, which JSON allows within a string.
@@ -97,7 +101,10 @@ def read_parquet(file: Path):
     import datasets  # slow to import, and only needed for parquet
     import pyarrow.parquet
 
-    schema = pyarrow.parquet.read_schema(file).remove_metadata()
+    metadata = pyarrow.parquet.read_metadata(file)
+    if not metadata.num_rows:  # which datasets refuses
+        return []
+    schema = metadata.schema.to_arrow_schema().remove_metadata()
     features = datasets.Features.from_arrow_schema(schema)
     pattern = glob.escape(str(file.absolute()))
     return datasets.Dataset.from_parquet(pattern, features=features)

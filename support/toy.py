@@ -96,11 +96,15 @@ class Setting(Flags):
     plain_share: float = flag(0.25, "chance, in train and warm start, of no note", 0, 1)
     misread: float = flag(0.12, "warm-start labels: chance that a cell's colour is wrong", 0, 1)
     warm_steps: int = flag(250, "a larger grid needs more before the model begins to see")
+    split: str = flag("", "of EVAL_SPLITS, the one to evaluate; empty: each")
 
     def __post_init__(self):
         super().__post_init__()
         if self.most > self.grid**2:
             raise ValueError(f"toy setting most={self.most}: more than {self.grid**2} cells")
+        if self.split not in ("", *EVAL_SPLITS):
+            choices = ", ".join(EVAL_SPLITS)
+            raise ValueError(f"toy setting split={self.split}: choose one of {choices}")
 
 
 DEFAULT = Setting()
@@ -150,8 +154,11 @@ def task_of(model: str) -> dict:
 
 
 def data_of(model: str, data: str) -> str:
-    """What --data means beside a model: a toy's has data of its own."""
-    return data or task_of(model).get("data", "")
+    """What --data means beside a model: a toy's has data of its own, and splits of it by name."""
+    task_data = task_of(model).get("data", "")
+    if task_data and data in EVAL_SPLITS:
+        return f"{task_data}{',' if ':' in task_data else ':'}split={data}"
+    return data or task_data
 
 
 def defaults(model: str, data: str) -> dict:

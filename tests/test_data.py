@@ -8,7 +8,7 @@ import pytest
 from conftest import answers, image_bytes, write_jsonl
 from PIL import Image
 
-from support import data, toy
+from support import StepError, data, toy
 from support.run_folder import keep_checksums
 
 RED, BLUE = (250, 0, 0), (0, 0, 250)
@@ -86,6 +86,13 @@ def test_columns_of_images(tmp_path):
         assert one.columns == {} and none.images == []
 
 
+def test_an_image_that_is_not_read_refuses_its_row():
+    for value in ("a.png", "https://host/a.JPG?size=1", {"bytes": plain()}, [{"path": "b.webp"}]):
+        further = {"scan": 7, "file_name": "a.json"}
+        rows = usable([text(0, scan=value), row(scan=value), text(2, **further)])
+        assert rows.skipped == {"unread image": 1} and rows[1].columns == further
+
+
 def test_transparent_images_are_put_on_white():
     for mode, color, options in [
         ("RGBA", (*RED, 0), {"form": "WEBP", "lossless": True, "exact": True}),
@@ -109,7 +116,7 @@ def test_deep_images_are_not_black():
         (np.int32([0, 1, 200_000]), [0, 0, 255]),
         (np.float32([0, 0.5, 1]), [0, 128, 255]),
         (np.float32([0, 0, 0]), [0, 0, 0]),
-        (np.float32([0, 0.5, 200]), [0, 1, 255]),
+        (np.float32([0, 0.5, 200]), [0, 0, 200]),
         (np.float32([-1, 0, 1]), [0, 128, 255]),
         (np.float32([np.nan, np.inf, 1]), [0, 0, 255]),
     ]:
@@ -312,6 +319,14 @@ def test_rows_that_turn_out_bad_are_left_out_and_counted(capsys):
     assert len(capsys.readouterr().err.splitlines()) == 2  # the first of each kind
 
 
-def test_a_bug_in_encode_is_raised():
+def test_a_bug_in_encode_is_raised_and_endless_failure_ends():
+    def refuse_most(example, index):
+        if index:
+            raise ValueError("no such size")
+        return index
+
     with pytest.raises(ZeroDivisionError):
         next(rounds_of(texts(4), 2, lambda example, index: 1 / 0))
+    assert take(rounds_of(texts(4), 20, refuse_most), 8) == [[0]] * 8  # 19 in a row are bad luck
+    with pytest.raises(StepError, match="64 prompts in a row cannot be used: no such size"):
+        next(rounds_of(texts(4), 100, refuse_most))

@@ -168,14 +168,16 @@ def configured(flags):
 
 
 def test_a_toy_model_needs_no_flags(folder, tmp_path):
-    """Its folder supplies the toy's data, sizes and suffix."""
+    """Its folder supplies the toy's data, sizes and suffix; a split is that of its own data."""
     mine = shutil.copytree(folder, tmp_path / "mine")
     (mine / "task.json").write_text(json.dumps({"data": "toy:grid=2,most=3"}))
     ask = configured(f"--model {mine} --ask ?")
     assert (ask.prompt_suffix, ask.temperature, ask.eval_rows) == (toy.SUFFIX, 0, 0)
-    config = configured(f"--model {mine}")
-    assert toy.setting_of(config.data) == toy.Setting(grid=2, most=3)
-    assert config.protocol == "training"
+    for split in toy.EVAL_SPLITS:
+        config = configured(f"--model {mine} --data {split}")
+        assert toy.setting_of(config.data) == toy.Setting(grid=2, most=3, split=split)
+        assert config.protocol == "training"
+        assert configured(f"--model some/hub-id --data {split}").protocol == "paper"
 
 
 def test_protocols():

@@ -113,9 +113,11 @@ def test_the_hubs_layout(tmp_path, monkeypatch):
 
 
 def test_parts_whose_types_differ(tmp_path):
-    """Nulls, then images; text, integers or floats as answers; lists or single images."""
+    """No row; nulls, then images; text, integers or floats as answers; lists or single images."""
     image = {"bytes": png(1), "path": "a.png"}
     (tmp_path / "b.png").write_bytes(png(2))
+    empty = write_parquet(tmp_path / "train-0.parquet", [question(0)])
+    pyarrow.parquet.write_table(pyarrow.parquet.read_table(empty).slice(0, 0), empty)
     write_parquet(tmp_path / "train-1.parquet", [question(1, images=None)])
     write_parquet(tmp_path / "train-2.parquet", [question(2, images=[image])])
     write_parquet(tmp_path / "train-3.parquet", [{"problem": "c", "answer": 3, "images": image}])
@@ -185,7 +187,7 @@ def test_unusable_files_give_one_line(tmp_path, monkeypatch):
     Path("zip/We_Math_images.zip").write_bytes(b"PK\x03\x04 nothing")
     for name, words in [
         ("nowhere.jsonl", "'nowhere.jsonl' is none of toy, a file of .json"),
-        ("pointer.jsonl", "'pointer': none of its 2 rows can be used: {'not a row': 2}"),
+        ("pointer.jsonl", "pointer.jsonl cannot be read: ValueError: a Git LFS pointer"),
         ("table.csv", "unknown extension: choose one of .json"),
         ("empty", "no file of .json, .jsonl, .parquet in empty"),
         ("parts", "parts/b.parquet cannot be read: ArrowInvalid: Parquet magic bytes"),
