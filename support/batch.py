@@ -94,11 +94,18 @@ class Group:
         return self.prompt.pixel_values is not None
 
     @property
-    def n_tokens(self) -> int:
-        """Tokens that the model is fed: the prompt once, each response without its last token, from
-        which nothing is predicted."""
+    def owner(self) -> Tensor:
+        """Whose each token is that the model is fed: 0 for the prompt, i for the i-th response.
+
+        The last token of a response is not fed, because nothing is predicted from it."""
         fed = (self.response_mask.sum(1) - 1).clamp(min=0)
-        return len(self.prompt) + int(fed.sum())
+        lengths = torch.cat([torch.tensor([len(self.prompt)]), fed])
+        return torch.arange(len(lengths)).repeat_interleave(lengths)
+
+    @property
+    def n_tokens(self) -> int:
+        """How many tokens the model is fed."""
+        return len(self.owner)
 
 
 def mini_batches(groups: list[Group], size: int) -> list[list[Group]]:

@@ -37,7 +37,6 @@ from support.batch import Example, Group, Prompt, pad_and_cat
 from support.distributed import reshard_root
 from support.packing import (
     ATTENTION,
-    Pack,
     build_pack,
     make_packs,
     pack_hidden_states,
@@ -132,7 +131,11 @@ class Encoder:
                 f"{example.question[:80]!r}"
             )
         pixels, grid, more = self._process_images(example)
-        input_ids = self._expand_placeholders(ids, grid)
+        input_ids = torch.tensor(ids)
+        if grid is not None:  # one placeholder per image -> one per image token
+            copies = torch.ones_like(input_ids)
+            copies[input_ids == self.image_id] = grid.prod(-1) // self.patches_per_token
+            input_ids = input_ids.repeat_interleave(copies)
         is_image_token = input_ids == self.image_id
         position_ids, _ = self.rope.get_rope_index(
             input_ids[None], is_image_token[None].int(), image_grid_thw=grid
@@ -185,17 +188,6 @@ class Encoder:
             more_pixel_values[column] = same_grid["pixel_values"]
         return processed["pixel_values"], processed["image_grid_thw"], more_pixel_values
 
-    def _expand_placeholders(self, ids: list[int], grid: Tensor | None) -> Tensor:
-        """One placeholder per image -> one per image token."""
-        if grid is None:
-            return torch.tensor(ids)
-        image_tokens = iter((grid.prod(-1) // self.patches_per_token).tolist())
-        expanded = []
-        for token in ids:
-            copies = next(image_tokens) if token == self.image_id else 1
-            expanded += [token] * copies
-        return torch.tensor(expanded)
-
 
 def choose_threads(model) -> None:
     """Run a tiny model on two threads where two cores are idle, else on one.
@@ -210,13 +202,11 @@ def choose_threads(model) -> None:
 
 
 def idle_cores(seconds: float = 0.2) -> float:
-    """How many cores are idle at the moment; 0 where Linux's /proc/stat does not say."""
+    """How many cores are idle at the moment."""
 
     def idle_ticks() -> int:
         return int(Path("/proc/stat").read_text().split()[4])  # of all cores, 100 per second
 
-    if not Path("/proc/stat").exists():
-        return 0.0
     before = idle_ticks()
     time.sleep(seconds)
     return (idle_ticks() - before) / 100 / seconds
@@ -320,14 +310,18 @@ class Policy:
 
         Returns [B, T], 0 at padding. view: under this of the groups' views, not under the images.
         """
-        flat = self.model.pack_log_probs(self._pack(groups, view), self.temperature)
-        return self._unflatten(flat, groups)
+        return self._values(groups, view)
 
     def entropies(self, groups: list[Group]) -> Tensor:
         """Entropy in nats of the softmax behind each token, before top-p and top-k, [B, T]; 0 at
         padding."""
-        pack = self._pack(groups)
-        return self._unflatten(self.model.pack_log_probs(pack, self.temperature, True), groups)
+        return self._values(groups, entropies=True)
+
+    def _values(self, groups: list[Group], view: str = "", entropies: bool = False) -> Tensor:
+        pack = build_pack(groups, view, self.device)
+        of_tokens = self.model.pack_log_probs(pack, self.temperature, entropies)
+        mask = pad_and_cat(groups, "response_mask", self.device).bool()
+        return of_tokens.new_zeros(mask.shape).masked_scatter(mask, of_tokens)
 
     @torch.no_grad()
     def per_group(
@@ -344,25 +338,15 @@ class Policy:
             of_groups = values.cpu().split([len(group.tokens) for group in pack])
             for group, share in zip(pack, of_groups, strict=True):
                 shares.append(share[:, : group.tokens.shape[1]])
-        if packs:
-            reshard_root(self.model)
+        reshard_root(self.model)
         return shares[: len(groups)]  # without the empty groups of make_packs
 
     def probe_attention(self, groups: list[Group], probe: Callable) -> None:
         """A forward whose layers first call probe(layer, query[1, H, S, D], key, scale)."""
-        pack = self._pack(groups)
+        pack = build_pack(groups, "", self.device)
 
         def attend(layer, query, key, value, scale):
             probe(layer, query, key, scale)
             return pack.attend(layer, query, key, value, scale)
 
         self.model.pack_hidden_states(pack, attend)
-
-    def _pack(self, groups: list[Group], view: str = "") -> Pack:
-        merge_size = self.encoder.image_processor.merge_size
-        return build_pack(groups, view, self.encoder.black_patch, merge_size, self.device)
-
-    def _unflatten(self, flat: Tensor, groups: list[Group]) -> Tensor:
-        """Values of the tokens of all responses, one after the other, as [B, T]; 0 at padding."""
-        mask = pad_and_cat(groups, "response_mask", self.device).bool()
-        return flat.new_zeros(mask.shape).masked_scatter(mask, flat)

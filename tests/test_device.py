@@ -94,7 +94,7 @@ def test_an_explanation_runs(policies, prompts, device, tmp_path):
 OMISSIONS = {
     "generate": (rollout, "Chunk", lambda chunk: replace(chunk, uniforms=chunk.uniforms.cpu())),
     "prepare": (qwen_vl, "build_pack", lambda pack: pack._replace(targets=pack.targets.cpu())),
-    "update": (papo, "view_log_probs", lambda log_probs: log_probs.cpu()),
+    "update": (papo, "cat_view", lambda log_probs: log_probs.cpu()),
 }
 
 
