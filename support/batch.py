@@ -2,9 +2,7 @@
 
 A group, one prompt and its G responses, is the unit everywhere: of masking, advantages, dynamic
 sampling and packing. Groups never travel between ranks. To compute log-probs, whole groups are
-put into a pack, one long sequence. A group in it is the prompt once, then its responses: an
-attention mask keeps them from seeing one another, and the positions of each continue from the
-prompt's.
+put into a pack, one long sequence: the prompt once, then its responses, hidden from one another.
 
 Shapes: P = prompt tokens, G = responses per prompt, B = responses of several groups, T = response
 positions (right-padded), N_patch = patches of all images of a prompt, D_patch = values per patch.
@@ -32,8 +30,7 @@ class Example:
     answer: str
     images: list[Image.Image]  # RGB, one per marker, in order
     id: str = ""
-    # Further image columns, each as long as `images`: images_aug (images masked beforehand), and
-    # those that a variant, a subclass of papo.Algo, asks for.
+    # Further image columns, each as long as `images`: images_aug, and those a variant asks for.
     more_images: dict[str, list[Image.Image]] = field(default_factory=dict)
     columns: dict = field(default_factory=dict)  # the row's further columns
 

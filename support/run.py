@@ -194,7 +194,7 @@ class Run(AbstractContextManager):
     def _open_folder(self, resuming: bool) -> int | None:
         """Write config.json, rewind the logs to the checkpoint; returns `evaluated_step`."""
         config = flags_of(self.config, self.algo) | {"steps": self.n_steps, "resume": ""}
-        checkpoint.clean(self.folder)
+        checkpoint.clean(self.folder, self.config.keep)
         text = json.dumps(config, indent=1) + "\n"
         checkpoint.write_atomically(self.folder / "config.json", text)
         sets = (self.rows, *self.eval_sets.values())
