@@ -15,9 +15,9 @@ import math
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from support.distributed import concat_over_ranks
 
@@ -140,9 +140,8 @@ def cat_view(groups: list[Group], view: str, device="cpu") -> Tensor:
 
 def stack_padded(tensors: list[Tensor], device="cpu") -> Tensor:
     """Tensors [G, T] as one tensor [B, T], right-padded with zeros."""
-    width = max(tensor.shape[1] for tensor in tensors)
-    padded = [F.pad(tensor, (0, width - tensor.shape[1])) for tensor in tensors]
-    return torch.cat(padded).to(device)
+    rows = [row for tensor in tensors for row in tensor]
+    return pad_sequence(rows, batch_first=True).to(device)
 
 
 def seeded(*key) -> torch.Generator:

@@ -26,11 +26,10 @@ from support.batch import Prompt
 from support.packing import build_pack, empty_group, split_into_packs
 
 PREFILL_TOKENS = 32_768  # prompt tokens encoded at a time; a layer's activations grow with it
-# Steps per block. A response that has ended costs time until the block ends, and each block costs a
-# recording.
+# Steps per block: a response that has ended costs time until its end, and each costs a recording.
 BLOCK = {"cpu": 16, "cuda": 128}
-# Top-p looks at this many of the likeliest tokens; sorting a vocabulary in every step would take
-# too long. Where they do not reach top_p, the others cannot be drawn.
+# Top-p looks at this many of the likeliest tokens, since sorting a vocabulary takes too long. Where
+# they do not reach top_p, the others cannot be drawn.
 CANDIDATES = 4096
 ALIGNMENT = 16  # slots; CUDA's attention copies a mask whose rows are not aligned
 
@@ -62,9 +61,6 @@ def decode(
     prefill(model, chunk, cache)
     options = {"process": logits_processor, "do_sample": generation_config.do_sample}
     return DecodingLoop(model, cache, chunk, input_ids.view(p, g), **options).run()
-
-
-# -------------------------------------------------------------------------------------------- cache
 
 
 class GroupCache:
@@ -153,9 +149,6 @@ def prefill(model, chunk: Chunk, cache: GroupCache) -> None:
         first += len(of_pack)
 
 
-# --------------------------------------------------------------------------------------------- loop
-
-
 class DecodingLoop:
     """The groups still being sampled, and one step of them.
 
@@ -167,13 +160,13 @@ class DecodingLoop:
         self.model, self.cache, self.chunk = model, cache, chunk
         self.process, self.do_sample = process, do_sample
         device = last_tokens.device
-        ends = [int(prompt.position_ids[0, -1]) for prompt in chunk.prompts]
+        ends = torch.stack([prompt.position_ids[0, -1:] for prompt in chunk.prompts])
         self.at = torch.zeros(1, dtype=torch.long, device=device)  # number of the next step
         self.tokens = torch.zeros_like(chunk.uniforms, dtype=torch.long)  # [p, g, steps], results
         self.log_probs = torch.zeros_like(chunk.uniforms)
         # Of the groups that have not ended:
         self.numbers = torch.arange(len(last_tokens), device=device)
-        self.prompt_ends = torch.tensor(ends, device=device)[:, None]  # position ids
+        self.prompt_ends = ends.to(device)  # [p, 1], position ids
         self.token = last_tokens.clone()  # the next step's input
 
     def run(self) -> tuple[Tensor, Tensor]:
@@ -239,9 +232,6 @@ def repeat(step: Callable[[], None], times: int, device: torch.device):
     for _ in range(times - 1):
         graph.replay()
     return graph
-
-
-# ----------------------------------------------------------------------------------------- sampling
 
 
 def sample(scores: Tensor, top_p: float, uniforms: Tensor) -> Tensor:

@@ -34,10 +34,8 @@ from torch.distributed.tensor import DTensor
 # setting of either name stays.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
-# torchrun notices a dead rank by itself. This is how long a collective waits for a slow rank that
-# loads, samples or saves; scoring comes on top.
+# How long a collective waits for a rank that loads, samples or saves; scoring comes on top.
 TIMEOUT_MINUTES = 30
-
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 # -------------------------------------------------------------------------------- the process group
@@ -148,7 +146,7 @@ def concat_over_ranks(values: list) -> list:
 
 
 def sum_over_ranks(values) -> list[float]:
-    """Sums of the numbers over all ranks, in float64."""
+    """Sums of the numbers over all ranks."""
     of_ranks = gather_over_ranks([float(value) for value in values])
     return [sum(numbers) for numbers in zip(*of_ranks, strict=True)]
 

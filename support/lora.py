@@ -101,8 +101,8 @@ def save_adapter(model, folder: Path) -> None:
     """Write the adapter alone, in peft's format: PeftModel.from_pretrained loads it."""
     [config] = model.peft_config.values()
     config.save_pretrained(folder)
-    weights = {}
-    for name, parameter in adapter_parameters(model).items():
-        plain = name.replace(".default", "")
-        weights[f"base_model.model.{plain}"] = parameter.detach().cpu().contiguous()
+    weights = {
+        f"base_model.model.{name.replace('.default', '')}": parameter.detach().cpu().contiguous()
+        for name, parameter in adapter_parameters(model).items()
+    }
     save_file(weights, folder / "adapter_model.safetensors")

@@ -43,10 +43,9 @@ def survivable(what) -> Iterator[None]:
 
 def free_name(config) -> str:
     """runs/ALGO-MODEL-sSEED, or the next free suffix: no existing folder is ever overwritten."""
-    algo, model = Path(config.algo).stem, Path(config.model.rstrip("/")).name
-    name = f"runs/{algo}-{model}-s{config.seed}"
-    numbered = (f"{name}-{i}" for i in itertools.count(2))
-    return next(each for each in itertools.chain([name], numbered) if not Path(each).exists())
+    name = f"runs/{Path(config.algo).stem}-{Path(config.model).name}-s{config.seed}"
+    suffixes = itertools.chain([""], (f"-{i}" for i in itertools.count(2)))
+    return next(name + suffix for suffix in suffixes if not Path(name + suffix).exists())
 
 
 def lock(folder: Path):
@@ -105,9 +104,8 @@ def append(path: Path, lines: list[dict]) -> None:
 def read_log(path: Path) -> list[dict]:
     """The lines of a log, without blank or torn ones; none if there is no file."""
     lines: list[dict] = []
-    if not path.exists():
-        return lines
-    for text in path.read_text(errors="replace").splitlines():
+    texts = path.read_text(errors="replace").splitlines() if path.exists() else []
+    for text in texts:
         with suppress(json.JSONDecodeError):
             lines.append(json.loads(text))
     return lines
