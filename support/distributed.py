@@ -167,9 +167,8 @@ def make_mesh(device_type: str, shard_size: int = 0) -> DeviceMesh:
     gathers over the network. ValueError if the ranks cannot be divided like that.
     """
     world = dist.get_world_size()
-    if shard_size == 0:
-        # torchrun numbers a machine's ranks consecutively. Unequal machines use a common divisor.
-        shard_size = math.gcd(*gather_over_ranks(local_world_size()))
+    # torchrun numbers a machine's ranks consecutively. Unequal machines use a common divisor.
+    shard_size = shard_size or math.gcd(*gather_over_ranks(local_world_size()))
     divisors = [size for size in range(1, world + 1) if world % size == 0]
     if shard_size not in divisors:
         choices = ", ".join(map(str, divisors))

@@ -83,8 +83,6 @@ def average_gradients(model) -> None:
     if world_size() == 1:
         return
     for parameter in adapter_parameters(model).values():
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
         dist.all_reduce(parameter.grad)
         parameter.grad /= world_size()
 

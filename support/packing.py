@@ -104,7 +104,7 @@ def build_pack(groups: list[Group], view: str, device) -> Pack:
         after_prompt = prompt.position_ids.max() + 1 + torch.arange(fed.shape[1])
         ids += [prompt.input_ids, group.tokens[:, :-1][fed]]
         positions += [prompt.position_ids, after_prompt.expand_as(fed)[fed].expand(3, -1)]
-        image_tokens += [prompt.is_image_token, torch.zeros(n_fed, dtype=torch.bool)]
+        image_tokens.append(F.pad(prompt.is_image_token, (0, n_fed)))
         # The prompt's last position predicts every first token.
         predictor = torch.full(mask.shape, len(prompt) - 1)
         predictor[:, 1:][fed] = len(prompt) + torch.arange(n_fed)

@@ -56,8 +56,7 @@ class Encoder:
 
     It needs no weights, so it runs in threads while the model works. `name`: a local Hugging Face
     folder or a hub id. Images are resized to between min_pixels and max_pixels. `suffix` is
-    appended to questions that lack it. `opening`: "<think>" where the chat template writes it for
-    the model (Qwen3-VL Thinking), else "".
+    appended to questions that lack it.
     """
 
     def __init__(self, name: str, min_pixels: int, max_pixels: int, suffix: str = PROMPT_SUFFIX):
@@ -74,6 +73,7 @@ class Encoder:
         added = self.tokenizer.added_tokens_decoder.values()
         self.control_tokens = [token.content for token in added if token.special]
         chat = self._render([{"type": "text", "text": "?"}])
+        # Qwen3-VL Thinking's chat template writes it for the model.
         self.opening = "<think>" if chat.rstrip().endswith("<think>") else ""
         with torch.device("meta"):  # no weights: only its position ids are used
             self.rope = AutoModelForImageTextToText.from_config(self.config).model
@@ -112,10 +112,8 @@ class Encoder:
         thin."""
         ids, markers = self._tokenize(example.question)
         if markers != len(example.images):
-            raise ValueError(
-                f"{markers} <image> markers for {len(example.images)} images: "
-                f"{example.question[:80]!r}"
-            )
+            counts = f"{markers} <image> markers for {len(example.images)} images"
+            raise ValueError(f"{counts}: {example.question[:80]!r}")
         pixels, grid, more = self._process_images(example)
         input_ids = torch.tensor(ids)
         if grid is not None:  # one placeholder per image -> one per image token

@@ -84,8 +84,7 @@ def keep_checksums(folder: Path, checksums: dict[str, int], resuming: bool) -> N
     before = json.loads(file.read_text()) if resuming and file.exists() else {}
     for name in before.keys() & checksums.keys():
         if before[name] != checksums[name]:
-            advice = "restore it, or start a new run"
-            raise OSError(f"data {name} has changed since the run began: {advice}")
+            raise OSError(f"data {name} has changed since the run began: restore it or start anew")
     write_atomically(file, json.dumps(before | checksums, indent=1) + "\n")
 
 
