@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from transformers.utils import cached_file
 
 from support.distributed import on_first_rank
-from support.lora import adapted_layers, merge
+from support.lora import adapted_layers
 
 # Copied to the export unchanged: what AutoProcessor reads, and a toy model's task.
 COPIED_FILES = """task.json generation_config.json preprocessor_config.json processor_config.json
@@ -158,7 +158,7 @@ def gather_weights(model, dtype) -> dict[str, torch.Tensor]:
         if isinstance(tensor, DTensor):
             tensor = tensor.full_tensor()
         if name in adapted:
-            tensor = merge(adapted[name], tensor)
+            tensor = tensor.float() + adapted[name].get_delta_weight("default")  # W + s B A
         if dist.get_rank() == 0:
             name = name.replace(".base_layer", "")
             weights[name] = tensor.to(device="cpu", dtype=dtype)

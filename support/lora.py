@@ -87,14 +87,6 @@ def average_gradients(model) -> None:
         parameter.grad /= world_size()
 
 
-@torch.no_grad()
-def merge(layer: nn.Module, weight: Tensor) -> Tensor:
-    """W + s B A in fp32, for an adapted layer's whole weight W."""
-    [scale] = layer.scaling.values()
-    [down], [up] = layer.lora_A.values(), layer.lora_B.values()
-    return weight.float() + scale * (up.weight @ down.weight)
-
-
 def save_adapter(model, folder: Path) -> None:
     """Write the adapter alone, in peft's format: PeftModel.from_pretrained loads it."""
     [config] = model.peft_config.values()
