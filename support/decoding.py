@@ -140,12 +140,10 @@ def prefill(model, chunk: Chunk, cache: GroupCache) -> None:
     for of_pack in split_into_packs(groups, PREFILL_TOKENS):
         pack = build_pack(of_pack, "", cache.lengths.device)
 
-        def attend(layer, query, key, value, scale, pack=pack, first=first):
-            keys, values = (x.split(pack.attend.lengths, 2) for x in (key, value))
-            cache.add_prompts(layer, keys, values, first)
-            return pack.attend(layer, query, key, value, scale)
+        def store(layer, query, key, value, scale, lengths=pack.attend.lengths, first=first):
+            cache.add_prompts(layer, key.split(lengths, 2), value.split(lengths, 2), first)
 
-        model.pack_hidden_states(pack, attend)
+        model.pack_hidden_states(pack, store)
         first += len(of_pack)
 
 

@@ -296,11 +296,17 @@ def pack_log_probs(self, pack: Pack, temperature: float, entropies: bool = False
     return torch.cat(values)
 
 
-def pack_hidden_states(self, pack: Pack, attend: Callable | None = None) -> Tensor:
+def pack_hidden_states(self, pack: Pack, watch: Callable | None = None) -> Tensor:
     """The last layer's outputs [S, hidden]. `self` is the transformers model.
 
-    attend: in place of pack.attend, for callers that look at queries, keys or values.
+    watch: called by each layer with the arguments of pack.attend, before it.
     """
+
+    def attend(*inputs):
+        if watch:
+            watch(*inputs)
+        return pack.attend(*inputs)
+
     embeds = self.get_input_embeddings()(pack.input_ids)  # [1, S, hidden]
     # Under FSDP no rank may skip the vision tower. Nothing reads the features of a blank image.
     images = pack.images or blank_image(self.model.visual, embeds.device)
@@ -315,7 +321,7 @@ def pack_hidden_states(self, pack: Pack, attend: Callable | None = None) -> Tens
         inputs_embeds=embeds.masked_scatter(where, features),
         position_ids=pack.position_ids,
         use_cache=False,
-        attend=attend or pack.attend,
+        attend=attend,
         **more,
     ).last_hidden_state[0]
 

@@ -311,11 +311,5 @@ class Policy:
         return shares[: len(groups)]  # without the empty groups of make_packs
 
     def probe_attention(self, groups: list[Group], probe: Callable) -> None:
-        """A forward whose layers first call probe(layer, query[1, H, S, D], key, scale)."""
-        pack = build_pack(groups, "", self.device)
-
-        def attend(layer, query, key, value, scale):
-            probe(layer, query, key, scale)
-            return pack.attend(layer, query, key, value, scale)
-
-        self.model.pack_hidden_states(pack, attend)
+        """A forward whose layers first call probe(layer, query[1, H, S, D], key, value, scale)."""
+        self.model.pack_hidden_states(build_pack(groups, "", self.device), probe)

@@ -74,7 +74,7 @@ def attention_alignments(policy, groups: list[Group], margin: float) -> list[Ten
     def of_pack(pack: list[Group]) -> Tensor:
         lengths, found = [group.n_tokens for group in pack], []
 
-        def probe(layer, query, key, scaling):
+        def probe(layer, query, key, value, scaling):
             if layer == last_layer:
                 parts = (x[0].split(lengths, 1) for x in (query, key))
                 for group, *q_and_k in zip(pack, *parts, strict=True):
