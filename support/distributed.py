@@ -177,8 +177,8 @@ def make_mesh(device_type: str, shard_size: int = 0) -> DeviceMesh:
         )
     if shard_size == world:
         return init_device_mesh(device_type, (world,))
-    shape, names = (world // shard_size, shard_size), ("replicate", "shard")
-    return init_device_mesh(device_type, shape, mesh_dim_names=names)
+    shape = world // shard_size, shard_size
+    return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def fsdp_blocks(model) -> list:

@@ -63,7 +63,7 @@ class Run(AbstractContextManager):
         self.rows, self.eval_sets = self._load_data(encoder)
         epoch_steps = int(config.epochs * len(self.rows)) // config.prompts_per_step
         self.n_steps = config.steps or max(1, epoch_steps)
-        # Weights that are trained are fp32; those beside adapters and the reference's are frozen.
+        # Trained weights are fp32. Those beside adapters and those of the reference are frozen.
         self.policy = self._load_policy(encoder, self.dtype if config.lora_rank else torch.float32)
         if "mask" in algo.views():
             self.policy.saliency = saliency_for(algo.mask_strategy, config.data)
@@ -120,7 +120,7 @@ class Run(AbstractContextManager):
         if newest:
             state = checkpoint.load(newest, self.policy.model, self.optimizer)
             self.step, self.position = state["step"], state["position"]
-        self.evaluated_step = on_first_rank(lambda: self._open_folder(resuming=bool(newest)))
+        self.evaluated_step = on_first_rank(self._open_folder)
         if not (self.folder / "config.json").exists():
             raise OSError(f"{self.folder} is not the first rank's: all machines must share it")
         config = self.config
@@ -162,17 +162,18 @@ class Run(AbstractContextManager):
             print(f"{folder} has no checkpoint: starting at step 0")
         return folder, None
 
-    def _open_folder(self, resuming: bool) -> int | None:
+    def _open_folder(self) -> int | None:
         """Write config.json, rewind the logs to the checkpoint; returns `evaluated_step`."""
         config = flags_of(self.config, self.algo) | {"steps": self.n_steps, "resume": ""}
         checkpoint.clean(self.folder, self.config.keep)
         text = json.dumps(config, indent=1) + "\n"
         checkpoint.write_atomically(self.folder / "config.json", text)
         sets = (self.rows, *self.eval_sets.values())
-        files.keep_checksums(self.folder, {rows.name: rows.checksum for rows in sets}, resuming)
+        checksums = {rows.name: rows.checksum for rows in sets}
+        files.keep_checksums(self.folder, checksums, resuming=self.step > 0)
         if self.config.algo.endswith(".py"):
             files.keep_copy(Path(self.config.algo), self.folder, resuming=bool(self.config.resume))
-        last_kept = self.step if resuming else -1
+        last_kept = self.step or -1
         files.rewind(self.folder / "samples.jsonl", last_kept)
         lines = files.rewind(self.folder / "metrics.jsonl", last_kept)
         is_evaluated = any(line["step"] == self.step and "reward" not in line for line in lines)
