@@ -228,7 +228,7 @@ def accumulate_gradients(policy: Policy, batch: list[Group], algo: Algo) -> dict
     # A pack is one forward: whole groups of at most tokens_per_forward tokens, or one larger group.
     # FSDP gathers weights in every forward and backward, so all ranks must take equally many:
     # make_packs adds packs with an empty response. For the same reason a pack without an image
-    # feeds one black token to the vision tower.
+    # feeds one blank token to the vision tower.
     packs = make_packs(batch, policy.tokens_per_forward)
     values, largest_gaps = [], []  # on the device: no wait per pack
     for number, pack in enumerate(packs, start=1):

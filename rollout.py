@@ -111,7 +111,6 @@ def _sample_chunk(
 ) -> list[Group]:
     device = policy.device
     chunk = Chunk(
-        encoder=policy.encoder,
         prompts=prompts,
         uniforms=uniforms.to(device),
         temperature=sampling.temperature or 1.0,  # of the returned log-probs

@@ -2,9 +2,7 @@
 
 A group, one prompt and its G responses, is the unit everywhere: of masking, advantages, dynamic
 sampling and packing. Groups never travel between ranks. To compute log-probs, whole groups are
-put into a pack, one long sequence. A group in it is the prompt once, then its responses: an
-attention mask keeps them from seeing one another, and the positions of each continue from the
-prompt's.
+put into a pack, one long sequence: the prompt once, then its responses, hidden from one another.
 
 Shapes: P = prompt tokens, G = responses per prompt, B = responses of several groups, T = response
 positions (right-padded), N_patch = patches of all images of a prompt, D_patch = values per patch.
@@ -17,9 +15,9 @@ import math
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from support.distributed import concat_over_ranks
 
@@ -32,8 +30,7 @@ class Example:
     answer: str
     images: list[Image.Image]  # RGB, one per marker, in order
     id: str = ""
-    # Further image columns, each as long as `images`: images_aug (images masked beforehand), and
-    # those that a variant, a subclass of papo.Algo, asks for.
+    # Further image columns, each as long as `images`: images_aug, and those a variant asks for.
     more_images: dict[str, list[Image.Image]] = field(default_factory=dict)
     columns: dict = field(default_factory=dict)  # the row's further columns
 
@@ -94,11 +91,18 @@ class Group:
         return self.prompt.pixel_values is not None
 
     @property
-    def n_tokens(self) -> int:
-        """Tokens that the model is fed: the prompt once, each response without its last token, from
-        which nothing is predicted."""
+    def owner(self) -> Tensor:
+        """Whose each token is that the model is fed: 0 for the prompt, i for the i-th response.
+
+        The last token of a response is not fed, because nothing is predicted from it."""
         fed = (self.response_mask.sum(1) - 1).clamp(min=0)
-        return len(self.prompt) + int(fed.sum())
+        lengths = torch.cat([torch.tensor([len(self.prompt)]), fed])
+        return torch.arange(len(lengths)).repeat_interleave(lengths)
+
+    @property
+    def n_tokens(self) -> int:
+        """How many tokens the model is fed."""
+        return len(self.owner)
 
 
 def mini_batches(groups: list[Group], size: int) -> list[list[Group]]:
@@ -136,9 +140,8 @@ def cat_view(groups: list[Group], view: str, device="cpu") -> Tensor:
 
 def stack_padded(tensors: list[Tensor], device="cpu") -> Tensor:
     """Tensors [G, T] as one tensor [B, T], right-padded with zeros."""
-    width = max(tensor.shape[1] for tensor in tensors)
-    padded = [F.pad(tensor, (0, width - tensor.shape[1])) for tensor in tensors]
-    return torch.cat(padded).to(device)
+    rows = [row for tensor in tensors for row in tensor]
+    return pad_sequence(rows, batch_first=True).to(device)
 
 
 def seeded(*key) -> torch.Generator:

@@ -19,16 +19,12 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_state_dict,
-    set_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
 from transformers.utils import cached_file
 
 from support.distributed import on_first_rank
-from support.lora import adapted_layers, merge
+from support.lora import adapted_layers
 
 # Copied to the export unchanged: what AutoProcessor reads, and a toy model's task.
 COPIED_FILES = """task.json generation_config.json preprocessor_config.json processor_config.json
@@ -38,12 +34,14 @@ merges.txt tokenizer_config.json special_tokens_map.json added_tokens.json""".sp
 
 def complete(folder: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    return sorted(path.parent for path in Path(folder).glob("checkpoints/step_*/.metadata"))
+    return sorted(path.parent for path in folder.glob("checkpoints/step_*/.metadata"))
 
 
-def clean(folder: Path) -> None:
-    """Delete what an interrupted save or deletion has left."""
-    for path in Path(folder).glob("checkpoints/step_*"):
+def clean(folder: Path, keep: int) -> None:
+    """Delete all but the `keep` newest checkpoints, and what an interrupted save has left."""
+    for old in complete(folder)[:-keep]:
+        (old / ".metadata").unlink()
+    for path in folder.glob("checkpoints/step_*"):
         if not (path / ".metadata").exists():
             shutil.rmtree(path, ignore_errors=True)
 
@@ -54,33 +52,27 @@ def save(folder: Path, model, optimizer, state: dict, keep: int) -> None:
     Does nothing if that checkpoint exists. OSError, the same on all ranks, if any of them cannot
     write; earlier checkpoints are untouched then.
     """
-    checkpoint_dir = Path(folder) / "checkpoints" / f"step_{state['step']:06d}"
-
-    def delete_old() -> None:
-        for old in complete(folder)[:-keep]:
-            (old / ".metadata").unlink()
-
+    checkpoint_dir = folder / "checkpoints" / f"step_{state['step']:06d}"
     if on_first_rank((checkpoint_dir / ".metadata").exists):
         return
-    content = state_dicts(model, optimizer) | {"state": state}
     try:
+        content = state_dicts(model, optimizer) | {"state": state}
         dcp.save(content, checkpoint_id=checkpoint_dir)  # fails on all ranks or on none
-        on_first_rank(delete_old)
     except dcp.api.CheckpointException as error:  # which is no Exception
         raise OSError(str(error).strip().splitlines()[-1]) from error
     finally:
-        on_first_rank(lambda: clean(folder))
+        on_first_rank(lambda: clean(folder, keep))
 
 
 def disk_line(folder: Path, model, keep: int) -> str:
     """The size of a run's checkpoints, as `save` keeps them, beside the room for them."""
-    gib = 2**30
     trained, frozen = 12, 0 if adapted_layers(model) else 4  # bytes; with two moments in fp32
     size = sum(p.numel() * (trained if p.requires_grad else frozen) for p in model.parameters())
-    need, free = (keep + 1) * size / gib, shutil.disk_usage(folder).free / gib
+    each, free = size / 2**30, shutil.disk_usage(folder).free / 2**30
+    need = (keep + 1) * each
     line = (
-        f"checkpoints: {size / gib:.3g} GiB each, up to {need:.3g} GiB with --keep {keep} while "
-        f"one is saved; {free:.3g} GiB free in {folder}"
+        f"checkpoints: {each:.3g} GiB each, up to {need:.3g} GiB with --keep {keep} while one is "
+        f"saved; {free:.3g} GiB free in {folder}"
     )
     return line if need <= free else f"{line}: NOT ENOUGH"
 
@@ -97,14 +89,8 @@ def load(checkpoint_dir: Path, model, optimizer) -> dict:
         raise OSError(
             f"{checkpoint_dir} cannot be read: delete it to resume from the one before"
         ) from error
-    weights, moments = content["model"], content["optimizer"]
-    set_state_dict(
-        model,
-        optimizer,
-        model_state_dict=weights,
-        optim_state_dict=moments,
-        options=state_options(model),
-    )
+    states = {"model_state_dict": content["model"], "optim_state_dict": content["optimizer"]}
+    set_state_dict(model, optimizer, **states, options=state_options(model))
     return content["state"]
 
 
@@ -144,15 +130,13 @@ def export(model, source: str, folder: Path, dtype) -> None:
         except SafetensorError as error:  # a full disk, say
             raise OSError(str(error)) from error
         for name in COPIED_FILES:
-            path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
-            if path:
+            if path := cached_file(source, name, _raise_exceptions_for_missing_entries=False):
                 shutil.copyfile(path, partial_dir / name)
         # The source's own, which older transformers and vLLM can read.
         config = json.loads(Path(cached_file(source, "config.json")).read_text())
         config["dtype" if "dtype" in config else "torch_dtype"] = str(dtype).removeprefix("torch.")
         (partial_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        if folder.exists():
-            shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
         os.replace(partial_dir, folder)
 
     on_first_rank(write)
@@ -174,7 +158,7 @@ def gather_weights(model, dtype) -> dict[str, torch.Tensor]:
         if isinstance(tensor, DTensor):
             tensor = tensor.full_tensor()
         if name in adapted:
-            tensor = merge(adapted[name], tensor)
+            tensor = tensor.float() + adapted[name].get_delta_weight("default")  # W + s B A
         if dist.get_rank() == 0:
             name = name.replace(".base_layer", "")
             weights[name] = tensor.to(device="cpu", dtype=dtype)

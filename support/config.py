@@ -109,9 +109,6 @@ def check_resumed(flags: dict, saved: dict) -> None:
             raise ValueError(f"--{name} {flags[name]} contradicts the run's {saved[name]}")
 
 
-# ------------------------------------------------------------------------------------------- errors
-
-
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """End the program with one line where the block meets bad input or a missing file."""

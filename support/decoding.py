@@ -26,11 +26,10 @@ from support.batch import Prompt
 from support.packing import build_pack, empty_group, split_into_packs
 
 PREFILL_TOKENS = 32_768  # prompt tokens encoded at a time; a layer's activations grow with it
-# Steps per block. A response that has ended costs time until the block ends, and each block costs a
-# recording.
+# Steps per block: a response that has ended costs time until its end, and each costs a recording.
 BLOCK = {"cpu": 16, "cuda": 128}
-# Top-p looks at this many of the likeliest tokens; sorting a vocabulary in every step would take
-# too long. Where they do not reach top_p, the others cannot be drawn.
+# Top-p looks at this many of the likeliest tokens, since sorting a vocabulary takes too long. Where
+# they do not reach top_p, the others cannot be drawn.
 CANDIDATES = 4096
 ALIGNMENT = 16  # slots; CUDA's attention copies a mask whose rows are not aligned
 
@@ -39,7 +38,6 @@ ALIGNMENT = 16  # slots; CUDA's attention copies a mask whose rows are not align
 class Chunk:
     """What `decode` samples: g responses to each of p prompts."""
 
-    encoder: object  # support.qwen_vl.Encoder
     prompts: list[Prompt]
     uniforms: Tensor  # [p, g, max_new_tokens] in [0, 1), on the device
     temperature: float  # that of the returned log-probs
@@ -63,9 +61,6 @@ def decode(
     prefill(model, chunk, cache)
     options = {"process": logits_processor, "do_sample": generation_config.do_sample}
     return DecodingLoop(model, cache, chunk, input_ids.view(p, g), **options).run()
-
-
-# -------------------------------------------------------------------------------------------- cache
 
 
 class GroupCache:
@@ -140,22 +135,16 @@ class GroupCache:
 
 def prefill(model, chunk: Chunk, cache: GroupCache) -> None:
     """Encode the chunk's prompts, PREFILL_TOKENS at a time, with the forward of training."""
-    encoder, first = chunk.encoder, 0
+    first = 0
     groups = [empty_group(prompt) for prompt in chunk.prompts]
     for of_pack in split_into_packs(groups, PREFILL_TOKENS):
-        merge_size = encoder.image_processor.merge_size
-        pack = build_pack(of_pack, "", encoder.black_patch, merge_size, cache.lengths.device)
+        pack = build_pack(of_pack, "", cache.lengths.device)
 
-        def attend(layer, query, key, value, scale, pack=pack, first=first):
-            keys, values = (x.split(pack.attend.lengths, 2) for x in (key, value))
-            cache.add_prompts(layer, keys, values, first)
-            return pack.attend(layer, query, key, value, scale)
+        def store(layer, query, key, value, scale, lengths=pack.attend.lengths, first=first):
+            cache.add_prompts(layer, key.split(lengths, 2), value.split(lengths, 2), first)
 
-        model.pack_hidden_states(pack, attend)
+        model.pack_hidden_states(pack, store)
         first += len(of_pack)
-
-
-# --------------------------------------------------------------------------------------------- loop
 
 
 class DecodingLoop:
@@ -169,32 +158,29 @@ class DecodingLoop:
         self.model, self.cache, self.chunk = model, cache, chunk
         self.process, self.do_sample = process, do_sample
         device = last_tokens.device
-        ends = [int(prompt.position_ids[0, -1]) for prompt in chunk.prompts]
+        ends = torch.stack([prompt.position_ids[0, -1:] for prompt in chunk.prompts])
         self.at = torch.zeros(1, dtype=torch.long, device=device)  # number of the next step
+        self.tokens = torch.zeros_like(chunk.uniforms, dtype=torch.long)  # [p, g, steps], results
+        self.log_probs = torch.zeros_like(chunk.uniforms)
         # Of the groups that have not ended:
         self.numbers = torch.arange(len(last_tokens), device=device)
-        self.prompt_ends = torch.tensor(ends, device=device)[:, None]  # [p, 1], position ids
-        self.uniforms = chunk.uniforms  # [p, g, steps]
-        self.token = last_tokens.clone()  # [p, g], the next step's input
-        self.tokens = torch.zeros_like(self.uniforms, dtype=torch.long)
-        self.log_probs = torch.zeros_like(self.uniforms)
+        self.prompt_ends = ends.to(device)  # [p, 1], position ids
+        self.token = last_tokens.clone()  # the next step's input
 
     def run(self) -> tuple[Tensor, Tensor]:
         """Decode until all groups have ended. Returns tokens and log-probs, see `decode`."""
-        device, max_new_tokens, done = self.token.device, self.uniforms.shape[-1], 0
-        all_tokens, all_log_probs = self.tokens.clone(), self.log_probs.clone()
+        device, max_new_tokens, done = self.token.device, self.tokens.shape[-1], 0
         block = BLOCK[device.type]
         while len(self.numbers) and done < max_new_tokens and not self.chunk.stop():
             size = min(block, max_new_tokens - done)
             self.cache.grow(block)
             graph = repeat(self.step, size, device)
             done += size
-            all_tokens[self.numbers] = self.tokens
-            all_log_probs[self.numbers] = self.log_probs
-            has_ended = torch.isin(self.tokens[..., :done], self.chunk.eos_ids).any(-1).all(-1)
+            sampled = self.tokens.index_select(0, self.numbers)[..., :done]
+            has_ended = torch.isin(sampled, self.chunk.eos_ids).any(-1).all(-1)
             self._keep((~has_ended).nonzero()[:, 0])  # the only time the host waits
             del graph  # not before: its replays were still queued
-        return all_tokens[..., :done].cpu(), all_log_probs[..., :done].cpu()
+        return self.tokens[..., :done].cpu(), self.log_probs[..., :done].cpu()
 
     def step(self) -> None:
         """Sample one token per response. No shape, address or branch depends on a value."""
@@ -208,22 +194,22 @@ class DecodingLoop:
         logits = self.model.lm_head(text.norm(hidden)).float().flatten(0, 1)  # [p * g, V]
         scores = self.process(None, logits)
         if self.do_sample:
-            uniforms = self.uniforms.index_select(2, self.at).view(-1, 1)
-            token = sample(scores, self.chunk.top_p, uniforms)
+            uniforms = self.chunk.uniforms.index_select(2, self.at).index_select(0, self.numbers)
+            token = sample(scores, self.chunk.top_p, uniforms.view(-1, 1))
         else:
             token = scores.argmax(-1, keepdim=True)
         log_probs = (logits / self.chunk.temperature).log_softmax(-1).gather(1, token)
         self.token.copy_(token.view_as(self.token))
-        self.tokens.index_copy_(2, self.at, self.token[..., None])
-        self.log_probs.index_copy_(2, self.at, log_probs.view_as(self.token)[..., None])
+        self.tokens[self.numbers, :, self.at] = self.token
+        self.log_probs[self.numbers, :, self.at] = log_probs.view_as(self.token)
         self.at += 1
 
     def _keep(self, alive: Tensor) -> None:
         """Drop all groups but these."""
         if len(alive) == len(self.numbers):
             return
-        for name in ("numbers", "prompt_ends", "uniforms", "token", "tokens", "log_probs"):
-            setattr(self, name, getattr(self, name)[alive])
+        self.numbers, self.prompt_ends = self.numbers[alive], self.prompt_ends[alive]
+        self.token = self.token[alive]
         self.cache.keep(alive)
 
 
@@ -244,9 +230,6 @@ def repeat(step: Callable[[], None], times: int, device: torch.device):
     for _ in range(times - 1):
         graph.replay()
     return graph
-
-
-# ----------------------------------------------------------------------------------------- sampling
 
 
 def sample(scores: Tensor, top_p: float, uniforms: Tensor) -> Tensor:

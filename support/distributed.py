@@ -4,10 +4,8 @@ FSDP2 shards every weight over the ranks of one machine; several machines hold r
 can shard wider or narrower). Each vision block and each decoder layer is a unit: its weights are
 gathered just before its forward and its backward, in the compute dtype (bf16 on CUDA), and dropped
 after them, while fp32 master weights, gradients and optimizer state stay sharded. What is left
-(embeddings, head, norms) belongs to the root unit. Three consequences reach into other files. Every
-forward is a collective, so all ranks must run equally many (`packing.make_packs`). Generation would
-gather once per token, so `full_weights` gathers once per rollout instead. And FSDP averages
-gradients over all ranks, replicas included, where a sum is wanted (`papo.update`).
+(embeddings, head, norms) belongs to the root unit. So every forward is a collective, and all ranks
+must run equally many (`packing.make_packs`).
 """
 
 from __future__ import annotations
@@ -36,10 +34,8 @@ from torch.distributed.tensor import DTensor
 # setting of either name stays.
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
-# torchrun notices a dead rank by itself. This is how long a collective waits for a slow rank that
-# loads, samples or saves; scoring comes on top.
+# How long a collective waits for a rank that loads, samples or saves; scoring comes on top.
 TIMEOUT_MINUTES = 30
-
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 # -------------------------------------------------------------------------------- the process group
@@ -55,31 +51,24 @@ def init_distributed(scoring_seconds: float = 0.0) -> tuple[int, int, torch.devi
     # second, and every pack has another) and is reported to give NaN gradients.
     torch.backends.cuda.enable_cudnn_sdp(False)
     check_cuda()
+    device, backend = torch.device("cpu"), "gloo"
     if torch.cuda.is_available():
-        index, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        index, count = local_rank(), torch.cuda.device_count()
         if index >= count:
             raise ValueError(f"--nproc_per_node is above this machine's number of GPUs, {count}")
-        device = torch.device("cuda", index)
+        device, backend = torch.device("cuda", index), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl"
-    else:
-        device = torch.device("cpu")
-        backend = "gloo"
     timeout = timedelta(minutes=TIMEOUT_MINUTES, seconds=scoring_seconds)
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        store = dist.HashStore()
-        dist.init_process_group(backend, timeout=timeout, store=store, rank=0, world_size=1)
+    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(backend, timeout=timeout, **alone)
     return dist.get_rank(), dist.get_world_size(), device
 
 
 def check_cuda() -> None:
     """ValueError where torch would silently run on the CPU of a machine with an NVIDIA GPU."""
     wants_cpu = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
-    if wants_cpu or not torch.version.cuda or not NVIDIA_DRIVER.exists():
-        return
-    if not torch.cuda.is_available():
+    has_cuda = torch.version.cuda and NVIDIA_DRIVER.exists()
+    if has_cuda and not wants_cpu and not torch.cuda.is_available():
         raise ValueError(
             f"torch {torch.__version__} cannot use this machine's GPU: update the NVIDIA driver "
             "(CUDA 13 needs 580 or newer), or install torch 2.13.0 from its cu126 index; "
@@ -97,6 +86,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def local_rank() -> int:
+    """Number of this rank on its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def local_world_size() -> int:
     """Number of ranks on this machine, which share its cores and its memory."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -107,17 +101,16 @@ def on_first_rank(task: Callable):
 
     An OSError or a ValueError of the task is raised on all ranks.
     """
-    result, problem = None, None
+    outcome = [None, None]
     if rank() == 0:
         try:
-            result = task()
+            outcome = [task(), None]
         except (OSError, ValueError) as error:
-            problem = error
+            outcome = [None, error]
     if dist.is_initialized():
-        message = [result, problem]
-        dist.broadcast_object_list(message)
-        result, problem = message
-    if problem is not None:
+        dist.broadcast_object_list(outcome)
+    result, problem = outcome
+    if problem:
         raise problem
     return result
 
@@ -125,14 +118,13 @@ def on_first_rank(task: Callable):
 @contextmanager
 def one_rank_at_a_time() -> Iterator[None]:
     """The ranks of each machine run the block one after the other; all ranks enter it."""
-    before = int(os.environ.get("LOCAL_RANK", "0"))
-    longest_queue = max(gather_over_ranks(local_world_size()))
-    for _ in range(before):
+    longest_queue = int(max_over_ranks(local_world_size()))
+    for _ in range(local_rank()):
         dist.barrier()
     try:
         yield
     finally:  # also when this rank fails: the others must reach their own error
-        for _ in range(longest_queue - before):
+        for _ in range(longest_queue - local_rank()):
             dist.barrier()
 
 
@@ -154,22 +146,14 @@ def concat_over_ranks(values: list) -> list:
 
 
 def sum_over_ranks(values) -> list[float]:
-    """Sums of the numbers over all ranks, in float64."""
-    return _all_reduce(values, dist.ReduceOp.SUM)
+    """Sums of the numbers over all ranks."""
+    of_ranks = gather_over_ranks([float(value) for value in values])
+    return [sum(numbers) for numbers in zip(*of_ranks, strict=True)]
 
 
 def max_over_ranks(value) -> float:
     """The largest of the ranks' numbers."""
-    return _all_reduce([value], dist.ReduceOp.MAX)[0]
-
-
-def _all_reduce(values, operation) -> list[float]:
-    numbers = [float(value) for value in values]
-    if not dist.is_initialized():
-        return numbers
-    tensor = torch.tensor(numbers, dtype=torch.float64)  # on the CPU, which gloo serves
-    dist.all_reduce(tensor, operation)
-    return tensor.tolist()
+    return max(gather_over_ranks(float(value)))
 
 
 # --------------------------------------------------------------------------------------------- FSDP
@@ -183,9 +167,8 @@ def make_mesh(device_type: str, shard_size: int = 0) -> DeviceMesh:
     gathers over the network. ValueError if the ranks cannot be divided like that.
     """
     world = dist.get_world_size()
-    if shard_size == 0:
-        # torchrun numbers a machine's ranks consecutively. Unequal machines use a common divisor.
-        shard_size = math.gcd(*gather_over_ranks(local_world_size()))
+    # torchrun numbers a machine's ranks consecutively. Unequal machines use a common divisor.
+    shard_size = shard_size or math.gcd(*gather_over_ranks(local_world_size()))
     divisors = [size for size in range(1, world + 1) if world % size == 0]
     if shard_size not in divisors:
         choices = ", ".join(map(str, divisors))
@@ -194,8 +177,8 @@ def make_mesh(device_type: str, shard_size: int = 0) -> DeviceMesh:
         )
     if shard_size == world:
         return init_device_mesh(device_type, (world,))
-    shape, names = (world // shard_size, shard_size), ("replicate", "shard")
-    return init_device_mesh(device_type, shape, mesh_dim_names=names)
+    shape = world // shard_size, shard_size
+    return init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def fsdp_blocks(model) -> list:
@@ -235,9 +218,8 @@ def full_weights(model) -> Iterator[None]:
         for module in modules:
             module.set_reshard_after_forward(module is not model, recurse=False)
             module.reshard()
-        if torch.cuda.is_available():
-            # The cache leaves large blocks behind, and updates would not find room in one piece.
-            torch.cuda.empty_cache()
+        # The cache leaves large blocks behind, and updates would not find room in one piece.
+        torch.cuda.empty_cache()  # nothing without CUDA
 
 
 def reduce_over_replicas(model, enabled: bool) -> None:

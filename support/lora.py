@@ -83,26 +83,16 @@ def average_gradients(model) -> None:
     if world_size() == 1:
         return
     for parameter in adapter_parameters(model).values():
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
         dist.all_reduce(parameter.grad)
         parameter.grad /= world_size()
-
-
-@torch.no_grad()
-def merge(layer: nn.Module, weight: Tensor) -> Tensor:
-    """W + s B A in fp32, for an adapted layer's whole weight W."""
-    [scale] = layer.scaling.values()
-    [down], [up] = layer.lora_A.values(), layer.lora_B.values()
-    return weight.float() + scale * (up.weight @ down.weight)
 
 
 def save_adapter(model, folder: Path) -> None:
     """Write the adapter alone, in peft's format: PeftModel.from_pretrained loads it."""
     [config] = model.peft_config.values()
     config.save_pretrained(folder)
-    weights = {}
-    for name, parameter in adapter_parameters(model).items():
-        plain = name.replace(".default", "")
-        weights[f"base_model.model.{plain}"] = parameter.detach().cpu().contiguous()
+    weights = {
+        f"base_model.model.{name.replace('.default', '')}": parameter.detach().cpu().contiguous()
+        for name, parameter in adapter_parameters(model).items()
+    }
     save_file(weights, folder / "adapter_model.safetensors")

@@ -42,7 +42,7 @@ CHUNK = 256
 
 
 def make_packs(groups: list[Group], max_tokens: int) -> list[list[Group]]:
-    """Rows of at most `max_tokens` tokens, as many on every rank as on the rank with the most.
+    """Packs of at most `max_tokens` tokens, as many on every rank as on the rank with the most.
 
     Each forward is a collective, so a rank with fewer packs feeds empty ones.
     """
@@ -65,20 +65,12 @@ def split_into_packs(groups: list[Group], max_tokens: int) -> list[list[Group]]:
 
 
 def empty_group(prompt: Prompt | None = None) -> Group:
-    """A group with an empty response: a prompt alone in its pack, for prefill.
-
-    Without a prompt, two tokens stand in: see make_packs.
-    """
+    """A group with an empty response: a prompt to prefill, or two tokens (see make_packs)."""
     nothing = torch.zeros(1, 0)
-    if prompt is None:
-        prompt = Prompt(
-            example=Example("", "", []),
-            input_ids=torch.zeros(2, dtype=torch.long),
-            position_ids=torch.arange(2).expand(3, -1),
-            is_image_token=torch.zeros(2, dtype=torch.bool),
-        )
+    two = torch.arange(2)
+    stand_in = Prompt(Example("", "", []), two, two.expand(3, -1), torch.zeros(2).bool())
     return Group(
-        prompt=prompt,
+        prompt=prompt or stand_in,
         tokens=nothing.long(),
         response_mask=nothing.bool(),
         truncated=torch.zeros(1, dtype=torch.bool),
@@ -95,22 +87,14 @@ class Pack(NamedTuple):
     input_ids: Tensor  # [1, S]
     position_ids: Tensor  # [3, 1, S]
     is_image_token: Tensor  # [1, S] bool
-    pixel_values: Tensor  # [N_patch, D_patch]
-    image_grid_thw: Tensor  # [n_images, 3]
+    images: tuple[Tensor, Tensor] | None  # patches [N_patch, D_patch], grids [n_images, 3]
     attend: PackAttention  # who sees whom
     predicts: Tensor  # [n], pack positions whose outputs predict the n response tokens
     targets: Tensor  # [n], those tokens, in the order of the [B, T] response mask
 
 
-def owners(group: Group) -> Tensor:
-    """Whose each token of a group's sequence is: 0 for the prompt, i for the i-th response."""
-    fed = (group.response_mask.sum(1) - 1).clamp(min=0)  # [G]
-    counts = torch.cat([torch.tensor([len(group.prompt)]), fed])
-    return torch.arange(len(counts)).repeat_interleave(counts)
-
-
-def build_pack(groups: list[Group], view: str, black: Tensor, merge: int, device) -> Pack:
-    """Groups -> Pack. view: of the images, if not they themselves. black, merge: the encoder's."""
+def build_pack(groups: list[Group], view: str, device) -> Pack:
+    """Groups -> Pack. view: of the images, if not they themselves."""
     ids, positions, image_tokens, predicts, targets = [], [], [], [], []
     start = 0
     for group in groups:
@@ -120,40 +104,34 @@ def build_pack(groups: list[Group], view: str, black: Tensor, merge: int, device
         after_prompt = prompt.position_ids.max() + 1 + torch.arange(fed.shape[1])
         ids += [prompt.input_ids, group.tokens[:, :-1][fed]]
         positions += [prompt.position_ids, after_prompt.expand_as(fed)[fed].expand(3, -1)]
-        image_tokens += [prompt.is_image_token, torch.zeros(n_fed, dtype=torch.bool)]
+        image_tokens.append(F.pad(prompt.is_image_token, (0, n_fed)))
         # The prompt's last position predicts every first token.
         predictor = torch.full(mask.shape, len(prompt) - 1)
         predictor[:, 1:][fed] = len(prompt) + torch.arange(n_fed)
         predicts.append(start + predictor[mask])
         targets.append(group.tokens[mask])
         start += len(prompt) + n_fed
-    pixel_values, grid = _images(groups, view, black, merge, device)
     return Pack(
         input_ids=torch.cat(ids)[None].to(device),
         position_ids=torch.cat(positions, 1)[:, None].to(device),
         is_image_token=torch.cat(image_tokens)[None].to(device),
-        pixel_values=pixel_values,
-        image_grid_thw=grid,
-        attend=PackAttention([owners(group) for group in groups], device),
+        images=_images([group for group in groups if group.has_image], view, device),
+        attend=PackAttention([group.owner for group in groups], device),
         predicts=torch.cat(predicts).to(device),
         targets=torch.cat(targets).to(device),
     )
 
 
-def _images(groups, view: str, black: Tensor, merge: int, device) -> tuple[Tensor, Tensor]:
+def _images(groups: list[Group], view: str, device) -> tuple[Tensor, Tensor] | None:
     """Patches and grids of the groups' images, or of a view of them."""
-    with_image = [group for group in groups if group.has_image]
-    if not with_image:
-        # Under FSDP no rank may skip the vision tower: one black token whose features go nowhere.
-        one_token = torch.tensor([[1, merge, merge]])
-        return black.expand(merge**2, -1).to(device), one_token.to(device)
-    if view:
-        pixel_values = [group.view_pixel_values[view] for group in with_image]
-    else:
-        pixel_values = [group.prompt.pixel_values for group in with_image]
-    grids = [group.prompt.image_grid_thw for group in with_image]
+    if not groups:
+        return None
+    patches = [
+        group.view_pixel_values[view] if view else group.prompt.pixel_values for group in groups
+    ]
+    grids = [group.prompt.image_grid_thw for group in groups]
     # Joined on the device: on the host, joining the patches takes longer than the forward.
-    return torch.cat([pixels.to(device) for pixels in pixel_values]), torch.cat(grids).to(device)
+    return torch.cat([each.to(device) for each in patches]), torch.cat(grids).to(device)
 
 
 # ---------------------------------------------------------------------------------------- attention
@@ -176,22 +154,27 @@ class PackAttention:
             k, v = k.index_select(0, keys), v.index_select(0, keys)
             return kernel(q, k, v, *boundaries, scale=scale, causal=True)[None]
         self.masks = self.masks or [self._mask(owner, query.dtype) for owner in self.owners]
+        # The query heads that share a key head become a batch with one view of it, which no kernel
+        # has to copy: [H_kv, H / H_kv, S, D] and [H_kv, 1, S, D].
+        query = query[0].unflatten(0, (key.shape[1], -1))
+        key, value = key[0][:, None], value[0][:, None]
         # split, because the backward of a slice fills a tensor of the whole pack.
-        groups = zip(*(x.split(self.lengths, 2) for x in (query, key, value)), strict=True)
+        groups = zip(
+            *(x.split(self.lengths, 2) for x in (query, key, value)), self.masks, strict=True
+        )
         attended = [
-            masked_attention(*group, mask, scale)
-            for group, mask in zip(groups, self.masks, strict=True)
+            F.scaled_dot_product_attention(
+                q, k.expand_as(q), v.expand_as(q), attn_mask=mask, scale=scale
+            )
+            for q, k, v, mask in groups
         ]
-        return torch.cat(attended, 1)
+        return torch.cat(attended, 2).flatten(0, 1).transpose(0, 1)[None]
 
     def _mask(self, owner: Tensor, dtype: torch.dtype) -> Tensor:
         """[S, S] of one group: 0 where the query (down) sees the key (across), else -inf."""
         owner = owner.to(self.device)
         sees = ((owner == 0) | (owner == owner[:, None])).tril()
-        # Not bool: SDPA would convert it in every layer.
-        return torch.zeros(sees.shape, dtype=dtype, device=self.device).masked_fill(
-            ~sees, -torch.inf
-        )
+        return sees.to(dtype).log()  # not bool: SDPA would convert it in every layer
 
     @cached_property
     def sequences(self) -> tuple[Tensor, Tensor, Tensor, int, int]:
@@ -216,24 +199,6 @@ class PackAttention:
             for lengths in (query_lengths, key_lengths)
         ]
         return torch.cat(keys).to(self.device), *ends, max(query_lengths), max(key_lengths)
-
-
-def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float):
-    """SDPA: query[1, H, S, D], key and value[1, H_kv, S, D], mask[S, S] -> [1, S, H, D].
-
-    The query heads that share a key head become a batch with one view of that key head, which no
-    kernel has to copy.
-    """
-    heads, kv_heads = query.shape[1], key.shape[1]
-    shared = heads // kv_heads
-    out = F.scaled_dot_product_attention(
-        query[0].unflatten(0, (kv_heads, shared)),
-        key[0][:, None].expand(-1, shared, -1, -1),
-        value[0][:, None].expand(-1, shared, -1, -1),
-        attn_mask=mask,
-        scale=scale,
-    )
-    return out.flatten(0, 1).transpose(0, 1)[None]
 
 
 def varlen_kernel(query: Tensor) -> Callable | None:
@@ -271,16 +236,7 @@ def _torch_varlen_attention(*tensors_and_lengths, scale: float, causal: bool) ->
     return varlen_attn(*tensors_and_lengths, scale=scale, window_size=window, enable_gqa=True)
 
 
-def text_attention(
-    module,
-    query,
-    key,
-    value,
-    attention_mask,
-    scaling=None,
-    attend: Callable | None = None,
-    **kwargs,
-):
+def text_attention(module, query, key, value, attention_mask, scaling=None, attend=None, **kwargs):
     """The language model's attention, as `attend` says; without it, transformers' own.
 
     attend(layer, query[B, H, S, D], key, value[B, H_kv, S, D], scale) -> [B, S, H, D].
@@ -340,13 +296,21 @@ def pack_log_probs(self, pack: Pack, temperature: float, entropies: bool = False
     return torch.cat(values)
 
 
-def pack_hidden_states(self, pack: Pack, attend: Callable | None = None) -> Tensor:
+def pack_hidden_states(self, pack: Pack, watch: Callable | None = None) -> Tensor:
     """The last layer's outputs [S, hidden]. `self` is the transformers model.
 
-    attend: in place of pack.attend, for callers that look at queries, keys or values.
+    watch: called by each layer with the arguments of pack.attend, before it.
     """
+
+    def attend(*inputs):
+        if watch:
+            watch(*inputs)
+        return pack.attend(*inputs)
+
     embeds = self.get_input_embeddings()(pack.input_ids)  # [1, S, hidden]
-    image = self.model.get_image_features(pack.pixel_values, pack.image_grid_thw, return_dict=True)
+    # Under FSDP no rank may skip the vision tower. Nothing reads the features of a blank image.
+    images = pack.images or blank_image(self.model.visual, embeds.device)
+    image = self.model.get_image_features(*images, return_dict=True)
     features = torch.cat(image.pooler_output).to(embeds.dtype)  # [image tokens, hidden]
     where = pack.is_image_token[..., None].expand_as(embeds)
     more = {}
@@ -357,9 +321,16 @@ def pack_hidden_states(self, pack: Pack, attend: Callable | None = None) -> Tens
         inputs_embeds=embeds.masked_scatter(where, features),
         position_ids=pack.position_ids,
         use_cache=False,
-        attend=attend or pack.attend,
+        attend=attend,
         **more,
     ).last_hidden_state[0]
+
+
+def blank_image(visual, device) -> tuple[Tensor, Tensor]:
+    """Patches and grid of one image token."""
+    embed, merge = visual.patch_embed, visual.spatial_merge_size
+    patch = torch.zeros(embed.in_channels * embed.temporal_patch_size * embed.patch_size**2)
+    return patch.expand(merge**2, -1).to(device), torch.tensor([[1, merge, merge]]).to(device)
 
 
 def _chunk_values(

@@ -1,7 +1,5 @@
 """Qwen-VL models: the Encoder (example -> prompt tensors) and the Policy (weights, log-probs).
 
-This file, packing.py and decoding.py hold nearly every call into young interfaces of transformers.
-
 Differences from the released code:
 1. One mechanism expands image placeholders here. AutoProcessor would do it but needs torchvision,
    and so does AutoImageProcessor in transformers 5.17.
@@ -35,14 +33,7 @@ from transformers.utils import cached_file
 
 from support.batch import Example, Group, Prompt, pad_and_cat
 from support.distributed import reshard_root
-from support.packing import (
-    ATTENTION,
-    Pack,
-    build_pack,
-    make_packs,
-    pack_hidden_states,
-    pack_log_probs,
-)
+from support.packing import ATTENTION, build_pack, make_packs, pack_hidden_states, pack_log_probs
 
 MODEL_TYPES = ("qwen2_5_vl", "qwen3_vl")
 HIDDEN_SIZE_7B = 3584  # text hidden size from which presets take a model for the paper's 7B
@@ -52,9 +43,6 @@ PROMPT_SUFFIX = (
 )
 TINY = 20_000_000  # parameters of a model that a thread or two run best
 VISION_TOKEN = r"<\|(vision|image|video)_(start|end|pad)\|>"
-
-
-# ------------------------------------------------------------------------------------------ encoder
 
 
 def size_of(name: str) -> str:
@@ -68,18 +56,15 @@ class Encoder:
 
     It needs no weights, so it runs in threads while the model works. `name`: a local Hugging Face
     folder or a hub id. Images are resized to between min_pixels and max_pixels. `suffix` is
-    appended to questions that lack it. `opening`: "<think>" where the chat template writes it for
-    the model (Qwen3-VL Thinking), else "".
+    appended to questions that lack it.
     """
 
     def __init__(self, name: str, min_pixels: int, max_pixels: int, suffix: str = PROMPT_SUFFIX):
         self.source = name
         self.config = AutoConfig.from_pretrained(name)
         if self.config.model_type not in MODEL_TYPES:
-            choices = ", ".join(MODEL_TYPES)
-            raise ValueError(
-                f"model {name!r} is a {self.config.model_type}: choose one of {choices}"
-            )
+            kind, choices = self.config.model_type, ", ".join(MODEL_TYPES)
+            raise ValueError(f"model {name!r} is a {kind}: choose one of {choices}")
         self.tokenizer = _load_tokenizer(name)
         self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(name)
         self.image_processor.size = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
@@ -88,6 +73,7 @@ class Encoder:
         added = self.tokenizer.added_tokens_decoder.values()
         self.control_tokens = [token.content for token in added if token.special]
         chat = self._render([{"type": "text", "text": "?"}])
+        # Qwen3-VL Thinking's chat template writes it for the model.
         self.opening = "<think>" if chat.rstrip().endswith("<think>") else ""
         with torch.device("meta"):  # no weights: only its position ids are used
             self.rope = AutoModelForImageTextToText.from_config(self.config).model
@@ -104,10 +90,9 @@ class Encoder:
         Black is (0 - mean) / std in each channel after normalisation; 0 would be mean grey. The
         channel is the slowest axis of a patch.
         """
-        black = -torch.tensor(self.image_processor.image_mean) / torch.tensor(
-            self.image_processor.image_std
-        )
-        per_channel = self.image_processor.temporal_patch_size * self.image_processor.patch_size**2
+        images = self.image_processor
+        black = -torch.tensor(images.image_mean) / torch.tensor(images.image_std)
+        per_channel = images.temporal_patch_size * images.patch_size**2
         return black.repeat_interleave(per_channel)
 
     def prompt_length(self, question: str, sizes: list[tuple[int, int]]) -> int:
@@ -127,12 +112,14 @@ class Encoder:
         thin."""
         ids, markers = self._tokenize(example.question)
         if markers != len(example.images):
-            raise ValueError(
-                f"{markers} <image> markers for {len(example.images)} images: "
-                f"{example.question[:80]!r}"
-            )
+            counts = f"{markers} <image> markers for {len(example.images)} images"
+            raise ValueError(f"{counts}: {example.question[:80]!r}")
         pixels, grid, more = self._process_images(example)
-        input_ids = self._expand_placeholders(ids, grid)
+        input_ids = torch.tensor(ids)
+        if grid is not None:  # one placeholder per image -> one per image token
+            copies = torch.ones_like(input_ids)
+            copies[input_ids == self.image_id] = grid.prod(-1) // self.patches_per_token
+            input_ids = input_ids.repeat_interleave(copies)
         is_image_token = input_ids == self.image_id
         position_ids, _ = self.rope.get_rope_index(
             input_ids[None], is_image_token[None].int(), image_grid_thw=grid
@@ -155,15 +142,11 @@ class Encoder:
                 raise ValueError(f"the question spells out {token}: {question[:80]!r}")
         if self.suffix and self.suffix not in question:
             question = f"{question}\n\n{self.suffix}"
-        texts = question.split("<image>")
-        content = []
-        for number, text in enumerate(texts):
-            if number > 0:
-                content.append({"type": "image"})
-            if text:
-                content.append({"type": "text", "text": text})
+        parts = [part for part in re.split("(<image>)", question) if part]
+        image = {"type": "image"}
+        content = [image if p == "<image>" else {"type": "text", "text": p} for p in parts]
         ids = self.tokenizer(self._render(content), add_special_tokens=False)["input_ids"]
-        return ids, len(texts) - 1
+        return ids, parts.count("<image>")
 
     def _render(self, content: list[dict]) -> str:
         """The chat template's text, up to where the response begins."""
@@ -176,33 +159,20 @@ class Encoder:
         if not example.images:
             return None, None, {}
         processed = self.image_processor(images=example.images, return_tensors="pt")
-        more_pixel_values = {}
+        more = {}
         for column, others in example.more_images.items():
-            resized = []
-            for other, image in zip(others, example.images, strict=True):
-                resized.append(other.convert("RGB").resize(image.size))  # the same patch grid
+            pairs = zip(others, example.images, strict=True)
+            resized = [other.convert("RGB").resize(image.size) for other, image in pairs]
             same_grid = self.image_processor(images=resized, return_tensors="pt")
-            more_pixel_values[column] = same_grid["pixel_values"]
-        return processed["pixel_values"], processed["image_grid_thw"], more_pixel_values
-
-    def _expand_placeholders(self, ids: list[int], grid: Tensor | None) -> Tensor:
-        """One placeholder per image -> one per image token."""
-        if grid is None:
-            return torch.tensor(ids)
-        image_tokens = iter((grid.prod(-1) // self.patches_per_token).tolist())
-        expanded = []
-        for token in ids:
-            copies = next(image_tokens) if token == self.image_id else 1
-            expanded += [token] * copies
-        return torch.tensor(expanded)
+            more[column] = same_grid["pixel_values"]
+        return processed["pixel_values"], processed["image_grid_thw"], more
 
 
 def choose_threads(model) -> None:
     """Run a tiny model on two threads where two cores are idle, else on one.
 
-    Its operations are too small for more, and beside other work torch's threads wait for one
-    another: a step then takes several times as long as on a single thread. OMP_NUM_THREADS decides
-    where it is set, as torchrun does for several ranks.
+    Beside other work torch's threads wait for one another, and a step of so small operations takes
+    several times as long. OMP_NUM_THREADS decides where it is set, as torchrun does for ranks.
     """
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     if n_parameters < TINY and "OMP_NUM_THREADS" not in os.environ:
@@ -210,16 +180,12 @@ def choose_threads(model) -> None:
 
 
 def idle_cores(seconds: float = 0.2) -> float:
-    """How many cores are idle at the moment; 0 where Linux's /proc/stat does not say."""
-
-    def idle_ticks() -> int:
-        return int(Path("/proc/stat").read_text().split()[4])  # of all cores, 100 per second
-
-    if not Path("/proc/stat").exists():
-        return 0.0
-    before = idle_ticks()
-    time.sleep(seconds)
-    return (idle_ticks() - before) / 100 / seconds
+    """How many cores are idle at the moment."""
+    idle_ticks = []  # of all cores, 100 per second
+    for wait in (0, seconds):
+        time.sleep(wait)
+        idle_ticks.append(int(Path("/proc/stat").read_text().split()[4]))
+    return (idle_ticks[1] - idle_ticks[0]) / 100 / seconds
 
 
 def _load_tokenizer(name: str):
@@ -229,9 +195,6 @@ def _load_tokenizer(name: str):
         # Older folders keep the template in a file that only processors read.
         tokenizer.chat_template = json.loads(Path(template).read_text())["chat_template"]
     return tokenizer
-
-
-# ------------------------------------------------------------------------------------------- policy
 
 
 def use_faster_forwards(model) -> None:
@@ -260,15 +223,13 @@ class Policy:
     """A Qwen-VL model and its encoder.
 
     `model`: the transformers class, plain or sharded (distributed.shard). `temperature`: that of
-    sampling, by which all logits are divided. Two settings may be changed after building it:
-    `tokens_per_forward`, how many tokens a pack may hold, and `saliency`, a function image
-    -> [h, w] for semantic masks. `most_responses`: how many responses have been found to fit into
-    memory at a time (rollout.generate).
+    sampling, by which all logits are divided.
     """
 
-    tokens_per_forward: int = 16_384
-    saliency: Callable | None = None
-    most_responses: float = math.inf
+    # Settings that may be changed after building it.
+    tokens_per_forward: int = 16_384  # at most, in a pack
+    saliency: Callable | None = None  # image -> [h, w], for semantic masks
+    most_responses: float = math.inf  # found to fit into memory at a time (rollout.generate)
 
     def __init__(self, model, encoder: Encoder, temperature: float = 1.0):
         self.model = model.eval()
@@ -288,9 +249,8 @@ class Policy:
         # Qwen's generation_config holds chat defaults (repetition_penalty 1.05, a near-zero
         # temperature) that generate() would merge into rollouts silently. Only the end tokens are
         # kept; the export copies the original file.
-        model.generation_config = GenerationConfig(
-            eos_token_id=self.eos_ids, pad_token_id=self.pad_id
-        )
+        ends = {"eos_token_id": self.eos_ids, "pad_token_id": self.pad_id}
+        model.generation_config = GenerationConfig(**ends)
 
     @classmethod
     def load(
@@ -320,14 +280,17 @@ class Policy:
 
         Returns [B, T], 0 at padding. view: under this of the groups' views, not under the images.
         """
-        flat = self.model.pack_log_probs(self._pack(groups, view), self.temperature)
-        return self._unflatten(flat, groups)
+        return self._values(groups, view)
 
     def entropies(self, groups: list[Group]) -> Tensor:
-        """Entropy in nats of the softmax behind each token, before top-p and top-k, [B, T]; 0 at
-        padding."""
-        pack = self._pack(groups)
-        return self._unflatten(self.model.pack_log_probs(pack, self.temperature, True), groups)
+        """Entropy in nats of the full softmax behind each token, [B, T]; 0 at padding."""
+        return self._values(groups, entropies=True)
+
+    def _values(self, groups: list[Group], view: str = "", entropies: bool = False) -> Tensor:
+        pack = build_pack(groups, view, self.device)
+        of_tokens = self.model.pack_log_probs(pack, self.temperature, entropies)
+        mask = pad_and_cat(groups, "response_mask", self.device).bool()
+        return of_tokens.new_zeros(mask.shape).masked_scatter(mask, of_tokens)
 
     @torch.no_grad()
     def per_group(
@@ -342,27 +305,11 @@ class Policy:
         shares = []
         for pack, values in zip(packs, on_device, strict=True):
             of_groups = values.cpu().split([len(group.tokens) for group in pack])
-            for group, share in zip(pack, of_groups, strict=True):
-                shares.append(share[:, : group.tokens.shape[1]])
-        if packs:
-            reshard_root(self.model)
+            pairs = zip(pack, of_groups, strict=True)
+            shares += [share[:, : group.tokens.shape[1]] for group, share in pairs]
+        reshard_root(self.model)
         return shares[: len(groups)]  # without the empty groups of make_packs
 
     def probe_attention(self, groups: list[Group], probe: Callable) -> None:
-        """A forward whose layers first call probe(layer, query[1, H, S, D], key, scale)."""
-        pack = self._pack(groups)
-
-        def attend(layer, query, key, value, scale):
-            probe(layer, query, key, scale)
-            return pack.attend(layer, query, key, value, scale)
-
-        self.model.pack_hidden_states(pack, attend)
-
-    def _pack(self, groups: list[Group], view: str = "") -> Pack:
-        merge_size = self.encoder.image_processor.merge_size
-        return build_pack(groups, view, self.encoder.black_patch, merge_size, self.device)
-
-    def _unflatten(self, flat: Tensor, groups: list[Group]) -> Tensor:
-        """Values of the tokens of all responses, one after the other, as [B, T]; 0 at padding."""
-        mask = pad_and_cat(groups, "response_mask", self.device).bool()
-        return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
+        """A forward whose layers first call probe(layer, query[1, H, S, D], key, value, scale)."""
+        self.model.pack_hidden_states(build_pack(groups, "", self.device), probe)

@@ -19,29 +19,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from support import StepError, checkpoint, curves, data, lora, pages, predictions
+from support import StepError, checkpoint, curves, data, distributed, lora, pages, predictions
+from support import run_folder as files
 from support.batch import Example, Group, Prompt
 from support.config import exit_with_error, flags_of
-from support.distributed import (
-    make_mesh,
-    max_over_ranks,
-    on_first_rank,
-    one_rank_at_a_time,
-    shard,
-)
+from support.distributed import max_over_ranks, on_first_rank
 from support.qwen_vl import Encoder, Policy
 from support.reward import compute_score
-from support.run_folder import (
-    LOGGERS,
-    append,
-    free_name,
-    keep_checksums,
-    keep_copy,
-    lock,
-    read_log,
-    rewind,
-    survivable,
-)
+from support.run_folder import survivable
 from support.saliency import saliency_for
 from support.sandbox import Grader
 
@@ -50,7 +35,6 @@ SHOWN_CHARACTERS = 400
 SAMPLE_ROWS = 4  # questions per evaluation set whose responses are kept to look at
 MAX_USELESS_STEPS = 3
 MAX_SAMPLER_GAP = 0.1  # nats per token; in fp32 rounding leaves 1e-6
-GIB = 2**30
 
 
 class Stopped(Exception):  # noqa: N818  (an event, not an error)
@@ -75,19 +59,19 @@ class Run(AbstractContextManager):
         self.warnings: set[str] = set()  # printed ones
         self.useless_steps = 0  # steps in a row without any advantage
 
-        self.mesh = make_mesh(self.device.type, config.shard_size)
+        self.mesh = distributed.make_mesh(self.device.type, config.shard_size)
         self.rows, self.eval_sets = self._load_data(encoder)
         epoch_steps = int(config.epochs * len(self.rows)) // config.prompts_per_step
         self.n_steps = config.steps or max(1, epoch_steps)
-        with_adapters = config.lora_rank > 0
-        self.policy = self._load_policy(encoder, self.dtype if with_adapters else torch.float32)
+        # Trained weights are fp32. Those beside adapters and those of the reference are frozen.
+        self.policy = self._load_policy(encoder, self.dtype if config.lora_rank else torch.float32)
         if "mask" in algo.views():
             self.policy.saliency = saliency_for(algo.mask_strategy, config.data)
         self.reference = None
-        if algo.kl_ref_coef:
+        if algo.kl_ref_coef and config.lora_rank:
             self.reference = lora.Reference(self.policy)
-            if not with_adapters:
-                self.reference = self._load_policy(encoder, self.dtype)
+        elif algo.kl_ref_coef:
+            self.reference = self._load_policy(encoder, self.dtype)
         self.optimizer = torch.optim.AdamW(
             [p for p in self.policy.model.parameters() if p.requires_grad],
             lr=config.lr,
@@ -105,11 +89,8 @@ class Run(AbstractContextManager):
 
     def _load_data(self, encoder: Encoder) -> tuple[data.Rows, dict[str, data.Rows]]:
         config = self.config
-        options = {
-            "length": encoder.prompt_length,
-            "max_prompt_tokens": config.max_prompt_tokens,
-            "seed": config.seed,
-        }
+        options = {"length": encoder.prompt_length, "max_prompt_tokens": config.max_prompt_tokens}
+        options["seed"] = config.seed
         rows = data.load(config.data, columns=self.algo.columns, **options)
         eval_sets = {}
         if config.eval_every and config.val_data != "none":
@@ -118,15 +99,10 @@ class Run(AbstractContextManager):
 
     def _load_policy(self, encoder: Encoder, dtype: torch.dtype) -> Policy:
         config = self.config
-        with one_rank_at_a_time():  # host memory holds one whole copy at a time
-            policy = Policy.load(
-                encoder.source,
-                encoder,
-                dtype=dtype,
-                device=self.device,
-                temperature=config.temperature,
-                checkpointing=self.device.type == "cuda",
-            )
+        options = {"dtype": dtype, "device": self.device, "temperature": config.temperature}
+        options["checkpointing"] = self.device.type == "cuda"
+        with distributed.one_rank_at_a_time():  # host memory holds one whole copy at a time
+            policy = Policy.load(encoder.source, encoder, **options)
             policy.tokens_per_forward = config.tokens_per_forward
             policy.model.model.visual.requires_grad_(not config.freeze_vision)
             if config.lora_rank:
@@ -135,25 +111,23 @@ class Run(AbstractContextManager):
             # stored in fp32.
             if self.world > 1 or dtype != self.dtype:
                 adapters = lora.adapter_parameters(policy.model).values()
-                shard(policy.model, self.mesh, self.dtype, ignored=set(adapters))
+                distributed.shard(policy.model, self.mesh, self.dtype, ignored=set(adapters))
         return policy
 
     def start(self) -> None:
         """Open the folder, resume from its newest checkpoint, read data ahead, heed signals."""
-        self.folder = on_first_rank(self._claim_folder)
-        newest = on_first_rank(self._newest_checkpoint)
+        self.folder, newest = on_first_rank(self._claim_folder)
         if newest:
             state = checkpoint.load(newest, self.policy.model, self.optimizer)
             self.step, self.position = state["step"], state["position"]
-        self.evaluated_step = on_first_rank(lambda: self._open_folder(resuming=bool(newest)))
+        self.evaluated_step = on_first_rank(self._open_folder)
         if not (self.folder / "config.json").exists():
             raise OSError(f"{self.folder} is not the first rank's: all machines must share it")
-        makers = [make for name, make in LOGGERS.items() if getattr(self.config, name)]
-        self.loggers = [make(self.folder) for make in makers if self.rank == 0]
         config = self.config
-        self.per_round = (
-            config.mini_batch if self.algo.dynamic_sampling else config.prompts_per_step
-        )
+        makers = [make for name, make in files.LOGGERS.items() if getattr(config, name)]
+        self.loggers = [make(self.folder) for make in makers if self.rank == 0]
+        is_dynamic = self.algo.dynamic_sampling
+        self.per_round = config.mini_batch if is_dynamic else config.prompts_per_step
         where = {"position": self.position, "rank": self.rank, "world": self.world}
         rounds = data.shuffled_rounds(len(self.rows), self.per_round, seed=config.seed, **where)
         self.rounds = data.encode_ahead(self.rows, self.policy.encoder.encode, rounds)
@@ -170,40 +144,38 @@ class Run(AbstractContextManager):
                 f"({views}) and the terms of its objective that need them are empty"
             )
 
-    def _claim_folder(self) -> Path:
-        """Make and lock the folder, before anything in it is read or written."""
+    def _claim_folder(self) -> tuple[Path, Path | None]:
+        """Make and lock the folder. Returns it, and the checkpoint to resume from, if there is one.
+
+        A run without a checkpoint starts over, unless it has a model."""
         config = self.config
         if config.out and not config.resume and any(Path(config.out).glob("[!.]*")):
             raise OSError(f"--out {config.out} exists: choose another, delete it, or --resume it")
-        folder = Path(config.resume or config.out or free_name(config))
+        folder = Path(config.resume or config.out or files.free_name(config))
         folder.mkdir(parents=True, exist_ok=True)
-        self._lock = lock(folder)
-        return folder
+        self._lock = files.lock(folder)
+        if complete := checkpoint.complete(folder):
+            return folder, complete[-1]
+        if config.resume and (folder / "model").exists():
+            raise OSError(f"{folder} has a model but no checkpoint: nothing to resume")
+        if config.resume:
+            print(f"{folder} has no checkpoint: starting at step 0")
+        return folder, None
 
-    def _newest_checkpoint(self) -> Path | None:
-        """Where to resume. A run without a checkpoint starts over, unless it has a model."""
-        if not self.config.resume:
-            return None
-        if complete := checkpoint.complete(self.folder):
-            return complete[-1]
-        if (self.folder / "model").exists():
-            raise OSError(f"{self.folder} has a model but no checkpoint: nothing to resume")
-        print(f"{self.folder} has no checkpoint: starting at step 0")
-        return None
-
-    def _open_folder(self, resuming: bool) -> int | None:
+    def _open_folder(self) -> int | None:
         """Write config.json, rewind the logs to the checkpoint; returns `evaluated_step`."""
         config = flags_of(self.config, self.algo) | {"steps": self.n_steps, "resume": ""}
-        checkpoint.clean(self.folder)
+        checkpoint.clean(self.folder, self.config.keep)
         text = json.dumps(config, indent=1) + "\n"
         checkpoint.write_atomically(self.folder / "config.json", text)
         sets = (self.rows, *self.eval_sets.values())
-        keep_checksums(self.folder, {rows.name: rows.checksum for rows in sets}, resuming)
+        checksums = {rows.name: rows.checksum for rows in sets}
+        files.keep_checksums(self.folder, checksums, resuming=self.step > 0)
         if self.config.algo.endswith(".py"):
-            keep_copy(Path(self.config.algo), self.folder, resuming=bool(self.config.resume))
-        last_kept = self.step if resuming else -1
-        rewind(self.folder / "samples.jsonl", last_kept)
-        lines = rewind(self.folder / "metrics.jsonl", last_kept)
+            files.keep_copy(Path(self.config.algo), self.folder, resuming=bool(self.config.resume))
+        last_kept = self.step or -1
+        files.rewind(self.folder / "samples.jsonl", last_kept)
+        lines = files.rewind(self.folder / "metrics.jsonl", last_kept)
         is_evaluated = any(line["step"] == self.step and "reward" not in line for line in lines)
         return self.step if is_evaluated else None
 
@@ -232,7 +204,7 @@ class Run(AbstractContextManager):
         metrics["seconds"] = time.time() - self.started
         metrics["tokens_per_second"] = metrics.pop("response_tokens") / metrics["seconds"]
         if self.device.type == "cuda":
-            metrics["peak_memory"] = max_over_ranks(torch.cuda.max_memory_allocated() / GIB)
+            metrics["peak_memory"] = max_over_ranks(torch.cuda.max_memory_allocated() / 2**30)
             torch.cuda.reset_peak_memory_stats()
         self.bar.set_postfix({name: f"{metrics[name]:.3f}" for name in ("reward", "accuracy")})
         self.log(metrics)
@@ -284,8 +256,8 @@ class Run(AbstractContextManager):
         return bool(every) and (self.step % every == 0 or self.step == self.n_steps)
 
     def evaluation_is_due(self) -> bool:
-        due = self.is_due(self.config.eval_every) and self.evaluated_step != self.step
-        return due and bool(self.eval_sets)
+        is_new = self.evaluated_step != self.step and bool(self.eval_sets)
+        return is_new and self.is_due(self.config.eval_every)
 
     def log_evaluation(self, results: dict[str, list[predictions.Question]]) -> None:
         """Log avg@n of each evaluation set, and the first response to its first questions."""
@@ -301,11 +273,10 @@ class Run(AbstractContextManager):
         """Write one line of metrics.jsonl, and samples to samples.jsonl, on the first rank."""
         if self.rank > 0:
             return
-        line = {"step": self.step}
-        for name, value in metrics.items():
-            line[name] = round(value, 8) if isinstance(value, float) else value
-        append(self.folder / "metrics.jsonl", [line])
-        append(self.folder / "samples.jsonl", samples)
+        rounded = {k: round(v, 8) if isinstance(v, float) else v for k, v in metrics.items()}
+        line = {"step": self.step} | rounded
+        files.append(self.folder / "metrics.jsonl", [line])
+        files.append(self.folder / "samples.jsonl", samples)
         for logger in self.loggers:
             logger(line, samples)
 
@@ -313,9 +284,8 @@ class Run(AbstractContextManager):
         """Save a checkpoint of the completed steps."""
         state = {"step": self.step, "position": self.position}
         with survivable(f"the checkpoint of step {self.step}"):
-            checkpoint.save(
-                self.folder, self.policy.model, self.optimizer, state, keep=self.config.keep
-            )
+            models = self.policy.model, self.optimizer
+            checkpoint.save(self.folder, *models, state, keep=self.config.keep)
 
     # -------------------------------------------------------------------------------------- the end
 
@@ -351,12 +321,10 @@ class Run(AbstractContextManager):
         """Save the completed steps, unless --save_every is 0, and say how to continue."""
         if self.config.save_every and self.step:
             self.save()
-        if self.rank > 0:
-            return
-        if checkpoint.complete(self.folder):
-            print(f"stopped after step {self.step}; continue with --resume {self.folder}")
-        else:
-            print(f"stopped after step {self.step}: no checkpoint was saved")
+        is_saved = bool(checkpoint.complete(self.folder))
+        then = f"continue with --resume {self.folder}" if is_saved else "no checkpoint was saved"
+        if self.rank == 0:
+            print(f"stopped after step {self.step}; {then}")
 
     def export(self) -> None:
         """Write model/, a plain Hugging Face folder."""
@@ -379,7 +347,7 @@ class Run(AbstractContextManager):
                 name = metric.removeprefix("eval/")
                 before, *_, after = [*values.values()] * 2  # a single one is both
                 print(f"{name:<20} accuracy {before:.3f} before, {after:.3f} after")
-        samples = read_log(self.folder / "samples.jsonl")
+        samples = files.read_log(self.folder / "samples.jsonl")
         self._show_sample([sample for sample in samples if sample["step"] == self.step])
         print(f"metrics: {self.folder}/metrics.jsonl")
         with survivable(self.folder / "curves.png"):

@@ -43,10 +43,9 @@ def survivable(what) -> Iterator[None]:
 
 def free_name(config) -> str:
     """runs/ALGO-MODEL-sSEED, or the next free suffix: no existing folder is ever overwritten."""
-    algo, model = Path(config.algo).stem, Path(config.model.rstrip("/")).name
-    name = f"runs/{algo}-{model}-s{config.seed}"
-    numbered = (f"{name}-{i}" for i in itertools.count(2))
-    return next(each for each in itertools.chain([name], numbered) if not Path(each).exists())
+    name = f"runs/{Path(config.algo).stem}-{Path(config.model).name}-s{config.seed}"
+    suffixes = itertools.chain([""], (f"-{i}" for i in itertools.count(2)))
+    return next(name + suffix for suffix in suffixes if not Path(name + suffix).exists())
 
 
 def lock(folder: Path):
@@ -85,8 +84,7 @@ def keep_checksums(folder: Path, checksums: dict[str, int], resuming: bool) -> N
     before = json.loads(file.read_text()) if resuming and file.exists() else {}
     for name in before.keys() & checksums.keys():
         if before[name] != checksums[name]:
-            advice = "restore it, or start a new run"
-            raise OSError(f"data {name} has changed since the run began: {advice}")
+            raise OSError(f"data {name} has changed since the run began: restore it or start anew")
     write_atomically(file, json.dumps(before | checksums, indent=1) + "\n")
 
 
@@ -105,9 +103,8 @@ def append(path: Path, lines: list[dict]) -> None:
 def read_log(path: Path) -> list[dict]:
     """The lines of a log, without blank or torn ones; none if there is no file."""
     lines: list[dict] = []
-    if not path.exists():
-        return lines
-    for text in path.read_text(errors="replace").splitlines():
+    texts = path.read_text(errors="replace").splitlines() if path.exists() else []
+    for text in texts:
         with suppress(json.JSONDecodeError):
             lines.append(json.loads(text))
     return lines

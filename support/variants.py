@@ -36,9 +36,8 @@ def load_variant(name: str, base: type, presets: tuple[str, ...]) -> type:
     else:
         choices = ", ".join([*presets, *variant_names()])
         raise ValueError(f"algo={name!r}: choose one of {choices}, or path/to/FILE.py")
-    of_module = [each for each in vars(module).values() if isinstance(each, type)]
-    own = [each for each in of_module if each.__module__ == module.__name__]
-    classes = [each for each in own if issubclass(each, base)]
+    kinds = [each for each in vars(module).values() if isinstance(each, type)]
+    classes = [k for k in kinds if issubclass(k, base) and k.__module__ == module.__name__]
     if len(classes) != 1:
         found = ", ".join(each.__name__ for each in classes) or "none"
         raise ValueError(f"algo={name}: must define one subclass of {base.__name__}, has {found}")
@@ -59,54 +58,51 @@ def _import_file(path: Path):
 
 def check_variant(variant: type, base: type, where: str) -> None:
     """ValueError for a setting or step that would not take effect."""
-    of_base = {field.name for field in dataclasses.fields(base)}
-    steps = [name for name in vars(base) if name not in of_base and not name.startswith("_")]
     if "__dataclass_params__" not in vars(variant):
         raise ValueError(f"algo={where}: decorate {variant.__name__} with @dataclass(frozen=True)")
-    parents = [each for each in variant.__mro__[1:] if dataclasses.is_dataclass(each)]
-    settings = {field.name for parent in parents for field in dataclasses.fields(parent)}
-    flags = {field.name for field in dataclasses.fields(variant) if "help" in field.metadata}
+    fields = dataclasses.fields(variant)
+    settings = [field.name for field in fields]
+    known = {name for parent in variant.__mro__[1:] for name in vars(parent)}
+    known |= {field.name for field in fields if "help" in field.metadata}
     for name in vars(variant):
-        if name.startswith("_") or name in steps:
+        if name.startswith("_"):
             continue
-        if name not in settings | flags:
+        if name not in known:
+            steps = [step for step in vars(base) if step[0] != "_" and step not in settings]
             raise ValueError(
                 f"algo={where}: {name} is no step ({', '.join(steps)}) and no setting; a new "
                 f"setting is {name}: float = flag(...), a helper's name begins with _"
             )
-        if name not in vars(variant).get("__annotations__", {}):
+        if name in settings and name not in variant.__annotations__:
             raise ValueError(f"algo={where}: write the type, {name}: float = ..., or it is ignored")
 
 
 def check_view(view, algo, name: str, prompt: Prompt) -> None:
     """StepError if a step `view` returned anything but pixels and a mask of patches."""
     n, width = prompt.pixel_values.shape
-    expected = [f"float32[{n}, {width}]", f"bool[{n}]"]
-    found = [_describe(each) for each in view] if isinstance(view, tuple) else [_describe(view)]
-    if found != expected:
-        raise StepError(
-            f"{type(algo).__name__}.view({name!r}) must return pixels and the changed patches, "
-            f"{' and '.join(expected)}, not {' and '.join(found)}"
-        )
+    step = f"{type(algo).__name__}.view({name!r})"
+    _check(step, _describe(view), f"(float32[{n}, {width}], bool[{n}])")
 
 
 def check_weights(weights, algo, groups: list[Group]) -> None:
     """StepError if a step `weigh` returned anything but a factor of each group's advantages."""
-    if not isinstance(weights, list) or len(weights) not in (0, len(groups)):
-        found = f"{len(weights)}" if isinstance(weights, list) else _describe(weights)
-        name = f"{type(algo).__name__}.weigh"
-        raise StepError(f"{name} must return a list of {len(groups)} tensors, not {found}")
+    step = f"{type(algo).__name__}.weigh"
+    found = f"a list of {len(weights)}" if isinstance(weights, list) else _describe(weights)
+    _check(step, found, f"a list of {len(groups)}", "a list of 0")
     for weight, group in zip(weights, groups, strict=False):
         n, length = group.tokens.shape
-        choices = (f"float32[{n}, 1]", f"float32[{n}, {length}]")
-        if _describe(weight) not in choices or not weight.isfinite().all():
-            raise StepError(
-                f"{type(algo).__name__}.weigh must return {' or '.join(choices)} per group, "
-                f"finite, not {_describe(weight)}"
-            )
+        _check(step, _describe(weight), f"float32[{n}, 1]", f"float32[{n}, {length}]")
+
+
+def _check(step: str, found: str, *choices: str) -> None:
+    if found not in choices:
+        raise StepError(f"{step} must return {' or '.join(choices)}, not {found}")
 
 
 def _describe(value) -> str:
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_describe, value))})"
     if not isinstance(value, Tensor):
         return type(value).__name__
-    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    shape = f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    return shape if value.isfinite().all() else f"{shape} with NaN or inf"

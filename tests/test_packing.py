@@ -62,7 +62,7 @@ def test_sequences_for_a_kernel_equal_masks(policy, groups, monkeypatch):
 
 def test_fsdp_passes_a_pack_on(groups):
     """FSDP2 moves the inputs of a forward to its device; what is no tensor must survive."""
-    row = packing.build_pack(groups, "", torch.zeros(1176), 2, "cpu")
+    row = packing.build_pack(groups, "", "cpu")
     [(moved,)], _ = _to_kwargs((row,), {}, torch.device("meta"), False)
     assert type(moved) is packing.Pack and moved.attend is row.attend
     for before, after in zip(row, moved, strict=True):

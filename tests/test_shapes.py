@@ -3,7 +3,6 @@
 import re
 from pathlib import Path
 from types import MethodType
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -49,7 +48,6 @@ def test_sampling(by_shape, monkeypatch):
     size, model = by_shape
     prompts = [image_prompt(1300, 64, 80) for _ in range(16)]
     chunk = decoding.Chunk(
-        Mock(image_processor=Mock(merge_size=2), black_patch=torch.zeros(1176)),
         prompts,
         uniforms=torch.rand(16, 5, 450),
         temperature=1.0,
@@ -96,8 +94,8 @@ def test_an_update(by_shape, what, n_prompts, lora_rank):
     tokens = torch.full((5, 450), 20)
     rest = tokens > 0, torch.zeros(5, dtype=torch.bool), torch.zeros(5, 450)
     groups = [Group(image_prompt(1300, 64, 80), tokens, *rest) for _ in range(n_prompts)]
-    row = packing.build_pack(groups, "", torch.zeros(1176), 2, "cpu")
-    row = row._replace(pixel_values=row.pixel_values.to("meta"))
+    row = packing.build_pack(groups, "", "cpu")
+    row = row._replace(images=(row.images[0].to("meta"), row.images[1]))
     with ShapeOnly(ignored=[*model.parameters(), *model.buffers()]) as shapes:
         packing.pack_log_probs(model, row, 1.0).sum().backward()
     check_stated(shapes, size, what)

@@ -26,7 +26,7 @@ from test_data import row, text, truncated
 import evaluate
 import train
 from papo import preset
-from support import checkpoint, curves, pages, run_folder
+from support import checkpoint, curves, distributed, pages, run_folder
 from support import run as run_module
 from support.run import Run
 from support.sandbox import Grader
@@ -107,7 +107,7 @@ def test_two_ranks_give_the_metrics_of_one(run, folder, tmp_path, varying_reward
 
 def test_adamw_is_fused_on_cuda_which_computes_in_bf16(monkeypatch):
     """Without fusing it makes a copy of all parameters in every step."""
-    for owner, name in ((run_module, "make_mesh"), (run_module, "Grader"), (torch.optim, "AdamW")):
+    for owner, name in ((distributed, "make_mesh"), (run_module, "Grader"), (torch.optim, "AdamW")):
         monkeypatch.setattr(owner, name, Mock())
     monkeypatch.setattr(Run, "_load_data", lambda _, encoder: ([0], {}))
     monkeypatch.setattr(Run, "_load_policy", lambda _, encoder, dtype: MagicMock())

@@ -33,7 +33,6 @@ from papo import Algo
 from support.batch import Group
 from support.config import flag
 from support.distributed import concat_over_ranks
-from support.packing import owners
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ def attention_alignments(policy, groups: list[Group], margin: float) -> list[Ten
     def of_pack(pack: list[Group]) -> Tensor:
         lengths, found = [group.n_tokens for group in pack], []
 
-        def probe(layer, query, key, scaling):
+        def probe(layer, query, key, value, scaling):
             if layer == last_layer:
                 parts = (x[0].split(lengths, 1) for x in (query, key))
                 for group, *q_and_k in zip(pack, *parts, strict=True):
@@ -95,7 +94,7 @@ def group_alignments(
     if len(image_tokens) == 0:
         return query.new_full((len(group.tokens),), 0.5)
     first, last = int(image_tokens[0]), int(image_tokens[-1])
-    owner = owners(group).to(query.device)
+    owner = group.owner.to(query.device)
     alignments = []
     for number in range(1, len(group.tokens) + 1):
         attention, visible = response_attention(query, key, scaling, owner, number)
@@ -106,7 +105,7 @@ def group_alignments(
 def response_attention(query, key, scaling, owner: Tensor, number: int) -> tuple[Tensor, Tensor]:
     """a[n, P + n - 1] of a response's n tokens, and the positions that each may attend to.
 
-    owner[S], number: see packing.owners. a_0 is the prompt's last position's.
+    owner[S], number: see Group.owner. a_0 is the prompt's last position's.
     """
     [prompt], [fed] = ((owner == whose).nonzero(as_tuple=True) for whose in (0, number))
     q = query[:, torch.cat([prompt[-1:], fed])]  # [H, n, D]
