@@ -83,8 +83,12 @@ def parse_flags(doc: str, *classes: type, defaults: dict, argv=None) -> tuple:
     parser = Parser(classes, description=doc.strip().splitlines()[0], allow_abbrev=False)
     known = {action.dest for action in parser._actions}
     parser.set_defaults(**{name: defaults[name] for name in defaults.keys() & known})
-    for action in parser._actions:
-        for each in classes:
+    for each in classes:
+        group = parser.add_argument_group(each.__name__)
+        names = {field.name for field in dataclasses.fields(each)}
+        for action in [action for action in parser._actions if action.dest in names]:
+            parser._optionals._group_actions.remove(action)
+            group._group_actions.append(action)
             action.help = action.help or metadata_of(each, action.dest).get("help")
     *configs, unknown = parser.parse_args_into_dataclasses(
         argv, return_remaining_strings=True, look_for_args_file=False
