@@ -29,10 +29,8 @@ def test_one_step_runs_sharded(capsys, monkeypatch):
     tokenizer = start_model.make_tokenizer()
     tiny = start_model.hub_config(len(tokenizer), special=tokenizer.pad_token_id)
     monkeypatch.setattr(start_model, "random_config", lambda *args: Qwen2_5_VLConfig(**tiny))
-    flags = (
-        "--model random:qwen2.5-vl-3b --prompts 3 --group_size 2 --mini_batch 2 --prompt_tokens 60"
-    )
-    flags += " --mean 4 --max_new_tokens 12 --rollout_batch 4 --tokens_per_forward 200"
+    flags = "--model random:qwen2.5-vl-3b --prompts 3 --group_size 2 --mini_batch 2 --mean 4"
+    flags += " --prompt_tokens 60 --max_new_tokens 12 --rollout_batch 4 --tokens_per_forward 200"
     bench.main(flags.split())
     printed = capsys.readouterr().out
     assert "mean length" in printed and "mean length 12" not in printed

@@ -9,8 +9,6 @@ import pytest
 import train
 from support import toy
 
-HARDER = "toy:grid=4,colours=4"
-
 
 @pytest.fixture()
 def resolve(monkeypatch):
@@ -24,20 +22,15 @@ def resolve(monkeypatch):
     return lambda flags: train.build_run(flags.split())
 
 
-@pytest.fixture()
-def other_model(folder, tmp_path):
-    """A model that is no toy's: its folder names no task."""
-    shutil.copytree(folder, tmp_path / "other", ignore=shutil.ignore_patterns("task.json"))
-    return tmp_path / "other"
-
-
-def test_the_task_follows_the_data_and_the_learning_rate_the_model(resolve, other_model):
+def test_the_task_follows_the_data_and_the_learning_rate_the_model(resolve, folder, tmp_path):
     """A 3B model on the toy's data must not be trained at the tiny model's learning rate."""
+    no_toy = shutil.ignore_patterns("task.json")  # which makes a model's folder a toy's
+    other_model = shutil.copytree(folder, tmp_path / "other", ignore=no_toy)
     paper, tiny = train.Config(), toy.MODEL_DEFAULTS["lr"]
     default = resolve("")
     assert (default.algo, default.data, default.val_data) == ("papo_g", "toy", "toy")
     assert (default.lr, default.steps, default.max_new_tokens) == (tiny, 30, 40)
-    large_on_toy = resolve(f"--model {other_model} --data {HARDER}")
+    large_on_toy = resolve(f"--model {other_model} --data toy:grid=4,colours=4")
     assert (large_on_toy.lr, large_on_toy.steps, large_on_toy.max_new_tokens) == (paper.lr, 30, 61)
     toy_on_file = resolve("--data mine.jsonl")
     assert (toy_on_file.lr, toy_on_file.prompts_per_step) == (tiny, paper.prompts_per_step)
@@ -58,6 +51,13 @@ def test_a_resumed_run_keeps_its_flags(resolve, tmp_path, capsys):
             train.main(f"{resume} {flags}".split())
         [line] = capsys.readouterr().err.splitlines()
         assert line.endswith(f"{flags} contradicts the run's {kept}")
+
+
+def test_help_has_a_title_per_dataclass(resolve, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        resolve("--algo vppo --help")
+    printed = capsys.readouterr().out
+    assert "\nConfig:\n  --algo" in printed and "\nVPPO:\n  --kl_ref_coef" in printed
 
 
 def test_values_out_of_range_are_named():

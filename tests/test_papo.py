@@ -153,10 +153,9 @@ def test_each_term_gets_its_own_log_probs(policy, groups):
         group.view_log_probs["mask"] = -3.0 * group.response_mask
     _, metrics = pack_loss(policy, groups, preset("papo_g"))
     pi = policy.log_probs(groups).detach()
-    has_image = responses_with_image(groups)[:, None]
     for name, values in {
         "kl_ref": kl_k3(pi, -1.0 * mask),
-        "kl_prcp": kl_k3(pi, -3.0 * mask) * has_image,
+        "kl_prcp": kl_k3(pi, -3.0 * mask) * responses_with_image(groups)[:, None],
         "ppo_kl": -2.0 * mask - pi,
     }.items():
         assert metrics[name].item() == pytest.approx(response_mean(values, mask).item(), abs=1e-5)

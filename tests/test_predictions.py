@@ -1,6 +1,7 @@
 """support/predictions.py: Table 1 of the paper, its measures, and files not as they should be."""
 
 import math
+from unittest.mock import Mock
 
 import pytest
 from conftest import write_jsonl
@@ -101,11 +102,7 @@ def test_files_that_are_not_as_they_should_be(tmp_path):
         with pytest.raises(ValueError, match="a.jsonl: not a prediction, with predict and label"):
             predictions.read_predictions(file)
     (tmp_path / "b.jsonl").write_text("")
-
-    def grader(responses, answers, budget):
-        assert responses == []
-        return []
-
+    grader = Mock(return_value=[])
     assert predictions.grade_files([tmp_path], grader, ["b", "c"]) == {"b": []}
     for paths, names, message in [
         ([tmp_path], ["c", "d"], "no NAME.jsonl of c, d there"),
