@@ -155,7 +155,7 @@ def draw(panels: dict[str, dict[str, list[Series]]], heading: str, out) -> Path:
         for label, runs in lines.items():
             if runs:
                 _plot_mean(ax, runs, label, f"C{labels.index(label) % 10}")
-        ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]))  # so noise does not fill the panel
+        ax.set_ylim(bottom=min(0.0, ax.dataLim.y0))  # so noise does not fill the panel
         ax.legend(fontsize=7.5, framealpha=0.6)
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=110)
