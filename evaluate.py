@@ -69,6 +69,9 @@ def predict(
     for prompts in tqdm(encoded, rows.name, **bar):
         groups = generate(policy, prompts, n, sampling, key=("eval", seed), **options)
         scores = grader.of_groups(groups, budget=SCORING_SECONDS)
+        if grader.unscored:
+            problem = f"{grader.unscored} responses were not scored in {SCORING_SECONDS} s"
+            raise StepError(f"{problem}: lower --rollout_batch or --reward_deadline")
         of_groups = [scores[start : start + n] for start in range(0, len(scores), n)]
         tokenizer = policy.encoder.tokenizer
         questions = [
@@ -117,9 +120,7 @@ def evaluate(policy: Policy, sets: dict, config: EvalConfig) -> None:
 
 def evaluate_set(policy: Policy, name: str, rows, grader: Grader, config: EvalConfig):
     """Evaluate one set. Returns its questions, and the number of skipped rows by kind."""
-    out = (
-        config.out if distributed.rank() == 0 else ""
-    )  # the first rank keeps all; "" writes nothing
+    out = config.out if distributed.rank() == 0 else ""  # "" writes nothing
     questions = distributed.on_first_rank(lambda: predictions.answered(out, name))
     saved = {question[0]["row"] for question in questions}
     unanswered = [i for i in range(len(rows)) if i not in saved]

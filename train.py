@@ -31,7 +31,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from evaluate import validate
+from evaluate import SCORING_SECONDS, validate
 from losses import group_advantages
 from papo import PRESETS, Algo, algo_class, prepare, preset_settings, update
 from rollout import Sampling, generate
@@ -248,8 +248,8 @@ def build_run(argv=None) -> Run:
         raise ValueError(f"{limit} cannot fill prompts_per_step={config.prompts_per_step}")
     if config.group_size < 2 and type(algo).sample is Algo.sample:  # others may sample twice
         raise ValueError("group_size=1: give at least 2, one response has nothing to compare with")
-    # Ranks wait for one that still scores.
-    ranks = distributed.init_distributed(scoring_seconds=config.reward_budget)
+    # Ranks wait for one that still scores, in a step or in an evaluation.
+    ranks = distributed.init_distributed(max(config.reward_budget, SCORING_SECONDS))
     encoder = Encoder(model, config.min_pixels, config.max_pixels, config.prompt_suffix)
     return Run(config, algo, encoder, ranks)
 

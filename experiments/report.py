@@ -101,6 +101,8 @@ CONFIRMING = [*beside(*ENDS, "after step 20"), DELTA_REL, *reading("both")]
 def load(folder: Path) -> pd.DataFrame:
     """The lines of results, by variant and seed, with the numbers that the tables show."""
     lines = [line for file in sorted(folder.glob("*.jsonl")) for line in read_log(file)]
+    if not lines:
+        return pd.DataFrame(index=pd.MultiIndex.from_tuples([], names=["variant", "seed"]))
     runs = pd.json_normalize(lines).drop_duplicates(["variant", "seed"], keep="last")
     runs = runs.set_index(["variant", "seed"]).sort_index()
     runs = runs.assign(**at_the_end(runs), **in_training(runs))
@@ -147,10 +149,19 @@ def in_training(runs: pd.DataFrame) -> dict:
     return numbers | {TIME: fast}
 
 
+def first_bases(pairs: Pairs) -> dict[str, str]:
+    """What each variant is compared with first."""
+    bases = {}
+    for variant, base in pairs:
+        if variant != base:
+            bases.setdefault(variant, base)
+    return bases
+
+
 def compared(runs: pd.DataFrame, pairs: Pairs, seeds: Iterable[int]) -> Rows:
     """The runs of some pairs after their start models; beside a run's numbers what it gains over
     the one it is compared with, the first of several."""
-    bases = dict(reversed(pairs))
+    bases = first_bases(pairs)
     variants = [name for pair in pairs for name in reversed(pair)]
     starts = [f"{variant.partition('/')[0]}/start" for variant in variants]
     rows = {}
@@ -311,8 +322,8 @@ def section(
     runs: pd.DataFrame, title: str, pairs: Pairs, seeds: range, *columns: list, corrected=()
 ) -> list[str]:
     """A table of the runs for each list of columns; further comparisons; perhaps seed by seed."""
-    rows, bases = compared(runs, pairs, seeds), dict(reversed(pairs))
-    further = [pair for pair in pairs if pair not in bases.items()]
+    rows = compared(runs, pairs, seeds)
+    further = [pair for pair in pairs if pair not in first_bases(pairs).items()]
     parts = [f"## {title}, seeds {seeds[0]} to {seeds[-1]}"]
     parts += [table(rows, names, corrected) for names in columns]
     if further:
@@ -396,7 +407,9 @@ def ideas_table(variants: dict[str, str], results: Path) -> str:
     if last not in found:
         return f"{last}, which the others are compared with, has no result"
     seeds = sorted(set.intersection(*({*runs.loc[algo].index} for algo in found)))
-    rows = compared(runs, against(last, found), seeds)
+    if not seeds:
+        return f"{', '.join(found)} have no seed in common"
+    rows = compared(runs, [(last, last), *against(last, found)], seeds)
     return f"Accuracy at the end in %, seeds {seeds}:\n\n{table(rows, beside(*ENDS))}"
 
 

@@ -267,7 +267,10 @@ def run(variant: str, seed: int, results: Path) -> None:
     began = hashlib.sha256(json.dumps(record).encode()).hexdigest()[:8]
     out = WORK / f"{variant}-s{seed}-{began}"
     out.mkdir(parents=True, exist_ok=True)
-    record |= machine()
+    origin = out / "machine.json"  # as it was when the run began
+    if not origin.exists():
+        origin.write_text(json.dumps(machine()))
+    record |= json.loads(origin.read_text())
     if VARIANTS[variant]:
         model = train(variant, for_training | {"model": model, "seed": seed}, out)
         record |= training_record(out / "train")

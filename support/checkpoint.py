@@ -55,8 +55,8 @@ def save(folder: Path, model, optimizer, state: dict, keep: int) -> None:
     checkpoint_dir = folder / "checkpoints" / f"step_{state['step']:06d}"
     if on_first_rank((checkpoint_dir / ".metadata").exists):
         return
+    content = state_dicts(model, optimizer) | {"state": state}
     try:
-        content = state_dicts(model, optimizer) | {"state": state}
         dcp.save(content, checkpoint_id=checkpoint_dir)  # fails on all ranks or on none
     except dcp.api.CheckpointException as error:  # which is no Exception
         raise OSError(str(error).strip().splitlines()[-1]) from error
@@ -66,8 +66,8 @@ def save(folder: Path, model, optimizer, state: dict, keep: int) -> None:
 
 def disk_line(folder: Path, model, keep: int) -> str:
     """The size of a run's checkpoints, as `save` keeps them, beside the room for them."""
-    trained, frozen = 12, 0 if adapted_layers(model) else 4  # bytes; with two moments in fp32
-    size = sum(p.numel() * (trained if p.requires_grad else frozen) for p in model.parameters())
+    frozen = 0 if adapted_layers(model) else 4  # bytes; a trained weight has two moments, too
+    size = sum(p.numel() * (12 if p.requires_grad else frozen) for p in model.parameters())
     each, free = size / 2**30, shutil.disk_usage(folder).free / 2**30
     need = (keep + 1) * each
     line = (

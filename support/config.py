@@ -83,7 +83,7 @@ def parse_flags(doc: str, *classes: type, defaults: dict, argv=None) -> tuple:
     parser = Parser(classes, description=doc.strip().splitlines()[0], allow_abbrev=False)
     known = {action.dest for action in parser._actions}
     parser.set_defaults(**{name: defaults[name] for name in defaults.keys() & known})
-    for each in classes:
+    for each in classes:  # HfArgumentParser's own groups would be handed the limits
         group = parser.add_argument_group(each.__name__)
         names = {field.name for field in dataclasses.fields(each)}
         for action in [action for action in parser._actions if action.dest in names]:

@@ -232,7 +232,8 @@ def check_rows(
             row = rows[index]
             size_of = partial(read_image, folder=folder, read=lambda opened: opened.size)
             example = parse_row(row, number, columns, size_of)
-            if length and (tokens := length(example.question, example.images)) > max_prompt_tokens:
+            tokens = length(example.question, example.images) if max_prompt_tokens else 0
+            if tokens > max_prompt_tokens:
                 excess = f"{tokens} prompt tokens, more than {max_prompt_tokens}"
                 raise BadRowError("overlong", f"{excess}: {example.question}")
         except ValueError as error:

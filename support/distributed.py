@@ -101,15 +101,16 @@ def on_first_rank(task: Callable):
 
     An OSError or a ValueError of the task is raised on all ranks.
     """
-    outcome = [None, None]
+    result, problem = None, None
     if rank() == 0:
         try:
-            outcome = [task(), None]
+            result = task()
         except (OSError, ValueError) as error:
-            outcome = [None, error]
+            problem = error
     if dist.is_initialized():
-        dist.broadcast_object_list(outcome)
-    result, problem = outcome
+        message = [result, problem]
+        dist.broadcast_object_list(message)
+        result, problem = message
     if problem:
         raise problem
     return result

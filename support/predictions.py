@@ -44,9 +44,18 @@ def make_question(tokenizer, group: Group, scores: list[dict]) -> Question:
     example, row = group.prompt.example, group.prompt.index
     prompt = tokenizer.decode(group.prompt.input_ids, skip_special_tokens=True)
     return [
-        {"id": example.id, "prompt": prompt, "predict": response, "label": example.answer}
-        | {"row": row, "loop": loop, "accuracy": score["accuracy"], "format": score["format"]}
-        | {"unboxed": boxed(response) is None, "truncated": bool(group.truncated[loop])}
+        {
+            "id": example.id,
+            "prompt": prompt,
+            "predict": response,
+            "label": example.answer,
+            "row": row,
+            "loop": loop,
+            "accuracy": score["accuracy"],
+            "format": score["format"],
+            "unboxed": boxed(response) is None,
+            "truncated": bool(group.truncated[loop]),
+        }
         for loop, (response, score) in enumerate(zip(group.responses, scores, strict=True))
     ]
 
@@ -72,6 +81,8 @@ def open_output(config) -> None:
     if not any(out.glob("*.json*")):
         write_atomically(file, json.dumps(current, indent=1) + "\n")
     saved = json.loads(file.read_text()) if file.exists() else {}
+    if not saved:
+        raise ValueError(f"--out {out} holds JSON files and no evaluation: choose another folder")
     changed = [name for name in current if current[name] != saved.get(name)]
     if changed:
         values = ", ".join(f"{name} {str(saved.get(name, 'unknown'))[:60]}" for name in changed)

@@ -180,7 +180,9 @@ def choose_threads(model) -> None:
 
 
 def idle_cores(seconds: float = 0.2) -> float:
-    """How many cores are idle at the moment."""
+    """How many cores are idle at the moment; 0 where Linux's /proc/stat does not say."""
+    if not Path("/proc/stat").exists():
+        return 0.0
     idle_ticks = []  # of all cores, 100 per second
     for wait in (0, seconds):
         time.sleep(wait)

@@ -165,12 +165,12 @@ class Run(AbstractContextManager):
     def _open_folder(self) -> int | None:
         """Write config.json, rewind the logs to the checkpoint; returns `evaluated_step`."""
         config = flags_of(self.config, self.algo) | {"steps": self.n_steps, "resume": ""}
-        checkpoint.clean(self.folder, self.config.keep)
         text = json.dumps(config, indent=1) + "\n"
         checkpoint.write_atomically(self.folder / "config.json", text)
         sets = (self.rows, *self.eval_sets.values())
         checksums = {rows.name: rows.checksum for rows in sets}
         files.keep_checksums(self.folder, checksums, resuming=self.step > 0)
+        checkpoint.clean(self.folder, self.config.keep)
         if self.config.algo.endswith(".py"):
             files.keep_copy(Path(self.config.algo), self.folder, resuming=bool(self.config.resume))
         last_kept = self.step or -1

@@ -12,6 +12,7 @@ have removed the free-form questions.
 from __future__ import annotations
 
 import glob
+import itertools
 import json
 import re
 import zipfile
@@ -20,7 +21,6 @@ from pathlib import Path
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
 SPLITS = ("test", "validation", "val", "train")  # in the order in which evaluation prefers them
-NO_SPLIT = "no split"
 
 HUB = "PAPO-Galaxy/PAPO_eval"
 GENERAL = ("hiyouga_geometry3k", "AI4Math_MathVista", "We_Math", "PAPO_MMK12", "AI4Math_MathVerse")
@@ -117,21 +117,24 @@ def open_sets(spec: str, training: bool = False) -> dict[str, list[tuple]]:
     """Set name -> its located rows, of a file, a folder or a hub id. ValueError if unreadable.
 
     Of splits one is read: train, or else the first of SPLITS. Where a folder has none, each of its
-    files is an evaluation set, and all of them together are the training set.
+    tables is an evaluation set, and all of them together are the training set.
     """
     path = Path(spec).expanduser()
     if path.is_file():
         return {path.stem: read_files([path])}
-    folder = path if path.is_dir() else download(spec)
-    files = files_by_split(folder)
-    wanted = ("train", NO_SPLIT) if training else (*SPLITS, NO_SPLIT)
-    split = next((split for split in wanted if split in files), None)
-    if split is None:
-        expected = f"file of {', '.join(SUFFIXES)} in {folder} is of {' or '.join(wanted)}"
-        raise ValueError(f"data {spec!r}: no {expected}, it has {', '.join(files) or 'none'}")
-    if split == NO_SPLIT and not training:
-        return {file.stem: read_files([file]) for file in files[split]}
-    return {path.resolve().name: read_files(files[split])}
+    folder, name = path if path.is_dir() else download(spec), path.resolve().name
+    tables = folder_tables(folder)
+    splits = [split for split in SPLITS if split in tables]
+    if splits:
+        split = "train" if training else splits[0]
+        if split not in splits:
+            raise ValueError(f"data {spec!r}: no split {split!r}, it has {', '.join(splits)}")
+        tables = {name: tables[split]}
+    elif training and tables:
+        tables = {name: sorted(itertools.chain.from_iterable(tables.values()))}
+    if not tables:
+        raise ValueError(f"data {spec!r}: no file of {', '.join(SUFFIXES)} in {folder}")
+    return {name: read_files(files) for name, files in tables.items()}
 
 
 def download(spec: str, patterns: list[str] | None = None) -> Path:
@@ -146,20 +149,27 @@ def download(spec: str, patterns: list[str] | None = None) -> Path:
         raise ValueError(one_line(problem)) from error
 
 
-def files_by_split(root: Path) -> dict[str, list[Path]]:
-    """Split -> its files, in a folder, its data/, or imagefolder's train/ and test/.
+def folder_tables(path: Path) -> dict[str, list[Path]]:
+    """Table name -> its files, in a folder, its data/, or imagefolder's train/ and test/."""
+    for suffixes in ((".parquet",), (".json", ".jsonl")):  # JSON beside parquet files is metadata
+        for folders in ([path], [path / "data"], [path / split for split in SPLITS]):
+            found = itertools.chain.from_iterable(folder.glob("*") for folder in folders)
+            files = sorted(file for file in found if file.suffix in suffixes)
+            if files:
+                return by_table(files, path)
+    return {}
 
-    Named after a split are train-00000-of-00002.parquet, train_1.json and train/metadata.jsonl.
-    """
-    files = [file for place in ("", "data", *SPLITS) for file in sorted((root / place).glob("*"))]
-    parquet = [file for file in files if file.suffix == ".parquet"]
-    by_split: dict[str, list[Path]] = {}
-    # JSON beside parquet files is metadata.
-    for file in parquet or [file for file in files if file.suffix in SUFFIXES]:
+
+def by_table(files: list[Path], root: Path) -> dict[str, list[Path]]:
+    """Table name -> its files. Named after a split are train-00000-of-00002.parquet, train_1.json
+    and train/metadata.jsonl."""
+    tables = {}
+    for file in files:
         path = file.relative_to(root).as_posix().removeprefix("data/")
         split = re.match(rf"({'|'.join(SPLITS)})[-_./]", path)
-        by_split.setdefault(split[1] if split else NO_SPLIT, []).append(file)
-    return by_split
+        name = split[1] if split else re.sub(r"-\d+-of-\d+$", "", file.stem)
+        tables.setdefault(name, []).append(file)
+    return tables
 
 
 # ----------------------------------------------------------------------------------- the benchmarks
@@ -172,7 +182,7 @@ def benchmark_names(spec: str) -> tuple[str, ...]:
     name = ALIASES.get(spec, spec)
     if name in BENCHMARKS["all"]:
         return (name,)
-    return tuple(benchmark_files(Path(spec).expanduser(), ".json"))
+    return tuple(benchmark_tables(Path(spec).expanduser()))
 
 
 def open_benchmarks(spec: str, names: tuple, source: str) -> dict[str, list[tuple]]:
@@ -182,24 +192,31 @@ def open_benchmarks(spec: str, names: tuple, source: str) -> dict[str, list[tupl
     """
     root = next(filter(Path.is_dir, (Path(each).expanduser() for each in (spec, source))), None)
     if root is None:
-        stems = [stem for stem in (*names, *ALIASES) if ALIASES.get(stem, stem) in names]
+        stems = itertools.chain.from_iterable(map(file_stems, names))
         root = download(source, [f"*{stem}*" for stem in stems])
-    tables, archives = benchmark_files(root, ".json"), benchmark_files(root, "_images.zip")
-    located = {}
+    tables, located = benchmark_tables(root), {}
     for name in names:
         if name not in tables:
             expected = f"its {name}.json is expected there or one folder below"
             raise ValueError(f"no benchmark {name} in {root}: {expected}")
-        located[name] = read_files([tables[name]], BenchmarkImages(root, archives.get(name)))
+        located[name] = read_files([tables[name]], BenchmarkImages(name, root))
     return located
 
 
-def benchmark_files(root: Path, ending: str) -> dict[str, Path]:
-    """Benchmark -> its file of this ending, in a folder or one below: PAPO-Eval has papo/."""
-    files = [*root.glob(f"*/*{ending}"), *root.glob(f"*{ending}")]
-    by_stem = {file.name.removesuffix(ending): file for file in files}
-    found = {ALIASES.get(stem, stem): file for stem, file in by_stem.items()}
-    return {name: found[name] for name in BENCHMARKS["all"] if name in found}
+def benchmark_tables(root: Path) -> dict[str, Path]:
+    """Benchmark -> its table, in a folder or one level below: PAPO-Eval has them in papo/."""
+    found = {name: benchmark_files(root, name, ".json*") for name in BENCHMARKS["all"]}
+    return {name: files[0] for name, files in found.items() if files}
+
+
+def benchmark_files(root: Path, name: str, ending: str) -> list[Path]:
+    stems = itertools.product(("", "*/"), file_stems(name))
+    return [file for folder, stem in stems for file in sorted(root.glob(f"{folder}{stem}{ending}"))]
+
+
+def file_stems(name: str) -> list[str]:
+    """The names that a benchmark's files may have."""
+    return [name, *(alias for alias, benchmark in ALIASES.items() if benchmark == name)]
 
 
 class BenchmarkImages:
@@ -209,15 +226,16 @@ class BenchmarkImages:
     nothing can land outside a folder or be left incomplete.
     """
 
-    def __init__(self, root: Path, archive: Path | None):
+    def __init__(self, name: str, root: Path):
         self.folders = [root, *sorted(root.glob("*/"))]
         self.members: dict[str, zipfile.Path] = {}
-        if archive:
-            if not zipfile.is_zipfile(archive):
-                raise ValueError(f"{archive} cannot be read: not a whole zip file")
-            opened = zipfile.ZipFile(archive)
-            paths = opened.namelist()
-            self.members = {member_key(path): zipfile.Path(opened, path) for path in paths}
+        for file in benchmark_files(root, name, "_images.zip"):
+            try:
+                archive = zipfile.ZipFile(file)
+            except (zipfile.BadZipFile, OSError) as error:
+                raise ValueError(f"{file} cannot be read: {error}") from error
+            for member in archive.namelist():
+                self.members.setdefault(member_key(member), zipfile.Path(archive, member))
 
     def joinpath(self, path: str) -> Path | zipfile.Path:
         """An image's file, which does not exist if there is none."""

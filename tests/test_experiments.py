@@ -115,9 +115,9 @@ def test_ideas_are_shown_beside_the_last_one(tmp_path):
     printed = ideas(tmp_path, new="same", base="same")
     assert "seeds [1]" in printed and "| base | 50.0 |" in printed
     assert "| new (minus base) | 75.0 | +25.0, 1 of 1, p 1.000 |" in printed
-    assert ideas(tmp_path / "other", new="same") == (
-        "base, which the others are compared with, has no result"
-    )
+    missing = "base, which the others are compared with, has no result"
+    assert ideas(tmp_path / "other", new="same") == ideas(tmp_path / "none") == missing
+    assert "| base | 50.0 |" in ideas(tmp_path / "alone", base="same")
 
 
 def test_runs_from_different_start_models_are_not_paired(tmp_path):

@@ -138,5 +138,5 @@ def test_an_output_folder_is_one_evaluations(tmp_path):
     with pytest.raises(ValueError, match="results with files of model"):
         start()
     (tmp_path / "rows.jsonl").write_text("")
-    with pytest.raises(ValueError, match="holds results with model unknown"):
+    with pytest.raises(ValueError, match="holds JSON files and no evaluation"):
         start(out=".")
