@@ -24,18 +24,17 @@ def resolve(monkeypatch):
 
 def test_the_task_follows_the_data_and_the_learning_rate_the_model(resolve, folder, tmp_path):
     """A 3B model on the toy's data must not be trained at the tiny model's learning rate."""
-    no_toy = shutil.ignore_patterns("task.json")  # which makes a model's folder a toy's
-    other_model = shutil.copytree(folder, tmp_path / "other", ignore=no_toy)
+    other = shutil.copytree(folder, tmp_path / "m", ignore=shutil.ignore_patterns("task.json"))
     paper, tiny = train.Config(), toy.MODEL_DEFAULTS["lr"]
     default = resolve("")
     assert (default.algo, default.data, default.val_data) == ("papo_g", "toy", "toy")
     assert (default.lr, default.steps, default.max_new_tokens) == (tiny, 30, 40)
-    large_on_toy = resolve(f"--model {other_model} --data toy:grid=4,colours=4")
+    large_on_toy = resolve(f"--model {other} --data toy:grid=4,colours=4")
     assert (large_on_toy.lr, large_on_toy.steps, large_on_toy.max_new_tokens) == (paper.lr, 30, 61)
     toy_on_file = resolve("--data mine.jsonl")
     assert (toy_on_file.lr, toy_on_file.prompts_per_step) == (tiny, paper.prompts_per_step)
     for flags, lr in (("--lora_rank 4", 1e-5), ("--lora_rank=4 --lr 1", 1.0)):  # adapters have one
-        assert resolve(f"--model {other_model} --data toy {flags}").lr == lr
+        assert resolve(f"--model {other} --data toy {flags}").lr == lr
 
 
 def test_a_resumed_run_keeps_its_flags(resolve, tmp_path, capsys):

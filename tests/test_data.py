@@ -230,6 +230,7 @@ def test_edited_data_is_noticed(tmp_path):
         lambda rows: rows[0].update(images=["b.png"]),
         lambda rows: rows[0].update(scan=plain(color=BLUE)),
         lambda rows: rows[2].update(answer=""),
+        lambda rows: rows.reverse(),
     ):
         rows = [row("a.png", scan=plain()), text(1), text(2)]
         keep_checksums(tmp_path, {"mine": usable(rows, tmp_path).checksum}, resuming=False)
