@@ -42,7 +42,7 @@ from support.saliency import saliency_for
 from support.sandbox import Grader
 
 MOST_PROMPTS = 256  # per chunk: the next one is encoded ahead, so two are in host memory
-SCORING_SECONDS = 1200  # for a chunk; each response has its own deadline, --reward_deadline
+SCORING_SECONDS = 1200  # for a chunk, after which an evaluation ends; --reward_deadline is shorter
 
 
 def predict(

@@ -174,7 +174,8 @@ class PackAttention:
         """[S, S] of one group: 0 where the query (down) sees the key (across), else -inf."""
         owner = owner.to(self.device)
         sees = ((owner == 0) | (owner == owner[:, None])).tril()
-        return sees.to(dtype).log()  # not bool: SDPA would convert it in every layer
+        mask = torch.zeros(sees.shape, dtype=dtype, device=self.device)
+        return mask.masked_fill(~sees, -torch.inf)  # not bool: SDPA would convert it in every layer
 
     @cached_property
     def sequences(self) -> tuple[Tensor, Tensor, Tensor, int, int]:
