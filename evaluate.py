@@ -42,7 +42,7 @@ from support.saliency import saliency_for
 from support.sandbox import Grader
 
 MOST_PROMPTS = 256  # per chunk: the next one is encoded ahead, so two are in host memory
-SCORING_SECONDS = 1200  # for a chunk, after which an evaluation ends; --reward_deadline is shorter
+SCORING_SECONDS = 1200  # to score a chunk; an evaluation that takes longer ends
 
 
 def predict(
