@@ -46,17 +46,16 @@ SCORING_SECONDS = 1200  # to score a chunk; an evaluation that takes longer ends
 
 
 def predict(
-    policy: Policy, rows, grader, n: int, sampling: Sampling, indices=None, seed=0, **options
+    policy: Policy, rows, indices, grader, n: int, sampling: Sampling, seed: int, **options
 ) -> Iterator[list[predictions.Question]]:
     """Sample and grade n responses to each row, on all ranks; yields questions chunk by chunk.
 
-    rows: data.Rows. indices: of rows (default: all), dealt to the ranks in turn. options: of
-    rollout.generate. A Question is the list of the n records of a row. A record is a dict with
+    rows: data.Rows. indices: which of them, dealt to the ranks in turn. options: of generate. A
+    Question is the list of the n records of a row. A record is a dict with
     PAPO-Eval's keys (id, prompt, predict, label), ours (row; loop, the sample's number) and
     the scores. A row that cannot be encoded is skipped and named. Every rank gets all questions and
     must exhaust the iterator: a chunk is a collective.
     """
-    indices = list(range(len(rows)) if indices is None else indices)
     own = indices[distributed.rank() :: distributed.world_size()]
     longest_share = math.ceil(len(indices) / distributed.world_size())
     size = max(1, min(sampling.rollout_batch // n, MOST_PROMPTS))
@@ -88,10 +87,11 @@ def validate(run) -> None:
     if not run.evaluation_is_due():
         return
     config, results = run.config, {}
+    n, seed, stop = config.eval_n, config.seed, run.stop_requested
     sampling = replace(Sampling.of(config), top_p=1.0, top_k=0)  # pi itself
     for name, rows in run.eval_sets.items():
-        options = {"seed": config.seed, "stop": run.stop_requested}
-        chunks = predict(run.policy, rows, run.grader, config.eval_n, sampling, **options)
+        indices = range(len(rows))
+        chunks = predict(run.policy, rows, indices, run.grader, n, sampling, seed, stop=stop)
         results[name] = list(itertools.chain.from_iterable(chunks))
         run.raise_if_stopped()
     run.log_evaluation(results)
@@ -125,7 +125,7 @@ def evaluate_set(policy: Policy, name: str, rows, grader: Grader, config: EvalCo
     saved = {question[0]["row"] for question in questions}
     unanswered = [i for i in range(len(rows)) if i not in saved]
     sampling = Sampling.of(config)
-    for chunk in predict(policy, rows, grader, config.n, sampling, unanswered, config.seed):
+    for chunk in predict(policy, rows, unanswered, grader, config.n, sampling, config.seed):
         predictions.append(out, name, chunk)
         questions += chunk
     questions.sort(key=lambda question: question[0]["row"])

@@ -137,11 +137,10 @@ def preset(name: str, size: str = "3b") -> Algo:
 
 def prepare(
     policy: Policy, reference: Policy | None, batches: list[list[Group]], algo: Algo, key: tuple
-) -> dict[str, float]:
+) -> None:
     """Store in the groups what the updates need, before the first of them changes the policy.
 
-    batches: see mini_batches. `key` and Prompt.index seed the views. Returns the share of patches
-    changed in each, over all ranks, such as {"mask_ratio": 0.6}.
+    batches: see mini_batches. `key` and Prompt.index seed the views.
     """
     groups = [group for batch in batches for group in batch]
     # The first update needs no old log-probs, since pi_old is pi there. A variant's `weigh` may.
@@ -155,10 +154,13 @@ def prepare(
         ref = reference.per_group(groups, reference.log_probs)
         for group, log_probs in zip(groups, ref, strict=True):
             group.ref_log_probs = log_probs
-    metrics = {}
     with_image = [group for group in groups if group.has_image]
     for name in algo.views():
-        metrics[f"{name}_ratio"] = draw_view(policy, with_image, algo, name, key)
+        for group in with_image:
+            generator = seeded(name, *key, group.prompt.index)
+            view = algo.view(name, group.prompt, policy, generator)
+            check_view(view, algo, name, group.prompt)
+            group.view_pixel_values[name], _ = view
         # With masked_grad the loss computes those of "mask" again, and these are for `weigh`.
         under_view = policy.per_group(with_image, partial(policy.log_probs, view=name))
         for group, log_probs in zip(with_image, under_view, strict=True):
@@ -169,22 +171,6 @@ def prepare(
         check_weights(weights, algo, batch)
         for group, weight in zip(batch, weights, strict=False):  # none: no weighting
             group.weights = weight.expand(group.tokens.shape)
-    return metrics
-
-
-def draw_view(policy: Policy, groups: list[Group], algo: Algo, name: str, key: tuple) -> float:
-    """Draw a view of the groups' images. Returns the share of patches changed, over all ranks."""
-    n_changed = n_patches = 0
-    for group in groups:
-        generator = seeded(name, *key, group.prompt.index)
-        view = algo.view(name, group.prompt, policy, generator)
-        check_view(view, algo, name, group.prompt)
-        pixels, changed = view
-        group.view_pixel_values[name] = pixels
-        n_changed += int(changed.sum())
-        n_patches += len(changed)
-    n_changed, n_patches = sum_over_ranks([n_changed, n_patches])
-    return n_changed / max(n_patches, 1.0)
 
 
 # --------------------------------------------------------------------------------------- the update

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from support import StepError
 from support.batch import Group, Prompt, seeded
 from support.decoding import Chunk, decode
-from support.distributed import full_weights
+from support.distributed import full_weights, rank
 from support.qwen_vl import Policy
 
 
@@ -49,14 +49,13 @@ class Sampling:
 
 
 @torch.no_grad()
-def generate(  # noqa: PLR0913
+def generate(
     policy: Policy,
     prompts: list[Prompt],
     group_size: int,
     sampling: Sampling,
     *,
     key: tuple,
-    progress: bool = False,
     stop: Callable[[], bool] = lambda: False,
 ) -> list[Group]:
     """Sample `group_size` responses per prompt. Returns one group per prompt, in their order.
@@ -70,7 +69,7 @@ def generate(  # noqa: PLR0913
     waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # so padding is small
     groups: dict[int, Group] = {}
     policy.model.eval()
-    bar = tqdm(total=len(prompts), desc="rollout", leave=False, disable=not progress)
+    bar = tqdm(total=len(prompts), desc="rollout", leave=False, disable=rank() > 0)
     with full_weights(policy.model), bar:
         while waiting and not stop():
             # most_responses is infinite until memory has run out once.

@@ -64,7 +64,7 @@ def train(run: Run) -> None:
         #    reference and masked log-probs that the objective needs. (run.reference is the frozen
         #    start model, None without KL_ref.)
         start = time.time()
-        metrics |= prepare(policy, run.reference, batches, algo, key)
+        prepare(policy, run.reference, batches, algo, key)
 
         # 3. One optimizer step per mini-batch of prompts, on the objective L of losses.py.
         metrics |= update(policy, run.optimizer, batches, algo, config.max_grad_norm)
@@ -94,7 +94,6 @@ def collect(run: Run, algo: Algo, key: tuple) -> tuple[list[Group], dict[str, fl
         group_size=config.group_size,
         sampling=Sampling.of(config),
         key=key,
-        progress=run.rank == 0,
         stop=run.stop_requested,
     )
     for round_index in range(MAX_ROUNDS):

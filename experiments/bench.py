@@ -254,7 +254,7 @@ def one_step(args) -> None:
     groups = []
     with random_stops(policy, args.mean):
         what = f"rollout, {args.prompts} x {args.group_size}"
-        rolled = phase(what, lambda: groups.extend(sample(progress=True)))
+        rolled = phase(what, lambda: groups.extend(sample()))
     tokens = sum(int(group.response_mask.sum()) for group in groups)
     mean_length = tokens / (args.prompts * args.group_size)
     print_row(f"mean length {mean_length:.0f}", f"{tokens / rolled:.0f} tokens/s")

@@ -125,11 +125,10 @@ def test_prepare_masks_each_prompt(policy, groups):
     with_image = [group for group in groups if group.has_image]
     assert [group.prompt.index for group in with_image] == [0, 1, 3]
     clean = [group.prompt.pixel_values.clone() for group in with_image]
-    share = prepare(policy, None, [groups], algo, key=(3, 4))["mask_ratio"]
+    prepare(policy, None, [groups], algo, key=(3, 4))
     views = [group.view_pixel_values["mask"] for group in with_image]
     changed = torch.cat([(view != x).any(-1) for view, x in zip(views, clean, strict=True)])
-    assert share == pytest.approx(changed.float().mean().item())
-    assert 0.35 < share < 0.85
+    assert 0.35 < changed.float().mean() < 0.85
     assert not groups[2].view_pixel_values and not groups[2].view_log_probs  # text only
 
     prepare(policy, None, [groups[::-1]], algo, key=(3, 4))
@@ -227,7 +226,7 @@ def test_a_gradient_that_is_not_finite_skips_its_update(policy, groups):
     assert half_skipped["grad_norm"] == pytest.approx(finite["grad_norm"], rel=1e-5)
     assert torch.equal(before, weights_of(policy))  # 0 times NaN would show
     assert update(policy, None, [], preset("papo_d")) == {"skipped_updates": 0}
-    assert prepare(policy, None, [], preset("papo_d"), key=(0, 0)) == {"mask_ratio": 0.0}
+    prepare(policy, None, [], preset("papo_d"), key=(0, 0))
 
 
 def test_encode(encoder, prompts):
