@@ -51,8 +51,8 @@ def train_step(policy, groups, name):
     policy.tokens_per_forward = 150
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1e-3, eps=1e-4)
     batches = mini_batches(groups, 2)
-    metrics = prepare(policy, policy, batches, algo, key=(0, 0))
-    metrics |= update(policy, optimizer, batches, algo)
+    prepare(policy, policy, batches, algo, key=(0, 0))
+    metrics = update(policy, optimizer, batches, algo)
     return metrics, [parameter.detach().cpu() for parameter in policy.model.parameters()]
 
 

@@ -124,8 +124,8 @@ class Shape:
         trained = [p for p in self.policy.model.parameters() if p.requires_grad]
         self.optimizer = RecordingAdamW(trained)
         algo = OBJECTIVES[name]
-        metrics = prepare(self.policy, self.reference, batches, algo, key=(0, 0))
-        metrics |= update(self.policy, self.optimizer, batches, algo, max_grad_norm=1.0)
+        prepare(self.policy, self.reference, batches, algo, key=(0, 0))
+        metrics = update(self.policy, self.optimizer, batches, algo, max_grad_norm=1.0)
         self.results[name] = metrics, self.optimizer.recorded
         for each in (self.policy, self.reference):
             # A forward without a backward must not leave the root gathered.
