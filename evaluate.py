@@ -164,14 +164,14 @@ def explain(policy: Policy, prompt: Prompt, config: EvalConfig) -> None:
 
 def algo_of(model: str) -> Algo:
     """The algorithm and settings of the run that a model/ folder lies in, papo_g's where there is
-    none. A variant with `columns` of its own, which evaluations do not read, becomes plain Algo.
+    none. A variant with `image_columns`, which evaluations do not read, becomes plain Algo.
     """
     run = Path(model).parent
     saved = flags.saved_config(run) if (run / "config.json").is_file() else {}
     name = saved.get("algo", "papo_g")
     # A run keeps a copy of its method's file.
     variant = algo_class(str(run / Path(name).name) if name.endswith(".py") else name)
-    kind = Algo if variant.columns else variant
+    kind = Algo if variant.image_columns else variant
     return kind(**{field.name: saved[field.name] for field in fields(kind) if field.name in saved})
 
 

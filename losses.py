@@ -32,7 +32,7 @@ What the terms do to the policy:
    entropies grow. The paper reports this collapse and penalises both.
 4. Descent on H makes every sampled token likelier. For samples from pi itself its gradient is 0 on
    average, as in 2; for samples from pi_old, cut by top-p, it is a pull towards what was sampled.
-   As released, this pull is all that the Double Entropy Loss does.
+   As released, this pull is all that the Double Entropy Loss does: H_mask has no gradient, see c.
 5. H_mask estimates the cross-entropy of pi and pi_mask, which is H + KL(pi || pi_mask).
 
 Where the paper, the released code and this file differ:
@@ -94,7 +94,7 @@ def response_mean(
     responses (the paper's Eq. 2). denominator: what to divide by; None: the batch's own counts.
     """
     response_mask = response_mask.bool()
-    denominator = denominator or count(response_mask)
+    denominator = count(response_mask) if denominator is None else denominator
     # Filled and not multiplied, since NaN * 0 is NaN, in the gradient too.
     values = values.masked_fill(~response_mask, 0.0)
     if average == "token":
@@ -134,8 +134,7 @@ def group_advantages(rewards: Tensor, index: Tensor, eps: float = 1e-6) -> Tenso
 def kl_k3(log_probs: Tensor, ref_log_probs: Tensor) -> Tensor:
     """Schulman's k3 at each sampled token. ref_log_probs: log pi_other, the reference's or not.
 
-    Clamped as released: where the value reaches 10, the gradient is 0. The first clamp's gradient
-    is 0 at NaN, which padding may hold, while that of exp would be NaN.
+    Clamped as released: where the value reaches 10, the gradient is 0.
     """
     d = (ref_log_probs - log_probs).clamp(-LOG_RATIO_CLAMP, LOG_RATIO_CLAMP)
     return (d.exp() - d - 1).clamp(max=KL_CLAMP)
@@ -218,9 +217,8 @@ def papo_loss(  # noqa: PLR0913
     ref_log_probs, masked_log_probs: ValueError if their coefficient is not 0 and they are missing.
         Without a coefficient they only become metrics.
     denominator: Counts of the whole mini-batch over all ranks; None: of this batch.
-    has_image[B]: whether a response's prompt has an image; None: all have. Without one both views
-        are the same, so KL_prcp is 0 at its tokens, which count in the mean. H_mask is the mean
-        over the tokens of responses with an image.
+    has_image[B]: whether a response's prompt has an image; None: all have. A response without one
+        has KL_prcp 0 and counts in its mean. H_mask is the mean over the tokens of the others.
     further_views: of a variant, name -> (coefficient, log-probs). Each adds
         coefficient * KL(pi || pi_view): a negative coefficient maximises it.
     """
@@ -228,7 +226,8 @@ def papo_loss(  # noqa: PLR0913
         raise ValueError(f"kl_ref_coef={algo.kl_ref_coef} needs ref_log_probs")
     if (algo.kl_prcp_coef or algo.masked_entropy_coef) and masked_log_probs is None:
         raise ValueError("kl_prcp_coef and masked_entropy_coef need masked_log_probs")
-    denominator = denominator or count(response_mask, has_image)
+    if denominator is None:
+        denominator = count(response_mask, has_image)
     mean = partial(response_mean, response_mask=response_mask, denominator=denominator)
     pg, metrics = policy_loss(
         log_probs,

@@ -55,21 +55,21 @@ class Algo(Flags):
     kl_prcp_estimator: Literal["k3", "paper"] = flag("k3", "k3: as released; paper: as printed")
     masked_grad: bool = flag(False, "recompute masked log-probs with gradient in every update")
 
-    columns: ClassVar[tuple[str, ...]] = ()  # further image columns, loaded as more_pixel_values
+    image_columns: ClassVar[tuple[str, ...]] = ()  # to load, as Prompt.more_pixel_values
 
     # The steps a variant may replace.
 
     def at_step(self, step: int, n_steps: int) -> Algo:
-        """The settings at `step`, from 0 to n_steps - 1. What the settings at the start of a run do
-        not need, such as a reference model at kl_ref_coef 0, is not there later either."""
+        """The settings at `step`, from 0 to n_steps - 1. A reference model is loaded only if the
+        settings at the start of the run need it."""
         return self
 
     def sample(self, prompts: list[Prompt], policy: Policy, sample_groups: Callable, key: tuple):
         """A round's groups. sample_groups(prompts) samples G responses to each, as a group.
 
         A variant may pass each prompt twice, say once under another image: all responses of the
-        same Prompt.index are compared. A group is trained under the images of group.prompt: assign
-        the original prompt to it to train under the original image. Call sample_groups once: a
+        same Prompt.index are compared. A group is trained under the images of group.prompt: set
+        that to the original prompt to train under the original image. Call sample_groups once: a
         second call repeats its random numbers. For numbers of your own there is
         batch.seeded(NAME, *key, index).
         """
@@ -146,7 +146,8 @@ def prepare(
     # The first update needs no old log-probs, since pi_old is pi there. A variant's `weigh` may.
     has_weights = type(algo).weigh is not Algo.weigh
     need_old = groups if has_weights else [group for batch in batches[1:] for group in batch]
-    # per_group computes log-probs without gradient, for a pack of groups at a time.
+    # per_group computes log-probs without gradient, a pack of groups at a time. Ranks may have
+    # different numbers of packs, even none: it adds packs that count for nothing.
     old = policy.per_group(need_old, policy.log_probs)
     for group, log_probs in zip(need_old, old, strict=True):
         group.old_log_probs = log_probs
@@ -169,8 +170,9 @@ def prepare(
         with torch.no_grad():
             weights = algo.weigh(batch, policy)
         check_weights(weights, algo, batch)
-        for group, weight in zip(batch, weights, strict=False):  # none: no weighting
-            group.weights = weight.expand(group.tokens.shape)
+        if weights:
+            for group, weight in zip(batch, weights, strict=True):
+                group.weights = weight.expand(group.tokens.shape)
 
 
 # --------------------------------------------------------------------------------------- the update
@@ -213,8 +215,8 @@ def accumulate_gradients(policy: Policy, batch: list[Group], algo: Algo) -> dict
     denominator = Counts(*sum_over_ranks(own))
     # A pack is one forward: whole groups of at most tokens_per_forward tokens, or one larger group.
     # FSDP gathers weights in every forward and backward, so all ranks must take equally many:
-    # make_packs adds packs with an empty response. For the same reason a pack without an image
-    # feeds one blank token to the vision tower.
+    # make_packs adds packs of a group with an empty response, which adds 0 to every sum. For the
+    # same reason a pack without an image feeds one blank token to the vision tower.
     packs = make_packs(batch, policy.tokens_per_forward)
     values, largest_gaps = [], []  # on the device: no wait per pack
     for number, pack in enumerate(packs, start=1):
@@ -240,7 +242,7 @@ def pack_loss(policy: Policy, pack: list[Group], algo: Algo, denominator: Counts
     recorded = partial(pad_and_cat, pack, device=policy.device)  # field -> [B, T]
     response_mask = recorded("response_mask").bool()
     log_probs = policy.log_probs(pack)  # [B, T]
-    # In a step's first update no group has old log-probs: pi_old is pi.
+    # None were recorded: this is the step's first update, so pi_old = pi.
     has_old = pack[0].old_log_probs is not None
     old_log_probs = recorded("old_log_probs") if has_old else log_probs.detach()
     advantages = torch.cat([group.advantages for group in pack]).to(policy.device)  # [B]

@@ -9,7 +9,7 @@ Differences from the released code, which samples with vLLM:
 1. Up to rounding, a response depends only on the weights and (seed, step, prompt, sample), not on
    its chunk or on the number of ranks.
 2. Sampling ignores the model's generation_config (Policy replaces it) except for its end tokens.
-   model.generate() would apply Qwen's repetition penalty of 1.05, and samples would come from
+   Else model.generate() would apply Qwen's repetition penalty of 1.05, and samples would come from
    another policy than the one trained. Two such differences remain: top-p 0.99, which is the
    paper's, and the suppressed vision tokens.
 3. The sampler's log-probs are those of the full softmax at the sampling temperature, before top-p,
@@ -121,8 +121,8 @@ def _sample_chunk(
         options = {"do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k}
     else:
         options = {"do_sample": False}  # `decode` takes the likeliest token
-    # `decode` encodes chunk.prompts itself: generate() needs only a batch of the right size, so the
-    # last tokens stand in. `decode` does top-p too, for which generate() would sort the vocabulary.
+    # generate() only builds the logits processors and calls `decode`, which encodes chunk.prompts
+    # and then feeds their last tokens. It does top-p, for which generate() would sort a vocabulary.
     last_tokens = torch.stack([prompt.input_ids[-1:] for prompt in prompts]).to(device)
     last_tokens = last_tokens.repeat_interleave(uniforms.shape[1], 0)
     tokens, log_probs = policy.model.generate(  # [prompts, G, steps] each, on the CPU

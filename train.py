@@ -16,7 +16,7 @@ boxes its answer: <think> ... </think> \boxed{3}. What travels through a step is
 
 losses.py sees several groups stacked: B responses, [B, T].
 
-The released loop differs in two ways (each file lists its own). It samples with vLLM under Ray;
+The released loop differs as `collect` says, and in two more ways. It samples with vLLM under Ray;
 here every rank gathers the training weights and samples with them. The release trains bf16 weights
 with Kahan compensation; here master weights are fp32.
 """
@@ -82,8 +82,9 @@ def collect(run: Run, algo: Algo, key: tuple) -> tuple[list[Group], dict[str, fl
     Without dynamic sampling one round has all prompts of the step. With it (DAPO) a round samples
     `mini_batch` prompts and keeps the groups whose mean accuracy is strictly between 0.01 and 0.99,
     until `prompts_per_step` prompts are kept, or MAX_ROUNDS are over: the step then trains on what
-    there is. (The release raises then, and keeps a round whole if none of its groups qualifies.)
-    Returns the groups to train on, and metrics over all ranks.
+    there is. Returns the groups to train on, and metrics over all ranks.
+
+    The release raises after the last round, and keeps a round of which no group qualifies whole.
     """
     config, start, broken_before = run.config, time.time(), run.rows.broken.total()
     kept: list[Group] = []
@@ -126,7 +127,7 @@ def grade(run: Run, algo: Algo, groups: list[Group], sums: Counter) -> list[Grou
     """Grade the groups, set their rewards and advantages, and return those to train on. Adds counts
     to `sums`.
     """
-    # All responses to a prompt are compared. A variant may spread them over two groups.
+    # All responses to a prompt are compared; a variant's Algo.sample may give it two groups.
     index = torch.tensor([group.prompt.index for group in groups for _ in group.responses])
     # Per response: accuracy and format, 0 or 1, and overall = 0.9 accuracy + 0.1 format. A response
     # past --reward_deadline has accuracy 0; one left when --reward_budget ran out is "unscored".
@@ -226,7 +227,7 @@ class Config(flags.Flags):
 
 
 def build_run(argv=None) -> Run:
-    """Load what the command line names; `start` then opens the folder.
+    """Load what the command line names; Run.start then opens the folder.
 
     The later wins: the dataclasses' defaults, the preset's, the learning rate of adapters, the
     toy's defaults, the resumed run's flags, those given.
@@ -241,7 +242,7 @@ def build_run(argv=None) -> Run:
     classes = (Config, algo_class(name))
     config, algo = flags.parse_flags(__doc__, *classes, defaults=defaults, argv=argv)
     config.val_data = toy.data_of(model, config.val_data)  # a toy is evaluated on its own rows
-    flags.check_resumed(flags.flags_of(config, algo), saved)  # config.FREE_ON_RESUME may change
+    flags.check_resumed(flags.flags_of(config, algo), saved)  # but FREE_ON_RESUME
     if algo.dynamic_sampling and MAX_ROUNDS * config.mini_batch < config.prompts_per_step:
         limit = f"{MAX_ROUNDS} rounds of mini_batch={config.mini_batch} prompts"
         raise ValueError(f"{limit} cannot fill prompts_per_step={config.prompts_per_step}")

@@ -30,7 +30,8 @@ class Example:
     answer: str
     images: list[Image.Image]  # RGB, one per marker, in order
     id: str = ""
-    # Further image columns, each as long as `images`: images_aug, and those a variant asks for.
+    # Further image columns, each as long as `images`: images_aug (images masked beforehand), and
+    # those that a variant asks for.
     more_images: dict[str, list[Image.Image]] = field(default_factory=dict)
     columns: dict = field(default_factory=dict)  # the row's further columns
 
@@ -74,16 +75,16 @@ class Group:
 
     rewards: Tensor | None = None  # [G]
     advantages: Tensor | None = None  # [G]
-    old_log_probs: Tensor | None = None  # [G, T]; None where pi_old = pi: see papo.prepare
+    old_log_probs: Tensor | None = None  # [G, T]; None: pi_old = pi, see papo.prepare
     ref_log_probs: Tensor | None = None  # [G, T]
-    weights: Tensor | None = None  # [G, T], factors of the advantages
+    weights: Tensor | None = None  # [G, T], factors of the advantages: see Algo.weigh
     # By name of a view of the image ("mask" is PAPO's), the same for the whole group:
     view_pixel_values: dict[str, Tensor] = field(default_factory=dict)  # [N_patch, D_patch]
     view_log_probs: dict[str, Tensor] = field(default_factory=dict)  # [G, T]
 
     @property
     def masked_log_probs(self) -> Tensor | None:
-        """Under PAPO's masked view, [G, T]; None without an image."""
+        """Under PAPO's masked view, [G, T], for a variant's `weigh`; None without an image."""
         return self.view_log_probs.get("mask")
 
     @property
@@ -92,7 +93,7 @@ class Group:
 
     @property
     def owner(self) -> Tensor:
-        """Whose each token is that the model is fed: 0 for the prompt, i for the i-th response.
+        """For each token that the model is fed: 0 if it is the prompt's, i if the i-th response's.
 
         The last token of a response is not fed, because nothing is predicted from it."""
         fed = (self.response_mask.sum(1) - 1).clamp(min=0)
@@ -132,7 +133,7 @@ def pad_and_cat(groups: list[Group], name: str, device="cpu") -> Tensor:
 def cat_view(groups: list[Group], view: str, device="cpu") -> Tensor:
     """The log-probs recorded under a view, [B, T]. Groups without an image have none, and get 0."""
     tensors = [
-        group.view_log_probs[view] if group.has_image else torch.zeros_like(group.sample_log_probs)
+        group.view_log_probs[view] if group.has_image else torch.zeros(group.tokens.shape)
         for group in groups
     ]
     return stack_padded(tensors, device)

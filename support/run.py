@@ -91,7 +91,7 @@ class Run(AbstractContextManager):
         config = self.config
         options = {"length": encoder.prompt_length, "max_prompt_tokens": config.max_prompt_tokens}
         options["seed"] = config.seed
-        rows = data.load(config.data, columns=self.algo.columns, **options)
+        rows = data.load(config.data, columns=self.algo.image_columns, **options)
         eval_sets = {}
         if config.eval_every and config.val_data != "none":
             eval_sets = data.eval_sets(config.val_data, limit=config.eval_rows, **options)

@@ -26,7 +26,7 @@ class TAPO(Algo):
     clip_high: float = 0.28
     dynamic_sampling: bool = True
 
-    columns = ("images_pos", "images_neg")
+    image_columns = ("images_pos", "images_neg")
 
     def sample(self, prompts, policy, sample_groups, key):
         return sample_groups(
