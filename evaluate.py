@@ -164,7 +164,7 @@ def explain(policy: Policy, prompt: Prompt, config: EvalConfig) -> None:
 
 def algo_of(model: str) -> Algo:
     """The algorithm and settings of the run that a model/ folder lies in, papo_g's where there is
-    none. A variant with `image_columns`, which evaluations do not read, becomes plain Algo.
+    none. Plain Algo for a variant whose views may need image_columns: evaluations read none.
     """
     run = Path(model).parent
     saved = flags.saved_config(run) if (run / "config.json").is_file() else {}

@@ -11,8 +11,8 @@ caller's generator draws one mask per prompt, shared by its group. Semantic mask
 saliency map: DINOv2's attention (support/saliency.py), or the toy's dots.
 
 To add a corruption, write a function patches -> (masked, patch_mask), add its name to STRATEGIES
-and a branch to `mask_prompt`; its parameters are fields of papo.Algo. Or replace the step `view` of
-papo.Algo in a variant.
+and a branch to `mask_prompt`; its parameters are fields of papo.Algo. Or override Algo.view
+in a variant.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ a subclass of Algo: other defaults, flags of its own, and some of Algo's steps r
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -38,7 +39,8 @@ from support.variants import check_view, check_weights, load_variant
 
 @dataclass(frozen=True)
 class Algo(Flags):
-    """Settings of the objective of losses.py. Every field is a command-line flag."""
+    """Settings of the objective and of its masks, each a command-line flag, and the steps of the
+    algorithm that a variant may replace: its methods."""
 
     kl_ref_coef: float = flag(0.01, "beta: weight of KL_ref; 0: load no reference model")
     kl_prcp_coef: float = flag(0.02, "gamma: weight of KL_prcp, which is maximised")
@@ -56,8 +58,6 @@ class Algo(Flags):
     masked_grad: bool = flag(False, "recompute masked log-probs with gradient in every update")
 
     image_columns: ClassVar[tuple[str, ...]] = ()  # to load, as Prompt.more_pixel_values
-
-    # The steps a variant may replace.
 
     def at_step(self, step: int, n_steps: int) -> Algo:
         """The settings at `step`, from 0 to n_steps - 1. A reference model is loaded only if the
@@ -92,9 +92,9 @@ class Algo(Flags):
     def weigh(self, groups: list[Group], policy: Policy) -> list[Tensor]:
         """Factors of the advantages, [G, 1] or [G, T] for each group. An empty list: no weighting.
 
-        groups: this rank's share of a mini-batch, maybe empty, after `prepare` has recorded all
-        log-probs. All ranks call it, under no_grad. policy.per_group(groups, policy.entropies) has
-        the entropy at each token. Factors are finite float32 tensors on the CPU."""
+        groups: this rank's share of a mini-batch, maybe empty, with all log-probs recorded. All
+        ranks call it, under no_grad. policy.per_group(groups, policy.entropies) computes the
+        entropies at all tokens, [G, T] for each group. Factors are finite float32, on the CPU."""
         return []
 
 
@@ -147,7 +147,7 @@ def prepare(
     has_weights = type(algo).weigh is not Algo.weigh
     need_old = groups if has_weights else [group for batch in batches[1:] for group in batch]
     # per_group computes log-probs without gradient, a pack of groups at a time. Ranks may have
-    # different numbers of packs, even none: it adds packs that count for nothing.
+    # different numbers of packs, even none: it adds dummies, see accumulate_gradients.
     old = policy.per_group(need_old, policy.log_probs)
     for group, log_probs in zip(need_old, old, strict=True):
         group.old_log_probs = log_probs
@@ -159,9 +159,9 @@ def prepare(
     for name in algo.views():
         for group in with_image:
             generator = seeded(name, *key, group.prompt.index)
-            view = algo.view(name, group.prompt, policy, generator)
-            check_view(view, algo, name, group.prompt)
-            group.view_pixel_values[name], _ = view
+            pixels_and_mask = algo.view(name, group.prompt, policy, generator)
+            check_view(pixels_and_mask, algo, name, group.prompt)
+            group.view_pixel_values[name], _ = pixels_and_mask
         # With masked_grad the loss computes those of "mask" again, and these are for `weigh`.
         under_view = policy.per_group(with_image, partial(policy.log_probs, view=name))
         for group, log_probs in zip(with_image, under_view, strict=True):
@@ -214,11 +214,13 @@ def accumulate_gradients(policy: Policy, batch: list[Group], algo: Algo) -> dict
         own = count(pad_and_cat(batch, "response_mask"), responses_with_image(batch))
     denominator = Counts(*sum_over_ranks(own))
     # A pack is one forward: whole groups of at most tokens_per_forward tokens, or one larger group.
-    # FSDP gathers weights in every forward and backward, so all ranks must take equally many:
-    # make_packs adds packs of a group with an empty response, which adds 0 to every sum. For the
-    # same reason a pack without an image feeds one blank token to the vision tower.
+    # FSDP gathers weights in every forward and backward, so all ranks must take equally many. Where
+    # a rank has fewer, make_packs adds dummies: a group with one empty response, whose fields exist
+    # and have no tokens. So they add 0 to every sum. For the same reason a pack without an image
+    # feeds a blank image to the vision tower.
     packs = make_packs(batch, policy.tokens_per_forward)
-    values, largest_gaps = [], []  # on the device: no wait per pack
+    sums: Counter = Counter()  # of tensors on the device: no wait per pack
+    largest_gaps = []
     for number, pack in enumerate(packs, start=1):
         loss, metrics = pack_loss(policy, pack, algo, denominator)
         # Under HSDP the replicas of the weights exchange gradients in the last backward only.
@@ -226,12 +228,12 @@ def accumulate_gradients(policy: Policy, batch: list[Group], algo: Algo) -> dict
         # FSDP averages over all ranks; we want the sum, since the counts are those of all ranks.
         (loss * world_size()).backward()
         largest_gaps.append(metrics.pop("sampler_gap_max"))
-        values.append(torch.stack([*metrics.values()]).double())
+        for name, value in metrics.items():
+            sums[name] += value.double()
     average_gradients(policy.model)  # of LoRA adapters, which FSDP leaves alone
-    sums = sum_over_ranks(sum(values).tolist())
+    totals = sum_over_ranks(torch.stack([*sums.values()]).tolist())
     largest_gap = max_over_ranks(torch.stack(largest_gaps).max())
-    # metrics: the last pack's; all packs have the same names.
-    return dict(zip(metrics, sums, strict=True)) | {"sampler_gap_max": largest_gap}
+    return dict(zip(sums, totals, strict=True)) | {"sampler_gap_max": largest_gap}
 
 
 def pack_loss(policy: Policy, pack: list[Group], algo: Algo, denominator: Counts | None = None):

@@ -1,9 +1,10 @@
 """Sample G responses per prompt with Hugging Face `generate`.
 
-The prompts are sorted by length and cut into chunks of at most `rollout_batch` responses. For each
-chunk model.generate() builds the logits processors (which forbid vision tokens, divide by the
-temperature, apply top-k) and hands them to our loop (`custom_generate`, support/decoding.py), which
-feeds the prompts, applies top-p and draws the tokens.
+The prompts are sorted by length and cut into chunks of about `rollout_batch` responses. For each,
+model.generate() builds the logits processors (which forbid vision tokens, divide by the
+temperature, apply top-k) and leaves the sampling to a loop of ours (`custom_generate`,
+support/decoding.py). It encodes each prompt once, then draws the responses token by token, within
+top-p.
 
 Differences from the released code, which samples with vLLM:
 1. Up to rounding, a response depends only on the weights and (seed, step, prompt, sample), not on
@@ -113,7 +114,7 @@ def _sample_chunk(
         prompts=prompts,
         uniforms=uniforms.to(device),
         temperature=sampling.temperature or 1.0,  # of the returned log-probs
-        top_p=sampling.top_p,
+        top_p=sampling.top_p,  # not for generate(), which would sort the vocabulary
         eos_ids=torch.tensor(policy.eos_ids, device=device),
         stop=stop,
     )
@@ -121,8 +122,8 @@ def _sample_chunk(
         options = {"do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k}
     else:
         options = {"do_sample": False}  # `decode` takes the likeliest token
-    # generate() only builds the logits processors and calls `decode`, which encodes chunk.prompts
-    # and then feeds their last tokens. It does top-p, for which generate() would sort a vocabulary.
+    # generate() only builds the logits processors and calls `decode`. `chunk` carries the prompts;
+    # input_ids are their last tokens, once per response, which `decode` feeds after the others.
     last_tokens = torch.stack([prompt.input_ids[-1:] for prompt in prompts]).to(device)
     last_tokens = last_tokens.repeat_interleave(uniforms.shape[1], 0)
     tokens, log_probs = policy.model.generate(  # [prompts, G, steps] each, on the CPU

@@ -61,8 +61,8 @@ def train(run: Run) -> None:
         batches = mini_batches(groups, config.mini_batch)
 
         # 2. Before the first update changes the policy: mask the images, and record the old,
-        #    reference and masked log-probs that the objective needs. (run.reference is the frozen
-        #    start model, None without KL_ref.)
+        #    reference and masked log-probs that the objective needs, all without gradient.
+        #    (run.reference is the frozen start model, None without KL_ref.)
         start = time.time()
         prepare(policy, run.reference, batches, algo, key)
 
@@ -84,7 +84,7 @@ def collect(run: Run, algo: Algo, key: tuple) -> tuple[list[Group], dict[str, fl
     until `prompts_per_step` prompts are kept, or MAX_ROUNDS are over: the step then trains on what
     there is. Returns the groups to train on, and metrics over all ranks.
 
-    The release raises after the last round, and keeps a round of which no group qualifies whole.
+    The release raises after the last round, and keeps all of a round in which no group qualifies.
     """
     config, start, broken_before = run.config, time.time(), run.rows.broken.total()
     kept: list[Group] = []
@@ -101,7 +101,7 @@ def collect(run: Run, algo: Algo, key: tuple) -> tuple[list[Group], dict[str, fl
         # This rank's share of prompts_per_step prompts, or of mini_batch under dynamic sampling.
         # Prompt.index goes on from round to round.
         prompts = run.next_prompts(round_index)
-        # By default sample_groups(prompts); a variant may draw random numbers of its own with key.
+        # By default sample_groups(prompts). A variant may return two groups to a prompt.
         groups = algo.sample(prompts, run.policy, sample_groups, key)
         run.raise_if_stopped()  # on all ranks, if any has had a signal
         kept += grade(run, algo, groups, sums)
@@ -127,7 +127,7 @@ def grade(run: Run, algo: Algo, groups: list[Group], sums: Counter) -> list[Grou
     """Grade the groups, set their rewards and advantages, and return those to train on. Adds counts
     to `sums`.
     """
-    # All responses to a prompt are compared; a variant's Algo.sample may give it two groups.
+    # All responses to a prompt are compared, in one group or two.
     index = torch.tensor([group.prompt.index for group in groups for _ in group.responses])
     # Per response: accuracy and format, 0 or 1, and overall = 0.9 accuracy + 0.1 format. A response
     # past --reward_deadline has accuracy 0; one left when --reward_budget ran out is "unscored".
@@ -139,7 +139,7 @@ def grade(run: Run, algo: Algo, groups: list[Group], sums: Counter) -> list[Grou
 
     rewards, accuracy = column("overall"), column("accuracy")
     # An unscored response has reward 0, which distorts its group's mean. So all responses to its
-    # prompt get advantage 0. Dynamic sampling drops them; otherwise the other terms train on them.
+    # prompt get advantage 0: only the KLs and entropies train on them. Dynamic sampling drops them.
     is_graded = ~torch.isin(index, index[column("unscored") > 0])
     advantages = group_advantages(rewards, index).where(is_graded, 0.0).float()
     sizes = [len(group.responses) for group in groups]
@@ -237,19 +237,24 @@ def build_run(argv=None) -> Run:
     saved = flags.saved_config(given["resume"]) if given.get("resume") else {}
     early = saved | given
     name, model = early.get("algo", Config.algo), toy.model_folder(early.get("model", Config.model))
-    defaults = preset_settings(name, size_of(model)) | lora.defaults(early.get("lora_rank", 0))
-    defaults |= toy.defaults(model, early.get("data", "")) | saved
+    defaults = (
+        preset_settings(name, size_of(model))
+        | lora.defaults(early.get("lora_rank", 0))
+        | toy.defaults(model, early.get("data", ""))
+        | saved
+    )
     classes = (Config, algo_class(name))
     config, algo = flags.parse_flags(__doc__, *classes, defaults=defaults, argv=argv)
     config.val_data = toy.data_of(model, config.val_data)  # a toy is evaluated on its own rows
-    flags.check_resumed(flags.flags_of(config, algo), saved)  # but FREE_ON_RESUME
+    flags.check_resumed(flags.flags_of(config, algo), saved)  # those of FREE_ON_RESUME may differ
     if algo.dynamic_sampling and MAX_ROUNDS * config.mini_batch < config.prompts_per_step:
         limit = f"{MAX_ROUNDS} rounds of mini_batch={config.mini_batch} prompts"
         raise ValueError(f"{limit} cannot fill prompts_per_step={config.prompts_per_step}")
     if config.group_size < 2 and type(algo).sample is Algo.sample:  # others may sample twice
         raise ValueError("group_size=1: give at least 2, one response has nothing to compare with")
     # Ranks wait for one that still scores, in a step or in an evaluation.
-    ranks = distributed.init_distributed(max(config.reward_budget, SCORING_SECONDS))
+    longest = max(config.reward_budget, SCORING_SECONDS)
+    ranks = distributed.init_distributed(scoring_seconds=longest)
     encoder = Encoder(model, config.min_pixels, config.max_pixels, config.prompt_suffix)
     return Run(config, algo, encoder, ranks)
 

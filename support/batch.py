@@ -30,8 +30,8 @@ class Example:
     answer: str
     images: list[Image.Image]  # RGB, one per marker, in order
     id: str = ""
-    # Further image columns, each as long as `images`: images_aug (images masked beforehand), and
-    # those that a variant asks for.
+    # Further image columns, each as long as `images`: images_aug (images masked beforehand, see
+    # masking.mask_prompt), and those of Algo.image_columns.
     more_images: dict[str, list[Image.Image]] = field(default_factory=dict)
     columns: dict = field(default_factory=dict)  # the row's further columns
 
@@ -84,7 +84,8 @@ class Group:
 
     @property
     def masked_log_probs(self) -> Tensor | None:
-        """Under PAPO's masked view, [G, T], for a variant's `weigh`; None without an image."""
+        """Under PAPO's masked view, [G, T], for a variant's `weigh`. None without an image, or if
+        Algo.views() has no "mask"."""
         return self.view_log_probs.get("mask")
 
     @property
@@ -94,6 +95,7 @@ class Group:
     @property
     def owner(self) -> Tensor:
         """For each token that the model is fed: 0 if it is the prompt's, i if the i-th response's.
+        So it tells which tokens may see each other.
 
         The last token of a response is not fed, because nothing is predicted from it."""
         fed = (self.response_mask.sum(1) - 1).clamp(min=0)
