@@ -51,10 +51,10 @@ def predict(
     """Sample and grade n responses to each row, on all ranks; yields questions chunk by chunk.
 
     rows: data.Rows. indices: which of them, dealt to the ranks in turn. options: of generate. A
-    Question is the list of the n records of a row. A record is a dict with
-    PAPO-Eval's keys (id, prompt, predict, label), ours (row; loop, the sample's number) and
-    the scores. A row that cannot be encoded is skipped and named. Every rank gets all questions and
-    must exhaust the iterator: a chunk is a collective.
+    Question is the list of the n records of a row. A record is a dict with PAPO-Eval's keys (id,
+    prompt, predict, label), ours (row, and loop: the sample's number) and the scores. A row
+    that cannot be encoded is skipped and named. Every rank gets all questions and must exhaust the
+    iterator: a chunk is a collective.
     """
     own = indices[distributed.rank() :: distributed.world_size()]
     longest_share = math.ceil(len(indices) / distributed.world_size())
@@ -105,23 +105,23 @@ def evaluate(policy: Policy, sets: dict, config: EvalConfig) -> None:
     if is_first:
         print("\n".join(rows.summary() for rows in sets.values()))
     with flags.one_line_errors():
-        distributed.on_first_rank(lambda: predictions.open_output(config))
+        distributed.from_first_rank(lambda: predictions.open_output(config))
         grader = make_grader(config)
         if config.baseline and is_first:
             baseline = predictions.grade_files([config.baseline], grader, sets)
     with grader:
         for name, rows in sets.items():
-            results[name], skipped = evaluate_set(policy, name, rows, grader, config)
-            if skipped:
-                notes.append(f"{name}: left out: {dict(skipped)}")
+            results[name], left_out = evaluate_set(policy, name, rows, grader, config)
+            if left_out:
+                notes.append(f"{name}: left out: {dict(left_out)}")
     if is_first:
         predictions.report(results, baseline, notes, config.out)
 
 
 def evaluate_set(policy: Policy, name: str, rows, grader: Grader, config: EvalConfig):
-    """Evaluate one set. Returns its questions, and the number of skipped rows by kind."""
+    """Evaluate one set. Returns its questions, and the number of rows left out by kind."""
     out = config.out if distributed.rank() == 0 else ""  # "" writes nothing
-    questions = distributed.on_first_rank(lambda: predictions.answered(out, name))
+    questions = distributed.from_first_rank(lambda: predictions.answered(out, name))
     saved = {question[0]["row"] for question in questions}
     unanswered = [i for i in range(len(rows)) if i not in saved]
     sampling = Sampling.of(config)
@@ -130,9 +130,9 @@ def evaluate_set(policy: Policy, name: str, rows, grader: Grader, config: EvalCo
         questions += chunk
     questions.sort(key=lambda question: question[0]["row"])
     predictions.finish(out, name, questions)
-    # skipped at loading, the same on all ranks; broken: found by this rank while encoding
-    broken = sum(distributed.gather_over_ranks(rows.broken), Counter())
-    return questions, rows.skipped + broken
+    # unusable: found at loading, the same on all ranks; skipped: by this rank while encoding
+    skipped = sum(distributed.gather_over_ranks(rows.skipped), Counter())
+    return questions, rows.unusable + skipped
 
 
 def make_grader(config: EvalConfig) -> Grader:
@@ -169,9 +169,10 @@ def algo_of(model: str) -> Algo:
     run = Path(model).parent
     saved = flags.saved_config(run) if (run / "config.json").is_file() else {}
     name = saved.get("algo", "papo_g")
-    # A run keeps a copy of its method's file.
-    variant = algo_class(str(run / Path(name).name) if name.endswith(".py") else name)
-    kind = Algo if variant.image_columns else variant
+    # Where --algo named a file, the run keeps a copy of it.
+    kind = algo_class(str(run / Path(name).name) if name.endswith(".py") else name)
+    if kind.image_columns:
+        kind = Algo
     return kind(**{field.name: saved[field.name] for field in fields(kind) if field.name in saved})
 
 

@@ -23,14 +23,14 @@ What the terms do to the policy:
 
 1. k3 is an unbiased estimate of KL(pi || pi_other) if samples come from pi and nothing is clamped.
 2. Autograd differentiates k3, but not the distribution that the samples come from. So its gradient
-   is in expectation that of KL(pi_other || pi), not that of KL(pi || pi_other), because
-   E_pi[grad log pi] = 0 and E_pi[exp(d) grad log pi] = E_pi_other[grad log pi].
+   is in expectation - E_pi_other[grad log pi], that of KL(pi_other || pi) and not of
+   KL(pi || pi_other): E_pi[grad log pi] = 0, E_pi[exp(d) grad log pi] = E_pi_other[grad log pi].
 3. So maximising KL_prcp, ascent along (1 - exp(d)) grad log pi, makes a token likelier where the
    masked view finds it less likely (d < 0), with a weight of at most 1. Where the masked view finds
    it likelier (d > 0), it makes it less likely, with weight exp(d) - 1: up to 12.6 at d = 2.61,
-   where k3 reaches its clamp. Run too far, this drives pi off all text that is plausible without
-   the image: probability spreads, and both entropies grow. The paper reports this collapse and
-   penalises both.
+   where k3 reaches its clamp of 10. In the end this drives pi off all text that is plausible
+   without the image: probability spreads, and both entropies grow. The paper reports this collapse
+   and penalises both.
 4. Descent on H makes every sampled token likelier. For samples from pi itself its gradient is 0 on
    average, as in 2; for samples from pi_old, cut by top-p, it is a pull towards what was sampled.
    As released, this pull is all that the Double Entropy Loss does: H_mask has no gradient, see c.
@@ -46,8 +46,8 @@ b. H and H_mask are means over sampled tokens (as released), whatever `average` 
 c. The masked log-probs are recorded before a step's first update, without gradient (as released).
    So in its later updates pi_mask is still the old policy's, and H_mask changes the value of the
    loss but not its gradient. With `--masked_grad` they are computed in every update: H_mask has a
-   gradient, and that of k3 gains (exp(d) - 1) grad log pi_mask. Minimising H_mask then lowers the
-   KL(pi || pi_mask) in it, see 5, against KL_prcp.
+   gradient, and that of k3 gains (exp(d) - 1) grad log pi_mask. Minimising H_mask then
+   works against KL_prcp, because the KL is a part of it (5).
 d. The release averages within each micro-batch, then over micro-batches. Here every mean divides by
    a count over the whole mini-batch on all ranks. So the losses of any split add up to the loss of
    the whole.

@@ -3,7 +3,7 @@
 Masking acts on the image processor's output, after resizing and normalisation and before the
 vision tower: pixel_values[N_patch, D_patch], one row per patch, whose D_patch values are ordered
 (channel, temporal copy, y, x). The processor repeats a still image temporal_patch_size times; these
-are the temporal copies. `patch_mask[N_patch]` is True for the patches that were changed.
+are the temporal copies. `patch_mask[N_patch]` is True for the patches that are masked.
 
 The release blacks out 14-px tiles of the raw image, before it is resized, so tiles rarely line up
 with the model's patches; its generator is global and unseeded. Here a tile is a patch, and the
@@ -78,6 +78,7 @@ def noise_patches(
     channels = 3
     n, d_patch = pixel_values.shape
     patch_mask = torch.rand(n, generator=generator) < ratio
+    # (patch, channel, copy, y x)
     noise = torch.randn(n, channels, 1, d_patch // channels // copies, generator=generator) * sigma
     noise = noise.expand(-1, -1, copies, -1).reshape(n, d_patch).to(pixel_values)
     return _replace(pixel_values, patch_mask, pixel_values + noise), patch_mask

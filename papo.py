@@ -15,7 +15,6 @@ from statistics import fmean
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import masking
@@ -68,9 +67,9 @@ class Algo(Flags):
         """A round's groups. sample_groups(prompts) samples G responses to each, as a group.
 
         A variant may pass each prompt twice, say once under another image: all responses of the
-        same Prompt.index are compared. A group is trained under the images of group.prompt: set
-        that to the original prompt to train under the original image. Call sample_groups once: a
-        second call repeats its random numbers. For numbers of your own there is
+        same Prompt.index are compared. A group is trained under the images of group.prompt: to
+        train under the original image, set group.prompt to the original prompt. Call sample_groups
+        once: a second call repeats its random numbers. For numbers of your own there is
         batch.seeded(NAME, *key, index).
         """
         return sample_groups(prompts)
@@ -93,8 +92,7 @@ class Algo(Flags):
         """Factors of the advantages, [G, 1] or [G, T] for each group. An empty list: no weighting.
 
         groups: this rank's share of a mini-batch, maybe empty, with all log-probs recorded. All
-        ranks call it, under no_grad. policy.per_group(groups, policy.entropies) computes the
-        entropies at all tokens, [G, T] for each group. Factors are finite float32, on the CPU."""
+        ranks call it, under no_grad. Factors are finite float32 tensors on the CPU."""
         return []
 
 
@@ -128,7 +126,7 @@ def preset_settings(name: str, size: str = "3b") -> dict:
 
 
 def preset(name: str, size: str = "3b") -> Algo:
-    """The objective called `name`, a preset or a variant, for one of the paper's model sizes."""
+    """The algorithm called `name`, a preset or a variant, for one of the paper's model sizes."""
     return algo_class(name)(**preset_settings(name, size))
 
 
@@ -146,8 +144,7 @@ def prepare(
     # The first update needs no old log-probs, since pi_old is pi there. A variant's `weigh` may.
     has_weights = type(algo).weigh is not Algo.weigh
     need_old = groups if has_weights else [group for batch in batches[1:] for group in batch]
-    # per_group computes log-probs without gradient, a pack of groups at a time. Ranks may have
-    # different numbers of packs, even none: it adds dummies, see accumulate_gradients.
+    # per_group computes log-probs without gradient, a pack of groups at a time; all ranks call it.
     old = policy.per_group(need_old, policy.log_probs)
     for group, log_probs in zip(need_old, old, strict=True):
         group.old_log_probs = log_probs
@@ -159,10 +156,11 @@ def prepare(
     for name in algo.views():
         for group in with_image:
             generator = seeded(name, *key, group.prompt.index)
-            pixels_and_mask = algo.view(name, group.prompt, policy, generator)
-            check_view(pixels_and_mask, algo, name, group.prompt)
-            group.view_pixel_values[name], _ = pixels_and_mask
-        # With masked_grad the loss computes those of "mask" again, and these are for `weigh`.
+            view = algo.view(name, group.prompt, policy, generator)
+            check_view(view, algo, name, group.prompt)
+            pixels, _patch_mask = view
+            group.view_pixel_values[name] = pixels
+        # With masked_grad the loss recomputes those of "mask": only a `weigh` uses these.
         under_view = policy.per_group(with_image, partial(policy.log_probs, view=name))
         for group, log_probs in zip(with_image, under_view, strict=True):
             group.view_log_probs[name] = log_probs
@@ -215,11 +213,10 @@ def accumulate_gradients(policy: Policy, batch: list[Group], algo: Algo) -> dict
     denominator = Counts(*sum_over_ranks(own))
     # A pack is one forward: whole groups of at most tokens_per_forward tokens, or one larger group.
     # FSDP gathers weights in every forward and backward, so all ranks must take equally many. Where
-    # a rank has fewer, make_packs adds dummies: a group with one empty response, whose fields exist
-    # and have no tokens. So they add 0 to every sum. For the same reason a pack without an image
-    # feeds a blank image to the vision tower.
+    # a rank has fewer, make_packs adds dummies, whose one response is all padding and counts for
+    # nothing. For the same reason a pack without an image feeds the vision tower a blank one.
     packs = make_packs(batch, policy.tokens_per_forward)
-    sums: Counter = Counter()  # of tensors on the device: no wait per pack
+    sums: Counter = Counter()  # of tensors on the device: no synchronisation per pack
     largest_gaps = []
     for number, pack in enumerate(packs, start=1):
         loss, metrics = pack_loss(policy, pack, algo, denominator)
@@ -274,5 +271,5 @@ def pack_loss(policy: Policy, pack: list[Group], algo: Algo, denominator: Counts
     # How far sampling and training disagree about the same tokens; 0 but for rounding.
     gap = (recorded("sample_log_probs") - old_log_probs).abs()
     metrics["sampler_gap"] = response_mean(gap, response_mask, denominator)
-    metrics["sampler_gap_max"] = F.pad(gap.flatten(), (0, 1)).max()  # 0 for a pack without tokens
+    metrics["sampler_gap_max"] = gap.max()  # padding is 0 in both
     return loss, metrics

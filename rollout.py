@@ -3,8 +3,8 @@
 The prompts are sorted by length and cut into chunks of about `rollout_batch` responses. For each,
 model.generate() builds the logits processors (which forbid vision tokens, divide by the
 temperature, apply top-k) and leaves the sampling to a loop of ours (`custom_generate`,
-support/decoding.py). It encodes each prompt once, then draws the responses token by token, within
-top-p.
+support/decoding.py). The loop encodes each prompt once, then draws the responses token by token,
+within top-p.
 
 Differences from the released code, which samples with vLLM:
 1. Up to rounding, a response depends only on the weights and (seed, step, prompt, sample), not on
@@ -94,7 +94,7 @@ def _draw_uniforms(prompts: list[Prompt], group_size: int, length: int, key: tup
     """A random number in [0, 1) for every token, [prompts, G, length]: the decoding loop draws a
     token by inverting the CDF at its number.
 
-    A variant may sample a prompt twice: its second G responses are samples G to 2 G - 1.
+    A prompt may come twice (see Algo.sample): its second G responses are samples G to 2 G - 1.
     """
     uniforms = torch.empty(len(prompts), group_size, length)
     n_seen: Counter = Counter()
@@ -114,7 +114,7 @@ def _sample_chunk(
         prompts=prompts,
         uniforms=uniforms.to(device),
         temperature=sampling.temperature or 1.0,  # of the returned log-probs
-        top_p=sampling.top_p,  # not for generate(), which would sort the vocabulary
+        top_p=sampling.top_p,  # generate() would sort the whole vocabulary, which is slow
         eos_ids=torch.tensor(policy.eos_ids, device=device),
         stop=stop,
     )
@@ -122,8 +122,8 @@ def _sample_chunk(
         options = {"do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k}
     else:
         options = {"do_sample": False}  # `decode` takes the likeliest token
-    # generate() only builds the logits processors and calls `decode`. `chunk` carries the prompts;
-    # input_ids are their last tokens, once per response, which `decode` feeds after the others.
+    # generate() only builds the logits processors and calls `decode`. That encodes the prompts that
+    # `chunk` carries, without their last tokens, and then feeds these, the input_ids, per response.
     last_tokens = torch.stack([prompt.input_ids[-1:] for prompt in prompts]).to(device)
     last_tokens = last_tokens.repeat_interleave(uniforms.shape[1], 0)
     tokens, log_probs = policy.model.generate(  # [prompts, G, steps] each, on the CPU

@@ -16,9 +16,9 @@ boxes its answer: <think> ... </think> \boxed{3}. What travels through a step is
 
 losses.py sees several groups stacked: B responses, [B, T].
 
-The released loop differs as `collect` says, and in two more ways. It samples with vLLM under Ray;
-here every rank gathers the training weights and samples with them. The release trains bf16 weights
-with Kahan compensation; here master weights are fp32.
+Differences from the release (each file lists its own): it samples with vLLM under Ray, and trains
+bf16 weights with Kahan compensation; here every rank gathers the training weights and samples with
+them, and master weights are fp32. See also `collect`.
 """
 
 from __future__ import annotations
@@ -82,11 +82,10 @@ def collect(run: Run, algo: Algo, key: tuple) -> tuple[list[Group], dict[str, fl
     Without dynamic sampling one round has all prompts of the step. With it (DAPO) a round samples
     `mini_batch` prompts and keeps the groups whose mean accuracy is strictly between 0.01 and 0.99,
     until `prompts_per_step` prompts are kept, or MAX_ROUNDS are over: the step then trains on what
-    there is. Returns the groups to train on, and metrics over all ranks.
-
-    The release raises after the last round, and keeps all of a round in which no group qualifies.
+    there is. The release keeps all of a round in which no group qualifies, and raises after the
+    last round. Returns the groups to train on, and metrics over all ranks.
     """
-    config, start, broken_before = run.config, time.time(), run.rows.broken.total()
+    config, start, skipped_before = run.config, time.time(), run.rows.skipped.total()
     kept: list[Group] = []
     sums: Counter = Counter()
     sample_groups = partial(
@@ -101,7 +100,7 @@ def collect(run: Run, algo: Algo, key: tuple) -> tuple[list[Group], dict[str, fl
         # This rank's share of prompts_per_step prompts, or of mini_batch under dynamic sampling.
         # Prompt.index goes on from round to round.
         prompts = run.next_prompts(round_index)
-        # By default sample_groups(prompts). A variant may return two groups to a prompt.
+        # By default sample_groups(prompts); see Algo.sample. A prompt may get two groups.
         groups = algo.sample(prompts, run.policy, sample_groups, key)
         run.raise_if_stopped()  # on all ranks, if any has had a signal
         kept += grade(run, algo, groups, sums)
@@ -113,9 +112,9 @@ def collect(run: Run, algo: Algo, key: tuple) -> tuple[list[Group], dict[str, fl
     chosen = indices[: config.prompts_per_step]
     kept = [group for group in kept if group.prompt.index in chosen]
     # Found broken while encoding, on this rank.
-    sums["skipped_rows"] = run.rows.broken.total() - broken_before
+    sums["skipped_rows"] = run.rows.skipped.total() - skipped_before
     metrics = rollout_metrics(sums) | {
-        "unusable_rows": run.rows.skipped.total(),  # left out at loading, the same on all ranks
+        "unusable_rows": run.rows.unusable.total(),  # found at loading, the same on all ranks
         "groups_kept": len(chosen),  # counted by prompt
         "rounds": round_index + 1,
         "seconds_rollout": time.time() - start,
@@ -235,8 +234,8 @@ def build_run(argv=None) -> Run:
     # Algo and model decide which flags there are and their defaults, so they are read beforehand.
     given = flags.early_flags("algo", "model", "data", "resume", "lora_rank", argv=argv)
     saved = flags.saved_config(given["resume"]) if given.get("resume") else {}
-    early = saved | given
-    name, model = early.get("algo", Config.algo), toy.model_folder(early.get("model", Config.model))
+    early = {"algo": Config.algo, "model": Config.model} | saved | given
+    name, model = early["algo"], toy.model_folder(early["model"])
     defaults = (
         preset_settings(name, size_of(model))
         | lora.defaults(early.get("lora_rank", 0))
@@ -250,9 +249,10 @@ def build_run(argv=None) -> Run:
     if algo.dynamic_sampling and MAX_ROUNDS * config.mini_batch < config.prompts_per_step:
         limit = f"{MAX_ROUNDS} rounds of mini_batch={config.mini_batch} prompts"
         raise ValueError(f"{limit} cannot fill prompts_per_step={config.prompts_per_step}")
-    if config.group_size < 2 and type(algo).sample is Algo.sample:  # others may sample twice
+    # A variant may sample two groups to a prompt.
+    if config.group_size < 2 and type(algo).sample is Algo.sample:
         raise ValueError("group_size=1: give at least 2, one response has nothing to compare with")
-    # Ranks wait for one that still scores, in a step or in an evaluation.
+    # The time limit of a collective: ranks wait for one that still scores its responses.
     longest = max(config.reward_budget, SCORING_SECONDS)
     ranks = distributed.init_distributed(scoring_seconds=longest)
     encoder = Encoder(model, config.min_pixels, config.max_pixels, config.prompt_suffix)

@@ -95,9 +95,9 @@ class Group:
     @property
     def owner(self) -> Tensor:
         """For each token that the model is fed: 0 if it is the prompt's, i if the i-th response's.
-        So it tells which tokens may see each other.
 
-        The last token of a response is not fed, because nothing is predicted from it."""
+        It tells which tokens may see each other. The last token of a response is not fed, because
+        nothing is predicted from it."""
         fed = (self.response_mask.sum(1) - 1).clamp(min=0)
         lengths = torch.cat([torch.tensor([len(self.prompt)]), fed])
         return torch.arange(len(lengths)).repeat_interleave(lengths)

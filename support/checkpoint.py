@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.distributed.tensor import DTensor
 from transformers.utils import cached_file
 
-from support.distributed import on_first_rank
+from support.distributed import from_first_rank
 from support.lora import adapted_layers
 
 # Copied to the export unchanged: what AutoProcessor reads, and a toy model's task.
@@ -53,7 +53,7 @@ def save(folder: Path, model, optimizer, state: dict, keep: int) -> None:
     write; earlier checkpoints are untouched then.
     """
     checkpoint_dir = folder / "checkpoints" / f"step_{state['step']:06d}"
-    if on_first_rank((checkpoint_dir / ".metadata").exists):
+    if from_first_rank((checkpoint_dir / ".metadata").exists):
         return
     content = state_dicts(model, optimizer) | {"state": state}
     try:
@@ -61,7 +61,7 @@ def save(folder: Path, model, optimizer, state: dict, keep: int) -> None:
     except dcp.api.CheckpointException as error:  # which is no Exception
         raise OSError(str(error).strip().splitlines()[-1]) from error
     finally:
-        on_first_rank(lambda: clean(folder, keep))
+        from_first_rank(lambda: clean(folder, keep))
 
 
 def disk_line(folder: Path, model, keep: int) -> str:
@@ -139,7 +139,7 @@ def export(model, source: str, folder: Path, dtype) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(partial_dir, folder)
 
-    on_first_rank(write)
+    from_first_rank(write)
 
 
 @torch.no_grad()

@@ -33,7 +33,7 @@ from functools import lru_cache, partial
 
 from support import StepError, tables, toy
 from support.batch import Example
-from support.distributed import on_first_rank
+from support.distributed import from_first_rank
 from support.images import looks_like_image, read_image
 from support.tables import BadRowError
 
@@ -147,9 +147,9 @@ class Rows:
     get: Callable[[int], Example]  # by the row's number in the data set
     numbers: Sequence[int]  # of the usable rows, from 0
     with_image: int = 0  # how many have an image
-    skipped: Counter = field(default_factory=Counter)  # kind -> rows left out by `load`
+    unusable: Counter = field(default_factory=Counter)  # kind -> rows left out by `load`
     checksum: int = 0  # of the usable rows as they are stored
-    broken: Counter = field(default_factory=Counter)  # kind -> rows left out by `encode_ahead`
+    skipped: Counter = field(default_factory=Counter)  # kind -> rows left out by `encode_ahead`
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -159,7 +159,7 @@ class Rows:
 
     def summary(self) -> str:
         images = f"{self.with_image} of {len(self)} rows have an image"
-        return f"{self.name}: {images}; left out: {dict(self.skipped) or 'none'}"
+        return f"{self.name}: {images}; left out: {dict(self.unusable) or 'none'}"
 
 
 def load(spec, *, seed=0, columns=(), **limits) -> Rows:
@@ -209,7 +209,7 @@ def usable_rows(name: str, located: list, columns: Sequence[str] = (), **limits)
         rows, index, folder = located[number]
         return parse_row(rows[index], number, columns, partial(read_image, folder=folder))
 
-    total, fields = on_first_rank(lambda: check_rows(name, located, columns, **limits))
+    total, fields = from_first_rank(lambda: check_rows(name, located, columns, **limits))
     if len(located) != total:
         problem = f"{len(located)} rows here, {total} on the first rank"
         raise ValueError(f"data {name!r} differs between machines: {problem}")
@@ -224,7 +224,7 @@ def check_rows(
     limit: stop after so many usable rows; 0: all. length(question, [(width, height), ...]): the
     number of prompt tokens.
     """
-    numbers, with_image, skipped, checksum = [], 0, Counter(), 0
+    numbers, with_image, unusable, checksum = [], 0, Counter(), 0
     for number, (rows, index, folder) in enumerate(located):
         if limit and len(numbers) >= limit:
             break
@@ -237,15 +237,15 @@ def check_rows(
                 excess = f"{tokens} prompt tokens, more than {max_prompt_tokens}"
                 raise BadRowError("overlong", f"{excess}: {example.question}")
         except ValueError as error:
-            count(skipped, error, f"{name}: row {number}")
+            count(unusable, error, f"{name}: row {number}")
             continue
         numbers.append(number)
         with_image += bool(example.images)
         checksum = zlib.crc32(json.dumps(row, default=crc_or_repr).encode(), checksum)
     if not numbers:
-        reasons = dict(skipped) or "no rows"
+        reasons = dict(unusable) or "no rows"
         raise ValueError(f"data {name!r}: none of its {len(located)} rows can be used: {reasons}")
-    return len(located), (numbers, with_image, skipped, checksum)
+    return len(located), (numbers, with_image, unusable, checksum)
 
 
 def crc_or_repr(value) -> int | str:
@@ -253,12 +253,12 @@ def crc_or_repr(value) -> int | str:
     return zlib.crc32(value) if isinstance(value, bytes) else repr(value)
 
 
-def count(skipped: Counter, error: ValueError, where: str) -> None:
+def count(kinds: Counter, error: ValueError, where: str) -> None:
     """Count a row that cannot be used, by kind ("refused" by the encoder). Reports the first."""
     if not isinstance(error, BadRowError):
         error = BadRowError("refused", str(error))
-    skipped[error.kind] += 1
-    if skipped[error.kind] == 1:
+    kinds[error.kind] += 1
+    if kinds[error.kind] == 1:
         print(f"{where} is skipped, {error}", file=sys.stderr)
 
 
@@ -293,7 +293,7 @@ def encode_ahead(rows: Rows, encode: Callable, rounds: Iterable[list]) -> Iterat
 
     Threads encode the next round while the caller works: two rounds are in memory. Rows whose
     images turn out broken, or that `encode` refuses with a ValueError, are left out and counted in
-    rows.broken; StepError after MAX_CONSECUTIVE_BAD_ROWS. close() drops what is queued.
+    rows.skipped; StepError after MAX_CONSECUTIVE_BAD_ROWS. close() drops what is queued.
 
     torch's DataLoader prefetches too, but a bad row ends it, and it cannot start within an epoch.
     """
@@ -312,7 +312,7 @@ def encode_ahead(rows: Rows, encode: Callable, rounds: Iterable[list]) -> Iterat
             except ValueError as error:
                 n_bad += 1
                 where = f"{rows.name}: row {rows.numbers[i]}"
-                count(rows.broken, error, where)
+                count(rows.skipped, error, where)
                 if n_bad == MAX_CONSECUTIVE_BAD_ROWS:
                     problem = f"{where}: {n_bad} prompts in a row cannot be used: {error}"
                     raise StepError(problem) from error

@@ -96,7 +96,7 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def on_first_rank(task: Callable):
+def from_first_rank(task: Callable):
     """Run `task` on the first rank and return its result on all; all ranks call it.
 
     An OSError or a ValueError of the task is raised on all ranks.

@@ -65,19 +65,19 @@ def split_into_packs(groups: list[Group], max_tokens: int) -> list[list[Group]]:
 
 
 def empty_group(prompt: Prompt | None = None) -> Group:
-    """A group with an empty response: a prompt to prefill, or two tokens (see make_packs)."""
-    nothing = torch.zeros(1, 0)
+    """A group whose one response is all padding: to prefill a prompt, or two tokens to fill up."""
+    zero = torch.zeros(1, 1)
     two = torch.arange(2)
     stand_in = Prompt(Example("", "", []), two, two.expand(3, -1), torch.zeros(2).bool())
     return Group(
         prompt=prompt or stand_in,
-        tokens=nothing.long(),
-        response_mask=nothing.bool(),
+        tokens=zero.long(),
+        response_mask=zero.bool(),
         truncated=torch.zeros(1, dtype=torch.bool),
-        sample_log_probs=nothing,
+        sample_log_probs=zero,
         responses=[""],
         advantages=torch.zeros(1),
-        ref_log_probs=nothing,
+        ref_log_probs=zero,
     )
 
 

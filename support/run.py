@@ -23,7 +23,7 @@ from support import StepError, checkpoint, curves, data, distributed, lora, page
 from support import run_folder as files
 from support.batch import Example, Group, Prompt
 from support.config import exit_with_error, flags_of
-from support.distributed import max_over_ranks, on_first_rank
+from support.distributed import from_first_rank, max_over_ranks
 from support.qwen_vl import Encoder, Policy
 from support.reward import compute_score
 from support.run_folder import survivable
@@ -116,11 +116,11 @@ class Run(AbstractContextManager):
 
     def start(self) -> None:
         """Open the folder, resume from its newest checkpoint, read data ahead, heed signals."""
-        self.folder, newest = on_first_rank(self._claim_folder)
+        self.folder, newest = from_first_rank(self._claim_folder)
         if newest:
             state = checkpoint.load(newest, self.policy.model, self.optimizer)
             self.step, self.position = state["step"], state["position"]
-        self.evaluated_step = on_first_rank(self._open_folder)
+        self.evaluated_step = from_first_rank(self._open_folder)
         if not (self.folder / "config.json").exists():
             raise OSError(f"{self.folder} is not the first rank's: all machines must share it")
         config = self.config
@@ -332,7 +332,8 @@ class Run(AbstractContextManager):
         try:
             checkpoint.export(self.policy.model, source, model_dir, self.dtype)
             if self.config.lora_rank:
-                on_first_rank(lambda: lora.save_adapter(self.policy.model, self.folder / "adapter"))
+                adapter = self.folder / "adapter"
+                from_first_rank(lambda: lora.save_adapter(self.policy.model, adapter))
         except OSError as error:
             raise StepError(
                 f"{model_dir} is not written: {error}; make room, then --resume {self.folder}"

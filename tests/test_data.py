@@ -90,7 +90,7 @@ def test_an_image_that_is_not_read_refuses_its_row():
     for value in ("a.png", "https://host/a.JPG?size=1", {"bytes": plain()}, [{"path": "b.webp"}]):
         further = {"scan": 7, "file_name": "a.json"}
         rows = usable([text(0, scan=value), row(scan=value), text(2, **further)])
-        assert rows.skipped == {"unread image": 1} and rows[1].columns == further
+        assert rows.unusable == {"unread image": 1} and rows[1].columns == further
 
 
 def test_transparent_images_are_put_on_white():
@@ -166,7 +166,7 @@ BROKEN = {
 def test_broken_rows_are_skipped_and_the_first_of_each_kind_is_reported(capsys):
     table = [*BROKEN.values(), text(0), *BROKEN.values(), text(1)]
     rows = usable(table)
-    assert rows.skipped == dict.fromkeys(BROKEN, 2)
+    assert rows.unusable == dict.fromkeys(BROKEN, 2)
     assert rows.numbers == [len(BROKEN), len(table) - 1]
     assert answers(rows) == ["0", "1"]
     lines = capsys.readouterr().err.splitlines()
@@ -184,7 +184,7 @@ def test_further_image_columns():
     released = row(red, image_noisy=red, image_aug=blue)  # one image, not a list
     table = [ours, released, text(1), row(red, images_pos=[red]), row(red, image_aug=[blue, blue])]
     rows = usable(table, columns=("images_pos", "images_neg"))
-    assert rows.numbers == [0, 1, 2] and rows.skipped == {"images_neg": 1, "images_pos": 1}
+    assert rows.numbers == [0, 1, 2] and rows.unusable == {"images_neg": 1, "images_pos": 1}
     for example in (rows[0], rows[1]):
         found = {name: is_red(images[0]) for name, images in example.more_images.items()}
         assert found == {"images_pos": True, "images_neg": False}
@@ -206,7 +206,7 @@ def test_overlong_prompts_are_found_from_headers():
     big = row(truncated((600, 400)), problem="<image>big?")  # 317 tokens
     table = [big, row(plain((28, 28)), problem="small?"), text(0), text(1) | {"problem": "spells"}]
     for limit, skipped in ((317, {"refused": 1}), (316, {"overlong": 1, "refused": 1})):
-        assert usable(table, length=length, max_prompt_tokens=limit).skipped == skipped
+        assert usable(table, length=length, max_prompt_tokens=limit).unusable == skipped
 
 
 def test_the_toy():
@@ -216,7 +216,7 @@ def test_the_toy():
 
 
 def test_the_first_rank_checks_the_rows_for_all(monkeypatch):
-    monkeypatch.setattr(data, "on_first_rank", lambda task: (2, ([1], 0)))
+    monkeypatch.setattr(data, "from_first_rank", lambda task: (2, ([1], 0)))
     assert usable([text(0), text(1)]).numbers == [1]
     with pytest.raises(ValueError, match="differs between machines: 1 rows here, 2 on the"):
         usable([text(0)])
@@ -316,7 +316,7 @@ def test_rows_that_turn_out_bad_are_left_out_and_counted(capsys):
         assert sorted(answer for _, answer in prompts) == ["0", "1", "3", "4", "6"]
     usual = [data.shuffled(8, 0, 1).index(i) for i in (0, 1, 3, 4, 6)]
     assert sorted(index for index, _ in prompts) == sorted(usual)  # the others keep their index
-    assert (rows.broken, rows.skipped) == ({"broken image": 4, "refused": 2}, {"markers": 1})
+    assert (rows.skipped, rows.unusable) == ({"broken image": 4, "refused": 2}, {"markers": 1})
     assert len(capsys.readouterr().err.splitlines()) == 2  # the first of each kind
 
 

@@ -150,9 +150,9 @@ class Shape:
 
 
 def error_of_rank_0(rank):
-    """What on_first_rank raises on each rank, where only the first runs its task."""
+    """What from_first_rank raises on each rank, where only the first runs its task."""
     try:
-        distributed.on_first_rank(lambda: int(f"a bad file on rank {rank}"))
+        distributed.from_first_rank(lambda: int(f"a bad file on rank {rank}"))
     except ValueError as error:
         return distributed.gather_over_ranks(str(error))
 

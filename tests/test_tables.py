@@ -126,7 +126,7 @@ def test_parts_whose_types_differ(tmp_path):
     rows = data.load(str(tmp_path))
     assert answers(rows) == ["1", "2", "3", "4"]
     assert colours(rows) == [[], [colour(1)], [colour(1)], [colour(2)]]
-    assert rows.skipped == {"no text in answer": 1}
+    assert rows.unusable == {"no text in answer": 1}
 
 
 def test_a_rewritten_parquet_file_is_read_again(tmp_path):
@@ -150,7 +150,7 @@ def test_json_and_jsonl_files(tmp_path):
         loaded = data.load(str(tmp_path / name))
         assert [example.question for example in loaded] == ["a\u2028b", "c"]
         assert answers(loaded) == ["1", "two"]
-        assert loaded.skipped == ({"not a row": 1} if name == "lines.jsonl" else {})
+        assert loaded.unusable == ({"not a row": 1} if name == "lines.jsonl" else {})
 
 
 def test_folders_of_json_files(tmp_path):
@@ -247,7 +247,7 @@ def test_an_image_is_never_guessed(tmp_path):
         archive.writestr("only.png", png(5))
     found = data.eval_sets("We_Math", source=str(tmp_path))["We_Math"]
     assert found.numbers == [3]
-    assert found.skipped == {"broken image": 3}
+    assert found.unusable == {"broken image": 3}
 
 
 def test_from_the_hub_cache(tmp_path, monkeypatch):
