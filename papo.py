@@ -214,7 +214,7 @@ def accumulate_gradients(policy: Policy, batch: list[Group], algo: Algo) -> dict
     # A pack is one forward: whole groups of at most tokens_per_forward tokens, or one larger group.
     # FSDP gathers weights in every forward and backward, so all ranks must take equally many. Where
     # a rank has fewer, make_packs adds dummies, whose one response is all padding and counts for
-    # nothing. For the same reason a pack without an image feeds the vision tower a blank one.
+    # nothing.
     packs = make_packs(batch, policy.tokens_per_forward)
     sums: Counter = Counter()  # of tensors on the device: no synchronisation per pack
     largest_gaps = []

@@ -122,13 +122,12 @@ def _sample_chunk(
         options = {"do_sample": True, "temperature": sampling.temperature, "top_k": sampling.top_k}
     else:
         options = {"do_sample": False}  # `decode` takes the likeliest token
-    # generate() only builds the logits processors and calls `decode`. That encodes the prompts that
-    # `chunk` carries, without their last tokens, and then feeds these, the input_ids, per response.
-    last_tokens = torch.stack([prompt.input_ids[-1:] for prompt in prompts]).to(device)
-    last_tokens = last_tokens.repeat_interleave(uniforms.shape[1], 0)
+    # generate() builds the logits processors and hands them to `decode`, which samples the chunk.
+    # Its own inputs play no part.
+    unused = torch.ones(1, 1, dtype=torch.long, device=device)
     tokens, log_probs = policy.model.generate(  # [prompts, G, steps] each, on the CPU
-        input_ids=last_tokens,
-        attention_mask=torch.ones_like(last_tokens),
+        input_ids=unused,
+        attention_mask=unused,
         custom_generate=decode,
         chunk=chunk,
         max_new_tokens=sampling.max_new_tokens,

@@ -49,18 +49,16 @@ class Chunk:
 def decode(
     model, input_ids, logits_processor, generation_config, chunk: Chunk, **unused
 ) -> tuple[Tensor, Tensor]:
-    """Sample the chunk. Called by generate(custom_generate=decode).
+    """Sample the chunk. Called by generate(custom_generate=decode), whose input_ids say nothing.
 
-    input_ids[p * g, 1]: the last prompt token of each response. Returns tokens and log-probs
-    [p, g, steps] on the CPU; what follows a response's first end token is arbitrary.
+    Returns tokens and log-probs [p, g, steps] on the CPU; what follows a response's first end token
+    is arbitrary.
     """
-    p, g, _ = chunk.uniforms.shape
     config = model.config.get_text_config()
     shared = config.num_attention_heads // config.num_key_value_heads
-    cache = GroupCache(chunk.prompts, g, shared, input_ids.device)
+    cache = GroupCache(chunk.prompts, chunk.uniforms.shape[1], shared, chunk.uniforms.device)
     prefill(model, chunk, cache)
-    options = {"process": logits_processor, "do_sample": generation_config.do_sample}
-    return DecodingLoop(model, cache, chunk, input_ids.view(p, g), **options).run()
+    return DecodingLoop(model, cache, chunk, logits_processor, generation_config.do_sample).run()
 
 
 class GroupCache:
@@ -153,19 +151,21 @@ class DecodingLoop:
     `step` reads and writes fixed tensors, its own number among them, so that it can be replayed.
     """
 
-    def __init__(self, model, cache: GroupCache, chunk: Chunk, last_tokens, process, do_sample):
-        """last_tokens[p, g]: of the prompts. process: the logits processors."""
+    def __init__(self, model, cache: GroupCache, chunk: Chunk, process, do_sample: bool):
+        """process: the logits processors."""
         self.model, self.cache, self.chunk = model, cache, chunk
         self.process, self.do_sample = process, do_sample
-        device = last_tokens.device
+        p, g, _ = chunk.uniforms.shape
+        device = chunk.uniforms.device
+        last_tokens = torch.stack([prompt.input_ids[-1:] for prompt in chunk.prompts])
         ends = torch.stack([prompt.position_ids[0, -1:] for prompt in chunk.prompts])
         self.at = torch.zeros(1, dtype=torch.long, device=device)  # number of the next step
         self.tokens = torch.zeros_like(chunk.uniforms, dtype=torch.long)  # [p, g, steps], results
         self.log_probs = torch.zeros_like(chunk.uniforms)
         # Of the groups that have not ended:
-        self.numbers = torch.arange(len(last_tokens), device=device)
+        self.numbers = torch.arange(p, device=device)
         self.prompt_ends = ends.to(device)  # [p, 1], position ids
-        self.token = last_tokens.clone()  # the next step's input
+        self.token = last_tokens.to(device).repeat(1, g)  # [p, g], the next step's input
 
     def run(self) -> tuple[Tensor, Tensor]:
         """Decode until all groups have ended. Returns tokens and log-probs, see `decode`."""
