@@ -108,7 +108,7 @@ def evaluate(policy: Policy, sets: dict, config: EvalConfig) -> None:
         distributed.from_first_rank(lambda: predictions.open_output(config))
         grader = make_grader(config)
         if config.baseline and is_first:
-            baseline = predictions.grade_files([config.baseline], grader, sets)
+            baseline = predictions.grade_files([config.baseline], grader, names=sets)
     with grader:
         for name, rows in sets.items():
             results[name], left_out = evaluate_set(policy, name, rows, grader, config)
@@ -146,7 +146,7 @@ def make_grader(config: EvalConfig) -> Grader:
 def explain(policy: Policy, prompt: Prompt, config: EvalConfig) -> None:
     """Sample a response, and write a page: how much likelier each token is under the image than
     under masked images, and how much of that a token owes to each part of the image."""
-    algo = algo_of(config.model)
+    algo = algo_of(config.model)  # for its views
     policy.saliency = saliency_for(algo.mask_strategy, config.data)
     # images_aug is a fixed view: one pass is enough.
     n_masks = 1 if "images_aug" in prompt.more_pixel_values else config.masks
@@ -164,7 +164,7 @@ def explain(policy: Policy, prompt: Prompt, config: EvalConfig) -> None:
 
 def algo_of(model: str) -> Algo:
     """The algorithm and settings of the run that a model/ folder lies in, papo_g's where there is
-    none. Plain Algo for a variant whose views may need image_columns: evaluations read none.
+    none. Plain Algo for a variant with image_columns, which evaluations do not read.
     """
     run = Path(model).parent
     saved = flags.saved_config(run) if (run / "config.json").is_file() else {}
@@ -201,7 +201,7 @@ def grade(config: EvalConfig) -> None:
         results = predictions.grade_files(config.grade, grader)
         baseline = None
         if config.baseline:
-            baseline = predictions.grade_files([config.baseline], grader, results)
+            baseline = predictions.grade_files([config.baseline], grader, names=results)
     predictions.report(results, baseline, [], config.out)
 
 

@@ -22,9 +22,10 @@ What the terms do to the policy:
     gradient of H  = - mean grad log pi
 
 1. k3 is an unbiased estimate of KL(pi || pi_other) if samples come from pi and nothing is clamped.
-2. Autograd differentiates k3, but not the distribution that the samples come from. So its gradient
-   is in expectation - E_pi_other[grad log pi], that of KL(pi_other || pi) and not of
-   KL(pi || pi_other): E_pi[grad log pi] = 0, E_pi[exp(d) grad log pi] = E_pi_other[grad log pi].
+2. Autograd differentiates k3, but not the distribution that the samples come from. As
+   E_pi[grad log pi] = 0 and E_pi[exp(d) grad log pi] = E_pi_other[grad log pi], what is left is in
+   expectation - E_pi_other[grad log pi]: the gradient of KL(pi_other || pi), not of KL(pi ||
+   pi_other).
 3. So maximising KL_prcp, ascent along (1 - exp(d)) grad log pi, makes a token likelier where the
    masked view finds it less likely (d < 0), with a weight of at most 1. Where the masked view finds
    it likelier (d > 0), it makes it less likely, with weight exp(d) - 1: up to 12.6 at d = 2.61,
@@ -33,7 +34,6 @@ What the terms do to the policy:
    and penalises both.
 4. Descent on H makes every sampled token likelier. For samples from pi itself its gradient is 0 on
    average, as in 2; for samples from pi_old, cut by top-p, it is a pull towards what was sampled.
-   As released, this pull is all that the Double Entropy Loss does: H_mask has no gradient, see c.
 5. H_mask estimates the cross-entropy of pi and pi_mask, which is H + KL(pi || pi_mask).
 
 Where the paper, the released code and this file differ:
@@ -44,10 +44,11 @@ a. KL_prcp: the paper prints r - log r - 1 with r = pi / pi_mask, the released c
 b. H and H_mask are means over sampled tokens (as released), whatever `average` ("token" or "seq")
    is for the other terms; the paper writes entropies.
 c. The masked log-probs are recorded before a step's first update, without gradient (as released).
-   So in its later updates pi_mask is still the old policy's, and H_mask changes the value of the
-   loss but not its gradient. With `--masked_grad` they are computed in every update: H_mask has a
-   gradient, and that of k3 gains (exp(d) - 1) grad log pi_mask. Minimising H_mask then
-   works against KL_prcp, because the KL is a part of it (5).
+   So pi_mask stays the old policy's in later updates, and H_mask changes the value of the loss but
+   not its gradient: the pull in 4 is all that the Double Entropy Loss does. With `--masked_grad`
+   they are computed in every update: H_mask has a gradient, and that of k3 gains
+   (exp(d) - 1) grad log pi_mask. Minimising H_mask then works against KL_prcp, because the KL is a
+   part of it (5).
 d. The release averages within each micro-batch, then over micro-batches. Here every mean divides by
    a count over the whole mini-batch on all ranks. So the losses of any split add up to the loss of
    the whole.
@@ -260,8 +261,8 @@ def papo_loss(  # noqa: PLR0913
         masked_log_probs = fill_without_view(masked_log_probs)
         kl_per_token = _kl_prcp(log_probs, masked_log_probs, algo.kl_prcp_estimator)
         kl_prcp = mean(kl_per_token, average=algo.average)
-        image_counts = denominator._replace(tokens=denominator.image_tokens)
-        masked_entropy = response_mean(-masked_log_probs, has_view, image_counts)
+        sum_with_view = masked_log_probs.masked_fill(~has_view, 0.0).sum()
+        masked_entropy = -sum_with_view / max(denominator.image_tokens, 1.0)
         metrics["kl_prcp"] = kl_prcp.detach()
         metrics["masked_entropy"] = masked_entropy.detach()
     for name, (coefficient, view_log_probs) in (further_views or {}).items():

@@ -68,9 +68,9 @@ class Algo(Flags):
 
         A variant may pass each prompt twice, say once under another image: all responses of the
         same Prompt.index are compared. A group is trained under the images of group.prompt: to
-        train under the original image, set group.prompt to the original prompt. Call sample_groups
-        once: a second call repeats its random numbers. For numbers of your own there is
-        batch.seeded(NAME, *key, index).
+        train under the original image, set group.prompt to the original prompt after sampling.
+        Call sample_groups once: a second call repeats its random numbers. For numbers of your own
+        there is batch.seeded(NAME, *key, index).
         """
         return sample_groups(prompts)
 
@@ -144,7 +144,7 @@ def prepare(
     # The first update needs no old log-probs, since pi_old is pi there. A variant's `weigh` may.
     has_weights = type(algo).weigh is not Algo.weigh
     need_old = groups if has_weights else [group for batch in batches[1:] for group in batch]
-    # per_group computes log-probs without gradient, a pack of groups at a time; all ranks call it.
+    # per_group puts the groups into packs; it returns log-probs [G, T] of each, without gradient.
     old = policy.per_group(need_old, policy.log_probs)
     for group, log_probs in zip(need_old, old, strict=True):
         group.old_log_probs = log_probs
@@ -160,7 +160,7 @@ def prepare(
             check_view(view, algo, name, group.prompt)
             pixels, _patch_mask = view
             group.view_pixel_values[name] = pixels
-        # With masked_grad the loss recomputes those of "mask": only a `weigh` uses these.
+        # With masked_grad the loss computes its own under "mask": these serve only a `weigh`.
         under_view = policy.per_group(with_image, partial(policy.log_probs, view=name))
         for group, log_probs in zip(with_image, under_view, strict=True):
             group.view_log_probs[name] = log_probs
@@ -213,8 +213,8 @@ def accumulate_gradients(policy: Policy, batch: list[Group], algo: Algo) -> dict
     denominator = Counts(*sum_over_ranks(own))
     # A pack is one forward: whole groups of at most tokens_per_forward tokens, or one larger group.
     # FSDP gathers weights in every forward and backward, so all ranks must take equally many. Where
-    # a rank has fewer, make_packs adds dummies, whose one response is all padding and counts for
-    # nothing.
+    # a rank has fewer, make_packs adds dummies: two tokens of text, and one response that is all
+    # padding and counts for nothing.
     packs = make_packs(batch, policy.tokens_per_forward)
     sums: Counter = Counter()  # of tensors on the device: no synchronisation per pack
     largest_gaps = []
@@ -268,7 +268,7 @@ def pack_loss(policy: Policy, pack: list[Group], algo: Algo, denominator: Counts
         has_image=responses_with_image(pack).to(policy.device),
         further_views={name: (getattr(algo, f"{name}_coef"), views[name]) for name in views},
     )
-    # How far sampling and training disagree about the same tokens; 0 but for rounding.
+    # How far sampling and training disagree about the same tokens. Under one image: by rounding.
     gap = (recorded("sample_log_probs") - old_log_probs).abs()
     metrics["sampler_gap"] = response_mean(gap, response_mask, denominator)
     metrics["sampler_gap_max"] = gap.max()  # padding is 0 in both

@@ -49,7 +49,7 @@ MAX_ROUNDS = 20  # of dynamic sampling, per step
 def train(run: Run) -> None:
     """The loop: sample, grade, prepare, update, log."""
     config, policy = run.config, run.policy
-    validate(run)
+    validate(run)  # evaluates if it is time
     for step in run.steps():
         # A variant of the algorithm may change settings over time.
         algo = run.algo.at_step(step, run.n_steps)
@@ -100,7 +100,7 @@ def collect(run: Run, algo: Algo, key: tuple) -> tuple[list[Group], dict[str, fl
         # This rank's share of prompts_per_step prompts, or of mini_batch under dynamic sampling.
         # Prompt.index goes on from round to round.
         prompts = run.next_prompts(round_index)
-        # By default sample_groups(prompts); see Algo.sample. A prompt may get two groups.
+        # By default sample_groups(prompts).
         groups = algo.sample(prompts, run.policy, sample_groups, key)
         run.raise_if_stopped()  # on all ranks, if any has had a signal
         kept += grade(run, algo, groups, sums)
@@ -126,7 +126,7 @@ def grade(run: Run, algo: Algo, groups: list[Group], sums: Counter) -> list[Grou
     """Grade the groups, set their rewards and advantages, and return those to train on. Adds counts
     to `sums`.
     """
-    # All responses to a prompt are compared, in one group or two.
+    # All responses to a prompt are compared.
     index = torch.tensor([group.prompt.index for group in groups for _ in group.responses])
     # Per response: accuracy and format, 0 or 1, and overall = 0.9 accuracy + 0.1 format. A response
     # past --reward_deadline has accuracy 0; one left when --reward_budget ran out is "unscored".
@@ -226,21 +226,18 @@ class Config(flags.Flags):
 
 
 def build_run(argv=None) -> Run:
-    """Load what the command line names; Run.start then opens the folder.
-
-    The later wins: the dataclasses' defaults, the preset's, the learning rate of adapters, the
-    toy's defaults, the resumed run's flags, those given.
-    """
+    """Load what the command line names; Run.start then opens the folder."""
     # Algo and model decide which flags there are and their defaults, so they are read beforehand.
     given = flags.early_flags("algo", "model", "data", "resume", "lora_rank", argv=argv)
     saved = flags.saved_config(given["resume"]) if given.get("resume") else {}
     early = {"algo": Config.algo, "model": Config.model} | saved | given
     name, model = early["algo"], toy.model_folder(early["model"])
+    # They replace the dataclasses' defaults, the later ones the earlier; given flags beat all.
     defaults = (
         preset_settings(name, size_of(model))
-        | lora.defaults(early.get("lora_rank", 0))
+        | lora.defaults(early.get("lora_rank", 0))  # the learning rate of adapters
         | toy.defaults(model, early.get("data", ""))
-        | saved
+        | saved  # the flags of the run that is resumed
     )
     classes = (Config, algo_class(name))
     config, algo = flags.parse_flags(__doc__, *classes, defaults=defaults, argv=argv)
@@ -249,8 +246,8 @@ def build_run(argv=None) -> Run:
     if algo.dynamic_sampling and MAX_ROUNDS * config.mini_batch < config.prompts_per_step:
         limit = f"{MAX_ROUNDS} rounds of mini_batch={config.mini_batch} prompts"
         raise ValueError(f"{limit} cannot fill prompts_per_step={config.prompts_per_step}")
-    # A variant may sample two groups to a prompt.
-    if config.group_size < 2 and type(algo).sample is Algo.sample:
+    samples_once = type(algo).sample is Algo.sample  # a variant may sample a prompt twice
+    if config.group_size < 2 and samples_once:
         raise ValueError("group_size=1: give at least 2, one response has nothing to compare with")
     # The time limit of a collective: ranks wait for one that still scores its responses.
     longest = max(config.reward_budget, SCORING_SECONDS)

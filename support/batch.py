@@ -1,7 +1,7 @@
 """What a batch is made of: an Example (data), its Prompt (tensors) and the Group of its responses.
 
-A group, one prompt and its G responses, is the unit everywhere: of masking, advantages, dynamic
-sampling and packing. Groups never travel between ranks. To compute log-probs, whole groups are
+A group, one prompt and its G responses, is the unit everywhere: of sampling, masking, filtering and
+packing. Groups never travel between ranks. To compute log-probs, whole groups are
 put into a pack, one long sequence: the prompt once, then its responses, hidden from one another.
 
 Shapes: P = prompt tokens, G = responses per prompt, B = responses of several groups, T = response
@@ -30,8 +30,8 @@ class Example:
     answer: str
     images: list[Image.Image]  # RGB, one per marker, in order
     id: str = ""
-    # Further image columns, each as long as `images`: images_aug (images masked beforehand, see
-    # masking.mask_prompt), and those of Algo.image_columns.
+    # Further image columns, each as long as `images`: images_aug, if the data has images masked
+    # beforehand (see masking.mask_prompt), and those of Algo.image_columns.
     more_images: dict[str, list[Image.Image]] = field(default_factory=dict)
     columns: dict = field(default_factory=dict)  # the row's further columns
 
@@ -75,7 +75,7 @@ class Group:
 
     rewards: Tensor | None = None  # [G]
     advantages: Tensor | None = None  # [G]
-    old_log_probs: Tensor | None = None  # [G, T]; None: pi_old = pi, see papo.prepare
+    old_log_probs: Tensor | None = None  # [G, T]; None in a step's first update: pi_old = pi
     ref_log_probs: Tensor | None = None  # [G, T]
     weights: Tensor | None = None  # [G, T], factors of the advantages: see Algo.weigh
     # By name of a view of the image ("mask" is PAPO's), the same for the whole group:
