@@ -64,8 +64,7 @@ def test_sampling(by_shape, monkeypatch):
     check_stated(shapes, size, "prefill, 16 prompts")
     monkeypatch.setattr(decoding, "repeat", lambda step, times, device: (step(), step()))
     monkeypatch.setitem(decoding.BLOCK, "cpu", 450)
-    tokens = torch.zeros(16, 5, dtype=torch.long)
-    loop = decoding.DecodingLoop(model, cache, chunk, tokens, lambda ids, scores: scores, True)
+    loop = decoding.DecodingLoop(model, cache, chunk, lambda ids, scores: scores, True)
     stored = [tensor for layer in cache.layers for tensor in layer]
     with torch.no_grad(), ShapeOnly(ignored=weights, counted=stored) as shapes:
         loop.run()
