@@ -10,9 +10,8 @@ with the model's patches; its generator is global and unseeded. Here a tile is a
 caller's generator draws one mask per prompt, shared by its group. Semantic masks need a
 saliency map: DINOv2's attention (support/saliency.py), or the toy's dots.
 
-To add a corruption, write a function patches -> (masked, patch_mask), add its name to STRATEGIES
-and a branch to `mask_prompt`; its parameters are fields of papo.Algo. Or override Algo.view
-in a variant.
+To add a corruption, write a function of patches, add its name to STRATEGIES and a branch to
+`mask_prompt`; its parameters are fields of papo.Algo. Or override Algo.view in a variant.
 """
 
 from __future__ import annotations
@@ -102,46 +101,45 @@ def _check(pixel_values: Tensor, ratio: float) -> None:
 
 def mask_prompt(
     prompt, algo, encoder, generator: torch.Generator, saliency: Callable | None = None
-) -> tuple[Tensor, Tensor]:
-    """The masked view of a prompt: masked[N_patch, D_patch], patch_mask[N_patch].
+) -> Tensor:
+    """The pixels of a prompt's masked view, [N_patch, D_patch].
 
     algo: papo.Algo, whose mask_strategy, mask_ratio and mask_sigma say how. "semantic" needs
     `saliency`, a function image -> [h, w]. Where the data has a column images_aug of images masked
     beforehand, they are used as they are, whatever the strategy.
     """
     if "images_aug" in prompt.more_pixel_values:
-        masked = prompt.more_pixel_values["images_aug"]
-        return masked, (masked != prompt.pixel_values).any(-1)
+        return prompt.more_pixel_values["images_aug"]
     ratio, black = algo.mask_ratio, encoder.black_patch
 
-    def mask_image(patches: Tensor, grid: tuple[int, int], image) -> tuple[Tensor, Tensor]:
+    def mask_image(patches: Tensor, grid: tuple[int, int], image) -> Tensor:
         if algo.mask_strategy == "random":
-            return mask_patches(patches, ratio, black, generator)
-        if algo.mask_strategy == "noise":
+            masked, _ = mask_patches(patches, ratio, black, generator)
+        elif algo.mask_strategy == "noise":
             copies = encoder.image_processor.temporal_patch_size
-            return noise_patches(patches, ratio, algo.mask_sigma, generator, copies)
-        if algo.mask_strategy == "semantic":
+            masked, _ = noise_patches(patches, ratio, algo.mask_sigma, generator, copies)
+        elif algo.mask_strategy == "semantic":
             if saliency is None:
                 raise ValueError("mask_strategy=semantic needs a saliency function image -> [h, w]")
             scores = to_patch_order(saliency(image), *grid, encoder.image_processor.merge_size)
-            return mask_salient(patches, ratio, black, scores, generator)
-        choices = ", ".join(STRATEGIES)
-        raise ValueError(f"mask_strategy={algo.mask_strategy!r}: choose one of {choices}")
+            masked, _ = mask_salient(patches, ratio, black, scores, generator)
+        else:
+            choices = ", ".join(STRATEGIES)
+            raise ValueError(f"mask_strategy={algo.mask_strategy!r}: choose one of {choices}")
+        return masked
 
     return mask_each_image(prompt, mask_image)
 
 
-def mask_each_image(prompt, mask_image: Callable) -> tuple[Tensor, Tensor]:
-    """Call mask_image on each image of a prompt and join what it returns, (masked, patch_mask).
+def mask_each_image(prompt, mask_image: Callable) -> Tensor:
+    """Call mask_image on each image of a prompt and join the pixels that it returns.
 
     mask_image(patches, grid, image): the image's patches, its (rows, columns) of patches, and PIL.
     """
     grids = prompt.image_grid_thw  # [n_images, 3]: time, rows, columns
     patches_per_image = prompt.pixel_values.split(grids.prod(-1).tolist())
     images = zip(patches_per_image, grids.tolist(), prompt.example.images, strict=True)
-    views = [mask_image(patches, grid[1:], image) for patches, grid, image in images]
-    masked, patch_masks = zip(*views, strict=True)
-    return torch.cat(masked), torch.cat(patch_masks)
+    return torch.cat([mask_image(patches, grid[1:], image) for patches, grid, image in images])
 
 
 def to_patch_order(values: Tensor, rows: int, columns: int, merge: int = 2) -> Tensor:

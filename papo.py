@@ -81,8 +81,8 @@ class Algo(Flags):
         negative one maximises it."""
         return ("mask",) if self.kl_prcp_coef or self.masked_entropy_coef else ()
 
-    def view(self, name: str, prompt: Prompt, policy: Policy, generator) -> tuple[Tensor, Tensor]:
-        """The pixels of a view, [N_patch, D_patch], and which patches changed, [N_patch] bool.
+    def view(self, name: str, prompt: Prompt, policy: Policy, generator) -> Tensor:
+        """The pixels of a view, [N_patch, D_patch], of all images of a prompt.
 
         A variant with further views tells them apart by name; super() has "mask"."""
         # policy.saliency is set at the start of a run where masks are semantic.
@@ -158,8 +158,7 @@ def prepare(
             generator = seeded(name, *key, group.prompt.index)
             view = algo.view(name, group.prompt, policy, generator)
             check_view(view, algo, name, group.prompt)
-            pixels, _patch_mask = view
-            group.view_pixel_values[name] = pixels
+            group.view_pixel_values[name] = view
         # With masked_grad the loss computes its own under "mask": these serve only a `weigh`.
         under_view = policy.per_group(with_image, partial(policy.log_probs, view=name))
         for group, log_probs in zip(with_image, under_view, strict=True):

@@ -53,7 +53,7 @@ def image_url(image: Image.Image) -> str:
 def explain(policy: Policy, group: Group, views: list, max_cells: int, out: Path) -> Path:
     """Write the page of one response: how much each token depends on the image and its parts.
 
-    views: (pixels, patch_mask) of some masked views. A token's gain is its log-prob under the image
+    views: the pixels of some masked views. A token's gain is its log-prob under the image
     minus its mean under them. Its drop at a cell is how much of its log-prob is lost when that cell
     alone is black; a cell is an image token, or a square of several where the images have more
     than max_cells tokens.
@@ -65,8 +65,7 @@ def explain(policy: Policy, group: Group, views: list, max_cells: int, out: Path
     sides = (side for side in range(1, longest) if len(cells_of(grids, side)) <= max_cells)
     side = next(sides, longest)  # the smallest, or one cell per image
     [clean] = log_probs(policy, group, [group.prompt.pixel_values])  # [T]
-    masked_views = tqdm([pixels for pixels, _ in views], "masks", leave=False)
-    masked = log_probs(policy, group, masked_views).mean(0)
+    masked = log_probs(policy, group, tqdm(views, "masks", leave=False)).mean(0)
     cells = tqdm(cells_of(grids, side), "cells", leave=False)
     black = (black_out(encoder, group.prompt.pixel_values, tokens) for tokens in cells)
     drops = clean - log_probs(policy, group, black)  # [cells, T]
@@ -76,7 +75,7 @@ def explain(policy: Policy, group: Group, views: list, max_cells: int, out: Path
     numbers = zip(pieces, clean.tolist(), masked.tolist(), strict=True)
     images = []
     per_image = drops.split([len(cells_of([grid], side)) for grid in grids])
-    shown = masked_images(encoder, example, views[0][1], grids)
+    shown = images_of(encoder, views[0], grids)
     for image, under_mask, (h, w), own in zip(example.images, shown, grids, per_image, strict=True):
         images.append(
             {"image": image_url(image), "masked": image_url(under_mask), "rows": h, "columns": w}
@@ -131,21 +130,20 @@ def black_out(encoder: Encoder, pixel_values: Tensor, tokens: Tensor) -> Tensor:
     return view
 
 
-def masked_images(encoder: Encoder, example: Example, patch_mask: Tensor, grids) -> list:
-    """The images with the patches of patch_mask[N_patch] black, or those masked beforehand."""
-    if "images_aug" in example.more_images:
-        return example.more_images["images_aug"]
-    merge = encoder.image_processor.merge_size
-    per_image = patch_mask.split([h * w * merge**2 for h, w in grids])
-    views = []
-    for image, mask, (h, w) in zip(example.images, per_image, grids, strict=True):
-        patches = mask.view(h, w, merge, merge).transpose(1, 2)  # undo the merger's order
-        patches = patches.reshape(h * merge, w * merge).numpy()
-        view = image.resize((14 * w * merge, 14 * h * merge))
-        black = Image.fromarray(np.uint8(255 * patches)).resize(view.size, Image.NEAREST)
-        view.paste((0, 0, 0), None, black)
-        views.append(view)
-    return views
+def images_of(encoder: Encoder, pixel_values: Tensor, grids: list) -> list[Image.Image]:
+    """The images that pixel_values[N_patch, D_patch] show: the processor's steps undone."""
+    settings = encoder.image_processor
+    merge, size = settings.merge_size, settings.patch_size
+    mean, std = torch.tensor(settings.image_mean), torch.tensor(settings.image_std)
+    images = []
+    per_image = pixel_values.split([h * w * merge**2 for h, w in grids])
+    for patches, (h, w) in zip(per_image, grids, strict=True):
+        # (row, column) of the block, then in it; channel, copy, y, x. One of the copies is enough.
+        blocks = patches.view(h, w, merge, merge, 3, -1, size, size)[:, :, :, :, :, 0]
+        rgb = blocks.permute(0, 2, 5, 1, 3, 6, 4).reshape(h * merge * size, w * merge * size, 3)
+        values = (255 * (rgb * std + mean)).round().clamp(0, 255)
+        images.append(Image.fromarray(values.byte().numpy()))
+    return images
 
 
 # -------------------------------------------------------------------------------- a run's responses

@@ -78,10 +78,9 @@ def check_variant(variant: type, base: type, where: str) -> None:
 
 
 def check_view(view, algo, name: str, prompt: Prompt) -> None:
-    """StepError if a step `view` returned anything but pixels and a mask of patches."""
+    """StepError if a step `view` returned anything but pixels."""
     n, width = prompt.pixel_values.shape
-    step = f"{type(algo).__name__}.view({name!r})"
-    _check(step, _describe(view), f"(float32[{n}, {width}], bool[{n}])")
+    _check(f"{type(algo).__name__}.view({name!r})", _describe(view), f"float32[{n}, {width}]")
 
 
 def check_weights(weights, algo, groups: list[Group]) -> None:
@@ -100,8 +99,6 @@ def _check(step: str, found: str, *choices: str) -> None:
 
 
 def _describe(value) -> str:
-    if isinstance(value, tuple):
-        return f"({', '.join(map(_describe, value))})"
     if not isinstance(value, Tensor):
         return type(value).__name__
     shape = f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"

@@ -45,7 +45,7 @@ def test_the_page_carries_the_policys_log_probs(varied_policy, tmp_path):
             return varied_policy.log_probs([replace(group, view_pixel_values={"x": view})], "x")[0]
 
     clean = under(group.prompt.pixel_values)
-    masked = torch.stack([under(pixels) for pixels, _ in views]).mean(0)
+    masked = torch.stack([under(pixels) for pixels in views]).mean(0)
     assert [token["clean"] for token in data["tokens"]] == pytest.approx(clean.tolist(), abs=1e-5)
     assert [token["masked"] for token in data["tokens"]] == pytest.approx(masked.tolist(), abs=1e-5)
     first, second = data["images"]
@@ -69,8 +69,8 @@ def test_the_masked_image_is_the_one_the_model_gets(varied_policy):
     encoder = varied_policy.encoder
     example = Example("<image>?", "1", [random_image(28 * 4, 28 * 3)])
     prompt = encoder.encode(example)
-    masked, patch_mask = mask_prompt(prompt, preset("papo_g"), encoder, seeded(0))
-    [view] = pages.masked_images(encoder, example, patch_mask, [(3, 4)])
+    masked = mask_prompt(prompt, preset("papo_g"), encoder, seeded(0))
+    [view] = pages.images_of(encoder, masked, [(3, 4)])
     pixel_values = encoder.image_processor(images=[view], return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(pixel_values, masked)
 

@@ -14,8 +14,6 @@ reason H_mask is only logged, as in PAPO.
 
 from dataclasses import dataclass, replace
 
-import torch
-
 from papo import Algo
 from support.config import flag
 from variants.noisy_rollout import add_noise, falling
@@ -41,5 +39,4 @@ class DVRP(Algo):
         if name == "mask":
             return super().view(name, prompt, policy, generator)
         images = policy.encoder.image_processor
-        pixels = add_noise(prompt.pixel_values, self.noise_steps, images, generator)
-        return pixels, torch.ones(len(pixels), dtype=torch.bool)
+        return add_noise(prompt.pixel_values, self.noise_steps, images, generator)

@@ -34,8 +34,7 @@ class TAPO(Algo):
         )
 
     def view(self, name, prompt, policy, generator):
-        negative = prompt.more_pixel_values["images_neg"]
-        return negative, (negative != prompt.pixel_values).any(-1)
+        return prompt.more_pixel_values["images_neg"]
 
 
 def positive_of(prompt):
