@@ -24,8 +24,8 @@ What the terms do to the policy:
 1. k3 is an unbiased estimate of KL(pi || pi_other) if samples come from pi and nothing is clamped.
 2. Autograd differentiates k3, but not the distribution that the samples come from. As
    E_pi[grad log pi] = 0 and E_pi[exp(d) grad log pi] = E_pi_other[grad log pi], what is left is in
-   expectation - E_pi_other[grad log pi]: the gradient of KL(pi_other || pi), not of KL(pi ||
-   pi_other).
+   expectation - E_pi_other[grad log pi], the gradient of KL(pi_other || pi) and not of
+   KL(pi || pi_other).
 3. So maximising KL_prcp, ascent along (1 - exp(d)) grad log pi, makes a token likelier where the
    masked view finds it less likely (d < 0), with a weight of at most 1. Where the masked view finds
    it likelier (d > 0), it makes it less likely, with weight exp(d) - 1: up to 12.6 at d = 2.61,
@@ -63,7 +63,8 @@ import torch
 from torch import Tensor
 
 KL_CLAMP = 10.0  # upper bound of k3 per token, so that one token cannot dominate (as released)
-LOG_RATIO_CLAMP = 20.0  # keeps exp() of a log-ratio finite in fp32 (as released)
+# Keeps exp() of a log-ratio finite in fp32 (as released). At NaN, in padding, its gradient is 0.
+LOG_RATIO_CLAMP = 20.0
 
 
 # -------------------------------------------------------------------------------------------- means
@@ -220,7 +221,7 @@ def papo_loss(  # noqa: PLR0913
         Without a coefficient they only become metrics.
     denominator: Counts of the whole mini-batch over all ranks; None: of this batch.
     has_image[B]: whether a response's prompt has an image; None: all have. A response without one
-        counts in the mean of KL_prcp, with 0. H_mask is a mean over responses with an image.
+        counts in the mean of KL_prcp, with 0. H_mask is a mean over the tokens of the others.
     further_views: of a variant, name -> (coefficient, log-probs). Each adds
         coefficient * KL(pi || pi_view): a negative coefficient maximises it.
     """

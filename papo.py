@@ -56,11 +56,11 @@ class Algo(Flags):
     kl_prcp_estimator: Literal["k3", "paper"] = flag("k3", "k3: as released; paper: as printed")
     masked_grad: bool = flag(False, "recompute masked log-probs with gradient in every update")
 
-    image_columns: ClassVar[tuple[str, ...]] = ()  # to load, as Prompt.more_pixel_values
+    image_columns: ClassVar[tuple[str, ...]] = ()  # further ones, see Prompt.more_pixel_values
 
     def at_step(self, step: int, n_steps: int) -> Algo:
-        """The settings at `step`, from 0 to n_steps - 1. A reference model is loaded only if the
-        settings at the start of the run need it."""
+        """The settings at `step`, from 0 to n_steps - 1. A reference model, or saliency for masks,
+        is loaded only if the settings at the start of the run need it."""
         return self
 
     def sample(self, prompts: list[Prompt], policy: Policy, sample_groups: Callable, key: tuple):
@@ -240,7 +240,7 @@ def pack_loss(policy: Policy, pack: list[Group], algo: Algo, denominator: Counts
     recorded = partial(pad_and_cat, pack, device=policy.device)  # field -> [B, T]
     response_mask = recorded("response_mask").bool()
     log_probs = policy.log_probs(pack)  # [B, T]
-    # None were recorded: this is the step's first update, so pi_old = pi.
+    # Where none were recorded, in a step's first update, pi_old = pi.
     has_old = pack[0].old_log_probs is not None
     old_log_probs = recorded("old_log_probs") if has_old else log_probs.detach()
     advantages = torch.cat([group.advantages for group in pack]).to(policy.device)  # [B]
@@ -267,7 +267,8 @@ def pack_loss(policy: Policy, pack: list[Group], algo: Algo, denominator: Counts
         has_image=responses_with_image(pack).to(policy.device),
         further_views={name: (getattr(algo, f"{name}_coef"), views[name]) for name in views},
     )
-    # How far sampling and training disagree about the same tokens. Under one image: by rounding.
+    # How far sampling and training disagree about the same tokens: by rounding, if both saw the
+    # same image.
     gap = (recorded("sample_log_probs") - old_log_probs).abs()
     metrics["sampler_gap"] = response_mean(gap, response_mask, denominator)
     metrics["sampler_gap_max"] = gap.max()  # padding is 0 in both

@@ -1,17 +1,17 @@
 """Sample G responses per prompt with Hugging Face `generate`.
 
-The prompts are sorted by length and cut into chunks of about `rollout_batch` responses. For each,
-model.generate() builds the logits processors (which forbid vision tokens, divide by the
-temperature, apply top-k) and leaves the sampling to a loop of ours (`custom_generate`,
-support/decoding.py). The loop encodes each prompt once, then draws the responses token by token,
-within top-p.
+The prompts are sorted by length and cut into chunks of at most `rollout_batch` responses, or one
+prompt's. For each, model.generate() builds the logits processors (which forbid vision tokens,
+divide by the temperature, apply top-k) and leaves the sampling to a loop of ours
+(`custom_generate`, support/decoding.py). The loop encodes each prompt once, then draws the
+responses token by token, within top-p.
 
 Differences from the released code, which samples with vLLM:
 1. Up to rounding, a response depends only on the weights and (seed, step, prompt, sample), not on
    its chunk or on the number of ranks.
 2. Sampling ignores the model's generation_config (Policy replaces it) except for its end tokens.
-   Else model.generate() would apply Qwen's repetition penalty of 1.05, and samples would come from
-   another policy than the one trained. Two such differences remain: top-p 0.99, which is the
+   Otherwise it would apply Qwen's repetition penalty of 1.05, and samples would come from another
+   policy than the one trained. Two such differences remain: top-p 0.99, which is the
    paper's, and the suppressed vision tokens.
 3. The sampler's log-probs are those of the full softmax at the sampling temperature, before top-p,
    top-k and suppression: what the training forward computes. They are used only for the metric
@@ -26,12 +26,11 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from support import StepError
 from support.batch import Group, Prompt, seeded
 from support.decoding import Chunk, decode
-from support.distributed import full_weights, rank
+from support.distributed import full_weights
 from support.qwen_vl import Policy
 
 
@@ -70,8 +69,7 @@ def generate(
     waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # so padding is small
     groups: dict[int, Group] = {}
     policy.model.eval()
-    bar = tqdm(total=len(prompts), desc="rollout", leave=False, disable=rank() > 0)
-    with full_weights(policy.model), bar:
+    with full_weights(policy.model):
         while waiting and not stop():
             # most_responses is infinite until memory has run out once.
             responses_at_once = min(sampling.rollout_batch, policy.most_responses)
@@ -86,7 +84,6 @@ def generate(
                 continue
             groups.update(zip(numbers, sampled, strict=True))
             waiting = waiting[len(chosen) :]
-            bar.update(len(chosen))
     return [] if stop() else [groups[i] for i in range(len(prompts))]
 
 
@@ -114,7 +111,7 @@ def _sample_chunk(
         prompts=prompts,
         uniforms=uniforms.to(device),
         temperature=sampling.temperature or 1.0,  # of the returned log-probs
-        top_p=sampling.top_p,  # generate() would sort the whole vocabulary, which is slow
+        top_p=sampling.top_p,  # by `decode`: generate() would sort the whole vocabulary
         eos_ids=torch.tensor(policy.eos_ids, device=device),
         stop=stop,
     )

@@ -82,8 +82,8 @@ def collect(run: Run, algo: Algo, key: tuple) -> tuple[list[Group], dict[str, fl
     Without dynamic sampling one round has all prompts of the step. With it (DAPO) a round samples
     `mini_batch` prompts and keeps the groups whose mean accuracy is strictly between 0.01 and 0.99,
     until `prompts_per_step` prompts are kept, or MAX_ROUNDS are over: the step then trains on what
-    there is. The release keeps all of a round in which no group qualifies, and raises after the
-    last round. Returns the groups to train on, and metrics over all ranks.
+    there is. The release keeps all of a round in which no group qualifies, and raises if the last
+    round leaves too few. Returns the groups to train on, and metrics over all ranks.
     """
     config, start, skipped_before = run.config, time.time(), run.rows.skipped.total()
     kept: list[Group] = []
@@ -111,7 +111,7 @@ def collect(run: Run, algo: Algo, key: tuple) -> tuple[list[Group], dict[str, fl
     # sampled again in this pass over the data.
     chosen = indices[: config.prompts_per_step]
     kept = [group for group in kept if group.prompt.index in chosen]
-    # Found broken while encoding, on this rank.
+    # Found broken, or refused, while encoding, on this rank.
     sums["skipped_rows"] = run.rows.skipped.total() - skipped_before
     metrics = rollout_metrics(sums) | {
         "unusable_rows": run.rows.unusable.total(),  # found at loading, the same on all ranks

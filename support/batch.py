@@ -1,8 +1,8 @@
 """What a batch is made of: an Example (data), its Prompt (tensors) and the Group of its responses.
 
 A group, one prompt and its G responses, is the unit everywhere: of sampling, masking, filtering and
-packing. Groups never travel between ranks. To compute log-probs, whole groups are
-put into a pack, one long sequence: the prompt once, then its responses, hidden from one another.
+packing. Groups never travel between ranks. To compute log-probs, whole groups are put into a pack,
+one long sequence: the prompt once, then its responses, hidden from one another.
 
 Shapes: P = prompt tokens, G = responses per prompt, B = responses of several groups, T = response
 positions (right-padded), N_patch = patches of all images of a prompt, D_patch = values per patch.
@@ -75,7 +75,7 @@ class Group:
 
     rewards: Tensor | None = None  # [G]
     advantages: Tensor | None = None  # [G]
-    old_log_probs: Tensor | None = None  # [G, T]; None in a step's first update: pi_old = pi
+    old_log_probs: Tensor | None = None  # [G, T]; None where not recorded: pi_old = pi
     ref_log_probs: Tensor | None = None  # [G, T]
     weights: Tensor | None = None  # [G, T], factors of the advantages: see Algo.weigh
     # By name of a view of the image ("mask" is PAPO's), the same for the whole group:

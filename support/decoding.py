@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from support.batch import Prompt
-from support.packing import build_pack, empty_group, split_into_packs
+from support.packing import build_pack, dummy_group, split_into_packs
 
 PREFILL_TOKENS = 32_768  # prompt tokens encoded at a time; a layer's activations grow with it
 # Steps per block: a response that has ended costs time until its end, and each costs a recording.
@@ -49,7 +49,7 @@ class Chunk:
 def decode(
     model, input_ids, logits_processor, generation_config, chunk: Chunk, **unused
 ) -> tuple[Tensor, Tensor]:
-    """Sample the chunk. Called by generate(custom_generate=decode), whose input_ids say nothing.
+    """Sample the chunk. Called by generate(custom_generate=decode); input_ids are not used.
 
     Returns tokens and log-probs [p, g, steps] on the CPU; what follows a response's first end token
     is arbitrary.
@@ -134,7 +134,7 @@ class GroupCache:
 def prefill(model, chunk: Chunk, cache: GroupCache) -> None:
     """Encode the chunk's prompts, PREFILL_TOKENS at a time, with the forward of training."""
     first = 0
-    groups = [empty_group(prompt) for prompt in chunk.prompts]
+    groups = [dummy_group(prompt) for prompt in chunk.prompts]
     for of_pack in split_into_packs(groups, PREFILL_TOKENS):
         pack = build_pack(of_pack, "", cache.lengths.device)
 

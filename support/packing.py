@@ -44,11 +44,11 @@ CHUNK = 256
 def make_packs(groups: list[Group], max_tokens: int) -> list[list[Group]]:
     """Packs of at most `max_tokens` tokens, as many on every rank as on the rank with the most.
 
-    Each forward is a collective, so a rank with fewer packs feeds empty ones.
+    Each forward is a collective, so a rank with fewer packs feeds dummies.
     """
     packs = split_into_packs(groups, max_tokens)
     missing = int(max_over_ranks(len(packs))) - len(packs)
-    return packs + [[empty_group()] for _ in range(missing)]
+    return packs + [[dummy_group()] for _ in range(missing)]
 
 
 def split_into_packs(groups: list[Group], max_tokens: int) -> list[list[Group]]:
@@ -64,8 +64,8 @@ def split_into_packs(groups: list[Group], max_tokens: int) -> list[list[Group]]:
     return packs
 
 
-def empty_group(prompt: Prompt | None = None) -> Group:
-    """A group whose one response is all padding: to prefill a prompt, or two tokens to fill up."""
+def dummy_group(prompt: Prompt | None = None) -> Group:
+    """A group whose one response is all padding: to prefill `prompt`, or two tokens of text."""
     zero = torch.zeros(1, 1)
     two = torch.arange(2)
     stand_in = Prompt(Example("", "", []), two, two.expand(3, -1), torch.zeros(2).bool())

@@ -310,7 +310,7 @@ class Policy:
             pairs = zip(pack, of_groups, strict=True)
             shares += [share[:, : group.tokens.shape[1]] for group, share in pairs]
         reshard_root(self.model)
-        return shares[: len(groups)]  # without the empty groups of make_packs
+        return shares[: len(groups)]  # without the dummies of make_packs
 
     def probe_attention(self, groups: list[Group], probe: Callable) -> None:
         """A forward whose layers first call probe(layer, query[1, H, S, D], key, value, scale)."""

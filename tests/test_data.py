@@ -205,8 +205,8 @@ def test_overlong_prompts_are_found_from_headers():
 
     big = row(truncated((600, 400)), problem="<image>big?")  # 317 tokens
     table = [big, row(plain((28, 28)), problem="small?"), text(0), text(1) | {"problem": "spells"}]
-    for limit, skipped in ((317, {"refused": 1}), (316, {"overlong": 1, "refused": 1})):
-        assert usable(table, length=length, max_prompt_tokens=limit).unusable == skipped
+    for limit, unusable in ((317, {"refused": 1}), (316, {"overlong": 1, "refused": 1})):
+        assert usable(table, length=length, max_prompt_tokens=limit).unusable == unusable
 
 
 def test_the_toy():

@@ -43,9 +43,9 @@ def reference_varlen(q, k, v, *lengths, scale, causal):
 
 
 def test_sequences_for_a_kernel_equal_masks(policy, groups, monkeypatch):
-    """In both towers: unequal responses, one of a single token, two images, none, an empty row."""
+    """In both towers: unequal responses, one of a single token, two images, none, a dummy."""
     assert (pad_and_cat(groups, "response_mask").sum(1) == 1).any()
-    groups.append(packing.empty_group())
+    groups.append(packing.dummy_group())
     expected, expected_gradients = log_probs_and_gradients(policy, groups, policy.log_probs)
     calls = []
 

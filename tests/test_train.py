@@ -48,6 +48,7 @@ def test_a_run_writes_its_folder(finished):
     assert [line["step"] for line in steps] == [1, 2, 3]
     for line in steps:
         assert (line["groups_kept"], line["skipped_updates"]) == (5, 0)
+        assert line["masked_entropy"] > line["entropy"]
         assert line["sampler_gap"] < 1e-5 and line["sampler_gap_max"] < 1e-4
     assert steps[0]["sampler_gap"] > 0
     assert [line["step"] for line in metric_lines(finished) if "eval/general" in line] == [0, 2, 3]

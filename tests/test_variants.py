@@ -13,6 +13,7 @@ from transformers import AutoModelForImageTextToText
 import papo
 import train
 from losses import kl_k3, policy_loss, response_mean
+from masking import mask_prompt
 from papo import pack_loss, prepare, preset
 from support import StepError
 from support.batch import cat_view, mini_batches, pad_and_cat, responses_with_image, seeded
@@ -271,6 +272,8 @@ def test_dvrp_adds_the_noised_views_kl_to_papos(varied_policy, groups):
     images, pixels = varied_policy.encoder.image_processor, groups[0].prompt.pixel_values
     expected = noisy_rollout.add_noise(pixels, 500, images, seeded("noised", 0, 0, 0))
     assert torch.equal(groups[0].view_pixel_values["noised"], expected)
+    masked = mask_prompt(groups[0].prompt, algo, varied_policy.encoder, seeded("mask", 0, 0, 0))
+    assert torch.equal(groups[0].view_pixel_values["mask"], masked)
     loss, metrics = pack_loss(varied_policy, groups, algo)
     loss_without, _ = pack_loss(varied_policy, groups, replace(algo, noised_coef=0.0))
     log_probs, mask = varied_policy.log_probs(groups), pad_and_cat(groups, "response_mask")
