@@ -199,8 +199,7 @@ def test_images_aug_is_the_masked_view(encoder):
     more_images = {"images_aug": [masked_image.resize((168, 168))]}  # its own size does not matter
     prompt = encoder.encode(Example("<image>?", "1", [image], more_images=more_images))
     view = mask_prompt(prompt, preset("papo_g"), encoder, seeded(0))
-    assert view.shape == prompt.pixel_values.shape
-    assert not torch.equal(view[0], prompt.pixel_values[0])
+    assert (view != prompt.pixel_values)[0].any()  # and their shapes are the same
 
 
 def test_mini_batches_contain_every_group_once(groups):
