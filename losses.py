@@ -28,30 +28,25 @@ What the terms do to the policy:
    KL(pi || pi_other).
 3. So maximising KL_prcp, ascent along (1 - exp(d)) grad log pi, makes a token likelier where the
    masked view finds it less likely (d < 0), with a weight of at most 1. Where the masked view finds
-   it likelier (d > 0), it makes it less likely, with weight exp(d) - 1: up to 12.6 at d = 2.61,
-   where k3 reaches its clamp of 10. In the end this drives pi off all text that is plausible
-   without the image: probability spreads, and both entropies grow. The paper reports this collapse
-   and penalises both.
+   it likelier (d > 0), it makes it less likely, with a weight of up to 12.6, at which k3 reaches
+   its clamp of 10. In the end this drives pi off all text that is plausible without the image:
+   probability spreads, and both entropies grow. The paper reports this collapse and penalises both.
 4. Descent on H makes every sampled token likelier. For samples from pi itself its gradient is 0 on
    average, as in 2; for samples from pi_old, cut by top-p, it is a pull towards what was sampled.
 5. H_mask estimates the cross-entropy of pi and pi_mask, which is H + KL(pi || pi_mask).
 
 Where the paper, the released code and this file differ:
-a. KL_prcp: the paper prints r - log r - 1 with r = pi / pi_mask, the released code has
-   r = pi_mask / pi. Samples come from pi, so the code's form is the unbiased k3 estimate and the
-   paper's is not. Default: the code's form; `kl_prcp_estimator="paper"` selects the printed one,
-   whose gradient is (exp(-d) - 1) grad log pi, with d as above.
-b. H and H_mask are means over sampled tokens (as released), whatever `average` ("token" or "seq")
-   is for the other terms; the paper writes entropies.
+a. KL_prcp: the paper prints r - log r - 1 with r = pi / pi_mask. The released code has
+   r = pi_mask / pi, which is unbiased (1). So has this file; `kl_prcp_estimator="paper"` selects
+   the printed form.
+b. H and H_mask are means over sampled tokens (as released), whatever `average` is for the other
+   terms. The paper writes entropies.
 c. The masked log-probs are recorded before a step's first update, without gradient (as released).
-   So pi_mask stays the old policy's in later updates, and H_mask changes the value of the loss but
-   not its gradient: the pull in 4 is all that the Double Entropy Loss does. With `--masked_grad`
-   they are computed in every update: H_mask has a gradient, and that of k3 gains
-   (exp(d) - 1) grad log pi_mask. Minimising H_mask then works against KL_prcp, because the KL is a
-   part of it (5).
+   So H_mask has no gradient, and the pull in 4 is all that the Double Entropy Loss does. With
+   `--masked_grad` every update computes them with gradient; H_mask then works against KL_prcp,
+   because that KL is a part of it (5).
 d. The release averages within each micro-batch, then over micro-batches. Here every mean divides by
-   a count over the whole mini-batch on all ranks. So the losses of any split add up to the loss of
-   the whole.
+   a count over the whole mini-batch on all ranks, so the losses of its parts add up to its own.
 """
 
 from __future__ import annotations
