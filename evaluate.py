@@ -164,7 +164,8 @@ def explain(policy: Policy, prompt: Prompt, config: EvalConfig) -> None:
 
 def algo_of(model: str) -> Algo:
     """The algorithm and settings of the run that a model/ folder lies in, papo_g's where there is
-    none. Plain Algo for a variant with image_columns, which evaluations do not read.
+    none. For a variant with image_columns plain Algo: evaluations do not load such columns, so its
+    views may fail.
     """
     run = Path(model).parent
     saved = flags.saved_config(run) if (run / "config.json").is_file() else {}

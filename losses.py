@@ -28,11 +28,13 @@ What the terms do to the policy:
    KL(pi || pi_other).
 3. So maximising KL_prcp, ascent along (1 - exp(d)) grad log pi, makes a token likelier where the
    masked view finds it less likely (d < 0), with a weight of at most 1. Where the masked view finds
-   it likelier (d > 0), it makes it less likely, with a weight of up to 12.6, at which k3 reaches
-   its clamp of 10. In the end this drives pi off all text that is plausible without the image:
-   probability spreads, and both entropies grow. The paper reports this collapse and penalises both.
-4. Descent on H makes every sampled token likelier. For samples from pi itself its gradient is 0 on
-   average, as in 2; for samples from pi_old, cut by top-p, it is a pull towards what was sampled.
+   it likelier (d > 0), it makes it less likely, with a weight of up to 12.6, at d = 2.61, where
+   k3 reaches its clamp of 10. In the end this drives pi off all text that is plausible without
+   the image: probability spreads, and both entropies grow. The paper reports this collapse and
+   penalises both.
+4. Descent on H makes every sampled token likelier: here, too, the sampling is not differentiated.
+   For samples from pi itself the gradient is 0 on average, as in 2; for samples from pi_old, cut by
+   top-p, it is a pull towards what was sampled.
 5. H_mask estimates the cross-entropy of pi and pi_mask, which is H + KL(pi || pi_mask).
 
 Where the paper, the released code and this file differ:
@@ -58,7 +60,7 @@ import torch
 from torch import Tensor
 
 KL_CLAMP = 10.0  # upper bound of k3 per token, so that one token cannot dominate (as released)
-# Keeps exp() of a log-ratio finite in fp32 (as released). At NaN, in padding, its gradient is 0.
+# Keeps exp() of a log-ratio finite in fp32 (as released). The clamp's gradient is 0 at NaN.
 LOG_RATIO_CLAMP = 20.0
 
 
@@ -216,7 +218,7 @@ def papo_loss(  # noqa: PLR0913
         Without a coefficient they only become metrics.
     denominator: Counts of the whole mini-batch over all ranks; None: of this batch.
     has_image[B]: whether a response's prompt has an image; None: all have. A response without one
-        counts in the mean of KL_prcp, with 0. H_mask is a mean over the tokens of the others.
+        counts in the mean of KL_prcp, with 0, and not in that of H_mask.
     further_views: of a variant, name -> (coefficient, log-probs). Each adds
         coefficient * KL(pi || pi_view): a negative coefficient maximises it.
     """

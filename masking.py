@@ -3,7 +3,8 @@
 Masking acts on the image processor's output, after resizing and normalisation and before the
 vision tower: pixel_values[N_patch, D_patch], one row per patch, whose D_patch values are ordered
 (channel, temporal copy, y, x). The processor repeats a still image temporal_patch_size times; these
-are the temporal copies. `patch_mask[N_patch]` is True for the patches that are masked.
+are the temporal copies. `patch_mask[N_patch]` is True for the patches that are masked; training
+uses the pixels alone.
 
 The release blacks out 14-px tiles of the raw image, before it is resized, so tiles rarely line up
 with the model's patches; its generator is global and unseeded. Here a tile is a patch, and the
@@ -99,6 +100,17 @@ def _check(pixel_values: Tensor, ratio: float) -> None:
 # ------------------------------------------------------------------------------------ whole prompts
 
 
+def mask_each_image(prompt, mask_image: Callable) -> Tensor:
+    """Call mask_image on each image of a prompt and join the pixels that it returns.
+
+    mask_image(patches, grid, image): the image's patches, its (rows, columns) of patches, and PIL.
+    """
+    grids = prompt.image_grid_thw  # [n_images, 3]: time, rows, columns
+    patches_per_image = prompt.pixel_values.split(grids.prod(-1).tolist())
+    images = zip(patches_per_image, grids.tolist(), prompt.example.images, strict=True)
+    return torch.cat([mask_image(patches, grid[1:], image) for patches, grid, image in images])
+
+
 def mask_prompt(
     prompt, algo, encoder, generator: torch.Generator, saliency: Callable | None = None
 ) -> Tensor:
@@ -129,17 +141,6 @@ def mask_prompt(
         return masked
 
     return mask_each_image(prompt, mask_image)
-
-
-def mask_each_image(prompt, mask_image: Callable) -> Tensor:
-    """Call mask_image on each image of a prompt and join the pixels that it returns.
-
-    mask_image(patches, grid, image): the image's patches, its (rows, columns) of patches, and PIL.
-    """
-    grids = prompt.image_grid_thw  # [n_images, 3]: time, rows, columns
-    patches_per_image = prompt.pixel_values.split(grids.prod(-1).tolist())
-    images = zip(patches_per_image, grids.tolist(), prompt.example.images, strict=True)
-    return torch.cat([mask_image(patches, grid[1:], image) for patches, grid, image in images])
 
 
 def to_patch_order(values: Tensor, rows: int, columns: int, merge: int = 2) -> Tensor:

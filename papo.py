@@ -159,7 +159,7 @@ def prepare(
             view = algo.view(name, group.prompt, policy, generator)
             check_view(view, algo, name, group.prompt)
             group.view_pixel_values[name] = view
-        # With masked_grad the loss computes its own under "mask": these serve only a `weigh`.
+        # With masked_grad the loss computes its own under "mask"; these are for a `weigh`, if any.
         under_view = policy.per_group(with_image, partial(policy.log_probs, view=name))
         for group, log_probs in zip(with_image, under_view, strict=True):
             group.view_log_probs[name] = log_probs
@@ -212,8 +212,8 @@ def accumulate_gradients(policy: Policy, batch: list[Group], algo: Algo) -> dict
     denominator = Counts(*sum_over_ranks(own))
     # A pack is one forward: whole groups of at most tokens_per_forward tokens, or one larger group.
     # FSDP gathers weights in every forward and backward, so all ranks must take equally many. Where
-    # a rank has fewer, make_packs adds dummies: two tokens of text, and one response that is all
-    # padding and counts for nothing.
+    # a rank has fewer, make_packs adds packs of one dummy: a group of two tokens of text and one
+    # response, all padding with advantage 0, which counts for nothing.
     packs = make_packs(batch, policy.tokens_per_forward)
     sums: Counter = Counter()  # of tensors on the device: no synchronisation per pack
     largest_gaps = []
@@ -226,7 +226,7 @@ def accumulate_gradients(policy: Policy, batch: list[Group], algo: Algo) -> dict
         largest_gaps.append(metrics.pop("sampler_gap_max"))
         for name, value in metrics.items():
             sums[name] += value.double()
-    average_gradients(policy.model)  # of LoRA adapters, which FSDP leaves alone
+    average_gradients(policy.model)  # of LoRA adapters, which FSDP leaves alone: also an average
     totals = sum_over_ranks(torch.stack([*sums.values()]).tolist())
     largest_gap = max_over_ranks(torch.stack(largest_gaps).max())
     return dict(zip(sums, totals, strict=True)) | {"sampler_gap_max": largest_gap}

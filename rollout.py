@@ -11,8 +11,8 @@ Differences from the released code, which samples with vLLM:
    its chunk or on the number of ranks.
 2. Sampling ignores the model's generation_config (Policy replaces it) except for its end tokens.
    Otherwise it would apply Qwen's repetition penalty of 1.05, and samples would come from another
-   policy than the one trained. Two such differences remain: top-p 0.99, which is the
-   paper's, and the suppressed vision tokens.
+   policy than the one trained. What remains of such differences are top-p 0.99, the paper's, top-k,
+   off by default, and the suppressed vision tokens.
 3. The sampler's log-probs are those of the full softmax at the sampling temperature, before top-p,
    top-k and suppression: what the training forward computes. They are used only for the metric
    sampler_gap; training recomputes the old log-probs.
@@ -84,6 +84,7 @@ def generate(
                 continue
             groups.update(zip(numbers, sampled, strict=True))
             waiting = waiting[len(chosen) :]
+    # A stopped chunk is cut short.
     return [] if stop() else [groups[i] for i in range(len(prompts))]
 
 
@@ -140,7 +141,7 @@ def _make_group(
 ) -> Group:
     """A group from what was decoded, [G, steps], without what follows the first end tokens."""
     is_end = torch.isin(tokens, torch.tensor(policy.eos_ids))
-    ends_before = is_end.cumsum(1) - is_end.int()
+    ends_before = is_end.cumsum(1) - is_end.int()  # end tokens before this one
     response_mask = ends_before == 0  # [G, steps]
     lengths = response_mask.sum(1)
     longest = int(lengths.max())

@@ -100,7 +100,7 @@ def collect(run: Run, algo: Algo, key: tuple) -> tuple[list[Group], dict[str, fl
         # This rank's share of prompts_per_step prompts, or of mini_batch under dynamic sampling.
         # Prompt.index goes on from round to round.
         prompts = run.next_prompts(round_index)
-        # By default sample_groups(prompts).
+        # By default sample_groups(prompts); policy and key are for variants.
         groups = algo.sample(prompts, run.policy, sample_groups, key)
         run.raise_if_stopped()  # on all ranks, if any has had a signal
         kept += grade(run, algo, groups, sums)
@@ -126,10 +126,11 @@ def grade(run: Run, algo: Algo, groups: list[Group], sums: Counter) -> list[Grou
     """Grade the groups, set their rewards and advantages, and return those to train on. Adds counts
     to `sums`.
     """
-    # All responses to a prompt are compared.
+    # All responses to a prompt are compared, also where a variant samples it twice.
     index = torch.tensor([group.prompt.index for group in groups for _ in group.responses])
     # Per response: accuracy and format, 0 or 1, and overall = 0.9 accuracy + 0.1 format. A response
-    # past --reward_deadline has accuracy 0; one left when --reward_budget ran out is "unscored".
+    # past --reward_deadline has accuracy 0; one left when the round's --reward_budget ran out is
+    # "unscored".
     scores = run.grader.of_groups(groups)
     run.raise_if_stopped()  # a signal while scoring need not wait for the update
 
@@ -232,7 +233,7 @@ def build_run(argv=None) -> Run:
     saved = flags.saved_config(given["resume"]) if given.get("resume") else {}
     early = {"algo": Config.algo, "model": Config.model} | saved | given
     name, model = early["algo"], toy.model_folder(early["model"])
-    # They replace the dataclasses' defaults, the later ones the earlier; given flags beat all.
+    # The later wins. Below them are the dataclasses' own defaults, above them the given flags.
     defaults = (
         preset_settings(name, size_of(model))
         | lora.defaults(early.get("lora_rank", 0))  # the learning rate of adapters
@@ -242,7 +243,7 @@ def build_run(argv=None) -> Run:
     classes = (Config, algo_class(name))
     config, algo = flags.parse_flags(__doc__, *classes, defaults=defaults, argv=argv)
     config.val_data = toy.data_of(model, config.val_data)  # a toy is evaluated on its own rows
-    flags.check_resumed(flags.flags_of(config, algo), saved)  # those of FREE_ON_RESUME may differ
+    flags.check_resumed(flags.flags_of(config, algo), saved)  # some may differ
     if algo.dynamic_sampling and MAX_ROUNDS * config.mini_batch < config.prompts_per_step:
         limit = f"{MAX_ROUNDS} rounds of mini_batch={config.mini_batch} prompts"
         raise ValueError(f"{limit} cannot fill prompts_per_step={config.prompts_per_step}")
