@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import fields, replace
@@ -170,8 +171,10 @@ def algo_of(model: str) -> Algo:
     run = Path(model).parent
     saved = flags.saved_config(run) if (run / "config.json").is_file() else {}
     name = saved.get("algo", "papo_g")
-    # Where --algo named a file, the run keeps a copy of it.
-    kind = algo_class(str(run / Path(name).name) if name.endswith(".py") else name)
+    if name.endswith(".py"):
+        sys.path.append(str(Path(name).parent))  # for neighbours that the file imports
+        name = str(run / Path(name).name)  # the run's copy of it
+    kind = algo_class(name)
     if kind.image_columns:
         kind = Algo
     return kind(**{field.name: saved[field.name] for field in fields(kind) if field.name in saved})
