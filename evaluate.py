@@ -149,12 +149,10 @@ def explain(policy: Policy, prompt: Prompt, config: EvalConfig) -> None:
     under masked images, and how much of that a token owes to each part of the image."""
     algo = algo_of(config.model)  # for its views
     policy.saliency = saliency_for(algo.mask_strategy, config.data)
-    # images_aug is a fixed view: one pass is enough.
-    n_masks = 1 if "images_aug" in prompt.more_pixel_values else config.masks
-    views = []
-    for number in range(n_masks):
-        generator = seeded("explain", config.seed, number)
-        views.append(algo.view("mask", prompt, policy, generator))
+    views = [
+        algo.view("mask", prompt, policy, seeded("explain", config.seed, number))
+        for number in range(config.masks)
+    ]
     key = ("explain", config.seed)
     [group] = generate(policy, [prompt], 1, Sampling.of(config), key=key)
     page = Path(config.out or "explained", "explanation.html")
@@ -165,8 +163,7 @@ def explain(policy: Policy, prompt: Prompt, config: EvalConfig) -> None:
 
 def algo_of(model: str) -> Algo:
     """The algorithm and settings of the run that a model/ folder lies in, papo_g's where there is
-    none. For a variant with image_columns plain Algo: evaluations do not load such columns, so its
-    views may fail.
+    none. Plain Algo for a variant whose views may need image_columns: evaluations load none.
     """
     run = Path(model).parent
     saved = flags.saved_config(run) if (run / "config.json").is_file() else {}
