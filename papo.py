@@ -59,8 +59,8 @@ class Algo(Flags):
     image_columns: ClassVar[tuple[str, ...]] = ()  # further ones, see Prompt.more_pixel_values
 
     def at_step(self, step: int, n_steps: int) -> Algo:
-        """The settings at `step`, from 0 to n_steps - 1. A reference model, or saliency for masks,
-        is loaded only if the settings at the start of the run need it."""
+        """The settings at `step`, from 0 to n_steps - 1. A reference model is loaded only if
+        kl_ref_coef is not 0 in the run's own settings."""
         return self
 
     def sample(self, prompts: list[Prompt], policy: Policy, sample_groups: Callable, key: tuple):

@@ -94,9 +94,10 @@ def compare(run_folders, out) -> tuple[str, Path]:
     }
     names = {name for runs in groups.values() for run in runs for name in run}
     sets = sorted(name for name in names if name.startswith("eval/"))
+    of_further_views = sorted(name for name in names - {*COMPARED} if name.startswith("kl_"))
     panels = {
         metric: {k: [run[metric] for run in runs if metric in run] for k, runs in groups.items()}
-        for metric in [*sets, *COMPARED]
+        for metric in [*sets, *COMPARED, *of_further_views]
     }
     lines = [f"{'runs':<40} {'measure':<24} seeds  first           last"]
     for label in groups:

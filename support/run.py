@@ -65,8 +65,7 @@ class Run(AbstractContextManager):
         self.n_steps = config.steps or max(1, epoch_steps)
         # Trained weights are fp32. Those beside adapters and those of the reference are frozen.
         self.policy = self._load_policy(encoder, self.dtype if config.lora_rank else torch.float32)
-        if "mask" in algo.views():
-            self.policy.saliency = saliency_for(algo.mask_strategy, config.data)
+        self.policy.saliency = saliency_for(algo.mask_strategy, config.data)
         self.reference = None
         if algo.kl_ref_coef and config.lora_rank:
             self.reference = lora.Reference(self.policy)
