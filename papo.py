@@ -212,8 +212,7 @@ def accumulate_gradients(policy: Policy, batch: list[Group], algo: Algo) -> dict
     denominator = Counts(*sum_over_ranks(own))
     # A pack is one forward: whole groups of at most tokens_per_forward tokens, or one larger group.
     # FSDP gathers weights in every forward and backward, so all ranks must take equally many. Where
-    # a rank has fewer, make_packs adds packs of one dummy: a group of two tokens of text and one
-    # response, all padding with advantage 0, which counts for nothing.
+    # a rank has fewer, make_packs adds packs of a batch.dummy_group, which counts for nothing.
     packs = make_packs(batch, policy.tokens_per_forward)
     sums: Counter = Counter()  # of tensors on the device: no synchronisation per pack
     largest_gaps = []

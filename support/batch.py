@@ -108,6 +108,24 @@ class Group:
         return len(self.owner)
 
 
+def dummy_group(prompt: Prompt | None = None) -> Group:
+    """A group whose one response is all padding, so it counts for nothing: to encode `prompt`, or of
+    two tokens of text, a pack for a rank that has none left."""
+    zero = torch.zeros(1, 1)
+    two = torch.arange(2)
+    stand_in = Prompt(Example("", "", []), two, two.expand(3, -1), torch.zeros(2).bool())
+    return Group(
+        prompt=prompt or stand_in,
+        tokens=zero.long(),
+        response_mask=zero.bool(),
+        truncated=torch.zeros(1, dtype=torch.bool),
+        sample_log_probs=zero,
+        responses=[""],
+        advantages=torch.zeros(1),
+        ref_log_probs=zero,
+    )
+
+
 def mini_batches(groups: list[Group], size: int) -> list[list[Group]]:
     """This rank's share of each mini-batch of `size` prompts.
 

@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from support.batch import Prompt
-from support.packing import build_pack, dummy_group, split_into_packs
+from support.batch import Prompt, dummy_group
+from support.packing import build_pack, split_into_packs
 
 PREFILL_TOKENS = 32_768  # prompt tokens encoded at a time; a layer's activations grow with it
 # Steps per block: a response that has ended costs time until its end, and each costs a recording.

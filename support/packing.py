@@ -31,7 +31,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from support.batch import Example, Group, Prompt
+from support.batch import Group, dummy_group
 from support.distributed import max_over_ranks
 
 # Response tokens whose logits exist at a time: 256 x 151,936 in fp32 take 148 MiB.
@@ -62,23 +62,6 @@ def split_into_packs(groups: list[Group], max_tokens: int) -> list[list[Group]]:
         packs[-1].append(group)
         room -= group.n_tokens
     return packs
-
-
-def dummy_group(prompt: Prompt | None = None) -> Group:
-    """A group whose one response is all padding: to prefill `prompt`, or two tokens of text."""
-    zero = torch.zeros(1, 1)
-    two = torch.arange(2)
-    stand_in = Prompt(Example("", "", []), two, two.expand(3, -1), torch.zeros(2).bool())
-    return Group(
-        prompt=prompt or stand_in,
-        tokens=zero.long(),
-        response_mask=zero.bool(),
-        truncated=torch.zeros(1, dtype=torch.bool),
-        sample_log_probs=zero,
-        responses=[""],
-        advantages=torch.zeros(1),
-        ref_log_probs=zero,
-    )
 
 
 class Pack(NamedTuple):

@@ -17,7 +17,7 @@ from torch.distributed.utils import _to_kwargs
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from support import packing
-from support.batch import Example, pad_and_cat, seeded
+from support.batch import Example, dummy_group, pad_and_cat, seeded
 from support.qwen_vl import Policy, use_faster_forwards
 
 
@@ -45,7 +45,7 @@ def reference_varlen(q, k, v, *lengths, scale, causal):
 def test_sequences_for_a_kernel_equal_masks(policy, groups, monkeypatch):
     """In both towers: unequal responses, one of a single token, two images, none, a dummy."""
     assert (pad_and_cat(groups, "response_mask").sum(1) == 1).any()
-    groups.append(packing.dummy_group())
+    groups.append(dummy_group())
     expected, expected_gradients = log_probs_and_gradients(policy, groups, policy.log_probs)
     calls = []
 
