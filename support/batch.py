@@ -109,8 +109,10 @@ class Group:
 
 
 def dummy_group(prompt: Prompt | None = None) -> Group:
-    """A group whose one response is all padding, so it counts for nothing: to encode `prompt`, or of
-    two tokens of text, a pack for a rank that has none left."""
+    """A group whose one response is all padding, so it counts for nothing.
+
+    With a `prompt`: to encode that. Else two tokens of text: a pack for a rank that has none left.
+    """
     zero = torch.zeros(1, 1)
     two = torch.arange(2)
     stand_in = Prompt(Example("", "", []), two, two.expand(3, -1), torch.zeros(2).bool())
