@@ -22,10 +22,10 @@ What the terms do to the policy:
     gradient of H  = - mean grad log pi
 
 1. k3 is an unbiased estimate of KL(pi || pi_other) if samples come from pi and nothing is clamped.
-2. Autograd differentiates k3, but not the distribution that the samples come from. As
-   E_pi[grad log pi] = 0 and E_pi[exp(d) grad log pi] = E_pi_other[grad log pi], what is left is in
-   expectation - E_pi_other[grad log pi], the gradient of KL(pi_other || pi) and not of
-   KL(pi || pi_other).
+2. Autograd differentiates k3, but not the distribution that the samples come from. In expectation
+   the first part of the gradient vanishes: E_pi[grad log pi] = 0. The second is a mean under
+   pi_other: E_pi[exp(d) grad log pi] = E_pi_other[grad log pi]. What is left, minus this, is the
+   gradient of KL(pi_other || pi) and not of KL(pi || pi_other).
 3. So maximising KL_prcp, ascent along (1 - exp(d)) grad log pi, makes a token likelier where the
    masked view finds it less likely (d < 0), with a weight of at most 1. Where the masked view finds
    it likelier (d > 0), it makes it less likely, with a weight of up to 12.6, at d = 2.61, where
@@ -60,7 +60,7 @@ import torch
 from torch import Tensor
 
 KL_CLAMP = 10.0  # upper bound of k3 per token, so that one token cannot dominate (as released)
-# Keeps exp() of a log-ratio finite in fp32 (as released). The clamp's gradient is 0 at NaN.
+# Keeps exp() of a log-ratio finite in fp32 (as released). Its gradient cuts NaN of padding.
 LOG_RATIO_CLAMP = 20.0
 
 
@@ -240,7 +240,7 @@ def papo_loss(  # noqa: PLR0913
         average=algo.average,
         denominator=denominator,
     )
-    entropy = mean(-log_probs)
+    entropy = mean(-log_probs, average="token")
     metrics["entropy"] = entropy.detach()
     kl_ref = kl_prcp = masked_entropy = kl_views = 0.0
     if ref_log_probs is not None:

@@ -103,7 +103,7 @@ def _check(pixel_values: Tensor, ratio: float) -> None:
 def mask_each_image(prompt, mask_image: Callable) -> Tensor:
     """Call mask_image on each image of a prompt and join the pixels that it returns.
 
-    mask_image(patches, grid, image): the image's patches, its (rows, columns) of patches, and PIL.
+    mask_image(patches, grid, image): its patches, (rows, columns) of patches, and the PIL image.
     """
     grids = prompt.image_grid_thw  # [n_images, 3]: time, rows, columns
     patches_per_image = prompt.pixel_values.split(grids.prod(-1).tolist())

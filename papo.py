@@ -144,7 +144,8 @@ def prepare(
     # The first update needs no old log-probs, since pi_old is pi there. A variant's `weigh` may.
     has_weights = type(algo).weigh is not Algo.weigh
     need_old = groups if has_weights else [group for batch in batches[1:] for group in batch]
-    # per_group puts the groups into packs; it returns log-probs [G, T] of each, without gradient.
+    # per_group puts the groups into packs and returns log-probs [G, T] of each, without gradient.
+    # All ranks call it, also with an empty list.
     old = policy.per_group(need_old, policy.log_probs)
     for group, log_probs in zip(need_old, old, strict=True):
         group.old_log_probs = log_probs
@@ -178,7 +179,8 @@ def prepare(
 def update(
     policy: Policy, optimizer, batches: list[list[Group]], algo: Algo, max_grad_norm: float = 1.0
 ) -> dict[str, float]:
-    """One optimizer step per mini-batch. Returns each metric's mean over them.
+    """One optimizer step per mini-batch. Returns each metric's mean over them, the largest for
+    sampler_gap_max.
 
     If the gradient norm is not finite, the step is skipped (as released). A skipped step counts in
     skipped_updates and in no mean.
@@ -212,7 +214,8 @@ def accumulate_gradients(policy: Policy, batch: list[Group], algo: Algo) -> dict
     denominator = Counts(*sum_over_ranks(own))
     # A pack is one forward: whole groups of at most tokens_per_forward tokens, or one larger group.
     # FSDP gathers weights in every forward and backward, so all ranks must take equally many. Where
-    # a rank has fewer, make_packs adds packs of a batch.dummy_group, which counts for nothing.
+    # a rank has fewer, make_packs adds a batch.dummy_group, which counts for nothing. The vision
+    # tower runs in each of them, on a blank image if there is none.
     packs = make_packs(batch, policy.tokens_per_forward)
     sums: Counter = Counter()  # of tensors on the device: no synchronisation per pack
     largest_gaps = []

@@ -111,7 +111,7 @@ def _sample_chunk(
     chunk = Chunk(
         prompts=prompts,
         uniforms=uniforms.to(device),
-        temperature=sampling.temperature or 1.0,  # of the returned log-probs
+        temperature=sampling.temperature or 1.0,  # of the returned log-probs alone
         top_p=sampling.top_p,  # by `decode`: generate() would sort the whole vocabulary
         eos_ids=torch.tensor(policy.eos_ids, device=device),
         stop=stop,

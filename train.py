@@ -126,7 +126,7 @@ def grade(run: Run, algo: Algo, groups: list[Group], sums: Counter) -> list[Grou
     """Grade the groups, set their rewards and advantages, and return those to train on. Adds counts
     to `sums`.
     """
-    # All responses to a prompt are compared, also where a variant samples it twice.
+    # All responses to a prompt are compared, also of two groups: see Algo.sample.
     index = torch.tensor([group.prompt.index for group in groups for _ in group.responses])
     # Per response: accuracy and format, 0 or 1, and overall = 0.9 accuracy + 0.1 format. A response
     # past --reward_deadline has accuracy 0; one left when the round's --reward_budget ran out is
@@ -233,7 +233,7 @@ def build_run(argv=None) -> Run:
     saved = flags.saved_config(given["resume"]) if given.get("resume") else {}
     early = {"algo": Config.algo, "model": Config.model} | saved | given
     name, model = early["algo"], toy.model_folder(early["model"])
-    # The later wins. Below them are the dataclasses' own defaults, above them the given flags.
+    # From weak to strong: the dataclasses' own defaults, these from top to bottom, given flags.
     defaults = (
         preset_settings(name, size_of(model))
         | lora.defaults(early.get("lora_rank", 0))  # the learning rate of adapters
@@ -247,7 +247,7 @@ def build_run(argv=None) -> Run:
     if algo.dynamic_sampling and MAX_ROUNDS * config.mini_batch < config.prompts_per_step:
         limit = f"{MAX_ROUNDS} rounds of mini_batch={config.mini_batch} prompts"
         raise ValueError(f"{limit} cannot fill prompts_per_step={config.prompts_per_step}")
-    samples_once = type(algo).sample is Algo.sample  # a variant may sample a prompt twice
+    samples_once = type(algo).sample is Algo.sample  # else maybe twice, so one is enough
     if config.group_size < 2 and samples_once:
         raise ValueError("group_size=1: give at least 2, one response has nothing to compare with")
     # The time limit of a collective: ranks wait for one that still scores its responses.

@@ -108,16 +108,13 @@ class Group:
         return len(self.owner)
 
 
-def dummy_group(prompt: Prompt | None = None) -> Group:
-    """A group whose one response is all padding, so it counts for nothing.
-
-    With a `prompt`: to encode that. Else two tokens of text: a pack for a rank that has none left.
-    """
+def dummy_group() -> Group:
+    """A pack for a rank that has no group left while others have: two tokens of text, and one
+    response that is all padding, so it counts for nothing. It has the fields that packs need."""
     zero = torch.zeros(1, 1)
     two = torch.arange(2)
-    stand_in = Prompt(Example("", "", []), two, two.expand(3, -1), torch.zeros(2).bool())
     return Group(
-        prompt=prompt or stand_in,
+        prompt=Prompt(Example("", "", []), two, two.expand(3, -1), torch.zeros(2).bool()),
         tokens=zero.long(),
         response_mask=zero.bool(),
         truncated=torch.zeros(1, dtype=torch.bool),

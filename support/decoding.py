@@ -16,7 +16,7 @@ and drops the prompts whose responses all have.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -134,7 +134,7 @@ class GroupCache:
 def prefill(model, chunk: Chunk, cache: GroupCache) -> None:
     """Encode the chunk's prompts, PREFILL_TOKENS at a time, with the forward of training."""
     first = 0
-    groups = [dummy_group(prompt) for prompt in chunk.prompts]
+    groups = [replace(dummy_group(), prompt=prompt) for prompt in chunk.prompts]
     for of_pack in split_into_packs(groups, PREFILL_TOKENS):
         pack = build_pack(of_pack, "", cache.lengths.device)
 
