@@ -153,6 +153,8 @@ def explain(policy: Policy, prompt: Prompt, config: EvalConfig) -> None:
         algo.view("mask", prompt, policy, seeded("explain", config.seed, number))
         for number in range(config.masks)
     ]
+    if all(torch.equal(view, views[0]) for view in views):
+        views = views[:1]  # a fixed view, such as that of images_aug
     key = ("explain", config.seed)
     [group] = generate(policy, [prompt], 1, Sampling.of(config), key=key)
     page = Path(config.out or "explained", "explanation.html")

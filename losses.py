@@ -24,12 +24,13 @@ What the terms do to the policy:
 1. k3 is an unbiased estimate of KL(pi || pi_other) if samples come from pi and nothing is clamped.
 2. Autograd differentiates k3, but not the distribution that the samples come from. In expectation
    the first part of the gradient vanishes: E_pi[grad log pi] = 0. The second is a mean under
-   pi_other: E_pi[exp(d) grad log pi] = E_pi_other[grad log pi]. What is left, minus this, is the
-   gradient of KL(pi_other || pi) and not of KL(pi || pi_other).
+   pi_other: E_pi[exp(d) grad log pi] = E_pi_other[grad log pi]. So the gradient of k3 is, in
+   expectation, that of KL(pi_other || pi), which is - E_pi_other[grad log pi], and not that of
+   KL(pi || pi_other).
 3. So maximising KL_prcp, ascent along (1 - exp(d)) grad log pi, makes a token likelier where the
    masked view finds it less likely (d < 0), with a weight of at most 1. Where the masked view finds
    it likelier (d > 0), it makes it less likely, with a weight of up to 12.6, at d = 2.61, where
-   k3 reaches its clamp of 10. In the end this drives pi off all text that is plausible without
+   k3 reaches its clamp of 10. Run too far, this drives pi off all text that is plausible without
    the image: probability spreads, and both entropies grow. The paper reports this collapse and
    penalises both.
 4. Descent on H makes every sampled token likelier: here, too, the sampling is not differentiated.
@@ -60,7 +61,7 @@ import torch
 from torch import Tensor
 
 KL_CLAMP = 10.0  # upper bound of k3 per token, so that one token cannot dominate (as released)
-# Keeps exp() of a log-ratio finite in fp32 (as released). Its gradient cuts NaN of padding.
+# Keeps exp() of a log-ratio finite in fp32 (as released). Its gradient at a NaN, in padding, is 0.
 LOG_RATIO_CLAMP = 20.0
 
 

@@ -3,8 +3,7 @@
 Masking acts on the image processor's output, after resizing and normalisation and before the
 vision tower: pixel_values[N_patch, D_patch], one row per patch, whose D_patch values are ordered
 (channel, temporal copy, y, x). The processor repeats a still image temporal_patch_size times; these
-are the temporal copies. `patch_mask[N_patch]` is True for the patches that are masked; training
-uses the pixels alone.
+are the temporal copies.
 
 The release blacks out 14-px tiles of the raw image, before it is resized, so tiles rarely line up
 with the model's patches; its generator is global and unseeded. Here a tile is a patch, and the
@@ -31,7 +30,7 @@ def mask_patches(
     """Random masking, the paper's default: each patch turns black with probability `ratio`.
 
     pixel_values[N_patch, D_patch], left untouched; black[D_patch], a black patch after
-    normalisation. Returns masked[N_patch, D_patch] and patch_mask[N_patch] bool.
+    normalisation. Returns masked[N_patch, D_patch] and patch_mask[N_patch], True where masked.
     """
     _check(pixel_values, ratio)
     patch_mask = torch.rand(len(pixel_values), generator=generator) < ratio
@@ -44,10 +43,11 @@ def mask_salient(
     black: Tensor,
     saliency: Tensor,
     generator: torch.Generator | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """Semantic masking: the round(ratio * N_patch) most salient patches turn black.
 
     saliency[N_patch], in patch order (see to_patch_order). Other arguments: see mask_patches.
+    Returns the masked pixels.
     """
     _check(pixel_values, ratio)
     n = len(pixel_values)
@@ -59,7 +59,7 @@ def mask_salient(
     order = shuffled[by_saliency]
     patch_mask = torch.zeros(n, dtype=torch.bool)
     patch_mask[order[: round(ratio * n)]] = True
-    return _replace(pixel_values, patch_mask, black), patch_mask
+    return _replace(pixel_values, patch_mask, black)
 
 
 def noise_patches(
@@ -68,11 +68,11 @@ def noise_patches(
     sigma: float,
     generator: torch.Generator | None = None,
     copies: int = 2,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """Noise: each patch gets Gaussian noise with probability `ratio`.
 
     sigma: standard deviation in normalised pixel units. copies: temporal_patch_size. Copies share
-    their noise, since they show one image. Other arguments: see mask_patches.
+    their noise, since they show one image. Other arguments: see mask_patches. Returns the pixels.
     """
     _check(pixel_values, ratio)
     channels = 3
@@ -81,7 +81,7 @@ def noise_patches(
     # (patch, channel, copy, y x)
     noise = torch.randn(n, channels, 1, d_patch // channels // copies, generator=generator) * sigma
     noise = noise.expand(-1, -1, copies, -1).reshape(n, d_patch).to(pixel_values)
-    return _replace(pixel_values, patch_mask, pixel_values + noise), patch_mask
+    return _replace(pixel_values, patch_mask, pixel_values + noise)
 
 
 def _replace(pixel_values: Tensor, patch_mask: Tensor, replacement: Tensor) -> Tensor:
@@ -127,18 +127,17 @@ def mask_prompt(
     def mask_image(patches: Tensor, grid: tuple[int, int], image) -> Tensor:
         if algo.mask_strategy == "random":
             masked, _ = mask_patches(patches, ratio, black, generator)
-        elif algo.mask_strategy == "noise":
+            return masked
+        if algo.mask_strategy == "noise":
             copies = encoder.image_processor.temporal_patch_size
-            masked, _ = noise_patches(patches, ratio, algo.mask_sigma, generator, copies)
-        elif algo.mask_strategy == "semantic":
+            return noise_patches(patches, ratio, algo.mask_sigma, generator, copies)
+        if algo.mask_strategy == "semantic":
             if saliency is None:
                 raise ValueError("mask_strategy=semantic needs a saliency function image -> [h, w]")
             scores = to_patch_order(saliency(image), *grid, encoder.image_processor.merge_size)
-            masked, _ = mask_salient(patches, ratio, black, scores, generator)
-        else:
-            choices = ", ".join(STRATEGIES)
-            raise ValueError(f"mask_strategy={algo.mask_strategy!r}: choose one of {choices}")
-        return masked
+            return mask_salient(patches, ratio, black, scores, generator)
+        choices = ", ".join(STRATEGIES)
+        raise ValueError(f"mask_strategy={algo.mask_strategy!r}: choose one of {choices}")
 
     return mask_each_image(prompt, mask_image)
 

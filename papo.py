@@ -56,7 +56,7 @@ class Algo(Flags):
     kl_prcp_estimator: Literal["k3", "paper"] = flag("k3", "k3: as released; paper: as printed")
     masked_grad: bool = flag(False, "recompute masked log-probs with gradient in every update")
 
-    image_columns: ClassVar[tuple[str, ...]] = ()  # further ones, see Prompt.more_pixel_values
+    image_columns: ClassVar[tuple[str, ...]] = ()  # to load as Prompt.more_pixel_values
 
     def at_step(self, step: int, n_steps: int) -> Algo:
         """The settings at `step`, from 0 to n_steps - 1. A reference model is loaded only if
@@ -228,7 +228,7 @@ def accumulate_gradients(policy: Policy, batch: list[Group], algo: Algo) -> dict
         largest_gaps.append(metrics.pop("sampler_gap_max"))
         for name, value in metrics.items():
             sums[name] += value.double()
-    average_gradients(policy.model)  # of LoRA adapters, which FSDP leaves alone: also an average
+    average_gradients(policy.model)  # of LoRA adapters, which FSDP leaves alone
     totals = sum_over_ranks(torch.stack([*sums.values()]).tolist())
     largest_gap = max_over_ranks(torch.stack(largest_gaps).max())
     return dict(zip(sums, totals, strict=True)) | {"sampler_gap_max": largest_gap}
@@ -269,8 +269,8 @@ def pack_loss(policy: Policy, pack: list[Group], algo: Algo, denominator: Counts
         has_image=responses_with_image(pack).to(policy.device),
         further_views={name: (getattr(algo, f"{name}_coef"), views[name]) for name in views},
     )
-    # How far sampling and training disagree about the same tokens: by rounding, if both saw the
-    # same image.
+    # How far sampling and training disagree about the same tokens. Under the same image it is
+    # rounding.
     gap = (recorded("sample_log_probs") - old_log_probs).abs()
     metrics["sampler_gap"] = response_mean(gap, response_mask, denominator)
     metrics["sampler_gap_max"] = gap.max()  # padding is 0 in both

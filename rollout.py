@@ -11,8 +11,8 @@ Differences from the released code, which samples with vLLM:
    its chunk or on the number of ranks.
 2. Sampling ignores the model's generation_config (Policy replaces it) except for its end tokens.
    Otherwise it would apply Qwen's repetition penalty of 1.05, and samples would come from another
-   policy than the one trained. What remains of such differences are top-p 0.99, the paper's, top-k,
-   off by default, and the suppressed vision tokens.
+   policy than the one trained. Three such differences remain: top-p (0.99, as in the paper),
+   top-k (off by default) and the suppression of vision tokens.
 3. The sampler's log-probs are those of the full softmax at the sampling temperature, before top-p,
    top-k and suppression: what the training forward computes. They are used only for the metric
    sampler_gap; training recomputes the old log-probs.
@@ -112,7 +112,7 @@ def _sample_chunk(
         prompts=prompts,
         uniforms=uniforms.to(device),
         temperature=sampling.temperature or 1.0,  # of the returned log-probs alone
-        top_p=sampling.top_p,  # by `decode`: generate() would sort the whole vocabulary
+        top_p=sampling.top_p,  # applied by `decode`: generate() would sort the vocabulary
         eos_ids=torch.tensor(policy.eos_ids, device=device),
         stop=stop,
     )

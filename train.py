@@ -111,7 +111,7 @@ def collect(run: Run, algo: Algo, key: tuple) -> tuple[list[Group], dict[str, fl
     # sampled again in this pass over the data.
     chosen = indices[: config.prompts_per_step]
     kept = [group for group in kept if group.prompt.index in chosen]
-    # Found broken, or refused, while encoding, on this rank.
+    # Rows that this rank could not encode.
     sums["skipped_rows"] = run.rows.skipped.total() - skipped_before
     metrics = rollout_metrics(sums) | {
         "unusable_rows": run.rows.unusable.total(),  # found at loading, the same on all ranks
@@ -126,7 +126,7 @@ def grade(run: Run, algo: Algo, groups: list[Group], sums: Counter) -> list[Grou
     """Grade the groups, set their rewards and advantages, and return those to train on. Adds counts
     to `sums`.
     """
-    # All responses to a prompt are compared, also of two groups: see Algo.sample.
+    # All responses to a prompt are compared, even if they form two groups (see Algo.sample).
     index = torch.tensor([group.prompt.index for group in groups for _ in group.responses])
     # Per response: accuracy and format, 0 or 1, and overall = 0.9 accuracy + 0.1 format. A response
     # past --reward_deadline has accuracy 0; one left when the round's --reward_budget ran out is
@@ -243,11 +243,11 @@ def build_run(argv=None) -> Run:
     classes = (Config, algo_class(name))
     config, algo = flags.parse_flags(__doc__, *classes, defaults=defaults, argv=argv)
     config.val_data = toy.data_of(model, config.val_data)  # a toy is evaluated on its own rows
-    flags.check_resumed(flags.flags_of(config, algo), saved)  # some may differ
+    flags.check_resumed(flags.flags_of(config, algo), saved)  # but for a few
     if algo.dynamic_sampling and MAX_ROUNDS * config.mini_batch < config.prompts_per_step:
         limit = f"{MAX_ROUNDS} rounds of mini_batch={config.mini_batch} prompts"
         raise ValueError(f"{limit} cannot fill prompts_per_step={config.prompts_per_step}")
-    samples_once = type(algo).sample is Algo.sample  # else maybe twice, so one is enough
+    samples_once = type(algo).sample is Algo.sample  # a variant may sample each prompt twice
     if config.group_size < 2 and samples_once:
         raise ValueError("group_size=1: give at least 2, one response has nothing to compare with")
     # The time limit of a collective: ranks wait for one that still scores its responses.

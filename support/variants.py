@@ -78,9 +78,12 @@ def check_variant(variant: type, base: type, where: str) -> None:
 
 
 def check_view(view, algo, name: str, prompt: Prompt) -> None:
-    """StepError if a step `view` returned anything but pixels."""
+    """StepError if a step `view` returned anything but pixels of its own."""
     n, width = prompt.pixel_values.shape
-    _check(f"{type(algo).__name__}.view({name!r})", _describe(view), f"float32[{n}, {width}]")
+    step = f"{type(algo).__name__}.view({name!r})"
+    _check(step, _describe(view), f"float32[{n}, {width}]")
+    if view.data_ptr() == prompt.pixel_values.data_ptr():  # what is written there changes the image
+        raise StepError(f"{step} must return a copy of prompt.pixel_values, not the tensor itself")
 
 
 def check_weights(weights, algo, groups: list[Group]) -> None:

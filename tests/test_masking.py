@@ -50,9 +50,9 @@ def test_random_masks_have_the_ratio_and_the_seed(encoder, prompt):
 
 
 def test_noise_has_its_sigma_and_spares_the_other_patches(prompt):
-    noisy, patch_mask = noise_patches(prompt.pixel_values, 0.5, 0.7, seeded(0))
-    assert torch.equal(noisy, noise_patches(prompt.pixel_values, 0.5, 0.7, seeded(0))[0])
-    assert torch.equal(noisy[~patch_mask], prompt.pixel_values[~patch_mask])
+    noisy = noise_patches(prompt.pixel_values, 0.5, 0.7, seeded(0))
+    assert torch.equal(noisy, noise_patches(prompt.pixel_values, 0.5, 0.7, seeded(0)))
+    patch_mask = (noisy != prompt.pixel_values).any(-1)
     assert 0.3 < patch_mask.float().mean() < 0.7
     noise = (noisy - prompt.pixel_values)[patch_mask].view(int(patch_mask.sum()), 3, 2, -1)
     torch.testing.assert_close(noise[:, :, 0], noise[:, :, 1], atol=1e-5, rtol=0)  # over time
@@ -73,8 +73,7 @@ def test_semantic_masks_the_most_salient_patches_of_each_image(encoder):
 
     masked = mask_prompt(prompt, algo, encoder, seeded(0), brightness)
     is_bright = (prompt.pixel_values > 1).all(-1)
-    assert torch.equal((masked != prompt.pixel_values).any(-1), is_bright)
-    assert is_bright.float().mean() == 0.25
+    assert torch.equal((masked != prompt.pixel_values).any(-1), is_bright)  # a quarter
     torch.testing.assert_close(masked, encoder.black_patch.expand_as(masked), atol=1e-5, rtol=0)
 
 
@@ -84,7 +83,8 @@ def test_semantic_ties_are_broken_at_random(encoder, prompt):
     saliency = torch.zeros(n)
     saliency[-3:] = 1.0
     args = (prompt.pixel_values, 0.5, encoder.black_patch, saliency)
-    first, again, other = (mask_salient(*args, seeded(seed))[1] for seed in (0, 0, 1))
+    masked = [mask_salient(*args, seeded(seed)) for seed in (0, 0, 1)]
+    first, again, other = ((x != prompt.pixel_values).any(-1) for x in masked)
     for patch_mask in (first, other):
         assert int(patch_mask.sum()) == round(0.5 * n)
         assert patch_mask[-3:].all()
